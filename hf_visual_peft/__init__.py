@@ -1,0 +1,39 @@
+"""Parameter-efficient fine-tuning for vision models.
+
+Importing this package registers its methods with peft; plain `peft` does the rest:
+
+    import hf_visual_peft
+    from peft import get_peft_model
+
+    model = get_peft_model(vit, hf_visual_peft.VPTConfig())
+"""
+
+from typing import TYPE_CHECKING
+
+from .architectures import Architecture, register_architecture
+from .backbone import BackboneError, VisionBackbone, find_backbone
+from .config import VisualPeftConfig
+from .registry import get_method, list_methods, load_methods
+
+
+load_methods()
+_CONFIGS = {method.config_cls.__name__: method.config_cls for method in list_methods().values()}
+globals().update(_CONFIGS)
+
+__version__ = "0.1.0.dev0"
+__all__ = [
+    "Architecture",
+    "BackboneError",
+    "VisionBackbone",
+    "VisualPeftConfig",
+    "find_backbone",
+    "get_method",
+    "list_methods",
+    "register_architecture",
+    *_CONFIGS,
+]
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> type[VisualPeftConfig]:
+        """Tell type checkers that the configs of all method files are attributes here."""

@@ -1,0 +1,346 @@
+"""The text of a card: what an adapter is, how it is loaded, what it reached."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, SupportsFloat
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+    from .registry import Method
+
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+IMPORT_LINE = "import hf_visual_peft"
+TEMPLATE = Path(__file__).with_name("card_template.md")
+# What transformers' class names end in.
+PIPELINE_TAGS = {
+    "ForImageClassification": "image-classification",
+    "ForImageClassificationWithTeacher": "image-classification",
+    "ForSemanticSegmentation": "image-segmentation",
+    "ForObjectDetection": "object-detection",
+    "ForDepthEstimation": "depth-estimation",
+    "Model": "image-feature-extraction",
+    "Backbone": "image-feature-extraction",
+}
+MAX_LISTED_LABELS = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What only the run that made an adapter knows; all of it is optional. The fields are those of `hub.push`.
+
+    Raises:
+        ValueError: a metric that is no finite number, or metrics without `dataset`.
+    """
+
+    base_model: str | None = None
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    dataset: str | None = None
+    dataset_split: str | None = None
+    command: str | None = None
+    license: str | None = None
+    pipeline_tag: str | None = None
+    tags: Sequence[str] = ()
+    labels: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for name, value in self.metrics.items():
+            number = isinstance(value, SupportsFloat) and not isinstance(value, bool)
+            if not number or not math.isfinite(value):
+                raise ValueError(f"metrics[{name!r}]={value!r}: a card takes a finite number.")
+        if self.metrics and not self.dataset:
+            raise ValueError(f"metrics={dict(self.metrics)} without dataset: say what they were measured on.")
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedAdapter:
+    """What the files of an adapter tell by themselves; nothing is loaded for it.
+
+    Attributes:
+        base_class: class of the base model, `None` where the file does not say.
+        base_module: module that defines it.
+        parameters: number of values in the adapter, the head excluded; `None` without a safetensors file.
+        head_parameters: number of values in the modules that `modules_to_save` names.
+        num_bytes: size of the safetensors file.
+        num_labels: outputs of the saved classification head, where there is one that is a single linear.
+    """
+
+    base_class: str | None = None
+    base_module: str = ""
+    parameters: int | None = None
+    head_parameters: int = 0
+    num_bytes: int = 0
+    num_labels: int | None = None
+
+    @classmethod
+    def read(cls, folder: str | Path, config: PeftConfig) -> SavedAdapter:
+        """Read the configuration and the header of the weights, whichever of the two is there.
+
+        Raises:
+            ValueError: a file is not what its name says.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        facts: dict[str, Any] = {}
+        saved = Path(folder, CONFIG_NAME)
+        if saved.is_file():
+            mapping = json.loads(saved.read_text(encoding="utf-8")).get("auto_mapping") or {}
+            facts |= {"base_class": mapping.get("base_model_class"), "base_module": mapping.get("parent_library", "")}
+        weights = Path(folder, WEIGHTS_NAME)
+        if weights.is_file():
+            try:
+                with safe_open(weights, framework="np") as file:
+                    shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - no mapping
+            except SafetensorError as error:
+                raise ValueError(f"{weights} is truncated or no safetensors file: {error}") from error
+            heads = tuple(getattr(config, "modules_to_save", None) or ())
+            in_head = [key for key in shapes if any(f".{name}." in key for name in heads)]
+            linears = [key for key in in_head if any(key.endswith(f".{name}.weight") for name in heads)]
+            outputs = {shapes[key][0] for key in linears if len(shapes[key]) == 2}
+            facts["head_parameters"] = sum(math.prod(shapes[key]) for key in in_head)
+            facts["parameters"] = sum(map(math.prod, shapes.values())) - facts["head_parameters"]
+            facts["num_bytes"] = weights.stat().st_size
+            facts["num_labels"] = outputs.pop() if len(outputs) == 1 else None
+        return cls(**facts)
+
+    @property
+    def pipeline_tag(self) -> str | None:
+        """The task that the class of the base model stands for."""
+        name = self.base_class or ""
+        return next((tag for suffix, tag in PIPELINE_TAGS.items() if name.endswith(suffix)), None)
+
+
+def build_card(
+    config: PeftConfig,
+    saved: SavedAdapter | None = None,
+    run: Run | None = None,
+    *,
+    adapter: str | None = None,
+) -> ModelCard:
+    """The card of one adapter: metadata that the Hub reads and a text that a user reads.
+
+    Args:
+        config: configuration of the adapter, of our methods or of peft's own.
+        saved: what its files tell.
+        run: what only the run knows.
+        adapter: repository id that the usage snippet loads. Folders move and say nothing to others: for an adapter
+            or a base model that is only in one, the snippet has a placeholder.
+    """
+    saved, run = saved or SavedAdapter(), run or Run()
+    method = _method(config)
+    base = run.base_model or config.base_model_name_or_path or None
+    base_id = run.base_model or (base if is_hub_id(base) else None)
+    tag = run.pipeline_tag or saved.pipeline_tag
+    name = _display_name(config)
+    title = f"{name} adapter" + (f" for {Path(base).name if base_id is None else base}" if base else "")
+    results = [
+        EvalResult(
+            task_type=tag or "image-classification",
+            dataset_type=run.dataset or "",
+            dataset_name=run.dataset or "",
+            dataset_split=run.dataset_split,
+            metric_type=metric,
+            metric_name=metric,
+            metric_value=float(value),
+        )
+        for metric, value in run.metrics.items()
+    ]
+    tags = {*run.tags, name.lower(), *(["hf_visual_peft"] if method else [])}
+    if base_id is not None:
+        tags.add(f"base_model:adapter:{base_id}")
+    data = ModelCardData(
+        base_model=base_id,
+        base_model_relation="adapter" if base_id else None,
+        library_name="peft",
+        pipeline_tag=tag,
+        license=run.license,
+        # A name without an owner is as likely that of a folder or of a reader of files, such as imagefolder.
+        datasets=[run.dataset] if run.dataset and "/" in run.dataset and is_hub_id(run.dataset) else None,
+        metrics=list(run.metrics) or None,
+        tags=sorted(tags),
+        model_name=(adapter or title).rpartition("/")[2] if results else None,
+        eval_results=results or None,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        title=title,
+        summary=_summary(name, base, base_id, ours=method is not None),
+        usage=_usage(config, saved, tag, base_id or (base and f"path/to/{Path(base).name}"), adapter),
+        facts=[(key, value.replace("|", "\\|")) for key, value in _facts(config, saved, method)],
+        results=results,
+        command=_fenced(run.command, "bash") if run.command else None,
+        labels=run.labels if len(run.labels) <= MAX_LISTED_LABELS else (),
+        versions=_versions(),
+    )
+    card.text = f"{card.text.rstrip()}\n\n{_seal(card.text)}\n"
+    return card
+
+
+def is_generated(text: str) -> bool:
+    """Whether nobody wrote in this card: it is empty, the form peft starts from, or one of ours as we left it."""
+    seal = re.search(r"<!-- hf_visual_peft .*-->", text)
+    return not text.strip() or (seal is not None and seal[0] == _seal(text)) or _lines(text) == _blank_form()
+
+
+def is_repo_id(name: str | None) -> bool:
+    """Whether a name has the form of a repository's id."""
+    try:
+        validate_repo_id(name or "/")
+    except HFValidationError:
+        return False
+    return True
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether a name that transformers or datasets loaded from was one of the Hub rather than a folder here."""
+    return is_repo_id(name) and not Path(str(name)).exists()
+
+
+def _method(config: PeftConfig) -> Method | None:
+    """Our method behind a configuration; `None` for one of peft's own."""
+    from .registry import list_methods
+
+    return next((method for method in list_methods().values() if type(config) is method.config_cls), None)
+
+
+def _lines(text: str) -> list[str]:
+    """The text without what peft adds at each save, our seal and white space."""
+    lines = (line.strip() for line in text.splitlines())
+    return [line for line in lines if line and not line.startswith(("- PEFT ", "<!-- hf_visual_peft "))]
+
+
+@functools.cache
+def _blank_form() -> list[str]:
+    """The form that peft fills nothing into but its version."""
+    return _lines(f"{ModelCard.from_template(ModelCardData()).text}\n### Framework versions")
+
+
+def _seal(text: str) -> str:
+    """A comment by which we know our own text again as long as nobody edits it."""
+    digest = hashlib.sha256("\n".join(_lines(text)).encode()).hexdigest()[:16]
+    return f"<!-- hf_visual_peft {digest}: rewritten at the next save, unless you edit it -->"
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block, whatever is in it."""
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+    return f"{fence}{language}\n{text.strip()}\n{fence}"
+
+
+def _display_name(config: PeftConfig) -> str:
+    """The method as its paper writes it, or as peft does."""
+    return type(config).__name__.removesuffix("Config") if _method(config) else config.peft_type.value
+
+
+def _summary(name: str, base: str | None, base_id: str | None, *, ours: bool) -> str:
+    """What this is, in a paragraph."""
+    link = f" for [{base_id}](https://huggingface.co/{base_id})" if base_id else ""
+    local = f" for `{Path(base).name}`, a checkpoint that is not on the Hub" if base and not base_id else ""
+    made = "`hf_visual_peft` and `peft`" if ours else "`peft`"
+    return (
+        f"This adapter{link}{local} was made with the method {name} of {made}. It is a small file that goes on top of "
+        "the frozen base model."
+    )
+
+
+def _usage(config: PeftConfig, saved: SavedAdapter, tag: str | None, base: str | None, adapter: str | None) -> str:
+    """The section that tells how to load the adapter, with a snippet that runs."""
+    method = _method(config)
+    snippet = ["from peft import PeftModel"]
+    text = []
+    if method is not None:
+        snippet += ["", IMPORT_LINE]
+        text = [
+            f"`{IMPORT_LINE}` (distribution `hf-visual-peft`) comes before `PeftModel.from_pretrained`: it tells peft "
+            f"what {method.peft_type} is. Without it loading ends in `KeyError: '{method.peft_type}'`.",
+            "",
+        ]
+    load = f"model = PeftModel.from_pretrained(base, {json.dumps(adapter or 'path/to/this/adapter')}).eval()"
+    if not base or not saved.base_module.startswith("transformers."):
+        whole = f"{saved.base_module}.{saved.base_class}" if saved.base_class else "model"
+        snippet += ["", f"base = ...  # the {whole} that the adapter was trained on", load]
+        return "\n".join(["## Use", "", *text, _fenced("\n".join(snippet), "python")])
+
+    options = f", revision={json.dumps(config.revision)}" if config.revision else ""
+    processor = f"processor = AutoImageProcessor.from_pretrained({json.dumps(base)}{options})"
+    classify = tag == "image-classification"
+    if classify and saved.num_labels:  # the head comes with the adapter; the checkpoint's may be of another size
+        options += f", num_labels={saved.num_labels}, ignore_mismatched_sizes=True"
+    snippet = [
+        "import torch",
+        "from PIL import Image",
+        f"from transformers import AutoImageProcessor, {saved.base_class}",
+        *snippet,
+        "",
+        f"base = {saved.base_class}.from_pretrained({json.dumps(base)}{options})",
+        load,
+        processor,
+        'inputs = processor(Image.open("image.jpg").convert("RGB"), return_tensors="pt")',
+        "with torch.no_grad():",
+        "    logits = model(**inputs).logits" if classify else "    outputs = model(**inputs)",
+        *(["print(logits.softmax(-1))"] if classify else []),
+    ]
+    return "\n".join(["## Use", "", *text, _fenced("\n".join(snippet), "python")])
+
+
+def _facts(config: PeftConfig, saved: SavedAdapter, method: Method | None) -> list[tuple[str, str]]:
+    """The rows of the table on the adapter."""
+    facts = [("Method", f"{config.peft_type.value} of peft")]
+    if method is not None:
+        paper = method.paper
+        facts = [
+            ("Method", f"{_display_name(config)}: `{method.equation}`"),
+            ("Paper", f"[{paper.title}]({paper.url}), {paper.venue}, arXiv {paper.arxiv}"),
+        ]
+    facts.append(("Configuration", f"`{_call(config, method)}`"))
+    if saved.parameters is not None:
+        head = f", {saved.head_parameters:,} in the task head" if saved.head_parameters else ""
+        facts.append(("Trained parameters", f"{saved.parameters:,} in the adapter{head}"))
+        facts.append(("Adapter file", f"{saved.num_bytes:,} bytes"))
+    return facts
+
+
+def _call(config: PeftConfig, method: Method | None) -> str:
+    """The configuration as one would type it: what the method asks for, and what else is not the default."""
+    from peft import PeftConfig as Base
+
+    common = {field.name for field in dataclasses.fields(Base)}
+    own = set(type(config).__annotations__) if method else set()
+    shown = []
+    for field in dataclasses.fields(config):
+        if not field.init or field.name in common:
+            continue
+        value = getattr(config, field.name)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if field.name in own or value != default:
+            value = sorted(value) if isinstance(value, set | frozenset) else value
+            shown.append(f"{field.name}={value!r}")
+    return f"{type(config).__name__}({', '.join(shown)})"
+
+
+def _versions() -> list[tuple[str, str]]:
+    """The packages that computed the weights."""
+    import peft
+    import torch
+    import transformers
+
+    from . import __version__
+
+    packages = [("PEFT", peft), ("Transformers", transformers), ("PyTorch", torch)]
+    return [*((name, module.__version__) for name, module in packages), ("hf_visual_peft", __version__)]

@@ -1,0 +1,135 @@
+"""What the configs of all methods share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+
+if TYPE_CHECKING:
+    from .backbone import VisionBackbone
+    from .registry import VisualPeftType
+    from .sites import Placement
+
+
+@dataclass
+class VisualPeftConfig(PeftConfig):
+    """Base of all configs.
+
+    Args:
+        layers_to_transform: index or indices of the blocks to adapt, from 0; all by default.
+        exclude_modules: names, or a regular expression that matches full names, of modules to leave alone.
+        modules_to_save: further modules to train and save. None means the task head, found by its role in the
+            architecture; `[]` means none.
+        init_weights: the method's own initialisation, or (False) with random numbers added to every weight.
+    """
+
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the blocks to adapt, from 0; all by default."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names, or a regular expression for full names, of modules to leave alone."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train and save; default: the task head. []: none."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "The method's initialisation, or (False) random numbers added to it."}
+    )
+
+    method_type: ClassVar[VisualPeftType]
+    # peft reads these of every config; methods that have them make them fields
+    target_modules: ClassVar[Any] = None
+    target_parameters: ClassVar[Any] = None
+    unknown_fields: ClassVar[list[str]] = []
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = self.method_type
+        if isinstance(self.layers_to_transform, int) and not isinstance(self.layers_to_transform, bool):
+            self.layers_to_transform = [self.layers_to_transform]
+        if self.layers_to_transform is not None:
+            layers = self.layers_to_transform
+            if not isinstance(layers, list | tuple | range) or not layers:
+                self._fail("layers_to_transform", "None, an index, or a non-empty list of indices")
+            if not all(type(layer) is int and layer >= 0 for layer in layers):
+                self._fail("layers_to_transform", "indices from 0")
+            self.layers_to_transform = list(layers)
+        if isinstance(self.modules_to_save, str):
+            self._fail("modules_to_save", "None or a list of names")
+        if isinstance(self.exclude_modules, set | tuple):
+            self.exclude_modules = sorted(self.exclude_modules)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`; beside an adapter's weights, make the card tell how to load them.
+
+        Args:
+            save_directory: folder to write to; made if it does not exist.
+            kwargs: as of `PeftConfig.save_pretrained`.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        if Path(save_directory, SAFETENSORS_WEIGHTS_NAME).is_file():
+            from .hub import add_usage_to_card
+
+            add_usage_to_card(save_directory, self)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> VisualPeftConfig:
+        """Read `adapter_config.json` from a folder or the Hub.
+
+        Args:
+            pretrained_model_name_or_path: folder or repository.
+            subfolder: of it.
+            kwargs: as of `PeftConfig.from_pretrained`.
+
+        Raises:
+            ValueError: beside the config lies a weights file that is damaged: the first moment to tell.
+        """
+        weights = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if weights.is_file():
+            try:
+                with safe_open(weights, framework="pt"):
+                    pass
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{weights} is truncated or no safetensors file ({weights.stat().st_size} bytes; {error}). "
+                    "Save or download the adapter again."
+                ) from error
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+    def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
+        """The equations of the method and where in this backbone they stand.
+
+        Raises:
+            ValueError: a field does not fit the backbone.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say where it acts.")
+
+    def _fail(self, name: str, valid: str) -> None:
+        raise ValueError(f"{type(self).__name__}.{name} is {getattr(self, name)!r}: must be {valid}.")
+
+    def _require_integer(self, name: str, low: int, high: int | None = None, high_is: str = "") -> None:
+        value = getattr(self, name)
+        if type(value) is not int or value < low or (high is not None and value > high):
+            upper = "" if high is None else f" to {high}{f' ({high_is})' if high_is else ''}"
+            self._fail(name, f"an integer from {low}{upper}" if upper else f"an integer of at least {low}")
+
+    def _require_number(self, name: str, low: float = -math.inf, below: float = math.inf) -> None:
+        value = getattr(self, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or not low <= value < below:
+            bounds = "" if low == -math.inf else f" of at least {low:g}"
+            self._fail(name, f"a finite number{bounds}" + ("" if below == math.inf else f" and less than {below:g}"))
+
+    def _require_choice(self, name: str, choices: Collection[Any]) -> None:
+        if getattr(self, name) not in choices:
+            self._fail(name, f"one of {', '.join(map(repr, choices))}")

@@ -1,0 +1,268 @@
+"""The Hub: an adapter and its card go up in one commit, and every saved adapter's card tells how to load it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, constants, hf_hub_download
+from huggingface_hub.utils import validate_repo_id
+
+from .card import (
+    CONFIG_NAME,
+    IMPORT_LINE,
+    WEIGHTS_NAME,
+    Run,
+    SavedAdapter,
+    build_card,
+    is_generated,
+    is_hub_id,
+    is_repo_id,
+)
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+
+CARD_NAME = "README.md"
+
+
+def push(
+    model: PeftModel,
+    repo_id: str,
+    *,
+    adapter_name: str = "default",
+    revision: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str | None = None,
+    base_model: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+    dataset: str | None = None,
+    dataset_split: str | None = None,
+    command: str | None = None,
+    license: str | None = None,
+    pipeline_tag: str | None = None,
+    tags: Sequence[str] = (),
+) -> CommitInfo:
+    """Upload one adapter with its card: `adapter_model.safetensors`, `adapter_config.json`, `README.md`, one commit.
+
+    Anyone then loads it with `import hf_visual_peft` and `PeftModel.from_pretrained(base, repo_id)`. An upload that
+    breaks off leaves the repository's last version as it was, and nothing is committed when nothing changed.
+
+    The repository and the branch are made when they do not exist. A card that is there already is rewritten only if
+    it is one of ours, untouched; of one that somebody edited the text stays and the metadata are brought up to date.
+    In a distributed run call this on the main process.
+
+    Args:
+        model: what `get_peft_model` or `PeftModel.from_pretrained` returned; any method, also peft's own.
+        repo_id: `"user/name"`, or `"name"` for the user that the token belongs to.
+        adapter_name: which of the model's adapters.
+        revision: branch to upload to; the main one by default.
+        private: visibility of a new repository. An existing one must have it already.
+        token: an access token; by default the one of `hf auth login` or `HF_TOKEN`.
+        commit_message: title of the commit.
+        base_model: model id of the backbone on the Hub. Needed when it was loaded from a folder: others don't have
+            that folder, so without it a warning is given and the card names no base model in its metadata.
+        metrics: results by metric name, e.g. `{"accuracy": 0.944}`; they become the card's model-index.
+        dataset: what they were measured on: a dataset id of the Hub with its owner, or any other name. Required with
+            `metrics`.
+        dataset_split: split that they were measured on, e.g. `"test"`.
+        command: the command line that made the adapter, as typed.
+        license: license id of the Hub, e.g. `"apache-2.0"`.
+        pipeline_tag: task; by default told by the class of the base model.
+        tags: further tags.
+
+    Returns:
+        What `HfApi.create_commit` returns, `oid` and `commit_url` among others.
+
+    Raises:
+        TypeError: `model` is no `PeftModel`.
+        ValueError: a bad `repo_id`, `adapter_name`, `revision`, `base_model` or metric, or a repository whose
+            visibility is not the one asked for. All but the last are found before any request is made.
+        huggingface_hub.errors.HfHubHTTPError: the Hub refused, for example for lack of rights, or because somebody
+            else committed in between.
+    """
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"push needs a peft.PeftModel, as get_peft_model returns it, not {type(model).__name__}.")
+    if adapter_name not in model.peft_config:
+        raise ValueError(f"adapter_name={adapter_name!r}: the model has {', '.join(map(repr, model.peft_config))}.")
+    validate_repo_id(repo_id)
+    if revision is not None and constants.REGEX_COMMIT_OID.fullmatch(revision):
+        raise ValueError(f"revision={revision!r} is a commit: an upload goes to a branch.")
+    if base_model is not None and not is_repo_id(base_model):
+        raise ValueError(f"base_model={base_model!r} is not a model id of the Hub, such as 'facebook/dinov2-small'.")
+    run = Run(
+        base_model=base_model,
+        metrics=metrics or {},
+        dataset=dataset,
+        dataset_split=dataset_split,
+        command=command,
+        license=license,
+        pipeline_tag=pipeline_tag,
+        tags=tags,
+        labels=_label_names(model),
+    )
+    config = model.peft_config[adapter_name]
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as scratch:
+        model.save_pretrained(scratch, selected_adapters=[adapter_name])
+        folder = Path(scratch) if adapter_name == "default" else Path(scratch, adapter_name)
+        if base_model is not None:
+            _set_base_model(folder / CONFIG_NAME, base_model)
+        elif not is_hub_id(config.base_model_name_or_path):
+            warnings.warn(
+                f"The base model {config.base_model_name_or_path!r} is no model of the Hub: others cannot load what "
+                "you upload. Say base_model='user/name' if it is there under another name.",
+                stacklevel=2,
+            )
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if private is not None and bool(api.model_info(repo_id).private) != private:
+            raise ValueError(
+                f"private={private}: {repo_id} exists and is {'public' if private else 'private'}. Nothing was "
+                f"uploaded; HfApi().update_repo_settings({repo_id!r}, private={private}) changes it."
+            )
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        info = api.model_info(repo_id, revision=revision)
+        card = build_card(config, SavedAdapter.read(folder, config), run, adapter=repo_id)
+        if any(file.rfilename == CARD_NAME for file in info.siblings or ()):
+            there = hf_hub_download(repo_id, CARD_NAME, revision=info.sha, token=token)
+            card = merge_cards(ModelCard.load(there), card)
+        write_aside(folder / CARD_NAME, str(card))
+        names = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME)
+        return api.create_commit(
+            repo_id,
+            operations=[CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names],
+            commit_message=commit_message or f"Upload {config.peft_type.value} adapter",
+            revision=revision,
+            # The card was merged with what stood there: should that change meanwhile, nobody's text is lost.
+            parent_commit=info.sha,
+        )
+
+
+def write_card(folder: str | Path, config: PeftConfig, *, adapter: str | None = None, **run: Any) -> Path:
+    """Write the card of a saved adapter, filled from its files and from the run.
+
+    Args:
+        folder: where the adapter was saved.
+        config: its configuration.
+        adapter: repository id for the usage snippet, if it is known already.
+        **run: fields of `Run`, e.g. `metrics={"accuracy": 0.94}, dataset="MNIST", command="..."`.
+
+    Returns:
+        Path of the card. A card whose text somebody wrote keeps that text; its metadata are brought up to date.
+    """
+    path = Path(folder, CARD_NAME)
+    card = build_card(config, SavedAdapter.read(folder, config), Run(**run), adapter=adapter)
+    if path.exists():
+        card = merge_cards(ModelCard.load(path), card)
+    write_aside(path, str(card))
+    return path
+
+
+def add_usage_to_card(folder: str | Path, config: PeftConfig) -> None:
+    """Make the card of an adapter that was just saved tell how it is loaded.
+
+    peft writes an empty form as the card; it becomes ours, keeping its metadata. So does a card of ours that nobody
+    edited: results that it named belong to the weights that were there before, and go. The text of any other card
+    stays, with a section on loading added at its end if it lacks our import line. A README that is not the card of an
+    adapter is left alone. Doing this twice changes nothing.
+
+    An adapter with a name other than `"default"` is saved in a folder of its own and gets its card there.
+
+    Args:
+        folder: where configuration and weights are; without a README one is written.
+        config: the configuration that was saved.
+    """
+    path = Path(folder, CARD_NAME)
+    try:
+        saved = SavedAdapter.read(folder, config)
+    except ValueError:  # transformers writes the weights last: these are the remains of a save that broke off
+        saved = SavedAdapter()
+    card = build_card(config, saved)
+    if path.exists():
+        there = _load_adapter_card(path)
+        if there is None:
+            return
+        if is_generated(there.text):
+            card = merge_cards(there, card)
+        elif (text := _with_usage(there.text, card.text)) != there.text:
+            there.text, card = text, there
+        else:
+            return
+    write_aside(path, str(card))
+
+
+def merge_cards(there: ModelCard, new: ModelCard) -> ModelCard:
+    """A new card in the place of one that is there.
+
+    Of the old metadata stays what the new ones don't say, except results of a card nobody edited; of the old text
+    stays everything if somebody wrote it.
+    """
+    generated = is_generated(there.text)
+    stale = {"eval_results", "model_name", "metrics"} if generated else set()
+    for key, value in there.data.__dict__.items():
+        if value is None or key in stale or new.data.get(key) is not None:
+            continue
+        if key not in ("base_model", "base_model_relation") or is_hub_id(there.data.get("base_model")):
+            new.data[key] = value
+    if new.data.get("base_model") is not None:
+        new.data["base_model_relation"] = "adapter"
+    old_tags = [tag for tag in there.data.get("tags") or [] if not tag.startswith("base_model:adapter:")]
+    new.data["tags"] = sorted({*old_tags, *(new.data.get("tags") or [])})
+    if not generated:
+        new.text = _with_usage(there.text, new.text)
+    return new
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Replace a file as a whole: a full disk or a crash leaves the one that was there."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("w", newline="", encoding="utf-8") as file:
+            file.write(text)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _label_names(model: PeftModel) -> list[str]:
+    """The classes by index; empty where the model only knows the numbered names transformers makes up."""
+    names = getattr(getattr(model.get_base_model(), "config", None), "id2label", None) or {}
+    listed = [str(names[index]) for index in sorted(names)]
+    return [] if listed == [f"LABEL_{index}" for index in range(len(listed))] else listed
+
+
+def _set_base_model(path: Path, base_model: str) -> None:
+    """Let a saved configuration name the base model as the Hub does."""
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    write_aside(path, json.dumps({**saved, "base_model_name_or_path": base_model}, indent=2, sort_keys=True))
+
+
+def _load_adapter_card(path: Path) -> ModelCard | None:
+    """The card at a path; `None` for a README that is something else than the card of an adapter."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        card = ModelCard(text, ignore_metadata_errors=True) if text.startswith("---") else None
+    except (ValueError, yaml.YAMLError):
+        return None
+    return card if card is not None and card.data.get("library_name") == "peft" else None
+
+
+def _with_usage(text: str, generated: str) -> str:
+    """The text of somebody else's card, with the section on loading at its end if it lacks our import line."""
+    usage = re.search(r"^## Use$.*?(?=^## )", generated, flags=re.MULTILINE | re.DOTALL)
+    if usage is None or IMPORT_LINE in text or IMPORT_LINE not in usage[0]:
+        return text
+    return f"{text.rstrip()}\n\n{usage[0].rstrip()}\n"

@@ -1,0 +1,1 @@
+"""Adapter tuning: small networks inside or beside the blocks."""

@@ -1,0 +1,1 @@
+"""Prompt tuning: tokens or pixels added to the input."""

@@ -1,0 +1,118 @@
+"""Visual prompt tuning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ...backbone import VisionBackbone
+from ...config import VisualPeftConfig
+from ...registry import Paper, register
+from ...sites import Placement, TokenSite
+
+
+MAX_VIRTUAL_TOKENS = 10_000  # the papers stop at 200; attention is quadratic in them
+
+
+class Prompts(nn.Module):
+    """Learned tokens, the same for every image.
+
+        P ~ U(-v, v), v = sqrt(6 / (patch_features + width)); tokens = dropout(P W^T + b), or dropout(P)
+
+    Args:
+        num_virtual_tokens: how many.
+        width: channels of P: of the backbone, or of the projection's input.
+        patch_features: numbers in one patch, channels x height x width.
+        dropout: probability, for each number of each image.
+    """
+
+    def __init__(self, num_virtual_tokens: int, width: int, patch_features: int, dropout: float) -> None:
+        super().__init__()
+        bound = math.sqrt(6.0 / (patch_features + width))
+        self.prompts = nn.Parameter(torch.empty(num_virtual_tokens, width).uniform_(-bound, bound))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, batch_size: int, projection: nn.Module | None = None) -> Tensor:
+        """Tokens of shape (batch, num_virtual_tokens, width of the backbone)."""
+        tokens = self.prompts if projection is None else projection(self.prompts)
+        return self.dropout(tokens.expand(batch_size, -1, -1))
+
+
+class Projection(nn.Linear):
+    """Linear from the prompts' width to the backbone's; weight He-normal over the outputs, bias as in `nn.Linear`."""
+
+    def reset_parameters(self) -> None:
+        """Draw new weights."""
+        super().reset_parameters()
+        nn.init.kaiming_normal_(self.weight, a=0.0, mode="fan_out")
+
+
+@register(
+    name="vpt",
+    paper=Paper("Visual Prompt Tuning", "ECCV 2022", "2203.12119"),
+    equation="x_i = [prefix; P_i; patches] into block i (deep), or P before the first block only (shallow)",
+    counts=(
+        ({"num_virtual_tokens": 50, "deep": True}, 460_800),
+        ({"num_virtual_tokens": 50, "deep": False}, 38_400),
+    ),
+    mergeable=False,
+    identity_at_start=False,
+)
+@dataclass
+class VPTConfig(VisualPeftConfig):
+    """Config of visual prompt tuning (VPT), arXiv 2203.12119.
+
+    Learned tokens join the sequence after all prefix tokens (CLS, distillation, registers), without position. *Deep*:
+    every block gets its own, and what it makes of them is dropped. *Shallow*: one set enters before the first block
+    and travels through all. Head, pooler and `hidden_states` see the backbone's own tokens; attention maps show the
+    prompts too.
+
+    The paper keeps the backbone's modules in eval mode while training; with dropout or stochastic depth in the
+    backbone, call `.eval()` on it to do the same. Known differences in other code: the bound of the initialisation
+    has the number of tokens in place of the width (Adapter+), prompts at the end of the sequence (NOAH).
+
+    Args:
+        num_virtual_tokens: prompts a block; the paper tunes it in 1 to 200.
+        deep: new prompts in every block, or one set before the first of `layers_to_transform`, which must then be
+            consecutive.
+        dropout: probability of dropping a number of a prompt.
+        projection_dim: width of the prompts before a linear that all blocks share raises it to the backbone's; None:
+            prompts have the backbone's width.
+    """
+
+    num_virtual_tokens: int = field(default=10, metadata={"help": "Prompts a block."})
+    deep: bool = field(default=True, metadata={"help": "New prompts in every block; else before the first only."})
+    dropout: float = field(default=0.0, metadata={"help": "Probability of dropping a number of a prompt."})
+    projection_dim: int | None = field(default=None, metadata={"help": "Width of the prompts before a projection."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_integer("num_virtual_tokens", 1, MAX_VIRTUAL_TOKENS)
+        self._require_choice("deep", (True, False))
+        self._require_number("dropout", 0.0, below=1.0)
+        if self.projection_dim is not None:
+            self._require_integer("projection_dim", 1)
+
+    def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
+        """One set of prompts before every block, or before the first."""
+        if self.projection_dim is not None:
+            self._require_integer("projection_dim", 1, backbone.width, "the backbone's width")
+        blocks = backbone.blocks
+        if not self.deep and [b.index for b in blocks] != list(range(blocks[0].index, blocks[-1].index + 1)):
+            raise ValueError(
+                "VPTConfig.deep is False: prompts travel from block to block, so the blocks must be consecutive, and "
+                f"they are {[block.index for block in blocks]}. Choose layers_to_transform or exclude_modules so."
+            )
+        width = self.projection_dim or backbone.width
+        prompts = partial(Prompts, self.num_virtual_tokens, width, backbone.patch_features, self.dropout)
+        projection = partial(Projection, width, backbone.width) if self.projection_dim else None
+        for block in blocks:
+            new = self.deep or block is blocks[0]
+            site = TokenSite(takes=not new, hands_on=not self.deep and block is not blocks[-1])
+            build = (lambda _: prompts()) if new else None
+            yield Placement(block.path, "tokens", site, build, projection)

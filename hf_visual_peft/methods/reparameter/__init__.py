@@ -1,0 +1,1 @@
+"""Reparameter tuning: changes that fold into the weights."""

@@ -1,0 +1,206 @@
+"""How a method file enters peft: one decorator, and the list of what has entered."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import pkgutil
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar
+
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+
+
+class VisualPeftType(str):
+    """The `peft_type` of a method of ours.
+
+    peft's own `PeftType` is an enum that cannot be extended. peft only ever looks types up in dictionaries and asks
+    for `.value`, so a string with that attribute is all it needs: it equals and hashes as what `adapter_config.json`
+    holds.
+    """
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> str:
+        """The plain string, e.g. `"VPT"`."""
+        return str(self)
+
+    @property
+    def name(self) -> str:
+        """The same as `value`: member name and value of a method never differ."""
+        return str(self)
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method comes from.
+
+    Attributes:
+        title: the paper's title.
+        venue: conference and year.
+        arxiv: arXiv identifier without version, e.g. `"2203.12119"`.
+    """
+
+    title: str
+    venue: str
+    arxiv: str
+
+    @property
+    def url(self) -> str:
+        """The abstract page."""
+        return f"https://arxiv.org/abs/{self.arxiv}"
+
+
+@dataclass(frozen=True)
+class Method:
+    """Everything there is to know about a registered method without building a model.
+
+    Attributes:
+        name: lower-case name used on command lines and as prefix of parameter names, e.g. `"vpt"`.
+        config_cls: the `PeftConfig`.
+        tuner_cls: the `BaseTuner` behind it.
+        paper: its source.
+        category: branch of the survey's taxonomy (arXiv 2402.02242), taken from the method's folder.
+        equation: the method in one line.
+        counts: trainable parameters on ViT-B/16-224 without the head, by fields of the config: pairs of (fields,
+            count). The first is for the paper's usual setting.
+        mergeable: whether the adapter folds into the weights of the backbone.
+        gradients: how far gradients cross the backbone: through all of it, a part, or not at all.
+        identity_at_start: whether a fresh adapter leaves the backbone's output as it was.
+    """
+
+    name: str
+    config_cls: type
+    tuner_cls: type
+    paper: Paper
+    category: str
+    equation: str
+    counts: tuple[tuple[dict[str, Any], int], ...]
+    mergeable: bool
+    gradients: Literal["full", "partial", "none"]
+    identity_at_start: bool
+
+    @property
+    def peft_type(self) -> VisualPeftType:
+        """The type as it stands in `adapter_config.json`."""
+        return VisualPeftType(self.name.upper())
+
+
+_METHODS: dict[str, Method] = {}
+
+ConfigT = TypeVar("ConfigT", bound=type)
+
+
+def list_methods() -> MappingProxyType[str, Method]:
+    """Every registered method by name, in alphabetical order; a read-only view."""
+    return MappingProxyType(dict(sorted(_METHODS.items())))
+
+
+def get_method(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        ValueError: no such method; the message lists those there are.
+    """
+    try:
+        return _METHODS[name.lower()]
+    except KeyError:
+        raise ValueError(f"Unknown method {name!r}: choose one of {', '.join(list_methods())}.") from None
+
+
+def register(
+    *,
+    name: str,
+    paper: Paper,
+    equation: str,
+    counts: Iterable[tuple[dict[str, Any], int]],
+    mergeable: bool,
+    identity_at_start: bool,
+    gradients: Literal["full", "partial", "none"] = "full",
+) -> Callable[[ConfigT], ConfigT]:
+    """Make a config class a peft method: `get_peft_model`, saving, loading and transformers then know it.
+
+    Stands above `@dataclass` on a subclass of `VisualPeftConfig`. The arguments are those of `Method`.
+
+    Raises:
+        ValueError: the name or its parameter prefix is taken, by peft or by another method.
+    """
+    from .tuner import VisualTuner
+
+    prefix = f"{name}_"
+    peft_type = VisualPeftType(name.upper())
+
+    def decorate(config_cls: ConfigT) -> ConfigT:
+        if peft_type in PEFT_TYPE_TO_CONFIG_MAPPING or prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values():
+            raise ValueError(f"Cannot register {config_cls.__name__}: peft already has a method named {name!r}.")
+        module = sys.modules[config_cls.__module__]
+        tuner_name = config_cls.__name__.removesuffix("Config") + "Model"
+        tuner_cls = type(
+            tuner_name,
+            (VisualTuner,),
+            {"prefix": prefix, "__module__": module.__name__, "__doc__": f"peft tuner of `{config_cls.__name__}`."},
+        )
+        setattr(module, tuner_name, tuner_cls)  # so that pickle finds the class by its name
+        config_cls.method_type = peft_type  # type: ignore[attr-defined]
+        _accept_saved_fields(config_cls)
+        PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
+        PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = tuner_cls
+        PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = prefix
+        _METHODS[name] = Method(
+            name=name,
+            config_cls=config_cls,
+            tuner_cls=tuner_cls,
+            paper=paper,
+            category=module.__name__.rpartition(".")[0].rpartition(".")[2],
+            equation=equation,
+            counts=tuple(counts),
+            mergeable=mergeable,
+            gradients=gradients,
+            identity_at_start=identity_at_start,
+        )
+        return config_cls
+
+    return decorate
+
+
+def _accept_saved_fields(config_cls: type) -> None:
+    """Let a config be built from a file with fields it does not know, remembering them.
+
+    peft drops such fields with a warning, whichever class loads the file, and a model built on what is left may
+    compute something else than what was trained. So the config keeps their names and refuses to be applied to a
+    model. Only files carry `peft_type`: a call with a misspelt field stays a `TypeError`.
+    """
+    init = config_cls.__init__  # type: ignore[misc]
+    known = {field.name for field in fields(config_cls) if field.init}
+
+    @functools.wraps(init)
+    def from_call_or_file(self: Any, *args: Any, **kwargs: Any) -> None:
+        unknown = sorted(set(kwargs) - known) if "peft_type" in kwargs else []
+        if unknown:
+            warnings.warn(
+                f"Unexpected keyword arguments {unknown} for class {config_cls.__name__}, these are ignored. The "
+                "configuration comes from another version or was damaged; it cannot be applied to a model.",
+                stacklevel=3,
+            )
+        init(self, *args, **{key: value for key, value in kwargs.items() if key not in unknown})
+        self.unknown_fields = unknown
+
+    from_call_or_file.__signature__ = inspect.signature(init)  # type: ignore[attr-defined]
+    config_cls.__init__ = from_call_or_file  # type: ignore[misc]
+
+
+def load_methods() -> None:
+    """Import every file under `hf_visual_peft.methods`: each registers itself."""
+    package = importlib.import_module("hf_visual_peft.methods")
+    for module in pkgutil.walk_packages(package.__path__, prefix=f"{package.__name__}."):
+        importlib.import_module(module.name)

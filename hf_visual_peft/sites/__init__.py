@@ -1,0 +1,26 @@
+"""Where a method may act: each place written once, for all methods and all architectures.
+
+A *site* says where an equation acts, a *placement* puts one equation at one site of one module. Two layers carry
+them: `ModuleLayer` around a linear, norm or convolution, `BlockLayer` around a transformer block.
+"""
+
+from .block import BlockLayer, BranchSite, TokenSite
+from .exchange import Exchange
+from .grid import Grid, TokenLayout
+from .layer import Placement, Site, VisualTunerLayer
+from .module import ModuleLayer, OutputSite
+
+
+__all__ = [
+    "BlockLayer",
+    "BranchSite",
+    "Exchange",
+    "Grid",
+    "ModuleLayer",
+    "OutputSite",
+    "Placement",
+    "Site",
+    "TokenLayout",
+    "TokenSite",
+    "VisualTunerLayer",
+]

@@ -1,0 +1,356 @@
+"""The sites inside and around a transformer block.
+
+A block layer leaves the block's forward to the block and works at five points of it:
+
+    x -> norm1 -> attention -> (+ x) = z -> norm2 -> MLP -> (+ z) = out
+
+that is x, the outputs of both norms, z and out. What is added at z is added to out once more, because the residual
+connection carried z past the addition. So the block's own layer scale and stochastic depth act on its own branches
+only, as the equations of the adapters have it, in whatever way the architecture writes them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone import Block
+from .exchange import Exchange
+from .grid import Grid, TokenLayout
+from .layer import Site, VisualTunerLayer, call_equation
+
+
+# Arguments of blocks that have one entry, or a row and a column, for each token.
+_MASKS = ("attention_mask", "relative_position_bias")
+
+
+@dataclass(frozen=True)
+class BranchSite(Site):
+    """A branch beside attention or MLP, added to the token stream.
+
+    The equation is called with (batch, tokens, width) and returns the same shape.
+
+    Attributes:
+        sublayer: which of the two.
+        reads: the output of the norm before the sub-layer, or the stream before that norm.
+        drop_path: whether the branch is dropped at the block's stochastic depth rate, independently of the sub-layer.
+        needs_layout: whether the equation is called with a `TokenLayout` as second argument.
+    """
+
+    sublayer: Literal["attention", "mlp"]
+    reads: Literal["normed", "stream"]
+    drop_path: bool = False
+    needs_layout: bool = False
+
+
+@dataclass(frozen=True)
+class TokenSite(Site):
+    """Tokens put into the sequence after the prefix tokens and taken out again after the block.
+
+    From outside, a block has the backbone's own tokens only. The equation is called with the batch size and the
+    adapter's shared module or None; it returns (batch, tokens, width).
+
+    Attributes:
+        takes: whether the tokens are those that the block before handed on, and not new ones.
+        hands_on: whether the block after gets the tokens as this block leaves them.
+    """
+
+    takes: bool = False
+    hands_on: bool = False
+
+
+class SharedSite(Site):
+    """No site: the place where the first layer of an adapter keeps the module that all its layers use."""
+
+
+@dataclass
+class _Pass:
+    """One pass through one block: what comes in, and what the equations add on the way."""
+
+    grid: Grid | None
+    tokens: dict[str, Tensor]
+    prefix: int
+    attention: Tensor | None = None
+    mlp: Tensor | None = None
+
+
+class BlockLayer(VisualTunerLayer, nn.Module):
+    """A transformer block with equations inside and around it.
+
+    The block keeps its class and its hooks, and what the hooks see (transformers records hidden states there) is the
+    backbone's own tokens with everything that was added to them.
+
+    Args:
+        base_layer: the block.
+        model: the model it belongs to.
+        block: the block's roles.
+        prefix_tokens: tokens before the patches.
+        exchange: shared with the other block layers of the model.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, model: nn.Module, block: Block, prefix_tokens: int, exchange: Exchange
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self._init_layer()
+        self.prefix_tokens = prefix_tokens
+        self.exchange = exchange
+        self._pass: _Pass | None = None
+        self._block_returns_tuple = False
+        names = list(inspect.signature(type(base_layer).forward).parameters)[2:]
+        self._mask_positions = {name: position for position, name in enumerate(names) if name in _MASKS}
+        # The block's forward may already be one that was set on it (accelerate does that), not that of its class.
+        self._forward_before = base_layer.__dict__.get("forward")
+        base_layer.forward = self._adapted_forward
+        norm1, norm2 = (model.get_submodule(block.roles[role][0]) for role in ("norm1", "norm2"))
+        self._handles = [
+            norm1.register_forward_hook(self._after_norm1),
+            norm2.register_forward_pre_hook(self._before_norm2),
+            norm2.register_forward_hook(self._after_norm2),
+        ]
+        rates = (getattr(model.get_submodule(path), "drop_prob", None) for path in block.roles["drop_path"])
+        self.drop_path_rate = next((rate for rate in rates if rate), 0.0)
+        self._position_biases = [
+            _PositionBias(model.get_submodule(path), prefix_tokens) for path in block.roles["position_bias"]
+        ]
+
+    def detach(self) -> nn.Module:
+        """Undo everything that was done to the block and return it."""
+        del self.base_layer.forward
+        if self._forward_before is not None:
+            self.base_layer.forward = self._forward_before
+        for undoable in (*self._handles, *self._position_biases):
+            undoable.remove()
+        self.exchange.unwatch_grid()
+        return self.base_layer
+
+    def share(self, adapter_name: str, prefix: str, module: nn.Module, init_weights: bool) -> None:
+        """Keep a module that all layers of an adapter use; `exchange` makes it known to the others."""
+        self.add_equation(adapter_name, prefix, "shared", SharedSite(), module, init_weights)
+        self.exchange.shared[adapter_name] = module
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter from the layer."""
+        super().delete_adapter(adapter_name)
+        self.exchange.shared.pop(adapter_name, None)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Not possible.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"{', '.join(sorted({slot for plan in self.plans.values() for slot, _ in plan}))} cannot be merged: it is "
+            "no affine change of a weight of the backbone. Keep the adapter beside the backbone; `unload()` gives the "
+            "backbone back without it."
+        )
+
+    def unmerge(self) -> None:
+        """Not possible, as nothing can be merged.
+
+        Raises:
+            ValueError: always.
+        """
+        self.merge()
+
+    def _active(self) -> Iterator[tuple[str, nn.Module | None, Site]]:
+        if not self.disable_adapters:
+            for name in self.active_adapters:
+                for equation, site in self.equations_of(name):
+                    yield name, equation, site
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the block's, (batch, tokens, width) first."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("adapter_names: batches that mix adapters are not supported by this method.")
+        if not any(True for _ in self._active()):
+            return self.base_layer(hidden_states, *args, **kwargs)
+        sites = {name: site for name, _, site in self._active() if isinstance(site, TokenSite)}
+        tokens = {name: self.exchange.handed_on.pop(name) for name, site in sites.items() if site.takes}
+        onward = tuple(name for name, site in sites.items() if site.hands_on)
+        base: Any = self.base_layer
+        checkpoint = self.training and getattr(base, "gradient_checkpointing", False)
+        # Tokens and grid of this pass are arguments: when the function runs again in the backward pass, other images
+        # may have been through the model.
+        run = partial(self._run, self.exchange.grid, tuple(tokens), onward, checkpoint, kwargs)
+        call = partial(base._gradient_checkpointing_func, run) if checkpoint else run
+        output = call(hidden_states, *tokens.values(), *args)
+        if onward:
+            self.exchange.handed_on.update(zip(onward, output[-len(onward) :], strict=True))
+            output = output[: -len(onward)]
+            return output if self._block_returns_tuple else output[0]
+        return output
+
+    def _run(
+        self,
+        grid: Grid | None,
+        taken: tuple[str, ...],
+        onward: tuple[str, ...],
+        checkpoint: bool,
+        kwargs: dict[str, Any],
+        hidden_states: Tensor,
+        *rest: Any,
+    ) -> Any:
+        tokens = dict(zip(taken, rest, strict=False))
+        self._pass = _Pass(grid, tokens, self.prefix_tokens)
+        if checkpoint:  # once is enough: the block would do it again inside
+            self.base_layer.gradient_checkpointing = False
+        try:
+            output = self.base_layer(hidden_states, *rest[len(taken) :], **kwargs)
+        finally:
+            if checkpoint:
+                self.base_layer.gradient_checkpointing = True
+        self._pass = None
+        if not onward:
+            return output
+        flat = output if self._block_returns_tuple else (output,)
+        return (*flat, *(tokens[name] for name in onward))
+
+    def _adapted_forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the block does instead of its own forward; called by the block, inside its hooks."""
+        forward: Callable[..., Any] = self._forward_before or partial(type(self.base_layer).forward, self.base_layer)
+        current = self._pass
+        if current is None:
+            return forward(hidden_states, *args, **kwargs)
+        names = self._insert(hidden_states, current)
+        inserted = sum(current.tokens[name].shape[1] for name in names)
+        if inserted:
+            end = self.prefix_tokens
+            pieces = [hidden_states[:, :end], *(current.tokens[name] for name in names), hidden_states[:, end:]]
+            args, kwargs = self._make_room(args, kwargs, hidden_states.shape[1], inserted)
+            hidden_states = torch.cat(pieces, dim=1)
+            current.prefix += inserted
+        output = forward(hidden_states, *args, **kwargs)
+        self._block_returns_tuple = isinstance(output, tuple)
+        stream = output[0] if self._block_returns_tuple else output
+        for delta in (current.attention, current.mlp):
+            if delta is not None:
+                stream = stream + delta
+        if inserted:
+            start = self.prefix_tokens
+            for name in names:
+                stop = start + current.tokens[name].shape[1]
+                current.tokens[name] = stream[:, start:stop]
+                start = stop
+            stream = torch.cat([stream[:, : self.prefix_tokens], stream[:, start:]], dim=1)
+        return (stream, *output[1:]) if self._block_returns_tuple else stream
+
+    def _insert(self, hidden_states: Tensor, current: _Pass) -> list[str]:
+        """Make the tokens that this block starts with; the names of all adapters that have tokens here."""
+        names = []
+        for name, equation, site in self._active():
+            if isinstance(site, TokenSite):
+                if equation is not None:
+                    new = equation(hidden_states.shape[0], self.exchange.shared.get(name))
+                    current.tokens[name] = new.to(hidden_states.dtype)
+                names.append(name)
+        return names
+
+    def _make_room(self, args: tuple, kwargs: dict, length: int, count: int) -> tuple[tuple, dict]:
+        """Give masks and biases on attention logits a row and a column for each inserted token."""
+        kwargs = dict(kwargs)
+        positional = list(args)
+        for name, position in self._mask_positions.items():
+            if position < len(positional):
+                positional[position] = _widen(positional[position], name, self.prefix_tokens, length, count)
+            elif name in kwargs:
+                kwargs[name] = _widen(kwargs[name], name, self.prefix_tokens, length, count)
+        return tuple(positional), kwargs
+
+    def _branches(self, sublayer: str, stream: Tensor, normed: Tensor) -> Tensor | None:
+        current, total = self._pass, None
+        if current is None:
+            return None
+        for _, equation, site in self._active():
+            if isinstance(site, BranchSite) and site.sublayer == sublayer:
+                x = normed if site.reads == "normed" else stream
+                layout = (TokenLayout(current.prefix, current.grid),) if site.needs_layout and current.grid else ()
+                delta = call_equation(self, equation, x, *layout)  # type: ignore[arg-type]
+                if site.drop_path:
+                    delta = drop_path(delta, self.drop_path_rate, self.training)
+                total = delta if total is None else total + delta
+        return total
+
+    def _after_norm1(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if self._pass is not None:
+            self._pass.attention = self._branches("attention", args[0], output)
+
+    def _before_norm2(self, module: nn.Module, args: tuple) -> tuple | None:
+        if self._pass is None or self._pass.attention is None:
+            return None
+        return (args[0] + self._pass.attention, *args[1:])
+
+    def _after_norm2(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if self._pass is not None:
+            self._pass.mlp = self._branches("mlp", args[0], output)
+
+
+def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Stochastic depth: in training, zero whole samples of (batch, ...) at `rate` and scale up the others."""
+    if rate == 0.0 or not training:
+        return x
+    keep = torch.rand(x.shape[0], *(1,) * (x.ndim - 1), device=x.device) >= rate
+    return x * keep.to(x.dtype) / (1.0 - rate)
+
+
+def _widen(mask: Any, name: str, at: int, length: int, count: int) -> Any:
+    """Give a mask or bias on attention logits entries for inserted tokens.
+
+    All see them, and they see all that anyone sees: a key that is hidden from every token is padding. They have no
+    position, so no bias.
+
+    Args:
+        mask: (batch, keys), (..., queries, keys) or (..., 1, keys); boolean, or added to the logits; or None.
+        name: of the argument, for the error.
+        at: token before which to insert.
+        length: number of tokens, which marks the dimensions that count them.
+        count: entries to insert.
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"{name}: a {type(mask).__name__} cannot be extended to inserted tokens; pass a tensor.")
+
+    def insert(new: Tensor, dim: int) -> Tensor:
+        shape = list(mask.shape)
+        shape[dim] = count
+        return torch.cat([mask.narrow(dim, 0, at), new.expand(shape), mask.narrow(dim, at, length - at)], dim=dim)
+
+    if mask.shape[-1] == length:
+        mask = insert(mask.new_zeros(()) if mask.is_floating_point() else mask.new_ones(()), -1)
+    if mask.ndim > 2 and mask.shape[-2] == length:
+        if mask.is_floating_point():
+            lowest = torch.finfo(mask.dtype).min
+            hidden = (mask <= lowest / 2).all(dim=-2, keepdim=True)
+            mask = insert(hidden.to(mask.dtype) * lowest, -2)
+        else:
+            mask = insert(mask.any(dim=-2, keepdim=True).to(mask.dtype), -2)
+    return mask
+
+
+class _PositionBias:
+    """Lets a module that makes a bias for the grid serve a sequence with inserted tokens, which get no bias."""
+
+    def __init__(self, module: nn.Module, prefix_tokens: int) -> None:
+        self.module = module
+        self.prefix_tokens = prefix_tokens
+        module.forward = self.forward
+
+    def remove(self) -> None:
+        del self.module.forward
+
+    def forward(
+        self, window_size: tuple[int, int], interpolate_pos_encoding: bool = False, dim_size: int | None = None
+    ) -> Tensor:
+        own = window_size[0] * window_size[1] + self.prefix_tokens
+        inserted = 0 if dim_size is None else dim_size - own
+        bias = type(self.module).forward(self.module, window_size, interpolate_pos_encoding, dim_size=own)
+        return _widen(bias, "bias", self.prefix_tokens, own, inserted) if inserted else bias

@@ -1,0 +1,70 @@
+"""What the adapter layers of one model tell each other."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone import VisionBackbone
+from .grid import Grid
+
+
+@dataclass
+class Exchange:
+    """One object that all block layers of a model hold; no module, so it owns no parameters.
+
+    Attributes:
+        grid: of the images in the model just now, None before the first forward.
+        handed_on: tokens on their way from block to block, by adapter.
+        shared: the module that the layers of an adapter share, by adapter; its first layer registers it.
+        handles: the hooks that keep `grid` up to date.
+    """
+
+    grid: Grid | None = None
+    handed_on: dict[str, Tensor] = field(default_factory=dict)
+    shared: dict[str, nn.Module] = field(default_factory=dict)
+    handles: list[Any] = field(default_factory=list)
+    prefix_tokens: int = 0
+
+    def watch_grid(self, model: nn.Module, backbone: VisionBackbone) -> None:
+        """Read the grid off the embeddings in every forward from now on."""
+        if self.handles:
+            return
+        self.prefix_tokens = backbone.prefix_tokens
+        embeddings = model.get_submodule(backbone.embeddings)
+        (patch_embedding,) = (model.get_submodule(path) for path in backbone.patch_embedding)
+        if backbone.architecture.grid == "spatial_shapes":
+            self.handles.append(embeddings.register_forward_hook(self._from_spatial_shapes, with_kwargs=True))
+            return
+        self.handles.append(patch_embedding.register_forward_hook(self._from_patch_embedding))
+        if backbone.architecture.grid == "masked":
+            self.handles.append(embeddings.register_forward_hook(self._from_restore_ids))
+
+    def unwatch_grid(self) -> None:
+        """Remove the hooks of `watch_grid`."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        self.grid = None
+
+    def _from_patch_embedding(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self.grid = Grid(*output.shape[-2:])
+
+    def _from_spatial_shapes(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        shapes = inspect.signature(module.forward).bind(*args, **kwargs).arguments["spatial_shapes"]
+        shapes = torch.as_tensor(shapes, device=output.device)
+        height, width = (int(size) for size in shapes.amax(dim=0))
+        rows, columns = shapes[:, :1], shapes[:, 1:]
+        token = torch.arange(output.shape[1], device=output.device)
+        cells = torch.where(token < rows * columns, token // columns * width + token % columns, height * width)
+        self.grid = Grid(height, width, cells)
+
+    def _from_restore_ids(self, module: nn.Module, args: tuple, output: tuple) -> None:
+        tokens, _, ids_restore = output
+        assert self.grid is not None  # the patch embedding ran inside the embeddings
+        kept = tokens.shape[1] - self.prefix_tokens
+        self.grid = Grid(self.grid.height, self.grid.width, ids_restore.argsort(dim=1)[:, :kept])

@@ -1,0 +1,61 @@
+"""How the tokens of a sequence lie in the image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the patch tokens lie.
+
+    Attributes:
+        height: rows of patches.
+        width: patches in a row.
+        cells: (batch, patches), the cell of each token counted row by row, or None where tokens fill the grid in that
+            order. Tokens that are padding stand at cell height x width.
+    """
+
+    height: int
+    width: int
+    cells: Tensor | None = None
+
+    def to_map(self, tokens: Tensor) -> Tensor:
+        """(batch, patches, channels) to (batch, channels, height, width); cells without a token are zero.
+
+        Raises:
+            ValueError: the number of tokens is not that of the cells.
+        """
+        batch, patches, channels = tokens.shape
+        if self.cells is None:
+            if patches != self.height * self.width:
+                raise ValueError(f"{patches} patch tokens do not fill a grid of {self.height} x {self.width}.")
+            return tokens.transpose(1, 2).reshape(batch, channels, self.height, self.width)
+        area = self.height * self.width
+        index = self.cells.unsqueeze(-1).expand(-1, -1, channels)
+        canvas = tokens.new_zeros(batch, area + 1, channels).scatter(1, index, tokens)
+        return canvas[:, :area].transpose(1, 2).reshape(batch, channels, self.height, self.width)
+
+    def to_tokens(self, maps: Tensor) -> Tensor:
+        """(batch, channels, height, width) to (batch, patches, channels); tokens that are padding are zero."""
+        tokens = maps.flatten(2).transpose(1, 2)
+        if self.cells is None:
+            return tokens
+        tokens = torch.cat([tokens, tokens.new_zeros(tokens.shape[0], 1, tokens.shape[2])], dim=1)
+        return tokens.gather(1, self.cells.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """The parts of a token sequence.
+
+    Attributes:
+        prefix: number of tokens that are no patches; they come first.
+        grid: how the other tokens lie in the image.
+    """
+
+    prefix: int
+    grid: Grid

@@ -1,0 +1,244 @@
+"""peft's contract for a tuner, written once for all methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from peft.utils.other import ModulesToSaveWrapper, match_target_against_key
+from torch import Tensor, nn
+
+from .backbone import VisionBackbone, find_backbone
+from .config import VisualPeftConfig
+from .sites import BlockLayer, BranchSite, Exchange, ModuleLayer, OutputSite, Placement, VisualTunerLayer
+
+
+class VisualTuner(BaseTuner):
+    """Base of the tuners; the registry makes one a method.
+
+    A method says where its equations stand (`VisualPeftConfig.placements`); this class resolves the backbone, checks
+    everything before the model is touched, and puts the layers in.
+    """
+
+    tuner_layer_cls = VisualTunerLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Put the layers of an adapter into the model.
+
+        Args:
+            model: to be adapted, in place.
+            adapter_name: key of the config in `peft_config`.
+            autocast_adapter_dtype: whether half-precision adapter weights are raised to float32.
+            low_cpu_mem_usage: whether adapter weights are made on the meta device.
+            state_dict: names of the adapter's weights. Decides about the targets only where the config names target
+                modules; roles leave nothing to decide.
+
+        Raises:
+            ValueError: the config does not fit the model; the model is then untouched.
+        """
+        config: VisualPeftConfig = self.peft_config[adapter_name]
+        self._plan(model, config)
+        try:
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict if config.target_modules is not None else None,
+            )
+        finally:
+            self._forget_plan()
+
+    def _plan(self, model: nn.Module, config: VisualPeftConfig) -> None:
+        if config.unknown_fields:
+            raise ValueError(
+                f"The configuration has fields that {type(config).__name__} does not know: "
+                f"{', '.join(config.unknown_fields)}. Install the version of hf_visual_peft that wrote it, or remove "
+                "the fields if they are a mistake."
+            )
+        self._forget_plan()
+        if config.target_modules is not None:
+            return
+        backbone = find_backbone(model)
+        self._check_layers(config, backbone)
+        if config.modules_to_save is None and backbone.heads:
+            config.modules_to_save = list(backbone.heads)
+        selected = backbone.select(config.layers_to_transform)
+        for placement in config.placements(self._without_excluded(selected, config)):
+            if _is_excluded(config, placement.path):
+                self._excluded.add(placement.path)
+            else:
+                self._check_free(model, placement.path)
+                self._placements.setdefault(placement.path, []).append(placement)
+        self._backbone = backbone
+
+    def _forget_plan(self) -> None:
+        self._placements: dict[str, list[Placement]] = {}
+        self._excluded: set[str] = set()
+        self._backbone: VisionBackbone | None = None
+
+    def _check_layers(self, config: VisualPeftConfig, backbone: VisionBackbone) -> None:
+        for layer in config.layers_to_transform or ():
+            if layer >= backbone.depth:
+                raise ValueError(
+                    f"{type(config).__name__}.layers_to_transform has {layer}: {backbone.class_name} has "
+                    f"{backbone.depth} blocks, 0 to {backbone.depth - 1}."
+                )
+
+    def _without_excluded(self, backbone: VisionBackbone, config: VisualPeftConfig) -> VisionBackbone:
+        excluded = {block.index for block in backbone.blocks if _is_excluded(config, block.path)}
+        if not excluded:
+            return backbone
+        self._excluded.update(block.path for block in backbone.blocks if block.index in excluded)
+        kept = tuple(block for block in backbone.blocks if block.index not in excluded)
+        return replace(backbone, blocks=kept)
+
+    def _check_free(self, model: nn.Module, path: str) -> None:
+        """Refuse what an adapter of another kind has wrapped, or what lies in it: peft would pass it over."""
+        parts = path.split(".")
+        for end in range(1, len(parts) + 1):
+            name = ".".join(parts[:end])
+            module = model.get_submodule(name)
+            own = end == len(parts) and isinstance(module, VisualTunerLayer)
+            if isinstance(module, BaseTunerLayer) and not own:
+                raise ValueError(
+                    f"{type(self).__name__} cannot act on {path!r}: {name!r} already belongs to another adapter "
+                    f"({type(module).__name__}). Use one model for each, or methods that act on the same sites."
+                )
+
+    def _prepare_adapter_config(self, peft_config: VisualPeftConfig, model_config: dict) -> VisualPeftConfig:
+        return peft_config  # targets are found by role, from the model itself
+
+    def _check_target_module_exists(self, peft_config: VisualPeftConfig, key: str) -> Any:
+        if peft_config.target_modules is not None:
+            return check_target_module_exists(peft_config, key)
+        return _ExcludedModule() if key in self._excluded else key in self._placements
+
+    def _create_and_replace(
+        self,
+        peft_config: VisualPeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        placements = self._placements.get(current_key) or [peft_config.placement_at(current_key)]
+        layer = target
+        if not isinstance(target, VisualTunerLayer):
+            if all(isinstance(placement.site, OutputSite) for placement in placements):
+                layer = ModuleLayer(target)
+            else:
+                layer = self._new_block_layer(target, current_key)
+        for placement in placements:
+            equation = placement.build(layer.get_base_layer()) if placement.build else None
+            layer.add_equation(
+                adapter_name, self.prefix, placement.slot, placement.site, equation, peft_config.init_weights
+            )
+            if placement.shared is not None and adapter_name not in layer.exchange.shared:
+                layer.share(adapter_name, self.prefix, placement.shared(), peft_config.init_weights)
+            if isinstance(placement.site, BranchSite) and placement.site.needs_layout:
+                layer.exchange.watch_grid(self.model, self._backbone)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+        if adapter_name not in self.active_adapters:
+            layer.set_requires_grad(adapter_name, requires_grad=False)
+
+    def _new_block_layer(self, target: nn.Module, path: str) -> BlockLayer:
+        assert self._backbone is not None
+        others = (module.exchange for module in self.model.modules() if isinstance(module, BlockLayer))
+        exchange = next(others, None) or Exchange()
+        block = next(block for block in self._backbone.blocks if block.path == path)
+        return BlockLayer(target, self.model, block, self._backbone.prefix_tokens, exchange)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)
+        if isinstance(child, BlockLayer):
+            child.detach()
+
+    def unload(self) -> nn.Module:
+        """Take all adapter layers out; the model is then the very base again, its head included.
+
+        (With peft's own methods the trained copies of `modules_to_save` stay in the model.)
+        """
+        heads = {name: m for name, m in self.model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+        model = super().unload()
+        for name, wrapper in heads.items():
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, wrapper.original_module)
+        return model
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for module in self.model.modules():
+            if isinstance(module, BlockLayer) and module.plans:
+                module.merge()
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"adapter_names: {type(self).__name__} does not support batches that mix adapters. Use set_adapter "
+                "and one batch for each."
+            )
+        yield
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # <module>.<prefix><slot>.<adapter>.<parameter, possibly nested>
+        head, found, tail = key.rpartition(f".{cls.prefix}")
+        slot, _, rest = tail.partition(".")
+        if not found or not rest.startswith(f"{adapter_name}."):
+            return super()._remove_adapter_name_from_key(key, adapter_name)
+        return f"{head}.{cls.prefix}{slot}.{rest.removeprefix(f'{adapter_name}.')}"
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: VisualPeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Give the weights of a file the names they have in the model.
+
+        Raises:
+            ValueError: the weights are not those of this model's adapter layers.
+        """
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        own = {
+            key: value
+            for key, value in model.state_dict().items()
+            if f".{cls.prefix}" in key and f".{adapter_name}." in key.rpartition(f".{cls.prefix}")[2]
+        }
+        wrong = [f"{key} is missing" for key in own if key not in remapped]
+        wrong += [f"{key} is not expected" for key in remapped if f".{cls.prefix}" in key and key not in own]
+        wrong += [
+            f"{key} has shape {tuple(remapped[key].shape)} in the file and {tuple(value.shape)} in the model"
+            for key, value in own.items()
+            if key in remapped and remapped[key].shape != value.shape
+        ]
+        if wrong:
+            trained_on = config.base_model_name_or_path or "a model whose name was not recorded"
+            raise ValueError(
+                f"The adapter was trained on {trained_on} and does not fit this {type(model).__name__}: {wrong[0]}"
+                + (f" (and {len(wrong) - 1} more)." if len(wrong) > 1 else ".")
+            )
+        return remapped
+
+
+def _is_excluded(config: VisualPeftConfig, path: str) -> bool:
+    names = config.exclude_modules
+    if not names:
+        return False
+    if isinstance(names, str):
+        return bool(match_target_against_key(names, path))
+    return any(path == name or path.endswith(f".{name}") for name in names)

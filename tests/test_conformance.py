@@ -1,0 +1,467 @@
+"""What every registered method must do, on several families. A new method file enters by being registered."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from families import DEPTH, FAMILIES, output_of
+from peft import AutoPeftModel, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForImageClassification,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    pipeline,
+)
+
+import hf_visual_peft
+
+
+CORE = ("vit", "beit", "dinov2_registers")
+TOLERANCE = 1e-5  # of the output's scale, in float32
+
+
+def _variants():
+    """Each method as its declared counts name it, shrunk to the tiny models."""
+    for method in hf_visual_peft.list_methods().values():
+        for fields, _ in method.counts:
+            small = dict(fields)
+            if "r" in {field.name for field in dataclasses.fields(method.config_cls)}:
+                small["r"] = 8
+            if "num_virtual_tokens" in small:
+                small["num_virtual_tokens"] = 3
+            yield pytest.param(method, small, id="-".join([method.name, *(f"{k}={v}" for k, v in small.items())]))
+
+
+VARIANTS = list(_variants())
+every_method = pytest.mark.parametrize(("method", "fields"), VARIANTS)
+core_families = pytest.mark.parametrize("family", [FAMILIES[name] for name in CORE], ids=CORE)
+all_families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+
+
+def adapted(method, fields, family, **kwargs):
+    """A model with random weights everywhere, also in the adapter."""
+    torch.manual_seed(2)
+    return get_peft_model(family.model(), method.config_cls(**fields, init_weights=False), **kwargs).eval()
+
+
+@torch.no_grad()
+def run(model, family, batch=2):
+    return output_of(model, family.inputs(batch))
+
+
+def assert_close(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE * b.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "count"),
+    [(m, f, c) for m in hf_visual_peft.list_methods().values() for f, c in m.counts],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_count_on_vit_b16(method, fields, count):
+    with torch.device("meta"):
+        vit = ViTForImageClassification(ViTConfig(num_labels=7))
+    model = get_peft_model(vit, method.config_cls(**fields))
+    names = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    assert sum(n for name, n in names.items() if "classifier" not in name) == count
+    assert sum(n for name, n in names.items() if "classifier" in name) == 7 * 769
+
+
+@every_method
+@all_families
+def test_changes_output_disables_and_unloads(method, fields, family):
+    base = family.model()
+    before = run(base, family)
+    weights = {name: value.clone() for name, value in base.state_dict().items()}
+    modules = dict(base.named_modules())
+    hooks = {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in modules.items()}
+    model = get_peft_model(base, method.config_cls(**fields, init_weights=False)).eval()
+    after = run(model, family)
+    assert after.isfinite().all()
+    assert not torch.allclose(before, after)
+    with model.disable_adapter():
+        assert torch.equal(run(model, family), before)
+    assert torch.equal(run(model, family), after)
+
+    unloaded = model.unload()
+    assert unloaded is base
+    assert {name: id(m) for name, m in unloaded.named_modules()} == {name: id(m) for name, m in modules.items()}
+    assert hooks == {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in unloaded.named_modules()}
+    assert not any("forward" in vars(m) for m in unloaded.modules())
+    assert weights.keys() == unloaded.state_dict().keys()
+    assert all(torch.equal(weights[name], value) for name, value in unloaded.state_dict().items())
+    assert torch.equal(run(unloaded, family), before)
+
+
+@every_method
+@all_families
+def test_identity_at_start(method, fields, family):
+    base = family.model()
+    before = run(base, family)
+    model = get_peft_model(base, method.config_cls(**fields)).eval()
+    assert torch.equal(run(model, family), before) == method.identity_at_start
+
+
+@every_method
+@all_families
+def test_gradients(method, fields, family):
+    model = adapted(method, fields, family).train()
+    output_of(model, family.inputs(2)).square().sum().backward()
+    heads = model.peft_config["default"].modules_to_save or []
+    assert bool(heads) == (family.classifier is not None)
+    for name, parameter in model.named_parameters():
+        belongs = f".{method.name}_" in name or ".modules_to_save.default." in name
+        assert parameter.requires_grad == belongs, name
+        assert (parameter.grad is not None and parameter.grad.any().item()) == belongs, name
+
+
+@every_method
+@all_families
+def test_hidden_states_have_the_backbones_tokens(method, fields, family):
+    base = family.model()
+    inputs = family.inputs(2)
+    with torch.no_grad():
+        expected = [h.shape for h in base(**inputs, output_hidden_states=True).hidden_states]
+        model = get_peft_model(base, method.config_cls(**fields, init_weights=False)).eval()
+        out = model(**inputs, output_hidden_states=True)
+    assert [h.shape for h in out.hidden_states] == expected
+    assert len(expected) == DEPTH + 1
+    assert expected[0][1] == family.prefix + family.patches
+    assert torch.equal(output_of(model, inputs), run(model, family))
+
+
+@every_method
+@core_families
+def test_save_and_load(method, fields, family, tmp_path):
+    base = family.model()
+    base.save_pretrained(tmp_path / "base")
+    base = AutoModelForImageClassification.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, method.config_cls(**fields, init_weights=False)).eval()
+    expected = run(model, family)
+    model.save_pretrained(tmp_path / "adapter")
+    written = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert written == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
+    assert "import hf_visual_peft" in (tmp_path / "adapter" / "README.md").read_text()
+
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sum(value.numel() for value in weights.values()) == trained
+    assert not any("default" in name or "base_layer" in name for name in weights)
+    assert weights.keys() == get_peft_model_state_dict(model).keys()
+
+    config = PeftConfig.from_pretrained(tmp_path / "adapter")
+    assert type(config) is method.config_cls
+    assert config.peft_type == method.name.upper()
+
+    fresh = lambda: AutoModelForImageClassification.from_pretrained(tmp_path / "base")  # noqa: E731
+    for kwargs in ({}, {"low_cpu_mem_usage": True}, {"is_trainable": True}, {"adapter_name": "other"}):
+        loaded = PeftModel.from_pretrained(fresh(), tmp_path / "adapter", **kwargs).eval()
+        assert torch.equal(run(loaded, family), expected), kwargs
+        assert not any(p.is_meta for p in loaded.parameters())
+    automatic = AutoPeftModel.from_pretrained(str(tmp_path / "adapter")).eval()
+    assert torch.equal(run(automatic, family), expected)
+    whole = AutoModelForImageClassification.from_pretrained(str(tmp_path / "adapter")).eval()
+    assert torch.equal(run(whole, family), expected)
+
+
+@every_method
+@all_families
+def test_transformers_own_adapter_methods(method, fields, family, tmp_path):
+    model = adapted(method, fields, family)
+    expected = run(model, family)
+    model.save_pretrained(tmp_path)
+
+    native = family.model()
+    before = run(native, family)
+    native.load_adapter(str(tmp_path), adapter_name="loaded")
+    # weights are the same to the bit; outputs need not be, as matrix products depend on how memory is aligned
+    saved = {name.removeprefix("base_model.model."): value for name, value in get_peft_model_state_dict(model).items()}
+    loaded = native.get_adapter_state_dict("loaded")
+    assert saved.keys() == loaded.keys()
+    assert all(torch.equal(saved[name], value) for name, value in loaded.items())
+    assert_close(run(native, family), expected)
+    native.disable_adapters()
+    assert torch.equal(run(native, family), before)
+    native.enable_adapters()
+    assert_close(run(native, family), expected)
+
+    native = family.model()
+    native.add_adapter(method.config_cls(**fields, init_weights=False), adapter_name="first")
+    native.eval()
+    first = run(native, family)
+    assert not torch.equal(first, before)
+    native.add_adapter(method.config_cls(**fields, init_weights=False), adapter_name="second")
+    native.eval()
+    assert not torch.equal(run(native, family), first)
+    native.set_adapter("first")
+    assert torch.equal(run(native, family), first)
+    native.delete_adapter("second")
+    assert torch.equal(run(native, family), first)
+    state = native.get_adapter_state_dict("first")
+    assert state
+    assert not any("first" in name for name in state)
+
+
+@every_method
+@core_families
+def test_several_adapters(method, fields, family, tmp_path):
+    model = adapted(method, fields, family)
+    first = run(model, family)
+    model.add_adapter("second", method.config_cls(**fields, init_weights=False))
+    assert torch.equal(run(model, family), first)
+    model.set_adapter("second")
+    second = run(model.eval(), family)
+    assert not torch.allclose(first, second)
+    model.save_pretrained(tmp_path, selected_adapters=["second"])
+    assert not (tmp_path / "adapter_config.json").exists()
+    assert "import hf_visual_peft" in (tmp_path / "second" / "README.md").read_text()
+    model.load_adapter(tmp_path / "second", adapter_name="third")
+    model.set_adapter("third")
+    assert torch.equal(run(model.eval(), family), second)
+    model.set_adapter("default")
+    assert torch.equal(run(model, family), first)
+    model.delete_adapter("second")
+    assert set(model.peft_config) == {"default", "third"}
+    assert torch.equal(run(model, family), first)
+
+
+@every_method
+@core_families
+def test_two_adapters_at_once(method, fields, family):
+    model = adapted(method, {**fields, "modules_to_save": []}, family)
+    first = run(model, family)
+    model.add_adapter("second", method.config_cls(**fields, init_weights=False, modules_to_save=[]))
+    model.set_adapter("second")
+    second = run(model.eval(), family)
+    model.base_model.set_adapter(["default", "second"])
+    both = run(model.eval(), family)
+    assert not torch.allclose(both, first)
+    assert not torch.allclose(both, second)
+    model.train()
+    output_of(model, family.inputs(2)).square().sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if f".{method.name}_" in name)
+
+
+@every_method
+@core_families
+@pytest.mark.filterwarnings("ignore:.*gets a bias by merging")
+def test_merging(method, fields, family):
+    model = adapted(method, fields, family)
+    expected = run(model, family)
+    if not method.mergeable:
+        for call in (model.merge_adapter, model.merge_and_unload):
+            with pytest.raises(ValueError, match="cannot be merged"):
+                call()
+        assert torch.equal(run(model, family), expected)
+        return
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    model.merge_adapter(safe_merge=True)
+    assert_close(run(model, family), expected)
+    model.unmerge_adapter()
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(run(model, family), expected)
+
+    model = adapted(method, {**fields, "modules_to_save": []}, family)
+    model.add_adapter("second", method.config_cls(**fields, init_weights=False, modules_to_save=[]))
+    model.base_model.set_adapter(["default", "second"])
+    both = run(model.eval(), family)
+    merged = copy.deepcopy(model).merge_and_unload(safe_merge=True)
+    assert_close(run(merged, family), both)
+    assert not any(isinstance(module, BaseTunerLayer) for module in merged.modules())
+    assert not any(type(module).__module__.startswith("hf_visual_peft") for module in merged.modules())
+
+    broken = copy.deepcopy(model)
+    next(p for name, p in broken.named_parameters() if f".{method.name}_" in name).data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN"):
+        broken.merge_adapter(safe_merge=True)
+
+
+@every_method
+@all_families
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_gradient_checkpointing_gives_the_same_gradients(method, fields, family, reentrant):
+    model = adapted(method, fields, family).train()
+    inputs, others = family.inputs(2), family.inputs(3)
+
+    def gradients():
+        model.zero_grad()
+        torch.manual_seed(5)
+        loss = output_of(model, inputs).square().sum()
+        loss = loss + output_of(model, others).square().sum()  # both passes wait for their backward
+        loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    base = model.get_base_model()
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    if reentrant:  # checkpoints then pass gradients on only if their input has some
+        patches = base.get_submodule(hf_visual_peft.find_backbone(base).patch_embedding[0])
+        patches.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    calls = []
+    for block in base.modules():
+        function = vars(block).get("_gradient_checkpointing_func")
+        if function is not None and not isinstance(block, BaseTunerLayer):
+            block._gradient_checkpointing_func = lambda *a, f=function: calls.append(1) or f(*a)
+    again = gradients()
+    assert len(calls) == 2 * DEPTH
+    assert plain.keys() <= again.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-5, atol=1e-6 * gradient.abs().max().item())
+
+
+@every_method
+@core_families
+@pytest.mark.slow
+def test_compile_fullgraph(method, fields, family):
+    model = adapted(method, fields, family)
+    expected = run(model, family)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close(run(compiled, family), expected)
+    model.train()
+    torch.manual_seed(0)
+    output_of(compiled, family.inputs(2)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@every_method
+@core_families
+def test_half_precision(method, fields, family):
+    model = adapted(method, fields, family)
+    expected = run(model, family)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(run(model, family).float(), expected, rtol=0.1, atol=0.1 * expected.abs().max())
+    model.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output_of(model, family.inputs(2)).float().sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+    torch.manual_seed(2)
+    half = family.model().to(torch.bfloat16)
+    half = get_peft_model(half, method.config_cls(**fields, init_weights=False)).eval()
+    assert {p.dtype for name, p in half.named_parameters() if f".{method.name}_" in name} == {torch.float32}
+    inputs = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in family.inputs(2).items()}
+    assert output_of(half, inputs).isfinite().all()
+    half = get_peft_model(family.model().to(torch.bfloat16), method.config_cls(**fields), autocast_adapter_dtype=False)
+    assert {p.dtype for name, p in half.named_parameters() if f".{method.name}_" in name} == {torch.bfloat16}
+    assert output_of(half, inputs).dtype == torch.bfloat16
+
+
+@every_method
+@core_families
+def test_copies(method, fields, family):
+    model = adapted(method, fields, family)
+    expected = run(model, family)
+    for duplicate in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(run(duplicate, family), expected)
+        assert not {p.data_ptr() for p in duplicate.parameters()} & {p.data_ptr() for p in model.parameters()}
+        with torch.no_grad():
+            for parameter in duplicate.parameters():
+                parameter.zero_()
+        assert torch.equal(run(model, family), expected)
+
+
+@every_method
+@core_families
+def test_layers_to_transform_and_exclude_modules(method, fields, family):
+    def touched(**selection):
+        model = adapted(method, {**fields, **selection}, family)
+        assert run(model, family).isfinite().all()
+        return {name for name, p in model.named_parameters() if f".{method.name}_" in name}
+
+    def outside(names, *blocks):
+        return all(not name.startswith(f"base_model.model.{block.path}.") for name in names for block in blocks)
+
+    first, second, third = hf_visual_peft.find_backbone(family.model()).blocks
+    assert not outside(touched(), first)
+    only = touched(layers_to_transform=1)
+    assert only
+    assert all(name.startswith(f"base_model.model.{second.path}.") for name in only)
+    assert touched(layers_to_transform=[1]) == only
+    excluded = touched(exclude_modules=[first.path, third.path])
+    assert only <= excluded
+    assert outside(excluded, first, third)
+    assert touched(exclude_modules=rf"{first.path}|{third.path}") == excluded
+
+
+@every_method
+@core_families
+def test_modules_to_save(method, fields, family):
+    def trained(value):
+        model = adapted(method, {**fields, "modules_to_save": value}, family)
+        return {n for n, p in model.named_parameters() if p.requires_grad and f".{method.name}_" not in n}
+
+    assert len(trained(None)) == 2
+    assert trained([]) == set()
+    bare = get_peft_model(family.backbone(), method.config_cls(**fields))
+    assert not bare.peft_config["default"].modules_to_save
+
+
+@every_method
+def test_mixed_batches_are_refused(method, fields):
+    family = FAMILIES["vit"]
+    model = adapted(method, fields, family)
+    with pytest.raises(ValueError, match="adapter_names"):
+        model(**family.inputs(2), adapter_names=["default", "__base__"])
+
+
+@every_method
+@core_families
+def test_trainer_and_pipeline(method, fields, family, tmp_path):
+    torch.manual_seed(2)
+    model = get_peft_model(family.model(), method.config_cls(**fields))
+    before = get_peft_model_state_dict(model)
+    before = {name: value.clone() for name, value in before.items()}
+    samples = [{"pixel_values": family.inputs(1)["pixel_values"][0], "labels": i % 3} for i in range(4)]
+    arguments = TrainingArguments(
+        tmp_path, max_steps=2, per_device_train_batch_size=2, learning_rate=0.1, use_cpu=True, disable_tqdm=True
+    )
+    trainer = Trainer(model, arguments, train_dataset=samples)
+    trainer.train()
+    trainer.save_model(tmp_path / "trained")
+    after = load_file(tmp_path / "trained" / "adapter_model.safetensors")
+    assert after.keys() == before.keys()
+    assert any(not torch.equal(after[name], before[name]) for name in after if f".{method.name}_" in name)
+
+    native = family.model()
+    native.load_adapter(str(tmp_path / "trained"))
+    from transformers import ViTImageProcessor
+
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    classify = pipeline("image-classification", model=native, image_processor=processor, device="cpu")
+    from PIL import Image
+
+    (result,) = classify([Image.new("RGB", (40, 30), (200, 10, 10))])
+    assert sum(entry["score"] for entry in result) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_process_without_the_plugin_fails(tmp_path):
+    method = hf_visual_peft.get_method("vpt")
+    family = FAMILIES["vit"]
+    adapted(method, {}, family).save_pretrained(tmp_path)
+    code = f"from peft import PeftConfig; PeftConfig.from_pretrained({str(tmp_path)!r})"
+    failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert failed.returncode != 0
+    assert "KeyError: 'VPT'" in failed.stderr
+    subprocess.run([sys.executable, "-c", f"import hf_visual_peft; {code}"], check=True)
+
+
+@every_method
+def test_config_survives_json(method, fields, tmp_path):
+    config = method.config_cls(**fields, layers_to_transform=[0, 2], modules_to_save=["classifier"])
+    config.save_pretrained(tmp_path)
+    assert method.config_cls.from_pretrained(tmp_path) == config
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == method.name.upper()
