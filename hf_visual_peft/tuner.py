@@ -74,8 +74,12 @@ class VisualTuner(BaseTuner):
         self._check_layers(config, backbone)
         if config.modules_to_save is None and backbone.heads:
             config.modules_to_save = list(backbone.heads)
-        selected = backbone.select(config.layers_to_transform)
-        for placement in config.placements(self._without_excluded(selected, config)):
+        selected = self._without_excluded(backbone.select(config.layers_to_transform), config)
+        if not selected.blocks:
+            raise ValueError(
+                f"{type(config).__name__}.exclude_modules is {config.exclude_modules!r}: no block is left to adapt."
+            )
+        for placement in config.placements(selected):
             if _is_excluded(config, placement.path):
                 self._excluded.add(placement.path)
             else:

@@ -1,0 +1,175 @@
+"""Errors name the field, the value and what is valid, and come before the model is touched."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+
+import pytest
+import torch
+from families import FAMILIES, WIDTH
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import ViTConfig, ViTForImageClassification
+
+from hf_visual_peft import AdaptFormerConfig, ConvpassConfig, SSFConfig, VPTConfig, get_method
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "message"),
+    [
+        (VPTConfig, {"num_virtual_tokens": 0}, r"num_virtual_tokens is 0: must be an integer from 1 to 10000"),
+        (VPTConfig, {"num_virtual_tokens": 10**9}, r"num_virtual_tokens is 1000000000: must be an integer from 1"),
+        (VPTConfig, {"num_virtual_tokens": 2.5}, r"num_virtual_tokens is 2.5"),
+        (VPTConfig, {"num_virtual_tokens": True}, r"num_virtual_tokens is True"),
+        (VPTConfig, {"dropout": 1.0}, r"dropout is 1.0: must be a finite number of at least 0 and less than 1"),
+        (VPTConfig, {"projection_dim": -1}, r"projection_dim is -1: must be an integer of at least 1"),
+        (VPTConfig, {"deep": "no"}, r"deep is 'no': must be one of True, False"),
+        (AdaptFormerConfig, {"r": 0}, r"AdaptFormerConfig.r is 0: must be an integer of at least 1"),
+        (AdaptFormerConfig, {"r": "8"}, r"r is '8'"),
+        (AdaptFormerConfig, {"scale": "large"}, r"scale is 'large': must be a finite number or \"learnable\""),
+        (AdaptFormerConfig, {"scale": float("nan")}, r"scale is nan: must be a finite number"),
+        (AdaptFormerConfig, {"layer_norm": "both"}, r"layer_norm is 'both': must be one of 'none', 'in', 'out'"),
+        (ConvpassConfig, {"sublayers": ("attention", "fc1")}, r"sublayers is .*'fc1'.*'attention', 'mlp'"),
+        (ConvpassConfig, {"sublayers": ()}, r"sublayers is \(\)"),
+        (ConvpassConfig, {"conv_init": "zeros"}, r"conv_init is 'zeros': must be one of 'identity', 'xavier'"),
+        (SSFConfig, {"init_std": -0.1}, r"init_std is -0.1: must be a finite number of at least 0"),
+        (SSFConfig, {"layers_pattern": "layers"}, r"layers_pattern is 'layers'"),
+        (SSFConfig, {"target_modules": ".*", "layers_to_transform": [0]}, r"layers_to_transform is \[0\]"),
+        (VPTConfig, {"layers_to_transform": []}, r"layers_to_transform is \[\]"),
+        (VPTConfig, {"layers_to_transform": [-1]}, r"layers_to_transform is \[-1\]: must be indices from 0"),
+        (VPTConfig, {"layers_to_transform": "all"}, r"layers_to_transform is 'all'"),
+        (VPTConfig, {"modules_to_save": "classifier"}, r"modules_to_save is 'classifier': must be None or a list"),
+    ],
+)
+def test_fields_out_of_range(config, fields, message):
+    with pytest.raises(ValueError, match=message):
+        config(**fields)
+
+
+def test_misspelt_fields():
+    with pytest.raises(TypeError, match="num_tokens"):
+        VPTConfig(num_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            AdaptFormerConfig(r=10**9),
+            rf"r is 1000000000: must be an integer from 1 to {WIDTH} \(the backbone's width\)",
+        ),
+        (ConvpassConfig(r=10**9), rf"r is 1000000000: must be an integer from 1 to {WIDTH}"),
+        (VPTConfig(projection_dim=10**9), rf"projection_dim is 1000000000: must be an integer from 1 to {WIDTH}"),
+        (VPTConfig(layers_to_transform=[0, 3]), "layers_to_transform has 3: ViTModel has 3 blocks, 0 to 2"),
+        (VPTConfig(deep=False, layers_to_transform=[0, 2]), r"consecutive, and they are \[0, 2\]"),
+        (VPTConfig(deep=False, exclude_modules=["vit.layers.1"]), r"consecutive, and they are \[0, 2\]"),
+        (VPTConfig(exclude_modules=r"vit\.layers\.\d"), "no block is left"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_fields_that_do_not_fit_the_model(config, message):
+    model = FAMILIES["vit"].model()
+    modules = {name: id(module) for name, module in model.named_modules()}
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, config)
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+    assert modules == {name: id(module) for name, module in model.named_modules()}
+    assert trainable == {name: p.requires_grad for name, p in model.named_parameters()}
+    assert not hasattr(model, "peft_config")
+
+
+def test_ssf_on_a_module_without_channels():
+    with pytest.raises(ValueError, match=r"SSFConfig.target_modules: cannot scale the output of a Dropout"):
+        get_peft_model(FAMILIES["vit"].model(), SSFConfig(target_modules=["dropout"]))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = get_peft_model(FAMILIES["vit"].model(), AdaptFormerConfig(r=4, init_weights=False))
+    model.peft_config["default"].base_model_name_or_path = "somebody/vit-tiny"
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def change(folder, **fields):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_checkpoint_of_another_backbone(saved):
+    """The message says which backbone the adapter was trained on."""
+
+    def vit(width, depth):
+        sizes = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": 2}
+        return ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=3))
+
+    with pytest.raises(ValueError, match=r"on somebody/vit-tiny.*has shape \(4, 16\) in the file and \(4, 24\)"):
+        PeftModel.from_pretrained(vit(24, 3), saved)
+    with pytest.raises(ValueError, match=r"on somebody/vit-tiny.*layers.3.*is missing \(and 7 more\)"):
+        PeftModel.from_pretrained(vit(16, 5), saved)
+    with pytest.raises(ValueError, match=r"on somebody/vit-tiny.*is not expected"):
+        PeftModel.from_pretrained(vit(16, 1), saved)
+    change(saved, r=6)
+    with pytest.raises(ValueError, match=r"has shape \(4, 16\) in the file and \(6, 16\) in the model"):
+        PeftModel.from_pretrained(FAMILIES["vit"].model(), saved)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "zip"])
+def test_damaged_weights(saved, damage):
+    path = saved / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "zip": b"PK\x03\x04" + whole[4:]}[damage])
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors is truncated or no safetensors file"):
+        PeftModel.from_pretrained(FAMILIES["vit"].model(), saved)
+
+
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
+@pytest.mark.parametrize("load", [AdaptFormerConfig.from_pretrained, PeftConfig.from_pretrained], ids=["own", "peft"])
+def test_unknown_field_in_a_file(saved, load):
+    change(saved, gate="sigmoid", r=4)
+    config = load(saved)
+    model = FAMILIES["vit"].model()
+    with pytest.raises(ValueError, match="fields that AdaptFormerConfig does not know: gate"):
+        get_peft_model(model, config)
+    with pytest.raises(ValueError, match="fields that AdaptFormerConfig does not know: gate"):
+        PeftModel.from_pretrained(model, saved)
+    with pytest.raises(ValueError, match="fields that AdaptFormerConfig does not know: gate"):
+        model.load_adapter(str(saved))
+
+
+def test_absurd_size_in_a_file(saved):
+    change(saved, r=10**9)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="r is 1000000000"):
+        PeftModel.from_pretrained(FAMILIES["vit"].model(), saved)
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+    change(saved, r="many")
+    with pytest.raises(ValueError, match="r is 'many'"):
+        PeftModel.from_pretrained(FAMILIES["vit"].model(), saved)
+
+
+def test_data_parallel_is_refused():
+    model = get_peft_model(FAMILIES["vit"].model(), VPTConfig())
+    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
+        model.get_base_model().vit.layers[0]._replicate_for_data_parallel()
+
+
+def test_masks_that_are_no_tensors():
+    model = get_peft_model(FAMILIES["vit"].model(), VPTConfig())
+    layer = model.get_base_model().vit.layers[0]
+    with pytest.raises(ValueError, match="attention_mask: a object cannot be extended to inserted tokens"):
+        layer(torch.zeros(1, 17, WIDTH), object())
+
+
+def test_merge_error_names_the_method():
+    for name in ("vpt", "adaptformer", "convpass"):
+        config_cls = get_method(name).config_cls
+        model = get_peft_model(FAMILIES["vit"].model(), config_cls(**({} if name == "vpt" else {"r": 4})))
+        with pytest.raises(ValueError, match=rf"{name}.* cannot be merged.*unload\(\)"):
+            model.merge_and_unload()
+        with pytest.raises(ValueError, match="cannot be merged"):
+            model.unmerge_adapter()
