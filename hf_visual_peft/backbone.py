@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from .architectures import Architecture, architecture_of, known_backbones
 
@@ -123,7 +123,7 @@ def _resolve(model: nn.Module, path: str, backbone: nn.Module, architecture: Arc
 
     def existing(prefix: str, names: Sequence[str]) -> tuple[str, ...]:
         paths = (full(prefix, name) for name in names)
-        return tuple(p for p in paths if isinstance(unwrapped(_lookup(model, p)), nn.Module))
+        return tuple(p for p in paths if isinstance(_lookup(model, p), nn.Module))
 
     def required(prefix: str, names: Sequence[str], role: str) -> tuple[str, ...]:
         paths = existing(prefix, names)
@@ -165,8 +165,8 @@ def _resolve(model: nn.Module, path: str, backbone: nn.Module, architecture: Arc
         norms=tuple(p for p in norms if not isinstance(unwrapped(model.get_submodule(p)), nn.Identity)),
         embeddings=embeddings,
         heads=heads,
-        width=unwrapped(model.get_submodule(blocks[0].roles["norm1"][0])).weight.shape[-1],  # type: ignore[union-attr]
-        patch_features=unwrapped(model.get_submodule(patch_embedding[0])).weight[0].numel(),  # type: ignore[index]
+        width=_weight(model, blocks[0].roles["norm1"][0]).shape[-1],
+        patch_features=_weight(model, patch_embedding[0])[0].numel(),
         prefix_tokens=_count_prefix_tokens(model.get_submodule(embeddings), architecture),
     )
 
@@ -176,6 +176,12 @@ def _lookup(model: nn.Module, path: str) -> object:
     for name in path.split(".") if path else ():
         target = getattr(target, name, None)
     return target
+
+
+def _weight(model: nn.Module, path: str) -> Tensor:
+    weight = unwrapped(model.get_submodule(path)).weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _count_prefix_tokens(embeddings: nn.Module, architecture: Architecture) -> int:

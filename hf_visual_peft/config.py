@@ -53,10 +53,10 @@ class VisualPeftConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = self.method_type
-        if isinstance(self.layers_to_transform, int) and not isinstance(self.layers_to_transform, bool):
+        if type(self.layers_to_transform) is int:
             self.layers_to_transform = [self.layers_to_transform]
-        if self.layers_to_transform is not None:
-            layers = self.layers_to_transform
+        layers: Any = self.layers_to_transform
+        if layers is not None:
             if not isinstance(layers, list | tuple | range) or not layers:
                 self._fail("layers_to_transform", "None, an index, or a non-empty list of indices")
             if not all(type(layer) is int and layer >= 0 for layer in layers):
@@ -113,6 +113,12 @@ class VisualPeftConfig(PeftConfig):
             ValueError: a field does not fit the backbone.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say where it acts.")
+
+    @property
+    def layers(self) -> list[int] | None:
+        """The chosen blocks, None for all."""
+        assert not isinstance(self.layers_to_transform, int)  # made a list above
+        return self.layers_to_transform
 
     def _fail(self, name: str, valid: str) -> None:
         raise ValueError(f"{type(self).__name__}.{name} is {getattr(self, name)!r}: must be {valid}.")

@@ -60,6 +60,11 @@ class VisualTuner(BaseTuner):
         finally:
             self._forget_plan()
 
+    def _forget_plan(self) -> None:
+        self._placements: dict[str, list[Placement]] = {}
+        self._excluded: set[str] = set()
+        self._backbone: VisionBackbone | None = None
+
     def _plan(self, model: nn.Module, config: VisualPeftConfig) -> None:
         if config.unknown_fields:
             raise ValueError(
@@ -74,7 +79,7 @@ class VisualTuner(BaseTuner):
         self._check_layers(config, backbone)
         if config.modules_to_save is None and backbone.heads:
             config.modules_to_save = list(backbone.heads)
-        selected = self._without_excluded(backbone.select(config.layers_to_transform), config)
+        selected = self._without_excluded(backbone.select(config.layers), config)
         if not selected.blocks:
             raise ValueError(
                 f"{type(config).__name__}.exclude_modules is {config.exclude_modules!r}: no block is left to adapt."
@@ -87,13 +92,8 @@ class VisualTuner(BaseTuner):
                 self._placements.setdefault(placement.path, []).append(placement)
         self._backbone = backbone
 
-    def _forget_plan(self) -> None:
-        self._placements: dict[str, list[Placement]] = {}
-        self._excluded: set[str] = set()
-        self._backbone: VisionBackbone | None = None
-
     def _check_layers(self, config: VisualPeftConfig, backbone: VisionBackbone) -> None:
-        for layer in config.layers_to_transform or ():
+        for layer in config.layers or ():
             if layer >= backbone.depth:
                 raise ValueError(
                     f"{type(config).__name__}.layers_to_transform has {layer}: {backbone.class_name} has "
@@ -140,25 +140,30 @@ class VisualTuner(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         placements = self._placements.get(current_key) or [peft_config.placement_at(current_key)]
-        layer = target
-        if not isinstance(target, VisualTunerLayer):
-            if all(isinstance(placement.site, OutputSite) for placement in placements):
-                layer = ModuleLayer(target)
-            else:
-                layer = self._new_block_layer(target, current_key)
+        if isinstance(target, VisualTunerLayer):
+            layer = target
+        elif all(isinstance(placement.site, OutputSite) for placement in placements):
+            layer = ModuleLayer(target)
+        else:
+            layer = self._new_block_layer(target, current_key)
         for placement in placements:
             equation = placement.build(layer.get_base_layer()) if placement.build else None
             layer.add_equation(
                 adapter_name, self.prefix, placement.slot, placement.site, equation, peft_config.init_weights
             )
-            if placement.shared is not None and adapter_name not in layer.exchange.shared:
-                layer.share(adapter_name, self.prefix, placement.shared(), peft_config.init_weights)
-            if isinstance(placement.site, BranchSite) and placement.site.needs_layout:
-                layer.exchange.watch_grid(self.model, self._backbone)
+            if isinstance(layer, BlockLayer):
+                self._connect(layer, adapter_name, placement, peft_config)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, requires_grad=False)
+
+    def _connect(self, layer: BlockLayer, adapter_name: str, placement: Placement, config: VisualPeftConfig) -> None:
+        if placement.shared is not None and adapter_name not in layer.exchange.shared:
+            layer.share(adapter_name, self.prefix, placement.shared(), config.init_weights)
+        if isinstance(placement.site, BranchSite) and placement.site.needs_layout:
+            assert self._backbone is not None
+            layer.exchange.watch_grid(self.model, self._backbone)
 
     def _new_block_layer(self, target: nn.Module, path: str) -> BlockLayer:
         assert self._backbone is not None

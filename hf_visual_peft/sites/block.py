@@ -126,8 +126,10 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         del self.base_layer.forward
         if self._forward_before is not None:
             self.base_layer.forward = self._forward_before
-        for undoable in (*self._handles, *self._position_biases):
-            undoable.remove()
+        for handle in self._handles:
+            handle.remove()
+        for bias in self._position_biases:
+            bias.remove()
         self.exchange.unwatch_grid()
         return self.base_layer
 
@@ -201,13 +203,14 @@ class BlockLayer(VisualTunerLayer, nn.Module):
     ) -> Any:
         tokens = dict(zip(taken, rest, strict=False))
         self._pass = _Pass(grid, tokens, self.prefix_tokens)
+        base: Any = self.base_layer
         if checkpoint:  # once is enough: the block would do it again inside
-            self.base_layer.gradient_checkpointing = False
+            base.gradient_checkpointing = False
         try:
-            output = self.base_layer(hidden_states, *rest[len(taken) :], **kwargs)
+            output = base(hidden_states, *rest[len(taken) :], **kwargs)
         finally:
             if checkpoint:
-                self.base_layer.gradient_checkpointing = True
+                base.gradient_checkpointing = True
         self._pass = None
         if not onward:
             return output

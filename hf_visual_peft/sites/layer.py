@@ -58,7 +58,7 @@ class VisualTunerLayer(BaseTunerLayer):
     def __getattr__(self, name: str) -> Any:
         """Attributes that the layer lacks are those of the module it stands around."""
         try:
-            return super().__getattr__(name)  # type: ignore[misc]
+            return super().__getattr__(name)
         except AttributeError:
             if name == "base_layer":  # not there yet, as while unpickling
                 raise
@@ -94,7 +94,7 @@ class VisualTunerLayer(BaseTunerLayer):
     def equations_of(self, adapter_name: str) -> Iterator[tuple[nn.Module | None, Site]]:
         """The equations of one adapter at this layer, each with its site."""
         for attribute, site in self.plans.get(adapter_name, ()):
-            slot = getattr(self, attribute, ())
+            slot: Any = getattr(self, attribute, ())
             yield (slot[adapter_name] if adapter_name in slot else None), site  # noqa: SIM401 - ModuleDict has no get
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:

@@ -48,8 +48,9 @@ class Convpass(nn.Module):
             nn.init.dirac_(self.conv.weight)
         else:
             nn.init.xavier_uniform_(self.conv.weight)
-        for zero in (self.down.bias, self.conv.bias, self.up.weight, self.up.bias):
-            nn.init.zeros_(zero)
+        for module in (self.down, self.conv, self.up):
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
         """(batch, tokens, width) to the same; `layout` tells prefix tokens from patches and where those lie."""

@@ -138,4 +138,4 @@ class SSFConfig(VisualPeftConfig):
                 f"SSFConfig.target_modules: cannot scale the output of a {type(module).__name__}; valid are linears, "
                 "convolutions, and layer and batch norms."
             )
-        return SSF(*channels, init_std=self.init_std)
+        return SSF(*channels, init_std=self.init_std or 0.0)
