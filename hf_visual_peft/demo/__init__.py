@@ -1,0 +1,1 @@
+"""The demonstration: a real pretrained encoder, real digits, one command."""

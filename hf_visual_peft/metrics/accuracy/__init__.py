@@ -1,0 +1,1 @@
+"""Top-1 accuracy."""

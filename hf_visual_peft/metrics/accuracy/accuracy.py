@@ -1,0 +1,39 @@
+"""Top-1 accuracy as an `evaluate.Metric`."""
+
+from typing import Any
+
+# `evaluate.load` copies this file and reads its imports line by line: one module a line, and no relative import
+import datasets
+import evaluate
+import numpy as np
+
+from hf_visual_peft.metrics.inputs import class_ids, labels
+
+
+class Accuracy(evaluate.Metric):
+    """Share of the samples whose predicted class is the true one, between 0 and 1, as `"accuracy"`.
+
+    `predictions` are class ids (N,) or scores (N, classes), `references` class ids (N,).
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Share of the samples whose predicted class is the true one.",
+            citation="",
+            inputs_description="predictions: class ids (N,) or scores (N, classes); references: class ids (N,).",
+            features=datasets.Features(
+                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
+            ),
+            format="numpy",
+        )
+
+    def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
+        """Store one sample."""
+        self.add_batch(predictions=[prediction], references=[reference], **kwargs)
+
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
+        """Store a batch; of scores only the best class is kept."""
+        super().add_batch(predictions=class_ids(predictions), references=labels(references), **kwargs)
+
+    def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+        return {"accuracy": float(np.mean(predictions == references))}

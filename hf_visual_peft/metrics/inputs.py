@@ -1,0 +1,75 @@
+"""What all metrics here do to a batch before they store it: arrays, checked, and class ids instead of scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def class_ids(predictions: Any) -> np.ndarray:
+    """The predicted class of each sample.
+
+    Args:
+        predictions: class ids (N,), or scores (N, classes) of any float type: array, tensor on any device or list.
+
+    Returns:
+        (N,) int64. Where classes share the highest score it is the one with the lowest id.
+
+    Raises:
+        ValueError: neither of the two shapes, class ids that are no whole numbers, or scores that are NaN.
+    """
+    array = _array("predictions", predictions)
+    if array.ndim == 2:
+        return ranked_classes(array, 1)[:, 0]
+    return _whole_numbers("predictions", array)
+
+
+def ranked_classes(scores: Any, k: int) -> np.ndarray:
+    """The k classes with the highest scores, best first; equal scores rank by class id.
+
+    Args:
+        scores: (N, classes).
+        k: how many, at most the number of classes.
+
+    Returns:
+        (N, k) int64.
+
+    Raises:
+        ValueError: wrong shape, fewer than k classes, or a score that is NaN.
+    """
+    array = _array("predictions", scores)
+    if array.ndim != 2:
+        raise ValueError(f"predictions must be scores of shape (N, classes), got shape {array.shape}.")
+    if array.shape[1] < k:
+        raise ValueError(f"k={k} needs scores of at least {k} classes, got predictions of shape {array.shape}.")
+    if np.isnan(array).any():
+        raise ValueError("predictions hold NaN: the model has diverged or was fed with NaN.")
+    return np.argsort(-array, axis=1, kind="stable")[:, :k].astype(np.int64)
+
+
+def labels(references: Any) -> np.ndarray:
+    """The true classes, (N,) int64.
+
+    Raises:
+        ValueError: not one whole number, 0 or greater, per sample. Data sets mark unlabelled samples by -1.
+    """
+    array = _whole_numbers("references", _array("references", references))
+    if (array < 0).any():
+        raise ValueError(f"references must be class ids of 0 or greater, got {array.min()}: unlabelled samples?")
+    return array
+
+
+def _array(name: str, values: Any) -> np.ndarray:
+    if values is None:
+        raise ValueError(f"{name} are missing.")
+    if hasattr(values, "detach"):  # a tensor, which may be bfloat16 or lie on an accelerator
+        values = values.detach()
+        values = (values.float() if values.is_floating_point() else values).cpu().numpy()
+    return np.asarray(values)
+
+
+def _whole_numbers(name: str, array: np.ndarray) -> np.ndarray:
+    if array.ndim != 1 or not (np.issubdtype(array.dtype, np.integer) or array.size == 0):
+        raise ValueError(f"{name} must be class ids of shape (N,), got shape {array.shape} of type {array.dtype}.")
+    return array.astype(np.int64)

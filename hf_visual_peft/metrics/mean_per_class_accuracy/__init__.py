@@ -1,0 +1,1 @@
+"""Mean per-class accuracy."""

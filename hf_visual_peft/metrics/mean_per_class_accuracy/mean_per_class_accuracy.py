@@ -1,0 +1,44 @@
+"""Mean per-class accuracy as an `evaluate.Metric`."""
+
+from typing import Any
+
+# `evaluate.load` copies this file and reads its imports line by line: one module a line, and no relative import
+import datasets
+import evaluate
+import numpy as np
+
+from hf_visual_peft.metrics.inputs import class_ids, labels
+
+
+class MeanPerClassAccuracy(evaluate.Metric):
+    """Mean over the classes of each class's accuracy, between 0 and 1, as `"mean_per_class_accuracy"`.
+
+    Every class counts alike, however many samples it has; also known as balanced accuracy, and the usual figure for
+    Caltech-101, Oxford Pets and Flowers. Classes without a sample in `references` do not count. `predictions` are
+    class ids (N,) or scores (N, classes), `references` class ids (N,).
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Mean over the classes of each class's accuracy.",
+            citation="",
+            inputs_description="predictions: class ids (N,) or scores (N, classes); references: class ids (N,).",
+            features=datasets.Features(
+                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
+            ),
+            format="numpy",
+        )
+
+    def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
+        """Store one sample."""
+        self.add_batch(predictions=[prediction], references=[reference], **kwargs)
+
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
+        """Store a batch; of scores only the best class is kept."""
+        super().add_batch(predictions=class_ids(predictions), references=labels(references), **kwargs)
+
+    def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+        samples = np.bincount(references)
+        hits = np.bincount(references, weights=predictions == references)
+        present = samples > 0
+        return {"mean_per_class_accuracy": float(np.mean(hits[present] / samples[present]))}

@@ -1,0 +1,29 @@
+"""Plain-text tables for the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> str:
+    """Lay cells out in columns that also read as a Markdown table.
+
+    Args:
+        header: names of the columns.
+        rows: cells, as many a row as there are columns.
+        right: columns to align right, e.g. those of numbers.
+
+    Returns:
+        The lines joined, without a final newline.
+    """
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (
+            cell.rjust(width) if name in right else cell.ljust(width)
+            for name, cell, width in zip(header, cells, widths, strict=True)
+        )
+        return f"| {' | '.join(padded)} |"
+
+    rule = ("-" * (width - 1) + (":" if name in right else "-") for name, width in zip(header, widths, strict=True))
+    return "\n".join([line(header), f"| {' | '.join(rule)} |", *map(line, rows)])

@@ -1,0 +1,131 @@
+"""Checkpoints for the recipes: they hold only what trains, and a full disk or a kill never costs the one before."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of what training changes: trainable parameters, and buffers such as running statistics."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+
+
+def load_trainable(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    if state.keys() != trainable_state(model).keys():
+        raise ValueError(f"{source} does not fit the model: it was written with another model or method.")
+    model.load_state_dict(state, strict=False)
+
+
+def publish(folder: Path, *writers: Callable[[Path], object]) -> None:
+    """Write files aside and move them into a folder once all are whole."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".tmp") as aside:
+        for write in writers:
+            write(Path(aside))
+        for file in Path(aside).iterdir():
+            os.replace(file, folder / file.name)
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come: `batch` counts within the epoch, `kept` is the epoch to keep and its metrics."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    kept: dict[str, Any] | None = None
+
+
+class Checkpoints:
+    """Folders `checkpoint-STEP` with what trains, the optimizer, the schedule and the random states.
+
+    Each is written aside and renamed: a full disk or a kill leaves the one before whole.
+
+    Args:
+        run: what must be the same in a run that resumes, by name.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, folder: Path, limit: int, run: dict[str, Any]
+    ) -> None:
+        self.accelerator, self.model, self.folder, self.limit, self.run = accelerator, model, folder, limit, run
+        accelerator.register_save_state_pre_hook(self._write_model)
+        accelerator.register_load_state_pre_hook(self._read_model)
+
+    def _write_model(self, models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
+        weights.clear()  # so that accelerate does not write the frozen weights
+        if self.accelerator.is_main_process:
+            save_file(trainable_state(self.model), Path(folder) / "trainable.safetensors")
+
+    def _read_model(self, models: list[nn.Module], folder: str) -> None:
+        models.clear()
+        load_trainable(self.model, load_file(Path(folder) / "trainable.safetensors"), folder)
+
+    def all(self) -> list[Path]:
+        """Whole checkpoints, oldest first."""
+        found = [path for path in self.folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+        return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+    def save(self, progress: Progress, best_state: dict[str, Tensor] | None) -> None:
+        """Write a checkpoint; on every process."""
+        main = self.accelerator.is_main_process
+        target = self.folder / f"checkpoint-{progress.step}"
+        aside = self.folder / f".{target.name}.tmp"
+        if main:
+            for broken in self.folder.glob(".checkpoint-*.tmp"):
+                shutil.rmtree(broken)
+        self.accelerator.wait_for_everyone()
+        try:
+            self.accelerator.save_state(str(aside))
+            if main:
+                if best_state is not None:
+                    save_file(best_state, aside / "best.safetensors")
+                content = {"run": self.run, "progress": dataclasses.asdict(progress)}
+                (aside / "progress.json").write_text(json.dumps(content, indent=2, default=sorted), encoding="utf-8")
+        except Exception as error:  # a full disk is an OSError here, a RuntimeError in torch.save
+            shutil.rmtree(aside, ignore_errors=True)
+            whole = self.all()
+            raise OSError(
+                f"Cannot write {target}: {error}. The last whole checkpoint is {whole[-1] if whole else 'none'}."
+            ) from error
+        self.accelerator.wait_for_everyone()
+        if main:
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(aside, target)
+            for old in self.all()[: -self.limit]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def load(self, name: str) -> tuple[Progress, dict[str, Tensor] | None]:
+        """Take up a checkpoint by path or `latest`; returns how far it is and the weights of its best epoch."""
+        whole = self.all()
+        if name == "latest" and not whole:
+            raise ValueError(f"--resume_from_checkpoint latest: no checkpoint in {self.folder}.")
+        path = whole[-1] if name == "latest" else Path(name)
+        try:
+            content = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"--resume_from_checkpoint {name}: {path} is no checkpoint of this recipe.") from error
+        now = json.loads(json.dumps(self.run, default=sorted))  # sets, as in peft's configs, as lists
+        changed = [f"{k} {content['run'].get(k)} (now {v})" for k, v in now.items() if content["run"].get(k) != v]
+        if changed:
+            raise ValueError(
+                f"{path} comes from a run with {', '.join(changed)}: it cannot go on with other settings."
+            )
+        self.accelerator.load_state(str(path))
+        best = path / "best.safetensors"
+        return Progress(**content["progress"]), load_file(best) if best.exists() else None
