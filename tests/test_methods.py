@@ -11,7 +11,15 @@ from families import DEPTH, FAMILIES, PATCH, WIDTH, images, output_of
 from peft import get_peft_model
 from plain import plain_parts
 
-from hf_visual_peft import AdaptFormerConfig, ConvpassConfig, SSFConfig, VPTConfig
+from hf_visual_peft import (
+    AdapterPlusConfig,
+    AdaptFormerConfig,
+    ConvpassConfig,
+    HoulsbyConfig,
+    PfeifferConfig,
+    SSFConfig,
+    VPTConfig,
+)
 from hf_visual_peft.sites import Grid
 
 
@@ -471,3 +479,121 @@ def test_prompts_attend_only_to_unmasked_tokens():
         padded = inputs | {"pixel_values": inputs["pixel_values"].clone()}
         padded["pixel_values"][inputs["pixel_attention_mask"] == 0] = 100.0
         assert_equal(model(**padded).logits, before)
+
+
+def bottleneck(x, w):
+    return F.gelu(x @ w["down.weight"].T + w["down.bias"]) @ w["up.weight"].T + w["up.bias"]
+
+
+@both
+@torch.no_grad()
+def test_houlsby(name):
+    (blocks, x, norm), model, actual, _ = adapted(name, HoulsbyConfig(r=4, init_weights=False))
+    after = {sublayer: weights_of(model, f"houlsby_{sublayer}") for sublayer in ("attention", "mlp")}
+    for index, block in enumerate(blocks):
+        a = block.attention(block.norm(1, x))
+        x = x + a + bottleneck(a, after["attention"][index])
+        m = block.mlp(block.norm(2, x))
+        x = x + m + bottleneck(m, after["mlp"][index])
+    assert_equal(actual, norm(x))
+
+
+@both
+@torch.no_grad()
+def test_pfeiffer(name):
+    (blocks, x, norm), model, actual, _ = adapted(name, PfeifferConfig(r=4, init_weights=False))
+    for block, w in zip(blocks, weights_of(model, "pfeiffer_mlp").values(), strict=True):
+        x = x + block.attention(block.norm(1, x))
+        m = block.mlp(block.norm(2, x))
+        x = x + m + bottleneck(m, w)
+    assert_equal(actual, norm(x))
+
+
+@both
+@pytest.mark.parametrize("position", ["post", "pre", "parallel", "intermediate", "pfeiffer", "houlsby"])
+@torch.no_grad()
+def test_adapter_plus(name, position):
+    config = AdapterPlusConfig(r=4, position=position, init_weights=False)
+    (blocks, x, norm), model, actual, _ = adapted(name, config)
+    weights = {sublayer: weights_of(model, f"adapterplus_{sublayer}") for sublayer in ("attention", "mlp")}
+    sublayers = {"pre": {"attention"}, "houlsby": {"attention", "mlp"}}.get(position, {"mlp"})
+    assert {sublayer for sublayer, found in weights.items() if found} == sublayers
+
+    def f(x, w):
+        if position == "pfeiffer":
+            x = F.layer_norm(x, (WIDTH,), w["norm.weight"], w["norm.bias"])
+        inner = {key.removeprefix("bottleneck."): value for key, value in w.items()}
+        return w["scale"] * bottleneck(x, inner)
+
+    for index, block in enumerate(blocks):
+        at = {sublayer: found.get(index) for sublayer, found in weights.items()}
+        a = block.attention(block.norm(1, x))
+        x = x + a + (f(a, at["attention"]) if position == "houlsby" else 0)
+        x = x + f(x, at["attention"]) if position == "pre" else x
+        m = block.mlp(block.norm(2, x))
+        beside = f(x, at["mlp"]) if position == "parallel" else 0
+        x = x + m + beside + (f(m, at["mlp"]) if position in ("intermediate", "houlsby") else 0)
+        x = x + f(x, at["mlp"]) if position in ("post", "pfeiffer") else x
+    assert_equal(actual, norm(x))
+
+
+def test_sequential_adapters_initialisation():
+    torch.manual_seed(0)
+    for config, slot, inner in (
+        (HoulsbyConfig(r=8), "houlsby_attention", ""),
+        (AdapterPlusConfig(r=8), "adapterplus_mlp", "bottleneck."),
+        (PfeifferConfig(r=8), "pfeiffer_mlp", ""),
+    ):
+        model = get_peft_model(FAMILIES["vit"].model(), config)
+        for w in weights_of(model, slot).values():
+            assert not w[f"{inner}down.bias"].any()
+            assert not w[f"{inner}up.bias"].any()
+            up, down = w[f"{inner}up.weight"], w[f"{inner}down.weight"]
+            if slot == "pfeiffer_mlp":
+                assert not up.any()
+                assert 0.9 * WIDTH**-0.5 < down.abs().max() <= WIDTH**-0.5  # Kaiming-uniform, a = sqrt 5
+                continue
+            for weight in (up, down):
+                assert weight.abs().max() <= 0.02
+                assert weight.std().item() == pytest.approx(0.0088, rel=0.2)  # 0.01, cut at two deviations
+            if slot == "adapterplus_mlp":
+                assert torch.equal(w["scale"], torch.ones(WIDTH))
+
+
+@torch.no_grad()
+def test_adapter_plus_drop_path_comes_before_the_channel_scale():
+    from hf_visual_peft.methods.adapter.adapter_plus import AdapterPlus
+
+    equation = AdapterPlus(6, 4, 0.5, layer_norm=False)
+    equation.scale.uniform_(1.0, 2.0)
+    x = torch.randn(1, 3, 6)
+    delta = equation.eval()(x)
+    out = equation.train()(x.expand(400, -1, -1))
+    doubled = torch.stack([torch.allclose(sample, 2 * delta[0]) * torch.ones(()) for sample in out])
+    assert (out[doubled == 0] == 0).all()  # whole samples
+    assert 0.4 < doubled.mean() < 0.6
+
+
+@torch.no_grad()
+def test_two_branches_beside_a_sublayer_see_the_same_stream():
+    model = get_peft_model(FAMILIES["vit"].model(), AdaptFormerConfig(r=4, init_weights=False, modules_to_save=[]))
+    model.add_adapter("second", AdaptFormerConfig(r=4, init_weights=False, modules_to_save=[]))
+    model.base_model.set_adapter(["default", "second"])
+    layer = model.eval().get_base_model().vit.layers[0]
+    x = torch.randn(2, 17, WIDTH)
+    base, first, second = layer.base_layer, *layer.adaptformer_mlp.values()
+    seen = []
+    handle = base.layernorm_after.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    actual = layer(x)
+    handle.remove()
+    (z,) = seen
+    assert_equal(actual, z + base.mlp(base.layernorm_after(z)) + first(z) + second(z))
+
+
+@torch.no_grad()
+def test_attention_maps_show_the_prompts():
+    family = FAMILIES["vit"]
+    model = get_peft_model(family.model(), VPTConfig(num_virtual_tokens=3)).eval()
+    model.get_base_model().set_attn_implementation("eager")
+    maps = model(**family.inputs(1), output_attentions=True).attentions
+    assert [tuple(a.shape) for a in maps] == [(1, 2, 20, 20)] * DEPTH

@@ -515,7 +515,7 @@ def test_corrupt_image_within_a_parquet_file(run, photos, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--method", "vpd"], "--method vpd: choose one of adaptformer, convpass, ssf, vpt, linear, full"),
+        (["--method", "vpd"], f"--method vpd: choose one of {', '.join(hf_visual_peft.list_methods())}, linear, full"),
         (["--num_virtual_tokens", "0"], "num_virtual_tokens"),
         (["--r", "4"], "unknown: --r 4. --help lists the flags; those of --method vpt are: --"),
         (["--train_file", "x.parquet"], "one of --dataset_name, --train_dir and --train_file is needed, got 2"),

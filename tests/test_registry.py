@@ -47,7 +47,9 @@ def test_every_field_is_told_in_docstring_and_help():
 
 
 def test_unknown_method():
-    with pytest.raises(ValueError, match=r"Unknown method 'nope': choose one of adaptformer, "):
+    with pytest.raises(
+        ValueError, match="Unknown method 'nope': choose one of " + ", ".join(hf_visual_peft.list_methods())
+    ):
         hf_visual_peft.get_method("nope")
 
 

@@ -4,7 +4,7 @@ A *site* says where an equation acts, a *placement* puts one equation at one sit
 them: `ModuleLayer` around a linear, norm or convolution, `BlockLayer` around a transformer block.
 """
 
-from .block import BlockLayer, BranchSite, TokenSite
+from .block import BlockLayer, BranchSite, TokenSite, drop_path
 from .exchange import Exchange
 from .grid import Grid, TokenLayout
 from .layer import Placement, Site, VisualTunerLayer
@@ -23,4 +23,5 @@ __all__ = [
     "TokenLayout",
     "TokenSite",
     "VisualTunerLayer",
+    "drop_path",
 ]

@@ -4,7 +4,8 @@ A block layer leaves the block's forward to the block and works at five points o
 
     x -> norm1 -> attention -> (+ x) = z -> norm2 -> MLP -> (+ z) = out
 
-that is x, the outputs of both norms, z and out. What is added at z is added to out once more, because the residual
+that is x, the outputs of both norms, z and out. What a sub-layer adds is the difference of the stream before and after
+it. What is added at z is added to out once more, because the residual
 connection carried z past the addition. So the block's own layer scale and stochastic depth act on its own branches
 only, as the equations of the adapters have it, in whatever way the architecture writes them.
 """
@@ -30,21 +31,27 @@ from .layer import Site, VisualTunerLayer, call_equation
 _MASKS = ("attention_mask", "relative_position_bias")
 
 
+Reads = Literal["normed", "stream", "output", "sum"]
+
+
 @dataclass(frozen=True)
 class BranchSite(Site):
-    """A branch beside attention or MLP, added to the token stream.
+    """A branch at attention or MLP, added to the token stream after the sub-layer.
 
-    The equation is called with (batch, tokens, width) and returns the same shape.
+    The equation is called with (batch, tokens, width) and returns the same shape. Branches beside the sub-layer
+    (`"normed"`, `"stream"`) come before those that follow it (`"output"`, then `"sum"`).
 
     Attributes:
         sublayer: which of the two.
-        reads: the output of the norm before the sub-layer, or the stream before that norm.
+        reads: the branch's input. `"normed"`: the output of the norm before the sub-layer; `"stream"`: the stream
+            before that norm; `"output"`: what the sub-layer adds to the stream, after layer scale and stochastic
+            depth; `"sum"`: the stream after the sub-layer, with all branches before this one.
         drop_path: whether the branch is dropped at the block's stochastic depth rate, independently of the sub-layer.
         needs_layout: whether the equation is called with a `TokenLayout` as second argument.
     """
 
     sublayer: Literal["attention", "mlp"]
-    reads: Literal["normed", "stream"]
+    reads: Reads
     drop_path: bool = False
     needs_layout: bool = False
 
@@ -76,8 +83,11 @@ class _Pass:
     grid: Grid | None
     tokens: dict[str, Tensor]
     prefix: int
-    attention: Tensor | None = None
-    mlp: Tensor | None = None
+    before: Tensor | None = None  # the block's own stream before the sub-layer at work
+    added: Tensor | None = None  # by all branches so far
+
+    def with_added(self, stream: Tensor) -> Tensor:
+        return stream if self.added is None else stream + self.added
 
 
 class BlockLayer(VisualTunerLayer, nn.Module):
@@ -234,9 +244,8 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         output = forward(hidden_states, *args, **kwargs)
         self._block_returns_tuple = isinstance(output, tuple)
         stream = output[0] if self._block_returns_tuple else output
-        for delta in (current.attention, current.mlp):
-            if delta is not None:
-                stream = stream + delta
+        self._behind("mlp", current, stream)
+        stream = current.with_added(stream)
         if inserted:
             start = self.prefix_tokens
             for name in names:
@@ -268,32 +277,49 @@ class BlockLayer(VisualTunerLayer, nn.Module):
                 kwargs[name] = _widen(kwargs[name], name, self.prefix_tokens, length, count)
         return tuple(positional), kwargs
 
-    def _branches(self, sublayer: str, stream: Tensor, normed: Tensor) -> Tensor | None:
-        current, total = self._pass, None
-        if current is None:
-            return None
+    def _branches(self, sublayer: str, reads: Reads) -> Iterator[tuple[nn.Module, BranchSite]]:
         for _, equation, site in self._active():
-            if isinstance(site, BranchSite) and site.sublayer == sublayer:
-                x = normed if site.reads == "normed" else stream
-                layout = (TokenLayout(current.prefix, current.grid),) if site.needs_layout and current.grid else ()
-                delta = call_equation(self, equation, x, *layout)  # type: ignore[arg-type]
-                if site.drop_path:
-                    delta = drop_path(delta, self.drop_path_rate, self.training)
-                total = delta if total is None else total + delta
-        return total
+            if isinstance(site, BranchSite) and site.sublayer == sublayer and site.reads == reads:
+                assert equation is not None
+                yield equation, site
+
+    def _beside(self, sublayer: str, current: _Pass, stream: Tensor, normed: Tensor) -> None:
+        """Branches beside a sub-layer, which all see the stream as it comes to it."""
+        for equation, site in self._branches(sublayer, "normed"):
+            self._add(current, equation, site, normed)
+        for equation, site in self._branches(sublayer, "stream"):
+            self._add(current, equation, site, stream)
+
+    def _behind(self, sublayer: str, current: _Pass, stream: Tensor) -> None:
+        """Branches that follow a sub-layer; `stream` is the block's own, without what the branches added."""
+        assert current.before is not None
+        for equation, site in self._branches(sublayer, "output"):
+            self._add(current, equation, site, stream - current.before)
+        for equation, site in self._branches(sublayer, "sum"):
+            self._add(current, equation, site, current.with_added(stream))
+
+    def _add(self, current: _Pass, equation: nn.Module, site: BranchSite, x: Tensor) -> None:
+        layout = (TokenLayout(current.prefix, current.grid),) if site.needs_layout and current.grid else ()
+        delta = call_equation(self, equation, x, *layout)
+        if site.drop_path:
+            delta = drop_path(delta, self.drop_path_rate, self.training)
+        current.added = delta if current.added is None else current.added + delta
 
     def _after_norm1(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         if self._pass is not None:
-            self._pass.attention = self._branches("attention", args[0], output)
+            self._pass.before = args[0]
+            self._beside("attention", self._pass, args[0], output)
 
     def _before_norm2(self, module: nn.Module, args: tuple) -> tuple | None:
-        if self._pass is None or self._pass.attention is None:
+        if self._pass is None:
             return None
-        return (args[0] + self._pass.attention, *args[1:])
+        self._behind("attention", self._pass, args[0])
+        self._pass.before = args[0]
+        return None if self._pass.added is None else (self._pass.with_added(args[0]), *args[1:])
 
     def _after_norm2(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         if self._pass is not None:
-            self._pass.mlp = self._branches("mlp", args[0], output)
+            self._beside("mlp", self._pass, args[0], output)
 
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:

@@ -22,6 +22,7 @@ class Exchange:
         handed_on: tokens on their way from block to block, by adapter.
         shared: the module that the layers of an adapter share, by adapter; its first layer registers it.
         handles: the hooks that keep `grid` up to date.
+        prefix_tokens: tokens before the patches.
     """
 
     grid: Grid | None = None
