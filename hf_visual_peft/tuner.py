@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils.other import ModulesToSaveWrapper, match_target_against_key
 from torch import Tensor, nn
 
-from .backbone import VisionBackbone, find_backbone
+from .backbone import VisionBackbone, find_backbone, unwrapped
 from .config import VisualPeftConfig
-from .sites import BlockLayer, BranchSite, Exchange, ModuleLayer, OutputSite, Placement, VisualTunerLayer
+from .sites import BlockLayer, BranchSite, Exchange, LinearSite, ModuleLayer, OutputSite, Placement, VisualTunerLayer
 
 
 class VisualTuner(BaseTuner):
@@ -89,6 +90,9 @@ class VisualTuner(BaseTuner):
                 self._excluded.add(placement.path)
             else:
                 self._check_free(model, placement.path)
+                if placement.build is not None:  # a module that does not fit is an error now, not half-way through
+                    with torch.device("meta"):
+                        placement.build(unwrapped(model.get_submodule(placement.path)))
                 self._placements.setdefault(placement.path, []).append(placement)
         self._backbone = backbone
 
@@ -142,7 +146,7 @@ class VisualTuner(BaseTuner):
         placements = self._placements.get(current_key) or [peft_config.placement_at(current_key)]
         if isinstance(target, VisualTunerLayer):
             layer = target
-        elif all(isinstance(placement.site, OutputSite) for placement in placements):
+        elif all(isinstance(placement.site, OutputSite | LinearSite) for placement in placements):
             layer = ModuleLayer(target)
         else:
             layer = self._new_block_layer(target, current_key)
@@ -223,6 +227,9 @@ class VisualTuner(BaseTuner):
             ValueError: the weights are not those of this model's adapter layers.
         """
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        # A file's tensors lie at any address, and sums round differently by how memory is aligned: in memory of their
+        # own, weights give the outputs they gave when they were saved, also where loading would only refer to them.
+        remapped = {key: value.clone() for key, value in remapped.items()}
         own = {
             key: value
             for key, value in model.state_dict().items()

@@ -38,6 +38,8 @@ def _variants():
             small = dict(fields)
             if "r" in {field.name for field in dataclasses.fields(method.config_cls)}:
                 small["r"] = 8
+            if "groups" in small:
+                small["groups"] = 4
             if "num_virtual_tokens" in small:
                 small["num_virtual_tokens"] = 3
             yield pytest.param(method, small, id="-".join([method.name, *(f"{k}={v}" for k, v in small.items())]))
@@ -172,7 +174,7 @@ def test_save_and_load(method, fields, family, tmp_path):
     automatic = AutoPeftModel.from_pretrained(str(tmp_path / "adapter")).eval()
     assert torch.equal(run(automatic, family), expected)
     whole = AutoModelForImageClassification.from_pretrained(str(tmp_path / "adapter")).eval()
-    assert torch.equal(run(whole, family), expected)
+    assert_close(run(whole, family), expected)  # see test_transformers_own_adapter_methods on alignment
 
 
 @every_method

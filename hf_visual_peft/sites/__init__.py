@@ -8,7 +8,7 @@ from .block import BlockLayer, BranchSite, TokenSite, drop_path
 from .exchange import Exchange
 from .grid import Grid, TokenLayout
 from .layer import Placement, Site, VisualTunerLayer
-from .module import ModuleLayer, OutputSite
+from .module import LinearSite, ModuleLayer, OutputSite
 
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "BranchSite",
     "Exchange",
     "Grid",
+    "LinearSite",
     "ModuleLayer",
     "OutputSite",
     "Placement",

@@ -121,5 +121,6 @@ def call_equation(layer: VisualTunerLayer, equation: nn.Module, x: Tensor, *args
     """
     if not torch.is_autocast_enabled(x.device.type):
         dtype = next((p.dtype for p in equation.parameters()), x.dtype)
-        return equation(layer._cast_input_dtype(x, dtype), *args).to(x.dtype)
+        cast = (layer._cast_input_dtype(a, dtype) if isinstance(a, Tensor) else a for a in (x, *args))
+        return equation(*cast).to(x.dtype)
     return equation(x, *args).to(x.dtype)

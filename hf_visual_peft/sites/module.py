@@ -1,4 +1,4 @@
-"""The site on the output of a single linear, norm or convolution."""
+"""The sites at a single linear, norm or convolution."""
 
 from __future__ import annotations
 
@@ -17,8 +17,13 @@ class OutputSite(Site):
     """The output of one module. The equation is called with it and returns what takes its place."""
 
 
+@dataclass(frozen=True)
+class LinearSite(Site):
+    """Beside and behind one module. The equation is called with its output and its input, and replaces the output."""
+
+
 class ModuleLayer(VisualTunerLayer, nn.Module):
-    """A linear, norm or convolution with equations on its output.
+    """A linear, norm or convolution with equations on its output, which may also read its input.
 
     An equation that can be merged has `fold(weight, bias) -> (weight, bias)`, where `bias` may be None.
     """
@@ -39,8 +44,9 @@ class ModuleLayer(VisualTunerLayer, nn.Module):
         if self.merged:
             return output
         for name in self.active_adapters:
-            for equation, _ in self.equations_of(name):
-                output = call_equation(self, equation, output)  # type: ignore[arg-type]
+            for equation, site in self.equations_of(name):
+                read = args[:1] if isinstance(site, LinearSite) else ()
+                output = call_equation(self, equation, output, *read)  # type: ignore[arg-type]
         return output
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

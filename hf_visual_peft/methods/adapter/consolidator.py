@@ -1,0 +1,110 @@
+"""Consolidator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ...backbone import VisionBackbone
+from ...config import VisualPeftConfig
+from ...registry import Paper, register
+from ...sites import LinearSite, Placement, drop_path
+
+
+INIT_BOUND = 1e-3
+
+
+class Consolidator(nn.Module):
+    """A grouped linear beside a linear.
+
+        f(y, x) = y + DP(blockdiag(W_1 .. W_g) shuffle(x) + b)
+
+    Group i maps its own part of the input to its own part of the output. `shuffle` deals the channels out to the
+    groups in turn. Weights and biases are drawn from U(-0.001, 0.001).
+
+    Args:
+        linear: the linear, for its sizes.
+        groups: g.
+        shuffle: whether the channels are shuffled.
+        drop_path: rate of the branch's stochastic depth.
+    """
+
+    def __init__(self, linear: nn.Linear, groups: int, shuffle: bool, drop_path: float) -> None:
+        super().__init__()
+        for name, size in (("in_features", linear.in_features), ("out_features", linear.out_features)):
+            if size % groups:
+                raise ValueError(f"ConsolidatorConfig.groups is {groups}: must divide {name} {size} of {linear}.")
+        shape = (groups, linear.out_features // groups, linear.in_features // groups)
+        self.weight = nn.Parameter(torch.empty(shape).uniform_(-INIT_BOUND, INIT_BOUND))
+        self.bias = nn.Parameter(torch.empty(linear.out_features).uniform_(-INIT_BOUND, INIT_BOUND))
+        self.shuffle = shuffle
+        self.drop_path = drop_path
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """(..., out_features), given also the linear's input (..., in_features)."""
+        groups, _, size = self.weight.shape
+        x = x.unflatten(-1, (size, groups)).transpose(-1, -2) if self.shuffle else x.unflatten(-1, (groups, size))
+        branch = torch.einsum("...gi,goi->...go", x, self.weight).flatten(-2) + self.bias
+        return y + drop_path(branch, self.drop_path, self.training)
+
+    @torch.no_grad()
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a linear that computes the same as the linear with these and the branch beside it."""
+        groups, _, size = self.weight.shape
+        dense = torch.block_diag(*self.weight.to(weight))
+        if self.shuffle:  # column (group, i) reads channel i * groups + group
+            dense = dense.unflatten(1, (groups, size)).transpose(1, 2).flatten(1)
+        addend = self.bias.to(weight)
+        return weight + dense, addend if bias is None else bias + addend
+
+
+@register(
+    name="consolidator",
+    paper=Paper(
+        "Consolidator: Mergeable Adapter with Grouped Connections for Visual Adaptation", "ICLR 2023", "2305.00603"
+    ),
+    equation="y = W x + b + DP(GroupConv1x1_g(shuffle_g(x))) at every linear of the blocks",
+    counts=(({}, 304_128), ({"groups": 384}, 304_128)),
+    mergeable=True,
+    identity_at_start=False,
+)
+@dataclass
+class ConsolidatorConfig(VisualPeftConfig):
+    """Config of Consolidator, arXiv 2305.00603.
+
+    A grouped linear beside every linear of the blocks. Near the identity at the start, not it. Where queries, keys and
+    values are separate linears each has its own groups; the authors' code has one fused linear, whose groups connect
+    other channels; number of parameters and of connections are the same.
+
+    Args:
+        groups: g; must divide the sizes of all linears. By default half the width, so that a group reads two channels
+            of the stream, as the paper's 384 groups do on ViT-B.
+        shuffle: deal the input channels out to the groups in turn instead of cutting them into pieces.
+        drop_path: rate of the branch's stochastic depth, tuned per task in the paper.
+    """
+
+    groups: int | None = field(default=None, metadata={"help": "Groups; by default half the backbone's width."})
+    shuffle: bool = field(default=False, metadata={"help": "Deal the input channels out to the groups in turn."})
+    drop_path: float = field(default=0.0, metadata={"help": "Rate of the branch's stochastic depth."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.groups is not None:
+            self._require_integer("groups", 1)
+        self._require_choice("shuffle", (True, False))
+        self._require_number("drop_path", 0.0, below=1.0)
+
+    def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
+        """Beside every linear of every block."""
+        groups = self.groups or backbone.width // 2
+        if backbone.width % groups:
+            self._fail("groups", f"a divisor of the backbone's width {backbone.width}")
+        build = partial(Consolidator, groups=groups, shuffle=self.shuffle, drop_path=self.drop_path)
+        for block in backbone.blocks:
+            paths = (p for role in ("query", "key", "value", "output", "fc1", "fc2") for p in block.roles[role])
+            for path in dict.fromkeys(paths):
+                yield Placement(path, "groups", LinearSite(), build)

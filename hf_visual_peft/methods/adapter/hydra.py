@@ -1,0 +1,114 @@
+"""Hydra."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ...backbone import VisionBackbone
+from ...config import VisualPeftConfig
+from ...registry import Paper, register
+from ...sites import LinearSite, Placement
+
+
+class LowRank(nn.Module):
+    """Down and up with biases, nothing between but dropout; W_down Xavier-uniform, the rest zero."""
+
+    def __init__(self, in_features: int, out_features: int, r: int, dropout: float) -> None:
+        super().__init__()
+        self.down = nn.Linear(in_features, r)
+        self.up = nn.Linear(r, out_features)
+        self.dropout = nn.Dropout(dropout)
+        nn.init.xavier_uniform_(self.down.weight)
+        for zero in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(zero)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        return self.up(self.dropout(self.down(x)))
+
+    def matrix(self) -> tuple[Tensor, Tensor]:
+        """The same as one weight (out, in) and bias (out,)."""
+        return self.up.weight @ self.down.weight, self.up.weight @ self.down.bias + self.up.bias
+
+
+class Hydra(nn.Module):
+    """A low-rank branch beside a linear and one behind it.
+
+        y = W x + b;  f(y, x) = y + s par(x) + s seq(y)
+
+    Args:
+        linear: the linear, for its sizes.
+        r: rank of each branch.
+        scale: s.
+        dropout: probability, in the bottleneck.
+    """
+
+    def __init__(self, linear: nn.Linear, r: int, scale: float, dropout: float) -> None:
+        super().__init__()
+        self.parallel = LowRank(linear.in_features, linear.out_features, r, dropout)
+        self.sequential = LowRank(linear.out_features, linear.out_features, r, dropout)
+        self.scale = scale
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """(..., out_features), given also the linear's input (..., in_features)."""
+        return y + self.scale * (self.parallel(x) + self.sequential(y))
+
+    @torch.no_grad()
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a linear that computes the same as the linear with these and Hydra at it."""
+        (parallel, parallel_bias), (sequential, sequential_bias) = (
+            tuple(t.to(weight) for t in branch.matrix()) for branch in (self.parallel, self.sequential)
+        )
+        old_bias = weight.new_zeros(len(weight)) if bias is None else bias
+        new_weight = weight + self.scale * (parallel + sequential @ weight)
+        return new_weight, old_bias + self.scale * (parallel_bias + sequential @ old_bias + sequential_bias)
+
+
+@register(
+    name="hydra",
+    paper=Paper(
+        "Hydra: Multi-head Low-rank Adaptation for Parameter Efficient Fine-tuning",
+        "Neural Networks 2024",
+        "2309.06922",
+    ),
+    equation="y = W x + b; y + s A2 B2 x + s A1 B1 y, at the attention's output projection and the last MLP linear",
+    counts=(({"r": 2}, 239_712),),
+    mergeable=True,
+    identity_at_start=True,
+)
+@dataclass
+class HydraConfig(VisualPeftConfig):
+    """Config of Hydra, arXiv 2309.06922.
+
+    At the output projection of attention and the last linear of the MLP: one low-rank branch reads the linear's input
+    and one its output. No activation, so both fold into the weight. The released code merges the MLP's weight into
+    the attention; here each linear gets its own.
+
+    Args:
+        r: rank of each of the two branches.
+        scale: s, tuned per task in the paper.
+        dropout: probability of dropping a number in the bottleneck.
+    """
+
+    r: int = field(default=2, metadata={"help": "Rank of each of the two branches."})
+    scale: float = field(default=1.0, metadata={"help": "Factor s of both branches."})
+    dropout: float = field(default=0.0, metadata={"help": "Probability of dropping a number in the bottleneck."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_integer("r", 1)
+        self._require_number("scale")
+        self._require_number("dropout", 0.0, below=1.0)
+
+    def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
+        """At the last linear of both sub-layers."""
+        self._require_integer("r", 1, backbone.width, "the backbone's width")
+        build = partial(Hydra, r=self.r, scale=self.scale, dropout=self.dropout)
+        for block in backbone.blocks:
+            for path in (*block.roles["output"], *block.roles["fc2"]):
+                yield Placement(path, "branches", LinearSite(), build)

@@ -1,0 +1,70 @@
+"""AdapterBias."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...backbone import VisionBackbone
+from ...config import VisualPeftConfig
+from ...registry import Paper, register
+from ...sites import LinearSite, Placement
+
+
+class AdapterBias(nn.Module):
+    """A shift of a linear's output, weighted for each token.
+
+        f(y, h) = y + (w . h + c) v
+
+    v is zero at the start; w and c are as in `nn.Linear`.
+
+    Args:
+        linear: the linear, for its sizes.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = nn.Linear(linear.in_features, 1)
+        self.shift = nn.Parameter(torch.zeros(linear.out_features))
+
+    def forward(self, y: Tensor, h: Tensor) -> Tensor:
+        """(..., out_features), given also the linear's input (..., in_features)."""
+        return y + self.weight(h) * self.shift
+
+    @torch.no_grad()
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a linear that computes the same as the linear with these and AdapterBias at it."""
+        shift = self.shift.to(weight)
+        addend = self.weight.bias.to(weight) * shift
+        return weight + torch.outer(shift, self.weight.weight[0].to(weight)), addend if bias is None else bias + addend
+
+
+@register(
+    name="adapterbias",
+    paper=Paper(
+        "AdapterBias: Parameter-efficient Token-dependent Representation Shift for Adapters in NLP Tasks",
+        "NAACL 2022 Findings",
+        "2205.00305",
+    ),
+    equation="y = W2 h + b2 + (w . h + c) v at the last MLP linear",
+    counts=(({}, 46_092),),
+    mergeable=True,
+    identity_at_start=True,
+)
+@dataclass
+class AdapterBiasConfig(VisualPeftConfig):
+    """Config of AdapterBias, arXiv 2205.00305.
+
+    A shift v of the last linear of every MLP, weighted for each token by a linear of the MLP's hidden activation. It
+    depends on the token, so it is no bias; but it equals an update of the weight of rank one, v w^T, and of the bias,
+    c v, so it merges. The weight is not shared between blocks.
+    """
+
+    def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
+        """At the last linear of every MLP."""
+        for block in backbone.blocks:
+            for path in block.roles["fc2"]:
+                yield Placement(path, "shift", LinearSite(), AdapterBias)  # type: ignore[arg-type]
