@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image as PILImage
 from transformers import (
     Dinov2Config,
     Dinov2ForImageClassification,
@@ -65,19 +64,6 @@ def tiny_checkpoint(tmp_path_factory):
     ViTImageProcessor(
         size={"height": 32, "width": 32}, image_mean=[0.5, 0.4, 0.3], image_std=[0.5, 0.6, 0.7]
     ).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def shades(tmp_path_factory):
-    """A folder of images with two classes, dark and light, and no test split."""
-    folder = tmp_path_factory.mktemp("shades")
-    generator = np.random.default_rng(0)
-    for name, low in (("dark", 0), ("light", 156)):
-        (folder / name).mkdir()
-        for index in range(20):
-            pixels = generator.integers(low, low + 100, size=(24, 36, 3), dtype=np.uint8)
-            PILImage.fromarray(pixels).save(folder / name / f"{index}.png")
     return folder
 
 

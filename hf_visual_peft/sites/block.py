@@ -5,9 +5,9 @@ A block layer leaves the block's forward to the block and works at five points o
     x -> norm1 -> attention -> (+ x) = z -> norm2 -> MLP -> (+ z) = out
 
 that is x, the outputs of both norms, z and out. What a sub-layer adds is the difference of the stream before and after
-it. What is added at z is added to out once more, because the residual
-connection carried z past the addition. So the block's own layer scale and stochastic depth act on its own branches
-only, as the equations of the adapters have it, in whatever way the architecture writes them.
+it. What is added at z is added to out once more, because the residual connection carried z past the addition. So the
+block's own layer scale and stochastic depth act on its own branches only, as the equations of the adapters have it, in
+whatever way the architecture writes them.
 """
 
 from __future__ import annotations
