@@ -51,6 +51,7 @@ class VisionBackbone:
         width: channels of the token stream.
         patch_features: numbers that one patch has before it is embedded: channels x height x width.
         prefix_tokens: tokens before the patches.
+        num_heads: attention heads of a block, None where the backbone's config does not tell.
     """
 
     path: str
@@ -65,6 +66,7 @@ class VisionBackbone:
     width: int
     patch_features: int
     prefix_tokens: int
+    num_heads: int | None
 
     def select(self, layers: Sequence[int] | None) -> VisionBackbone:
         """The backbone as a method sees it that acts on some blocks only: nothing outside them, either."""
@@ -168,6 +170,7 @@ def _resolve(model: nn.Module, path: str, backbone: nn.Module, architecture: Arc
         width=_weight(model, blocks[0].roles["norm1"][0]).shape[-1],
         patch_features=_weight(model, patch_embedding[0])[0].numel(),
         prefix_tokens=_count_prefix_tokens(model.get_submodule(embeddings), architecture),
+        num_heads=getattr(getattr(backbone, "config", None), "num_attention_heads", None),
     )
 
 

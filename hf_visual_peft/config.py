@@ -49,6 +49,7 @@ class VisualPeftConfig(PeftConfig):
     target_modules: ClassVar[Any] = None
     target_parameters: ClassVar[Any] = None
     unknown_fields: ClassVar[list[str]] = []
+    video: ClassVar[bool] = False  # whether the method takes videos, (batch, frames, channels, height, width)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,6 +114,10 @@ class VisualPeftConfig(PeftConfig):
             ValueError: a field does not fit the backbone.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say where it acts.")
+
+    def trained_modules(self, backbone: VisionBackbone) -> list[str]:
+        """Full names of the modules that train as a whole where `modules_to_save` is None: the task head."""
+        return list(backbone.heads)
 
     @property
     def layers(self) -> list[int] | None:

@@ -48,17 +48,31 @@ class Paper:
     Attributes:
         title: the paper's title.
         venue: conference and year.
-        arxiv: arXiv identifier without version, e.g. `"2203.12119"`.
+        arxiv: arXiv identifier without version, e.g. `"2203.12119"`; None where the paper is not there.
+        page: address of the paper where it is not on arXiv.
     """
 
     title: str
     venue: str
-    arxiv: str
+    arxiv: str | None
+    page: str | None = None
 
     @property
     def url(self) -> str:
-        """The abstract page."""
-        return f"https://arxiv.org/abs/{self.arxiv}"
+        """The paper's page."""
+        return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else str(self.page)
+
+
+VisualTuning = Literal[
+    "fine-tuning",
+    "prompt: vision-driven",
+    "adapter: sequential",
+    "adapter: parallel",
+    "adapter: mix",
+    "parameter: bias",
+    "parameter: weight",
+    "parameter: weight and bias",
+]
 
 
 @dataclass(frozen=True)
@@ -70,13 +84,16 @@ class Method:
         config_cls: the `PeftConfig`.
         tuner_cls: the `BaseTuner` behind it.
         paper: its source.
-        category: branch of the survey's taxonomy (arXiv 2402.02242), taken from the method's folder.
+        category: branch of the taxonomy of "Parameter-Efficient Fine-Tuning for Pre-Trained Vision Models" (arXiv
+            2402.02242), taken from the method's folder.
+        visual_tuning: branch of that of "Visual Tuning" (arXiv 2305.06061).
         equation: the method in one line.
         counts: trainable parameters on ViT-B/16-224 without the head, by fields of the config: pairs of (fields,
             count). The first is for the paper's usual setting.
         mergeable: whether the adapter folds into the weights of the backbone.
         gradients: how far gradients cross the backbone: through all of it, a part, or not at all.
         identity_at_start: whether a fresh adapter leaves the backbone's output as it was.
+        calibrated: whether the method chooses from data, by `hf_visual_peft.calibrate`, before it can train.
     """
 
     name: str
@@ -84,11 +101,18 @@ class Method:
     tuner_cls: type
     paper: Paper
     category: str
+    visual_tuning: str
     equation: str
     counts: tuple[tuple[dict[str, Any], int], ...]
     mergeable: bool
     gradients: Literal["full", "partial", "none"]
     identity_at_start: bool
+    calibrated: bool
+
+    @property
+    def video(self) -> bool:
+        """Whether it takes videos, `pixel_values` of (batch, frames, channels, height, width)."""
+        return bool(self.config_cls.video)  # type: ignore[attr-defined]
 
     @property
     def peft_type(self) -> VisualPeftType:
@@ -122,11 +146,13 @@ def register(
     *,
     name: str,
     paper: Paper,
+    visual_tuning: VisualTuning,
     equation: str,
     counts: Iterable[tuple[dict[str, Any], int]],
     mergeable: bool,
     identity_at_start: bool,
     gradients: Literal["full", "partial", "none"] = "full",
+    calibrated: bool = False,
 ) -> Callable[[ConfigT], ConfigT]:
     """Make a config class a peft method: `get_peft_model`, saving, loading and transformers then know it.
 
@@ -162,11 +188,13 @@ def register(
             tuner_cls=tuner_cls,
             paper=paper,
             category=module.__name__.rpartition(".")[0].rpartition(".")[2],
+            visual_tuning=visual_tuning,
             equation=equation,
             counts=tuple(counts),
             mergeable=mergeable,
             gradients=gradients,
             identity_at_start=identity_at_start,
+            calibrated=calibrated,
         )
         return config_cls
 

@@ -9,12 +9,24 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import ModulesToSaveWrapper, match_target_against_key
 from torch import Tensor, nn
 
 from .backbone import VisionBackbone, find_backbone, unwrapped
 from .config import VisualPeftConfig
-from .sites import BlockLayer, BranchSite, Exchange, LinearSite, ModuleLayer, OutputSite, Placement, VisualTunerLayer
+from .sites import (
+    BlockLayer,
+    BranchSite,
+    Exchange,
+    LinearSite,
+    ModuleLayer,
+    OutputSite,
+    Placement,
+    Site,
+    VisualTunerLayer,
+    WeightSite,
+)
 
 
 class VisualTuner(BaseTuner):
@@ -51,6 +63,8 @@ class VisualTuner(BaseTuner):
         config: VisualPeftConfig = self.peft_config[adapter_name]
         self._plan(model, config)
         try:
+            if self._backbone is not None and config.video:
+                self._exchange.watch_frames(model, self._backbone)
             super().inject_adapter(
                 model,
                 adapter_name,
@@ -65,6 +79,8 @@ class VisualTuner(BaseTuner):
         self._placements: dict[str, list[Placement]] = {}
         self._excluded: set[str] = set()
         self._backbone: VisionBackbone | None = None
+        layers = (module for module in self.model.modules() if isinstance(module, VisualTunerLayer))
+        self._exchange = next((layer.exchange for layer in layers), None) or Exchange()
 
     def _plan(self, model: nn.Module, config: VisualPeftConfig) -> None:
         if config.unknown_fields:
@@ -74,12 +90,12 @@ class VisualTuner(BaseTuner):
                 "the fields if they are a mistake."
             )
         self._forget_plan()
-        if config.target_modules is not None:
+        if config.target_modules not in (None, DUMMY_TARGET_MODULES):
             return
         backbone = find_backbone(model)
         self._check_layers(config, backbone)
-        if config.modules_to_save is None and backbone.heads:
-            config.modules_to_save = list(backbone.heads)
+        if config.modules_to_save is None:
+            config.modules_to_save = config.trained_modules(backbone) or None
         selected = self._without_excluded(backbone.select(config.layers), config)
         if not selected.blocks:
             raise ValueError(
@@ -93,6 +109,8 @@ class VisualTuner(BaseTuner):
                 if placement.build is not None:  # a module that does not fit is an error now, not half-way through
                     with torch.device("meta"):
                         placement.build(unwrapped(model.get_submodule(placement.path)))
+                        if placement.shared is not None:
+                            placement.shared.build()
                 self._placements.setdefault(placement.path, []).append(placement)
         self._backbone = backbone
 
@@ -146,35 +164,39 @@ class VisualTuner(BaseTuner):
         placements = self._placements.get(current_key) or [peft_config.placement_at(current_key)]
         if isinstance(target, VisualTunerLayer):
             layer = target
-        elif all(isinstance(placement.site, OutputSite | LinearSite) for placement in placements):
-            layer = ModuleLayer(target)
+        elif all(isinstance(placement.site, OutputSite | LinearSite | WeightSite) for placement in placements):
+            layer = ModuleLayer(target, self._exchange)
         else:
             layer = self._new_block_layer(target, current_key)
         for placement in placements:
             equation = placement.build(layer.get_base_layer()) if placement.build else None
             layer.add_equation(
-                adapter_name, self.prefix, placement.slot, placement.site, equation, peft_config.init_weights
+                adapter_name,
+                self.prefix,
+                placement.slot,
+                placement.site,
+                equation,
+                peft_config.init_weights,
+                placement.shared,
             )
-            if isinstance(layer, BlockLayer):
-                self._connect(layer, adapter_name, placement, peft_config)
+            self._connect(layer, placement.site)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, requires_grad=False)
 
-    def _connect(self, layer: BlockLayer, adapter_name: str, placement: Placement, config: VisualPeftConfig) -> None:
-        if placement.shared is not None and adapter_name not in layer.exchange.shared:
-            layer.share(adapter_name, self.prefix, placement.shared(), config.init_weights)
-        if isinstance(placement.site, BranchSite) and placement.site.needs_layout:
+    def _connect(self, layer: VisualTunerLayer, site: Site) -> None:
+        if isinstance(site, BranchSite) and site.needs_layout:
             assert self._backbone is not None
-            layer.exchange.watch_grid(self.model, self._backbone)
+            self._exchange.watch_grid(self.model, self._backbone)
+        if isinstance(layer, ModuleLayer) and isinstance(site, OutputSite):
+            for path in site.followers:
+                layer.followers[path] = unwrapped(self.model.get_submodule(path))
 
     def _new_block_layer(self, target: nn.Module, path: str) -> BlockLayer:
         assert self._backbone is not None
-        others = (module.exchange for module in self.model.modules() if isinstance(module, BlockLayer))
-        exchange = next(others, None) or Exchange()
         block = next(block for block in self._backbone.blocks if block.path == path)
-        return BlockLayer(target, self.model, block, self._backbone.prefix_tokens, exchange)
+        return BlockLayer(target, self.model, block, self._backbone, self._exchange)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)

@@ -7,22 +7,25 @@ them: `ModuleLayer` around a linear, norm or convolution, `BlockLayer` around a 
 from .block import BlockLayer, BranchSite, TokenSite, drop_path
 from .exchange import Exchange
 from .grid import Grid, TokenLayout
-from .layer import Placement, Site, VisualTunerLayer
-from .module import LinearSite, ModuleLayer, OutputSite
+from .layer import Equation, Placement, Shared, Site, VisualTunerLayer
+from .module import LinearSite, ModuleLayer, OutputSite, WeightSite
 
 
 __all__ = [
     "BlockLayer",
     "BranchSite",
+    "Equation",
     "Exchange",
     "Grid",
     "LinearSite",
     "ModuleLayer",
     "OutputSite",
     "Placement",
+    "Shared",
     "Site",
     "TokenLayout",
     "TokenSite",
     "VisualTunerLayer",
+    "WeightSite",
     "drop_path",
 ]

@@ -19,49 +19,55 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbone import Block
+from ..backbone import Block, VisionBackbone
 from .exchange import Exchange
 from .grid import Grid, TokenLayout
-from .layer import Site, VisualTunerLayer, call_equation
+from .layer import Equation, Site, VisualTunerLayer, call_equation
 
 
 # Arguments of blocks that have one entry, or a row and a column, for each token.
 _MASKS = ("attention_mask", "relative_position_bias")
 
 
-Reads = Literal["normed", "stream", "output", "sum"]
+Reads = Literal["input", "normed", "stream", "output", "sum"]
 
 
 @dataclass(frozen=True)
 class BranchSite(Site):
     """A branch at attention or MLP, added to the token stream after the sub-layer.
 
-    The equation is called with (batch, tokens, width) and returns the same shape. Branches beside the sub-layer
-    (`"normed"`, `"stream"`) come before those that follow it (`"output"`, then `"sum"`).
+    The equation is called with (batch, tokens, width) and returns the same shape. Branches before the sub-layer
+    (`"input"`) are part of what those beside it read (`"normed"`, `"stream"`), and these come before those that follow
+    it (`"output"`, then `"sum"`).
 
     Attributes:
         sublayer: which of the two.
-        reads: the branch's input. `"normed"`: the output of the norm before the sub-layer; `"stream"`: the stream
-            before that norm; `"output"`: what the sub-layer adds to the stream, after layer scale and stochastic
-            depth; `"sum"`: the stream after the sub-layer, with all branches before this one.
+        reads: the branch's input. `"input"`: the stream as it comes to the block, which the branch changes for the
+            attention, too; `"normed"`: the output of the norm before the sub-layer; `"stream"`: the stream before that
+            norm; `"output"`: what the sub-layer adds to the stream, after layer scale and stochastic depth; `"sum"`:
+            the stream after the sub-layer, with all branches before this one.
         drop_path: whether the branch is dropped at the block's stochastic depth rate, independently of the sub-layer.
         needs_layout: whether the equation is called with a `TokenLayout` as second argument.
+        attends: whether the equation is then called with a function, too, that applies the block's first norm and its
+            attention to any (batch, tokens, width), without masks, position biases and layer scale.
     """
 
     sublayer: Literal["attention", "mlp"]
     reads: Reads
     drop_path: bool = False
     needs_layout: bool = False
+    attends: bool = False
 
 
 @dataclass(frozen=True)
 class TokenSite(Site):
     """Tokens put into the sequence after the prefix tokens and taken out again after the block.
 
-    From outside, a block has the backbone's own tokens only. The equation is called with the batch size and the
-    adapter's shared module or None; it returns (batch, tokens, width).
+    From outside, a block has the backbone's own tokens only. The equation is called with the batch size and returns
+    (batch, tokens, width).
 
     Attributes:
         takes: whether the tokens are those that the block before handed on, and not new ones.
@@ -72,15 +78,12 @@ class TokenSite(Site):
     hands_on: bool = False
 
 
-class SharedSite(Site):
-    """No site: the place where the first layer of an adapter keeps the module that all its layers use."""
-
-
 @dataclass
 class _Pass:
     """One pass through one block: what comes in, and what the equations add on the way."""
 
     grid: Grid | None
+    frames: int | None
     tokens: dict[str, Tensor]
     prefix: int
     before: Tensor | None = None  # the block's own stream before the sub-layer at work
@@ -100,18 +103,21 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         base_layer: the block.
         model: the model it belongs to.
         block: the block's roles.
-        prefix_tokens: tokens before the patches.
-        exchange: shared with the other block layers of the model.
+        backbone: that it belongs to.
+        exchange: shared with the other adapter layers of the model.
     """
 
     def __init__(
-        self, base_layer: nn.Module, model: nn.Module, block: Block, prefix_tokens: int, exchange: Exchange
+        self, base_layer: nn.Module, model: nn.Module, block: Block, backbone: VisionBackbone, exchange: Exchange
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self._init_layer()
-        self.prefix_tokens = prefix_tokens
-        self.exchange = exchange
+        self._init_layer(exchange)
+        self.prefix_tokens = backbone.prefix_tokens
+        self._num_heads = backbone.num_heads
+        # a tuple, so that they are no submodules of the layer
+        roles = ("norm1", "query", "key", "value", "output")
+        self._attention = tuple(model.get_submodule(block.roles[role][0]) for role in roles)
         self._pass: _Pass | None = None
         self._block_returns_tuple = False
         names = list(inspect.signature(type(base_layer).forward).parameters)[2:]
@@ -128,7 +134,7 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         rates = (getattr(model.get_submodule(path), "drop_prob", None) for path in block.roles["drop_path"])
         self.drop_path_rate = next((rate for rate in rates if rate), 0.0)
         self._position_biases = [
-            _PositionBias(model.get_submodule(path), prefix_tokens) for path in block.roles["position_bias"]
+            _PositionBias(model.get_submodule(path), self.prefix_tokens) for path in block.roles["position_bias"]
         ]
 
     def detach(self) -> nn.Module:
@@ -140,18 +146,8 @@ class BlockLayer(VisualTunerLayer, nn.Module):
             handle.remove()
         for bias in self._position_biases:
             bias.remove()
-        self.exchange.unwatch_grid()
+        self.exchange.unwatch()
         return self.base_layer
-
-    def share(self, adapter_name: str, prefix: str, module: nn.Module, init_weights: bool) -> None:
-        """Keep a module that all layers of an adapter use; `exchange` makes it known to the others."""
-        self.add_equation(adapter_name, prefix, "shared", SharedSite(), module, init_weights)
-        self.exchange.shared[adapter_name] = module
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter from the layer."""
-        super().delete_adapter(adapter_name)
-        self.exchange.shared.pop(adapter_name, None)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Not possible.
@@ -159,10 +155,10 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         Raises:
             ValueError: always.
         """
+        slots = {slot for plan in self.plans.values() for slot, _, _ in plan}
         raise ValueError(
-            f"{', '.join(sorted({slot for plan in self.plans.values() for slot, _ in plan}))} cannot be merged: it is "
-            "no affine change of a weight of the backbone. Keep the adapter beside the backbone; `unload()` gives the "
-            "backbone back without it."
+            f"{', '.join(sorted(slots))} cannot be merged: it is no affine change of a weight of the backbone. Keep "
+            "the adapter beside the backbone; `unload()` gives the backbone back without it."
         )
 
     def unmerge(self) -> None:
@@ -173,26 +169,21 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         """
         self.merge()
 
-    def _active(self) -> Iterator[tuple[str, nn.Module | None, Site]]:
-        if not self.disable_adapters:
-            for name in self.active_adapters:
-                for equation, site in self.equations_of(name):
-                    yield name, equation, site
-
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the block's, (batch, tokens, width) first."""
         if kwargs.get("adapter_names") is not None:
             raise ValueError("adapter_names: batches that mix adapters are not supported by this method.")
         if not any(True for _ in self._active()):
             return self.base_layer(hidden_states, *args, **kwargs)
-        sites = {name: site for name, _, site in self._active() if isinstance(site, TokenSite)}
+        sites = {e.adapter: e.site for e in self._active() if isinstance(e.site, TokenSite)}
         tokens = {name: self.exchange.handed_on.pop(name) for name, site in sites.items() if site.takes}
         onward = tuple(name for name, site in sites.items() if site.hands_on)
         base: Any = self.base_layer
         checkpoint = self.training and getattr(base, "gradient_checkpointing", False)
-        # Tokens and grid of this pass are arguments: when the function runs again in the backward pass, other images
-        # may have been through the model.
-        run = partial(self._run, self.exchange.grid, tuple(tokens), onward, checkpoint, kwargs)
+        # Tokens, grid and frames of this pass are arguments: when the function runs again in the backward pass, other
+        # images may have been through the model.
+        new_pass = partial(_Pass, self.exchange.grid, self.exchange.frames)
+        run = partial(self._run, new_pass, tuple(tokens), onward, checkpoint, kwargs)
         call = partial(base._gradient_checkpointing_func, run) if checkpoint else run
         output = call(hidden_states, *tokens.values(), *args)
         if onward:
@@ -203,7 +194,7 @@ class BlockLayer(VisualTunerLayer, nn.Module):
 
     def _run(
         self,
-        grid: Grid | None,
+        new_pass: Callable[[dict[str, Tensor], int], _Pass],
         taken: tuple[str, ...],
         onward: tuple[str, ...],
         checkpoint: bool,
@@ -212,7 +203,7 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         *rest: Any,
     ) -> Any:
         tokens = dict(zip(taken, rest, strict=False))
-        self._pass = _Pass(grid, tokens, self.prefix_tokens)
+        self._pass = new_pass(tokens, self.prefix_tokens)
         base: Any = self.base_layer
         if checkpoint:  # once is enough: the block would do it again inside
             base.gradient_checkpointing = False
@@ -241,6 +232,10 @@ class BlockLayer(VisualTunerLayer, nn.Module):
             args, kwargs = self._make_room(args, kwargs, hidden_states.shape[1], inserted)
             hidden_states = torch.cat(pieces, dim=1)
             current.prefix += inserted
+        for branch in self._branches("attention", "input"):
+            self._add(current, branch, hidden_states)
+        # Here, and only here, what is added reaches everything after it by itself.
+        hidden_states, current.added = current.with_added(hidden_states), None
         output = forward(hidden_states, *args, **kwargs)
         self._block_returns_tuple = isinstance(output, tuple)
         stream = output[0] if self._block_returns_tuple else output
@@ -258,10 +253,10 @@ class BlockLayer(VisualTunerLayer, nn.Module):
     def _insert(self, hidden_states: Tensor, current: _Pass) -> list[str]:
         """Make the tokens that this block starts with; the names of all adapters that have tokens here."""
         names = []
-        for name, equation, site in self._active():
+        for name, equation, site, shared in self._active():
             if isinstance(site, TokenSite):
                 if equation is not None:
-                    new = equation(hidden_states.shape[0], self.exchange.shared.get(name))
+                    new = equation(hidden_states.shape[0], *shared)
                     current.tokens[name] = new.to(hidden_states.dtype)
                 names.append(name)
         return names
@@ -277,33 +272,52 @@ class BlockLayer(VisualTunerLayer, nn.Module):
                 kwargs[name] = _widen(kwargs[name], name, self.prefix_tokens, length, count)
         return tuple(positional), kwargs
 
-    def _branches(self, sublayer: str, reads: Reads) -> Iterator[tuple[nn.Module, BranchSite]]:
-        for _, equation, site in self._active():
+    def _branches(self, sublayer: str, reads: Reads) -> Iterator[Equation]:
+        for equation in self._active():
+            site = equation.site
             if isinstance(site, BranchSite) and site.sublayer == sublayer and site.reads == reads:
-                assert equation is not None
-                yield equation, site
+                yield equation
 
     def _beside(self, sublayer: str, current: _Pass, stream: Tensor, normed: Tensor) -> None:
         """Branches beside a sub-layer, which all see the stream as it comes to it."""
-        for equation, site in self._branches(sublayer, "normed"):
-            self._add(current, equation, site, normed)
-        for equation, site in self._branches(sublayer, "stream"):
-            self._add(current, equation, site, stream)
+        for branch in self._branches(sublayer, "normed"):
+            self._add(current, branch, normed)
+        for branch in self._branches(sublayer, "stream"):
+            self._add(current, branch, stream)
 
     def _behind(self, sublayer: str, current: _Pass, stream: Tensor) -> None:
         """Branches that follow a sub-layer; `stream` is the block's own, without what the branches added."""
         assert current.before is not None
-        for equation, site in self._branches(sublayer, "output"):
-            self._add(current, equation, site, stream - current.before)
-        for equation, site in self._branches(sublayer, "sum"):
-            self._add(current, equation, site, current.with_added(stream))
+        for branch in self._branches(sublayer, "output"):
+            self._add(current, branch, stream - current.before)
+        for branch in self._branches(sublayer, "sum"):
+            self._add(current, branch, current.with_added(stream))
 
-    def _add(self, current: _Pass, equation: nn.Module, site: BranchSite, x: Tensor) -> None:
-        layout = (TokenLayout(current.prefix, current.grid),) if site.needs_layout and current.grid else ()
-        delta = call_equation(self, equation, x, *layout)
+    def _add(self, current: _Pass, branch: Equation, x: Tensor) -> None:
+        site = branch.site
+        assert isinstance(site, BranchSite)
+        assert branch.module is not None
+        layout = (TokenLayout(current.prefix, current.grid, current.frames),) if site.needs_layout else ()
+        attend = (self._attend,) if site.attends else ()
+        delta = call_equation(self, branch.module, x, *layout, *attend, *branch.shared)
         if site.drop_path:
             delta = drop_path(delta, self.drop_path_rate, self.training)
         current.added = delta if current.added is None else current.added + delta
+
+    def _attend(self, x: Tensor) -> Tensor:
+        """Norm and attention of the block on other tokens than its own."""
+        current, self._pass = self._pass, None  # the norm's hooks are for the block's own tokens
+        norm, query, key, value, output = self._attention
+        assert self._num_heads is not None
+        normed = norm(x)
+        if query is key:
+            projected = query(normed).chunk(3, dim=-1)
+        else:
+            projected = tuple(module(normed) for module in (query, key, value))
+        heads = (p.unflatten(-1, (self._num_heads, -1)).transpose(1, 2) for p in projected)
+        mixed = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        self._pass = current
+        return output(mixed)
 
     def _after_norm1(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         if self._pass is not None:

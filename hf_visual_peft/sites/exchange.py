@@ -15,20 +15,24 @@ from .grid import Grid
 
 @dataclass
 class Exchange:
-    """One object that all block layers of a model hold; no module, so it owns no parameters.
+    """One object that all adapter layers of a model hold; no module, so it owns no parameters.
 
     Attributes:
         grid: of the images in the model just now, None before the first forward.
         handed_on: tokens on their way from block to block, by adapter.
-        shared: the module that the layers of an adapter share, by adapter; its first layer registers it.
+        shared: modules that several layers use, by name and adapter; one of these layers registers it.
+        frames: images that belong together as a video, None where each stands for itself.
         handles: the hooks that keep `grid` up to date.
+        frame_handles: the hooks that keep `frames` up to date.
         prefix_tokens: tokens before the patches.
     """
 
     grid: Grid | None = None
     handed_on: dict[str, Tensor] = field(default_factory=dict)
-    shared: dict[str, nn.Module] = field(default_factory=dict)
+    shared: dict[tuple[str | None, str], nn.Module] = field(default_factory=dict)
+    frames: int | None = None
     handles: list[Any] = field(default_factory=list)
+    frame_handles: list[Any] = field(default_factory=list)
     prefix_tokens: int = 0
 
     def watch_grid(self, model: nn.Module, backbone: VisionBackbone) -> None:
@@ -45,12 +49,42 @@ class Exchange:
         if backbone.architecture.grid == "masked":
             self.handles.append(embeddings.register_forward_hook(self._from_restore_ids))
 
-    def unwatch_grid(self) -> None:
-        """Remove the hooks of `watch_grid`."""
-        for handle in self.handles:
+    def watch_frames(self, model: nn.Module, backbone: VisionBackbone) -> None:
+        """Let the model take videos from now on: their frames go through it as images, the head sees their mean.
+
+        Args:
+            model: gets `pixel_values` of (batch, frames, channels, height, width).
+            backbone: in the model. Without a head its output is that of single frames, (batch x frames, ...).
+        """
+        if self.frame_handles:
+            return
+        self.frame_handles.append(model.register_forward_pre_hook(self._split_frames, with_kwargs=True))
+        for path in backbone.heads:
+            self.frame_handles.append(model.get_submodule(path).register_forward_pre_hook(self._average_frames))
+
+    def unwatch(self) -> None:
+        """Remove all hooks."""
+        for handle in (*self.handles, *self.frame_handles):
             handle.remove()
         self.handles.clear()
-        self.grid = None
+        self.frame_handles.clear()
+        self.grid = self.frames = None
+
+    def _split_frames(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        pixels = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
+        if pixels.ndim != 5:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixels.shape)}: a method for videos is active, which needs (batch, "
+                "frames, channels, height, width)."
+            )
+        self.frames = pixels.shape[1]
+        if "pixel_values" in kwargs:
+            return args, {**kwargs, "pixel_values": pixels.flatten(0, 1)}
+        return (pixels.flatten(0, 1), *args[1:]), kwargs
+
+    def _average_frames(self, module: nn.Module, args: tuple) -> tuple:
+        x = args[0]
+        return (x.unflatten(0, (-1, self.frames)).mean(dim=1), *args[1:])
 
     def _from_patch_embedding(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         self.grid = Grid(*output.shape[-2:])

@@ -54,8 +54,27 @@ class TokenLayout:
 
     Attributes:
         prefix: number of tokens that are no patches; they come first.
-        grid: how the other tokens lie in the image.
+        grid: how the other tokens lie in the image; None where nothing has told.
+        frames: images that make one video; they follow each other in the batch. None: each is for itself.
     """
 
     prefix: int
-    grid: Grid
+    grid: Grid | None
+    frames: int | None = None
+
+    def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, tokens, channels) to prefix tokens and a map of the patches, (batch, channels, height, width).
+
+        Raises:
+            ValueError: the grid is not known, or the tokens do not fill it.
+        """
+        return tokens[:, : self.prefix], self._known_grid().to_map(tokens[:, self.prefix :])
+
+    def join(self, prefix: Tensor, maps: Tensor) -> Tensor:
+        """The inverse of `split`."""
+        return torch.cat([prefix, self._known_grid().to_tokens(maps)], dim=1)
+
+    def _known_grid(self) -> Grid:
+        if self.grid is None:
+            raise ValueError("The patch grid is not known: call the whole model, not a block of it.")
+        return self.grid

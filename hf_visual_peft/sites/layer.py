@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+
+from .exchange import Exchange
 
 
 RANDOM_STD = 0.05  # of what `init_weights=False` adds to every weight
@@ -16,6 +18,23 @@ RANDOM_STD = 0.05  # of what `init_weights=False` adds to every weight
 
 class Site:
     """Where in a block or module an equation acts; the subclasses stand beside the layers that serve them."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A module that several equations of an adapter use. The first of them keeps and saves it.
+
+    Attributes:
+        name: which one, where an adapter has several; part of the parameter names.
+        build: makes it.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+
+
+class SharedSite(Site):
+    """No site: the place where the first layer of an adapter keeps a module that others use, too."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +46,30 @@ class Placement:
         slot: name of the equation within the module; part of the parameter names.
         site: where it acts.
         build: makes the equation from the module it stands at; None where the site needs none.
-        shared: makes a module that all layers of the adapter use. The first layer keeps and saves it.
+        shared: a module of the adapter that the equation uses; it is then called with it as last argument.
     """
 
     path: str
     slot: str
     site: Site
     build: Callable[[nn.Module], nn.Module] | None
-    shared: Callable[[], nn.Module] | None = None
+    shared: Shared | None = None
+
+
+class Equation(NamedTuple):
+    """An equation at work: the module, None where a site only passes something on, and what it is called with.
+
+    Attributes:
+        adapter: whose it is.
+        module: the equation.
+        site: where it acts.
+        shared: its last arguments, none or one.
+    """
+
+    adapter: str
+    module: nn.Module | None
+    site: Site
+    shared: tuple[nn.Module, ...]
 
 
 class VisualTunerLayer(BaseTunerLayer):
@@ -42,18 +77,20 @@ class VisualTunerLayer(BaseTunerLayer):
 
     Equations stand in one `nn.ModuleDict` a slot, keyed by adapter, so that parameter names read
     `<module>.<method>_<slot>.<adapter>.<parameter>`, which is what peft and transformers expect. `plans` tells which
-    slots an adapter fills and at which sites.
+    slots an adapter fills, at which sites, and which shared module each uses.
     """
 
     base_layer: nn.Module
+    exchange: Exchange
     other_param_names = ("plans",)
 
-    def _init_layer(self) -> None:
+    def _init_layer(self, exchange: Exchange) -> None:
+        self.exchange = exchange
         # peft declares these on the class; a layer needs its own
         self.adapter_layer_names: tuple[str, ...] = ()
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        self.plans: dict[str, tuple[tuple[str, Site], ...]] = {}
+        self.plans: dict[str, tuple[tuple[str, Site, str | None], ...]] = {}
 
     def __getattr__(self, name: str) -> Any:
         """Attributes that the layer lacks are those of the module it stands around."""
@@ -65,7 +102,14 @@ class VisualTunerLayer(BaseTunerLayer):
             return getattr(self.base_layer, name)
 
     def add_equation(
-        self, adapter_name: str, prefix: str, slot: str, site: Site, equation: nn.Module | None, init_weights: bool
+        self,
+        adapter_name: str,
+        prefix: str,
+        slot: str,
+        site: Site,
+        equation: nn.Module | None,
+        init_weights: bool,
+        shared: Shared | None = None,
     ) -> None:
         """Put an equation of an adapter into a slot.
 
@@ -76,14 +120,18 @@ class VisualTunerLayer(BaseTunerLayer):
             site: where it acts.
             equation: None where the site only passes something on.
             init_weights: whether the weights stay as they are; else random numbers are added to all.
+            shared: what the equation uses; made and kept here if the adapter has no such module yet.
         """
+        key = None if shared is None else f"{prefix}{shared.name}"
+        if shared is not None and (key, adapter_name) not in self.exchange.shared:
+            module = shared.build()
+            self.add_equation(adapter_name, prefix, shared.name, SharedSite(), module, init_weights)
+            self.exchange.shared[key, adapter_name] = module
         attribute = f"{prefix}{slot}"
-        self.plans[adapter_name] = (*self.plans.get(adapter_name, ()), (attribute, site))
+        self.plans[adapter_name] = (*self.plans.get(adapter_name, ()), (attribute, site, key))
         if equation is not None:
             if not init_weights:
-                with torch.no_grad():
-                    for parameter in equation.parameters():
-                        parameter.add_(torch.randn_like(parameter), alpha=RANDOM_STD)
+                randomise(equation)
             if attribute not in self.adapter_layer_names:
                 setattr(self, attribute, nn.ModuleDict())
                 self.adapter_layer_names = (*self.adapter_layer_names, attribute)
@@ -91,11 +139,27 @@ class VisualTunerLayer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
-    def equations_of(self, adapter_name: str) -> Iterator[tuple[nn.Module | None, Site]]:
-        """The equations of one adapter at this layer, each with its site."""
-        for attribute, site in self.plans.get(adapter_name, ()):
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter from the layer."""
+        super().delete_adapter(adapter_name)
+        for key in [key for key in self.exchange.shared if key[1] == adapter_name]:
+            del self.exchange.shared[key]
+
+    def equations_of(self, adapter_name: str) -> Iterator[Equation]:
+        """The equations of one adapter at this layer."""
+        for attribute, site, key in self.plans.get(adapter_name, ()):
+            if isinstance(site, SharedSite):
+                continue
             slot: Any = getattr(self, attribute, ())
-            yield (slot[adapter_name] if adapter_name in slot else None), site  # noqa: SIM401 - ModuleDict has no get
+            module = slot[adapter_name] if adapter_name in slot else None  # noqa: SIM401 - ModuleDict has no get
+            shared = () if key is None else (self.exchange.shared[key, adapter_name],)
+            yield Equation(adapter_name, module, site, shared)
+
+    def _active(self) -> Iterator[Equation]:
+        """The equations of the active adapters."""
+        if not self.disable_adapters:
+            for name in self.active_adapters:
+                yield from self.equations_of(name)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
         for parameter in base_layer.parameters():
@@ -110,6 +174,20 @@ class VisualTunerLayer(BaseTunerLayer):
         )
 
 
+@torch.no_grad()
+def randomise(equation: nn.Module) -> None:
+    """Add random numbers to every weight, and let the parts that choose from data choose at random.
+
+    A part that has more to its state than weights says so by a method `randomise()`.
+    """
+    for parameter in equation.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=RANDOM_STD)
+    for part in equation.modules():
+        again: Any = getattr(part, "randomise", None)
+        if again is not None:
+            again()
+
+
 def call_equation(layer: VisualTunerLayer, equation: nn.Module, x: Tensor, *args: Any) -> Tensor:
     """Evaluate an equation in its own dtype, as peft's layers do, and return the result in that of `x`.
 
@@ -120,7 +198,8 @@ def call_equation(layer: VisualTunerLayer, equation: nn.Module, x: Tensor, *args
         args: the others.
     """
     if not torch.is_autocast_enabled(x.device.type):
-        dtype = next((p.dtype for p in equation.parameters()), x.dtype)
+        modules = (equation, *(a for a in args if isinstance(a, nn.Module)))
+        dtype = next((p.dtype for module in modules for p in module.parameters()), x.dtype)
         cast = (layer._cast_input_dtype(a, dtype) if isinstance(a, Tensor) else a for a in (x, *args))
         return equation(*cast).to(x.dtype)
     return equation(x, *args).to(x.dtype)

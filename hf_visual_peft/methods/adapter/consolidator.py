@@ -67,6 +67,7 @@ class Consolidator(nn.Module):
     paper=Paper(
         "Consolidator: Mergeable Adapter with Grouped Connections for Visual Adaptation", "ICLR 2023", "2305.00603"
     ),
+    visual_tuning="adapter: parallel",
     equation="y = W x + b + DP(GroupConv1x1_g(shuffle_g(x))) at every linear of the blocks",
     counts=(({}, 304_128), ({"groups": 384}, 304_128)),
     mergeable=True,

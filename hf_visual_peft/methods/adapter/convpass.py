@@ -55,11 +55,10 @@ class Convpass(nn.Module):
     def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
         """(batch, tokens, width) to the same; `layout` tells prefix tokens from patches and where those lie."""
         t = quick_gelu(self.down(x))
-        prefix, patches = t[:, : layout.prefix], t[:, layout.prefix :]
+        prefix, patches = layout.split(t)
         # on a 1x1 image all taps but the centre see padding
         prefix = F.linear(prefix, self.conv.weight[:, :, 1, 1], self.conv.bias)
-        patches = layout.grid.to_tokens(self.conv(layout.grid.to_map(patches)))
-        t = torch.cat([prefix, patches], dim=1)
+        t = layout.join(prefix, self.conv(patches))
         return self.scale * self.up(self.dropout(quick_gelu(t)))
 
 
@@ -69,6 +68,7 @@ SUBLAYERS = ("attention", "mlp")
 @register(
     name="convpass",
     paper=Paper("Convolutional Bypasses Are Better Vision Transformer Adapters", "arXiv 2022", "2207.07039"),
+    visual_tuning="adapter: parallel",
     equation="x + DP(sublayer(LN x)) + DP(f(LN x)), f = s W_up g(conv3x3(g(W_down .))), g = QuickGELU",
     counts=(({}, 327_552), ({"sublayers": ("attention",)}, 163_776)),
     mergeable=False,

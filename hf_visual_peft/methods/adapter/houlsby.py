@@ -17,6 +17,7 @@ from .bottleneck import Bottleneck
 @register(
     name="houlsby",
     paper=Paper("Parameter-Efficient Transfer Learning for NLP", "ICML 2019", "1902.00751"),
+    visual_tuning="adapter: sequential",
     equation="z = x + a + f(a), a = DP(MHSA(LN1 x)); out = z + m + f'(m), m = DP(MLP(LN2 z))",
     counts=(({"r": 8}, 313_536),),
     mergeable=False,

@@ -76,6 +76,7 @@ class Hydra(nn.Module):
         "Neural Networks 2024",
         "2309.06922",
     ),
+    visual_tuning="adapter: mix",
     equation="y = W x + b; y + s A2 B2 x + s A1 B1 y, at the attention's output projection and the last MLP linear",
     counts=(({"r": 2}, 239_712),),
     mergeable=True,

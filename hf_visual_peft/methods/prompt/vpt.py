@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...backbone import VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
-from ...sites import Placement, TokenSite
+from ...sites import Placement, Shared, TokenSite
 
 
 MAX_VIRTUAL_TOKENS = 10_000  # the papers stop at 200; attention is quadratic in them
@@ -55,6 +55,7 @@ class Projection(nn.Linear):
 @register(
     name="vpt",
     paper=Paper("Visual Prompt Tuning", "ECCV 2022", "2203.12119"),
+    visual_tuning="prompt: vision-driven",
     equation="x_i = [prefix; P_i; patches] into block i (deep), or P before the first block only (shallow)",
     counts=(
         ({"num_virtual_tokens": 50, "deep": True}, 460_800),
@@ -110,7 +111,7 @@ class VPTConfig(VisualPeftConfig):
             )
         width = self.projection_dim or backbone.width
         prompts = partial(Prompts, self.num_virtual_tokens, width, backbone.patch_features, self.dropout)
-        projection = partial(Projection, width, backbone.width) if self.projection_dim else None
+        projection = Shared("shared", partial(Projection, width, backbone.width)) if self.projection_dim else None
         for block in blocks:
             new = self.deep or block is blocks[0]
             site = TokenSite(takes=not new, hands_on=not self.deep and block is not blocks[-1])

@@ -73,6 +73,7 @@ def output_channels(module: nn.Module) -> tuple[int, int] | None:
     paper=Paper(
         "Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning", "NeurIPS 2022", "2210.08823"
     ),
+    visual_tuning="parameter: weight and bias",
     equation="y = gamma * op(x) + beta after every linear, norm and convolution",
     counts=(({}, 205_824),),
     mergeable=True,
