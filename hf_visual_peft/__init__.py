@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 
 from .architectures import Architecture, register_architecture
 from .backbone import BackboneError, VisionBackbone, find_backbone
+from .calibration import NotCalibratedError, calibrate
 from .config import VisualPeftConfig
+from .parameters import parameter_groups
 from .registry import get_method, list_methods, load_methods
 
 
@@ -24,11 +26,14 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "Architecture",
     "BackboneError",
+    "NotCalibratedError",
     "VisionBackbone",
     "VisualPeftConfig",
+    "calibrate",
     "find_backbone",
     "get_method",
     "list_methods",
+    "parameter_groups",
     "register_architecture",
     *_CONFIGS,
 ]

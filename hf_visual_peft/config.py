@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 if TYPE_CHECKING:
     from .backbone import VisionBackbone
+    from .calibration import Calibration
     from .registry import VisualPeftType
     from .sites import Placement
 
@@ -118,6 +119,10 @@ class VisualPeftConfig(PeftConfig):
     def trained_modules(self, backbone: VisionBackbone) -> list[str]:
         """Full names of the modules that train as a whole where `modules_to_save` is None: the task head."""
         return list(backbone.heads)
+
+    def choose(self, calibration: Calibration) -> None:
+        """Choose from data what to train, in methods that do; called by `hf_visual_peft.calibrate`."""
+        raise NotImplementedError(f"{type(self).__name__} chooses nothing from data.")
 
     @property
     def layers(self) -> list[int] | None:

@@ -1,0 +1,158 @@
+"""Methods that choose from data what they train: one pass over images before training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .backbone import VisionBackbone, find_backbone
+from .config import VisualPeftConfig
+from .sites import VisualTunerLayer
+
+
+class NotCalibratedError(RuntimeError):
+    """A method that chooses from data was called before it could choose."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__(
+            f"{method} has not chosen yet what to train. Call hf_visual_peft.calibrate(model, dataloader) after "
+            "get_peft_model, or load an adapter that was trained."
+        )
+
+
+@dataclass
+class Calibration:
+    """What a method sees when it chooses.
+
+    Attributes:
+        model: computes what the base model does while the method chooses.
+        backbone: in it.
+        adapter: whose equations choose.
+        layers: the adapter's layers by full name.
+        max_batches: how many batches to read at most, None for all.
+        dataloader: gives mappings with `pixel_values` and `labels`.
+        progress: whether to show a bar.
+    """
+
+    model: nn.Module
+    backbone: VisionBackbone
+    adapter: str
+    layers: Mapping[str, VisualTunerLayer]
+    max_batches: int | None
+    dataloader: Iterable[Mapping[str, Any]]
+    progress: bool
+
+    def batches(self, default_max: int | None = None) -> Iterator[dict[str, Tensor]]:
+        """Batches on the model's device.
+
+        Args:
+            default_max: how many the method reads where the caller does not say.
+
+        Raises:
+            ValueError: there is none, or one has no labels, or pixels that are not finite.
+        """
+        limit = self.max_batches or default_max
+        device = next(self.model.parameters()).device
+        total = len(self.dataloader) if isinstance(self.dataloader, Sized) else None
+        total = limit if total is None else min(total, limit or total)
+        count = 0
+        for batch in tqdm(self.dataloader, total=total, desc="Calibrating", disable=not self.progress):
+            if not isinstance(batch, Mapping) or not {"pixel_values", "labels"} <= set(batch):
+                found = ", ".join(batch) if isinstance(batch, Mapping) else type(batch).__name__
+                raise ValueError(f"dataloader: batch {count} must have pixel_values and labels, got {found}.")
+            if not batch["pixel_values"].isfinite().all():
+                raise ValueError(f"dataloader: pixel_values of batch {count} are not finite (NaN or infinity).")
+            yield {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+            count += 1
+            if count == limit:
+                break
+        if count == 0:
+            raise ValueError("dataloader gives no batch: there is nothing to choose from.")
+
+    def equations(self, name: str) -> Iterator[tuple[str, Any]]:
+        """The adapter's equations in the slot of that name, with the full names of their modules."""
+        for path, layer in self.layers.items():
+            for attribute in layer.adapter_layer_names:
+                slot = getattr(layer, attribute)
+                if attribute.endswith(f"_{name}") and self.adapter in slot:
+                    yield path, slot[self.adapter]
+
+
+def calibrate(
+    model: Any,
+    dataloader: Iterable[Mapping[str, Any]],
+    *,
+    adapter_name: str = "default",
+    max_batches: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> None:
+    """Let an adapter choose from data what it trains.
+
+    Stands between `get_peft_model` and training. The choice is part of the adapter and is saved with its weights. In a
+    distributed run give every process the same batches, so that all choose the same.
+
+    Args:
+        model: a `PeftModel`, or a transformers model with the adapter added.
+        dataloader: gives mappings with `pixel_values` (batch, channels, height, width) and `labels` (batch,).
+        adapter_name: of the adapter.
+        max_batches: stop after that many; by default as many as the method's paper uses.
+        seed: of everything random; the caller's random numbers go on as if nothing had happened.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: the adapter chooses nothing from data, or the data are unfit; the adapter is then as it was.
+    """
+    configs = getattr(model, "peft_config", {})
+    if adapter_name not in configs:
+        raise ValueError(f"adapter_name is {adapter_name!r}: the model has {', '.join(configs) or 'no adapter'}.")
+    if max_batches is not None and (type(max_batches) is not int or max_batches < 1):
+        raise ValueError(f"max_batches is {max_batches!r}: must be None or an integer of at least 1.")
+    config = configs[adapter_name]
+    if not isinstance(config, VisualPeftConfig) or type(config).choose is VisualPeftConfig.choose:
+        raise ValueError(f"{type(config).__name__} chooses nothing from data: train it without calibration.")
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = {
+        path.removesuffix(".base_layer"): module
+        for path, module in base.named_modules()
+        if isinstance(module, VisualTunerLayer) and adapter_name in module.plans
+    }
+    with _as_base_model(base, seed):
+        backbone = find_backbone(base)
+        config.choose(Calibration(base, backbone, adapter_name, layers, max_batches, dataloader, progress))
+
+
+@contextmanager
+def _as_base_model(model: nn.Module, seed: int) -> Iterator[None]:
+    """Switch adapters off and everything back as it was afterwards."""
+    switches = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    disabled = [module.disable_adapters for module in switches]
+    training = {module: module.training for module in model.modules()}
+    gradients = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    model.eval()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            for module in switches:
+                module._disable_adapters = True
+            for parameter, _, _ in gradients:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+            yield
+    finally:
+        for module, was in zip(switches, disabled, strict=True):
+            module._disable_adapters = was
+        for module, mode in training.items():
+            module.training = mode
+        for parameter, requires_grad, gradient in gradients:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient

@@ -1,0 +1,43 @@
+"""Which parameters an optimizer gets, and which of them decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters that train, in two groups: those that decay and those that do not.
+
+    Decay is for matrices and higher tensors. Biases, scales, shifts, the weights of norms and everything else of one
+    dimension or none do not decay, nor does what an equation names in its attribute `no_weight_decay`: there decay
+    would pull pretrained weights towards zero, or undo a choice.
+
+    Args:
+        model: any model.
+        weight_decay: of the first group; from 0.
+
+    Returns:
+        Groups for `torch.optim`, without empty ones.
+
+    Raises:
+        ValueError: the weight decay is negative, or nothing trains.
+    """
+    if weight_decay < 0:
+        raise ValueError(f"weight_decay is {weight_decay}: must be 0 or greater.")
+    kept = {
+        id(parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if name in getattr(module, "no_weight_decay", ())
+    }
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ValueError(f"{type(model).__name__} has no parameter that trains.")
+    decays = [parameter.ndim > 1 and id(parameter) not in kept for parameter in trainable]
+    groups = (
+        {"params": [p for p, decay in zip(trainable, decays, strict=True) if decay], "weight_decay": weight_decay},
+        {"params": [p for p, decay in zip(trainable, decays, strict=True) if not decay], "weight_decay": 0.0},
+    )
+    return [group for group in groups if group["params"]]
