@@ -24,7 +24,8 @@ class Architecture:
         embeddings: the module that returns the first block's input.
         prefix_tokens: optional; parameters of `embeddings` that are put before the patches (CLS, distillation,
             registers), each of shape (1, tokens, width) or (width,).
-        norms: optional; norms of the backbone outside its blocks.
+        input_norms: optional; norms of the backbone before its blocks.
+        norms: optional; norms of the backbone behind its blocks.
         pooled_norms: optional; norms of the pooled output alone, which the `heads` do not read.
         norm1: norm before attention.
         query: projection to queries; may be the same module as `key` and `value` where they are fused.
@@ -47,6 +48,7 @@ class Architecture:
     patch_embedding: str
     embeddings: str = "embeddings"
     prefix_tokens: Names = ("cls_token",)
+    input_norms: Names = ()
     norms: Names = ("layernorm",)
     pooled_norms: Names = ()
     norm1: Names = ("layernorm_before",)
@@ -115,7 +117,8 @@ _CLIP = Architecture(
     blocks="encoder.layers",
     patch_embedding="embeddings.patch_embedding",
     prefix_tokens=("class_embedding",),
-    norms=("pre_layrnorm",),
+    input_norms=("pre_layrnorm",),
+    norms=(),
     pooled_norms=("post_layernorm",),
     norm1=("layer_norm1",),
     query=("self_attn.q_proj",),
@@ -129,6 +132,7 @@ _SIGLIP = replace(
     _CLIP,
     backbones=("SiglipVisionModel", "SiglipVisionTransformer"),
     prefix_tokens=(),
+    input_norms=(),
     norms=("post_layernorm",),
     pooled_norms=(),
 )

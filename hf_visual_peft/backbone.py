@@ -45,13 +45,15 @@ class VisionBackbone:
         blocks: the transformer blocks in order.
         depth: number of blocks of the whole backbone, also where `blocks` holds a selection.
         patch_embedding: names of the modules that turn pixels into tokens.
-        norms: names of the norms outside the blocks.
+        input_norms: names of the norms before the blocks.
+        final_norms: names of the norms behind the blocks.
         embeddings: name of the module that returns the first block's input.
         heads: names of the task heads in the model.
         width: channels of the token stream.
         patch_features: numbers that one patch has before it is embedded: channels x height x width.
         prefix_tokens: tokens before the patches.
         num_heads: attention heads of a block, None where the backbone's config does not tell.
+        linears: output and input features of every linear of the blocks, by its name.
     """
 
     path: str
@@ -60,20 +62,27 @@ class VisionBackbone:
     blocks: tuple[Block, ...]
     depth: int
     patch_embedding: tuple[str, ...]
-    norms: tuple[str, ...]
+    input_norms: tuple[str, ...]
+    final_norms: tuple[str, ...]
     embeddings: str
     heads: tuple[str, ...]
     width: int
     patch_features: int
     prefix_tokens: int
     num_heads: int | None
+    linears: Mapping[str, tuple[int, int]]
 
     def select(self, layers: Sequence[int] | None) -> VisionBackbone:
         """The backbone as a method sees it that acts on some blocks only: nothing outside them, either."""
         if layers is None:
             return self
         blocks = tuple(block for block in self.blocks if block.index in layers)
-        return replace(self, blocks=blocks, patch_embedding=(), norms=())
+        return replace(self, blocks=blocks, patch_embedding=(), input_norms=(), final_norms=())
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Names of the norms outside the blocks."""
+        return self.input_norms + self.final_norms
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -156,7 +165,11 @@ def _resolve(model: nn.Module, path: str, backbone: nn.Module, architecture: Arc
     outer = path.rpartition(".")[0]
     heads = existing(outer, architecture.heads) if path else ()
     heads = tuple(p for p in heads if any(True for _ in model.get_submodule(p).parameters()))
-    norms = existing(path, architecture.norms + (() if heads else architecture.pooled_norms))
+
+    def real(names: Sequence[str]) -> tuple[str, ...]:
+        paths = existing(path, names)
+        return tuple(p for p in paths if not isinstance(unwrapped(model.get_submodule(p)), nn.Identity))
+
     return VisionBackbone(
         path=path,
         class_name=class_name,
@@ -164,13 +177,21 @@ def _resolve(model: nn.Module, path: str, backbone: nn.Module, architecture: Arc
         blocks=tuple(blocks),
         depth=len(blocks),
         patch_embedding=patch_embedding,
-        norms=tuple(p for p in norms if not isinstance(unwrapped(model.get_submodule(p)), nn.Identity)),
+        input_norms=real(architecture.input_norms),
+        final_norms=real(architecture.norms + (() if heads else architecture.pooled_norms)),
         embeddings=embeddings,
         heads=heads,
         width=_weight(model, blocks[0].roles["norm1"][0]).shape[-1],
         patch_features=_weight(model, patch_embedding[0])[0].numel(),
         prefix_tokens=_count_prefix_tokens(model.get_submodule(embeddings), architecture),
         num_heads=getattr(getattr(backbone, "config", None), "num_attention_heads", None),
+        linears={
+            name: (module.out_features, module.in_features)
+            for block in blocks
+            for role in BLOCK_ROLES
+            for name in block.roles[role]
+            if isinstance(module := unwrapped(model.get_submodule(name)), nn.Linear)
+        },
     )
 
 

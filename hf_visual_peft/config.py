@@ -50,6 +50,8 @@ class VisualPeftConfig(PeftConfig):
     target_modules: ClassVar[Any] = None
     target_parameters: ClassVar[Any] = None
     unknown_fields: ClassVar[list[str]] = []
+    whole_modules: ClassVar[bool] = False  # whether the method trains copies of modules, and no equations
+    whole_head: ClassVar[bool] = False  # whether the head is one of them
     video: ClassVar[bool] = False  # whether the method takes videos, (batch, frames, channels, height, width)
 
     def __post_init__(self) -> None:
@@ -115,10 +117,6 @@ class VisualPeftConfig(PeftConfig):
             ValueError: a field does not fit the backbone.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say where it acts.")
-
-    def trained_modules(self, backbone: VisionBackbone) -> list[str]:
-        """Full names of the modules that train as a whole where `modules_to_save` is None: the task head."""
-        return list(backbone.heads)
 
     def choose(self, calibration: Calibration) -> None:
         """Choose from data what to train, in methods that do; called by `hf_visual_peft.calibrate`."""

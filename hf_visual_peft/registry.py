@@ -115,6 +115,11 @@ class Method:
         return bool(self.config_cls.video)  # type: ignore[attr-defined]
 
     @property
+    def whole_modules(self) -> bool:
+        """Whether it trains copies of whole modules of the model, and no equations."""
+        return bool(self.config_cls.whole_modules)  # type: ignore[attr-defined]
+
+    @property
     def peft_type(self) -> VisualPeftType:
         """The type as it stands in `adapter_config.json`."""
         return VisualPeftType(self.name.upper())

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
-from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import ModulesToSaveWrapper, match_target_against_key
 from torch import Tensor, nn
 
@@ -26,6 +25,8 @@ from .sites import (
     Site,
     VisualTunerLayer,
     WeightSite,
+    WholeLayer,
+    WholeSite,
 )
 
 
@@ -90,12 +91,12 @@ class VisualTuner(BaseTuner):
                 "the fields if they are a mistake."
             )
         self._forget_plan()
-        if config.target_modules not in (None, DUMMY_TARGET_MODULES):
+        if config.target_modules is not None:
             return
         backbone = find_backbone(model)
         self._check_layers(config, backbone)
-        if config.modules_to_save is None:
-            config.modules_to_save = config.trained_modules(backbone) or None
+        if config.modules_to_save is None and backbone.heads and not config.whole_head:
+            config.modules_to_save = list(backbone.heads)
         selected = self._without_excluded(backbone.select(config.layers), config)
         if not selected.blocks:
             raise ValueError(
@@ -166,6 +167,8 @@ class VisualTuner(BaseTuner):
             layer = target
         elif all(isinstance(placement.site, OutputSite | LinearSite | WeightSite) for placement in placements):
             layer = ModuleLayer(target, self._exchange)
+        elif isinstance(placements[0].site, WholeSite):
+            layer = WholeLayer(target, self._exchange)
         else:
             layer = self._new_block_layer(target, current_key)
         for placement in placements:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     """A copy of what training changes: trainable parameters, and buffers such as running statistics."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+    # a quantised adapter trains parameters that its state does not hold, as what it saves is made of them
+    state |= {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
 
 
@@ -28,6 +31,10 @@ def load_trainable(model: nn.Module, state: dict[str, Tensor], source: str) -> N
     if state.keys() != trainable_state(model).keys():
         raise ValueError(f"{source} does not fit the model: it was written with another model or method.")
     model.load_state_dict(state, strict=False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(state[name])
 
 
 def publish(folder: Path, *writers: Callable[[Path], object]) -> None:

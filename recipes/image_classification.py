@@ -174,11 +174,20 @@ def method_config(method: str) -> type[PeftConfig] | None:
     """The config class of a method, None for `linear` and `full`."""
     if method in ("linear", "full"):
         return None
+    ours = hf_visual_peft.list_methods().get(method.lower())
+    if ours is not None and ours.video:
+        raise ValueError(f"--method {method} takes videos, and this recipe feeds single images")
     if method.upper() in PEFT_TYPE_TO_CONFIG_MAPPING:
         return PEFT_TYPE_TO_CONFIG_MAPPING[method.upper()]
-    ours = ", ".join(hf_visual_peft.list_methods())
+    images = ", ".join(name for name, entry in hf_visual_peft.list_methods().items() if not entry.video)
     peft = ", ".join(sorted(str(getattr(name, "value", name)).lower() for name in PEFT_TYPE_TO_CONFIG_MAPPING))
-    raise ValueError(f"--method {method}: choose one of {ours}, linear, full, or of all that peft knows: {peft}.")
+    raise ValueError(f"--method {method}: choose one of {images}, linear, full, or of all that peft knows: {peft}.")
+
+
+def chooses_from_data(method: str) -> bool:
+    """Whether a method needs calibration."""
+    ours = hf_visual_peft.list_methods().get(method.lower())
+    return ours is not None and ours.calibrated
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, PeftConfig | None]:
@@ -347,6 +356,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with accelerator.main_process_first():  # the others find what it has cached
         data, names, skipped = prepare_data(args, processor)
     model = load_model(args, config, names)
+    if config is not None and chooses_from_data(args.method):
+        # every process reads the same batches, so that all choose the same; a run that resumes chooses again
+        sampler = torch.Generator().manual_seed(args.seed)
+        size = args.per_device_train_batch_size
+        hf_visual_peft.calibrate(
+            model.to(accelerator.device),
+            DataLoader(data["train"], batch_size=size, shuffle=True, generator=sampler),
+            seed=args.seed,
+            progress=accelerator.is_local_main_process,
+        )
     set_seed(args.seed, device_specific=True)  # dropout differs between processes
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = sum(parameter.numel() for parameter in trainable)
@@ -374,9 +393,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             generator=torch.Generator().manual_seed(args.seed),  # its draws must not shift those of dropout
         )
         loaders[split] = accelerator.prepare(loader)
-    settings = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+    groups = hf_visual_peft.parameter_groups(model, args.weight_decay)
     sgd = functools.partial(torch.optim.SGD, momentum=0.9)
-    plain = (sgd if args.optim == "sgd" else torch.optim.AdamW)(trainable, **settings)
+    plain = (sgd if args.optim == "sgd" else torch.optim.AdamW)(groups, lr=args.learning_rate)
     per_epoch = math.ceil(len(loaders["train"]) / args.gradient_accumulation_steps)
     max_steps = args.max_train_steps or args.num_train_epochs * per_epoch
     warmup = args.num_warmup_steps * max_steps if args.num_warmup_steps < 1 else args.num_warmup_steps

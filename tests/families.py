@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import transformers as tf
 from torch import Tensor, nn
+
+from hf_visual_peft import find_backbone
+from hf_visual_peft.sites import VisualTunerLayer
 
 
 SIZE, PATCH, WIDTH, DEPTH = 32, 8, 16, 3
@@ -180,7 +184,39 @@ FAMILIES = {
 }
 
 
+def video(family: Family, frames: int = 2) -> Family:
+    """The family fed with videos."""
+
+    def clips(batch: int) -> dict[str, Tensor]:
+        inputs = family.inputs(batch * frames)
+        return inputs | {"pixel_values": inputs["pixel_values"].unflatten(0, (batch, frames))}
+
+    return replace(family, inputs=clips)
+
+
+def takes_videos(model: nn.Module) -> bool:
+    return any(isinstance(m, VisualTunerLayer) and m.exchange.frame_handles for m in model.modules())
+
+
+def call(model: nn.Module, inputs: dict[str, Tensor], **kwargs) -> Any:
+    """The model's output; one for images gets the frames of videos, and its heads the mean over them."""
+    pixels = inputs["pixel_values"]
+    if pixels.ndim < 5 or takes_videos(model):
+        return model(**inputs, **kwargs)
+
+    def mean_over_frames(module: nn.Module, args: tuple) -> tuple:
+        return (args[0].unflatten(0, pixels.shape[:2]).mean(dim=1), *args[1:])
+
+    heads = [model.get_submodule(path) for path in find_backbone(model).heads]
+    handles = [head.register_forward_pre_hook(mean_over_frames) for head in heads]
+    try:
+        return model(**inputs | {"pixel_values": pixels.flatten(0, 1)}, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def output_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Logits, or the last hidden state where there is no head."""
-    out = model(**inputs)
+    out = call(model, inputs)
     return out.logits if getattr(out, "logits", None) is not None else out.last_hidden_state

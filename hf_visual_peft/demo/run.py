@@ -15,8 +15,11 @@ from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers.utils import logging as transformers_logging
 
+from ..backbone import find_backbone
+from ..calibration import calibrate
 from ..hub import write_aside
 from ..registry import get_method, list_methods
 from ..tables import format_table
@@ -34,6 +37,7 @@ PROBE = "linear probe"
 DEFAULT_LEARNING_RATE = 3e-3  # AdaptFormer, Convpass: 0.02 more than at 1e-3; SSF: the same at 1e-2
 LEARNING_RATES = {
     PROBE: 1e-2,  # best of seven from 1e-4 to 1e-1 (three seeds), so that the control is as strong as it can be
+    "linearprobe": 1e-2,
     "vpt": 1e-2,  # prompts need larger steps than weights do: 5e-3 gives the same, 3e-2 less
 }
 
@@ -125,7 +129,11 @@ class Demonstration:
     def run(self, name: str) -> Row:
         """Train a method, save its adapter, and evaluate it here and in a new process."""
         lr = self.options.lr or LEARNING_RATES.get(name, DEFAULT_LEARNING_RATE)
-        model = get_peft_model(self._base(), get_method(name).config_cls())
+        method = get_method(name)
+        model = get_peft_model(self._base(), method.config_cls())
+        if method.calibrated:
+            images = DataLoader(self.train_images, batch_size=self.options.batch_size)
+            calibrate(model, images, seed=self.options.data.seed)
         row = self._row(name, model, lr)
         folder = self.options.output_dir / name
         self._save(model, folder)
@@ -141,7 +149,8 @@ class Demonstration:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         extra = forward_options(base, self.pixels.image_size)
         trained = {key: value.numel() for key, value in model.named_parameters() if value.requires_grad}
-        own = sum(size for key, size in trained.items() if name != PROBE and ".modules_to_save." not in key)
+        heads = [f"{head}." for head in find_backbone(base).heads]
+        own = sum(size for key, size in trained.items() if not any(head in key for head in heads))
         training = TrainingOptions(
             epochs=self.options.epochs, batch_size=self.options.batch_size, lr=lr, seed=self.options.data.seed
         )
@@ -183,11 +192,14 @@ def chosen_methods(text: str) -> list[str]:
     """Names of registered methods from what a user typed.
 
     Raises:
-        ValueError: an unknown name, a name twice, or none.
+        ValueError: an unknown name, a name twice, a method for videos, or none.
     """
     if text == "all":
-        return list(list_methods())
+        return [name for name, method in list_methods().items() if not method.video]
     names = [get_method(name.strip()).name for name in text.split(",") if name.strip()]
+    for name in names:
+        if get_method(name).video:
+            raise ValueError(f"method={name!r} takes videos, and the demonstration has images.")
     if not names or len(set(names)) != len(names):
         raise ValueError(f"method={text!r}: name each method once, separated by commas, or say 'all'.")
     return names

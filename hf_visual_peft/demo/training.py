@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
+from ..parameters import parameter_groups
+
 
 @dataclass(frozen=True)
 class TrainingOptions:
@@ -25,7 +27,7 @@ class TrainingOptions:
         batch_size: images a step.
         lr: peak learning rate of AdamW, reached after the warm-up and falling to 0 along a cosine.
         seed: of the order of the images.
-        weight_decay: of AdamW.
+        weight_decay: of AdamW, for parameters that decay (`parameter_groups`).
         warmup_share: part of all steps spent warming up.
     """
 
@@ -63,11 +65,7 @@ def train(
     """
     generator = torch.Generator().manual_seed(options.seed)
     loader = DataLoader(images, batch_size=options.batch_size, shuffle=True, generator=generator)
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=options.lr,
-        weight_decay=options.weight_decay,
-    )
+    optimizer = torch.optim.AdamW(parameter_groups(model, options.weight_decay), lr=options.lr)
     steps = options.epochs * len(loader)
     warmup = int(options.warmup_share * steps)
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=warmup, num_training_steps=steps)

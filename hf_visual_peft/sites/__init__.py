@@ -1,7 +1,8 @@
 """Where a method may act: each place written once, for all methods and all architectures.
 
-A *site* says where an equation acts, a *placement* puts one equation at one site of one module. Two layers carry
-them: `ModuleLayer` around a linear, norm or convolution, `BlockLayer` around a transformer block.
+A *site* says where an equation acts, a *placement* puts one equation at one site of one module. Three layers carry
+them: `ModuleLayer` around a linear, norm or convolution, `BlockLayer` around a transformer block, `WholeLayer` around
+any module that trains as a whole.
 """
 
 from .block import BlockLayer, BranchSite, TokenSite, drop_path
@@ -9,6 +10,7 @@ from .exchange import Exchange
 from .grid import Grid, TokenLayout
 from .layer import Equation, Placement, Shared, Site, VisualTunerLayer
 from .module import LinearSite, ModuleLayer, OutputSite, WeightSite
+from .whole import WholeLayer, WholeSite, whole_module
 
 
 __all__ = [
@@ -27,5 +29,8 @@ __all__ = [
     "TokenSite",
     "VisualTunerLayer",
     "WeightSite",
+    "WholeLayer",
+    "WholeSite",
     "drop_path",
+    "whole_module",
 ]

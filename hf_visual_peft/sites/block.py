@@ -309,15 +309,17 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         current, self._pass = self._pass, None  # the norm's hooks are for the block's own tokens
         norm, query, key, value, output = self._attention
         assert self._num_heads is not None
-        normed = norm(x)
+        weight: Any = norm.weight
+        normed = norm(x.to(weight.dtype))  # an equation may work in another precision than the backbone
         if query is key:
             projected = query(normed).chunk(3, dim=-1)
         else:
             projected = tuple(module(normed) for module in (query, key, value))
         heads = (p.unflatten(-1, (self._num_heads, -1)).transpose(1, 2) for p in projected)
         mixed = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        attended = output(mixed).to(x.dtype)
         self._pass = current
-        return output(mixed)
+        return attended
 
     def _after_norm1(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         if self._pass is not None:

@@ -60,7 +60,7 @@ class Exchange:
             return
         self.frame_handles.append(model.register_forward_pre_hook(self._split_frames, with_kwargs=True))
         for path in backbone.heads:
-            self.frame_handles.append(model.get_submodule(path).register_forward_pre_hook(self._average_frames))
+            self.frame_handles.append(model.get_submodule(path).register_forward_pre_hook(_FrameMean(self)))
 
     def unwatch(self) -> None:
         """Remove all hooks."""
@@ -82,10 +82,6 @@ class Exchange:
             return args, {**kwargs, "pixel_values": pixels.flatten(0, 1)}
         return (pixels.flatten(0, 1), *args[1:]), kwargs
 
-    def _average_frames(self, module: nn.Module, args: tuple) -> tuple:
-        x = args[0]
-        return (x.unflatten(0, (-1, self.frames)).mean(dim=1), *args[1:])
-
     def _from_patch_embedding(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         self.grid = Grid(*output.shape[-2:])
 
@@ -103,3 +99,22 @@ class Exchange:
         assert self.grid is not None  # the patch embedding ran inside the embeddings
         kept = tokens.shape[1] - self.prefix_tokens
         self.grid = Grid(self.grid.height, self.grid.width, ids_restore.argsort(dim=1)[:, :kept])
+
+
+@dataclass
+class _FrameMean:
+    """The hook that lets a head see the mean over the frames of each video.
+
+    Attributes:
+        exchange: of the model that the head belongs to.
+    """
+
+    exchange: Exchange
+
+    def __call__(self, module: nn.Module, args: tuple) -> tuple:
+        return (args[0].unflatten(0, (-1, self.exchange.frames)).mean(dim=1), *args[1:])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _FrameMean:
+        # peft copies a head to train it: the copy serves the same model. A copy of the whole model has copied the
+        # exchange before it comes to a head, because the model's own hook holds it.
+        return _FrameMean(memo.get(id(self.exchange), self.exchange))

@@ -1,0 +1,55 @@
+"""The linear probe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ...backbone import VisionBackbone
+from ...config import VisualPeftConfig
+from ...registry import Paper, register
+from ...sites import Placement, whole_module
+
+
+@dataclass
+class WholeModulesConfig(VisualPeftConfig):
+    """Base of the configs that train copies of modules of the model."""
+
+    whole_modules: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("layers_to_transform", "exclude_modules"):
+            if getattr(self, name) is not None:
+                self._fail(name, f"None, as {type(self).__name__} says itself which modules train")
+
+
+@register(
+    name="linearprobe",
+    paper=Paper("Visual Prompt Tuning", "ECCV 2022", "2203.12119"),
+    visual_tuning="fine-tuning",
+    equation="only the head trains",
+    counts=(({}, 0),),
+    mergeable=True,
+    gradients="none",
+    identity_at_start=True,
+)
+@dataclass
+class LinearProbeConfig(WholeModulesConfig):
+    """Config of the linear probe, in the form of VPT's baselines (arXiv 2203.12119).
+
+    Nothing but the task head trains. `modules_to_save` names modules to train beside it; `layers_to_transform` and
+    `exclude_modules` have nothing to act on and must be None.
+    """
+
+    whole_head: ClassVar[bool] = True
+
+    def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
+        """The head."""
+        if not backbone.heads:
+            raise ValueError(
+                f"LinearProbeConfig: {backbone.class_name} has no task head here, so nothing would train. Load it "
+                "with one, for example by AutoModelForImageClassification."
+            )
+        return map(whole_module, backbone.heads)

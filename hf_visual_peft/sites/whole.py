@@ -1,0 +1,110 @@
+"""The site that is a module itself."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from .exchange import Exchange
+from .layer import Placement, Site, VisualTunerLayer
+
+
+class WholeSite(Site):
+    """A module as a whole: the adapter trains a copy of it, which takes its place. See `whole_module`."""
+
+
+def whole_module(path: str) -> Placement:
+    """The placement that trains a copy of a module.
+
+    Args:
+        path: full name of the module.
+    """
+    return Placement(path, "copy", WholeSite(), copy.deepcopy)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """The same with all floating-point tensors in that dtype."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {key: _cast(item, dtype) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_cast(item, dtype) for item in value)
+    return value
+
+
+class WholeLayer(VisualTunerLayer, nn.Module):
+    """A module beside a copy of it for each adapter.
+
+    Args:
+        base_layer: the module.
+        exchange: shared with the other adapter layers of the model.
+    """
+
+    def __init__(self, base_layer: nn.Module, exchange: Exchange) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self._init_layer(exchange)
+        self._before_merge: dict[str, Tensor] = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module's.
+
+        Raises:
+            ValueError: several copies are active.
+        """
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        copies = [] if self.merged else list(self._active())
+        if len(copies) > 1:
+            names = ", ".join(e.adapter for e in copies)
+            raise ValueError(f"Only one of {names} can be active: each has a whole {type(self.base_layer).__name__}.")
+        if not copies:
+            return self.base_layer(*args, **kwargs)
+        module: Any = copies[0].module
+        dtype = next(module.parameters()).dtype
+        if dtype == next(self.base_layer.parameters()).dtype or torch.is_autocast_enabled(args[0].device.type):
+            return module(*args, **kwargs)
+        output = module(*_cast(args, dtype), **_cast(kwargs, dtype))
+        return _cast(output, args[0].dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put the weights of the active copy into the module.
+
+        Args:
+            safe_merge: whether to check them and leave the module as it is if they are not finite.
+            adapter_names: which adapter; the active one by default.
+
+        Raises:
+            ValueError: the weights are not finite (with `safe_merge`), or there are several adapters.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.plans]
+        if not names:
+            return
+        if len(names) > 1 or self.merged:
+            raise ValueError(f"Cannot merge {', '.join(self.merged_adapters + names)}: each is a whole module.")
+        ((_, module, _, _),) = self.equations_of(names[0])
+        assert module is not None
+        new = dict(module.named_parameters())
+        if safe_merge and not all(value.isfinite().all() for value in new.values()):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
+        for name, parameter in self.base_layer.named_parameters():
+            self._before_merge[name] = parameter.data
+            parameter.data = new[name].data.to(parameter.dtype)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put back the weights that the module had."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        for name, parameter in self.base_layer.named_parameters():
+            parameter.data = self._before_merge[name].to(parameter)
+        self._before_merge.clear()
+        self.merged_adapters.clear()
