@@ -1,0 +1,118 @@
+"""Adapter re-composing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ...backbone import VisionBackbone
+from ...config import VisualPeftConfig
+from ...registry import Paper, register
+from ...sites import OutputSite, Placement, Shared
+from ..reparameter.rep_adapter import READERS
+
+
+class Basis(nn.Module):
+    """The matrix P (width, r) that all blocks share, Xavier-uniform."""
+
+    def __init__(self, width: int, r: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, r))
+        nn.init.xavier_uniform_(self.weight)
+
+
+class ARC(nn.Module):
+    """Bottleneck without activation whose two matrices are one, shared, and re-scaled here.
+
+        f(x) = x + dropout(x P diag(c)) P^T + b
+
+    b is zero at the start; P comes with the call.
+
+    Args:
+        width: channels of the token stream.
+        r: width of the bottleneck.
+        dropout: probability, in the bottleneck.
+        zero: whether c starts at zero, or Xavier-uniform as a matrix of one row.
+    """
+
+    def __init__(self, width: int, r: int, dropout: float, zero: bool) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(r))
+        self.shift = nn.Parameter(torch.zeros(width))
+        self.dropout = nn.Dropout(dropout)
+        if not zero:
+            nn.init.xavier_uniform_(self.scale.data[None])
+
+    def forward(self, x: Tensor, basis: Basis) -> Tensor:
+        """(..., width) to the same, given also P."""
+        return x + self.dropout(x @ (basis.weight * self.scale)) @ basis.weight.T + self.shift
+
+    @torch.no_grad()
+    def fold_input(self, weight: Tensor, bias: Tensor | None, basis: Basis) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a linear that computes the same as the linear with these and ARC before it."""
+        p, scale, shift = (t.to(weight) for t in (basis.weight, self.scale, self.shift))
+        addend = weight @ shift
+        return weight + (weight @ p * scale) @ p.T, addend if bias is None else bias + addend
+
+
+@register(
+    name="arc",
+    paper=Paper(
+        "Efficient Adaptation of Large Vision Transformer via Adapter Re-Composing", "NeurIPS 2023", "2310.06234"
+    ),
+    visual_tuning="adapter: sequential",
+    equation="x + sublayer(f(LN x)), f(x) = x + x P diag(c) P^T + b, one P for attention and one for the MLP",
+    counts=(({"r": 50}, 96_432),),
+    mergeable=True,
+    identity_at_start=False,
+)
+@dataclass
+class ARCConfig(VisualPeftConfig):
+    """Config of adapter re-composing (ARC), arXiv 2310.06234.
+
+    A bottleneck without activation between each norm and the sub-layer that reads it, whose second matrix is the first
+    one's transpose. All blocks share one such matrix for attention and one for the MLP and have factors c and shifts b
+    of their own. It is affine, so it folds into the projections to queries, keys and values and into the first
+    linear(s) of the MLP. Where these have no bias (keys of BEiT), merging gives them one.
+
+    As in the authors' code, c starts at zero before attention and Xavier-uniform before the MLP: not the identity at
+    the start, except before attention alone.
+
+    Args:
+        r: width of the bottleneck.
+        dropout: probability of dropping a number in the bottleneck.
+        sublayers: before which sub-layers: `"attention"`, `"mlp"`.
+    """
+
+    r: int = field(default=50, metadata={"help": "Width of the bottleneck."})
+    dropout: float = field(default=0.1, metadata={"help": "Probability of dropping a number in the bottleneck."})
+    sublayers: tuple[str, ...] = field(default=tuple(READERS), metadata={"help": "Before which: attention, mlp."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_integer("r", 1)
+        self._require_number("dropout", 0.0, below=1.0)
+        if isinstance(self.sublayers, str):
+            self.sublayers = (self.sublayers,)
+        if not self.sublayers or not set(self.sublayers) <= set(READERS):
+            self._fail("sublayers", f"one or more of {', '.join(map(repr, READERS))}")
+        self.sublayers = tuple(name for name in READERS if name in self.sublayers)
+
+    def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
+        """On the output of the norms before the chosen sub-layers of every block."""
+        self._require_integer("r", 1, backbone.width, "the backbone's width")
+
+        def build(_: nn.Module, zero: bool) -> nn.Module:
+            return ARC(backbone.width, self.r, self.dropout, zero)
+
+        for block in backbone.blocks:
+            for sublayer in self.sublayers:
+                norm, readers = READERS[sublayer]
+                followers = tuple(dict.fromkeys(path for role in readers for path in block.roles[role]))
+                site, basis = OutputSite(followers), Shared(sublayer, partial(Basis, backbone.width, self.r))
+                for path in block.roles[norm]:
+                    yield Placement(path, "scaling", site, partial(build, zero=sublayer == "attention"), basis)

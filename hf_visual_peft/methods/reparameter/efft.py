@@ -1,0 +1,152 @@
+"""Effective factor-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ...backbone import Block, VisionBackbone
+from ...config import VisualPeftConfig
+from ...registry import Paper, register
+from ...sites import LinearSite, Placement, Shared
+from .rows import Rows, projections
+
+
+class Factors(nn.Module):
+    """U (sizes[0], r), C (r, r, matrices) and V (r, sizes[1]), Xavier-uniform but for U or V, which is zero."""
+
+    def __init__(self, sizes: tuple[int, int], r: int, matrices: int, zero: str) -> None:
+        super().__init__()
+        self.u = nn.Parameter(torch.zeros(sizes[0], r))
+        self.core = nn.Parameter(torch.zeros(r, r, matrices))
+        self.v = nn.Parameter(torch.zeros(r, sizes[1]))
+        for factor in (self.core, self.u if zero == "v" else self.v):
+            nn.init.xavier_uniform_(factor)
+
+
+class EFFT(nn.Module):
+    """One of the updates that all blocks share.
+
+        f(y, x) = y + s x drop(U) drop(C_k) drop(V),  or with the three factors' product transposed
+
+    It has no weights of its own: the factors come with the call.
+
+    Args:
+        rows: which of the linear's outputs it is for.
+        index: k.
+        transposed: whether V reads the input and U writes the output.
+        scale: s.
+        dropout: probability of dropping a number of each factor.
+    """
+
+    def __init__(self, rows: Rows, index: int, transposed: bool, scale: float, dropout: float) -> None:
+        super().__init__()
+        self.rows, self.index, self.transposed, self.scale = rows, index, transposed, scale
+        self.dropout = nn.Dropout(dropout)
+
+    def chain(self, factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+        """The three matrices, the one that reads the input first."""
+        u, core, v = factors.u, factors.core[..., self.index], factors.v
+        return (v.T, core.T, u.T) if self.transposed else (u, core, v)
+
+    def forward(self, y: Tensor, x: Tensor, factors: Factors) -> Tensor:
+        """(..., out_features), given also the linear's input (..., in_features)."""
+        first, core, last = map(self.dropout, self.chain(factors))
+        return y + self.rows.pad(self.scale * (x @ first @ core @ last), y.shape[-1], dim=-1)
+
+    @torch.no_grad()
+    def fold(self, weight: Tensor, bias: Tensor | None, factors: Factors) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of a linear that computes the same as the linear with these and the update."""
+        first, core, last = (matrix.to(weight) for matrix in self.chain(factors))
+        return weight + self.rows.pad(self.scale * (first @ core @ last).T, len(weight), dim=-2), bias
+
+
+ZERO = ("vv", "vu", "uv", "uu")
+
+
+@register(
+    name="efft",
+    paper=Paper(
+        "Aggregate, Decompose, and Fine-Tune: A Simple Yet Effective Factor-Tuning Method for Vision Transformer",
+        "arXiv 2023",
+        "2311.06749",
+    ),
+    visual_tuning="parameter: weight",
+    equation="W + s (U C_k V)^T in all blocks, k = q, k, v, o with one set of factors, fc1 and fc2^T with another",
+    counts=(({"r": 16}, 87_552),),
+    mergeable=True,
+    identity_at_start=True,
+)
+@dataclass
+class EFFTConfig(VisualPeftConfig):
+    """Config of effective factor-tuning (EFFT), arXiv 2311.06749.
+
+    All blocks share one update for each of their linears. Those of attention are U1 C1_k V1, those of the MLP U2 C2_k
+    V2, transposed for its last linear. Dropout acts on the factors; the authors draw one mask for the four matrices of
+    a block's attention, here each linear draws its own, as theirs do in the MLP.
+
+    A gated MLP has a C2_k for each of the matrices that lead into it, which is our reading. The linears of attention
+    must be as wide as the backbone.
+
+    Args:
+        r: rank; the authors take 8, 16 or 32 per task.
+        scale: s; the authors take 0.01 to 100.
+        dropout: probability of dropping a number of a factor.
+        zero_factors: which factor is zero at the start, first in attention, then in the MLP: `"vv"`, `"vu"`, `"uv"` or
+            `"uu"`; the authors choose between the first two per task.
+    """
+
+    r: int = field(default=16, metadata={"help": "Rank of the decomposition."})
+    scale: float = field(default=1.0, metadata={"help": "Factor s of the update."})
+    dropout: float = field(default=0.1, metadata={"help": "Probability of dropping a number of a factor."})
+    zero_factors: str = field(default="vv", metadata={"help": f"Zero in attention and MLP: {', '.join(ZERO)}."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_integer("r", 1)
+        self._require_number("scale")
+        self._require_number("dropout", 0.0, below=1.0)
+        self._require_choice("zero_factors", ZERO)
+
+    def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
+        """At every linear of every block.
+
+        Raises:
+            ValueError: a linear does not have the size for which all blocks share one update.
+        """
+        width = backbone.width
+        self._require_integer("r", 1, width, "the backbone's width")
+        hidden = backbone.linears[backbone.blocks[0].roles["fc2"][0]][1]
+        for block in backbone.blocks:
+            for name, wide, matrices, zero in (
+                ("attention", width, projections(backbone, block), self.zero_factors[0]),
+                ("mlp", hidden, _mlp(backbone, block, hidden), self.zero_factors[1]),
+            ):
+                shared = Shared(name, partial(Factors, (width, wide), self.r, len(matrices), zero))
+                for index, (slot, rows) in enumerate(matrices.items()):
+                    transposed = slot == "fc2"
+                    expected = (width, wide) if transposed else (wide, width)
+                    if (rows.size, backbone.linears[rows.path][1]) != expected:
+                        raise ValueError(
+                            f"EFFTConfig: the update that all blocks share is {expected}, and {rows.path} has "
+                            f"{rows.size} rows of {backbone.linears[rows.path][1]}."
+                        )
+                    yield Placement(rows.path, slot, LinearSite(), self._builder(rows, index, transposed), shared)
+
+    def _builder(self, rows: Rows, index: int, transposed: bool) -> Callable[[nn.Module], nn.Module]:
+        return lambda _: EFFT(rows, index, transposed, self.scale, self.dropout)
+
+
+def _mlp(backbone: VisionBackbone, block: Block, hidden: int) -> dict[str, Rows]:
+    """The matrices that lead into the MLP, each `hidden` rows, and the one that leads out of it."""
+    into = [
+        Rows(path, start, min(hidden, backbone.linears[path][0] - start))
+        for path in block.roles["fc1"]
+        for start in range(0, backbone.linears[path][0], hidden)
+    ]
+    (out,) = block.roles["fc2"]
+    return {f"fc1_{index}": rows for index, rows in enumerate(into)} | {"fc2": Rows(out, 0, backbone.linears[out][0])}

@@ -1,0 +1,121 @@
+"""RepAdapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ...backbone import VisionBackbone
+from ...config import VisualPeftConfig
+from ...registry import Paper, register
+from ...sites import OutputSite, Placement
+
+
+class RepAdapter(nn.Module):
+    """Bottleneck without activation whose second linear is grouped.
+
+        f(x) = x + s (blockdiag(B_1 .. B_g) dropout(A x + a) + b)
+
+    Group i maps its own part of the bottleneck to its own part of the channels. A is Xavier-uniform, the rest zero.
+
+    Args:
+        width: channels of the token stream.
+        r: width of the bottleneck.
+        groups: g.
+        scale: s.
+        dropout: probability, in the bottleneck.
+    """
+
+    def __init__(self, width: int, r: int, groups: int, scale: float, dropout: float) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, r)
+        self.up = nn.Parameter(torch.zeros(groups, width // groups, r // groups))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.scale = scale
+        self.dropout = nn.Dropout(dropout)
+        nn.init.xavier_uniform_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) to the same."""
+        groups, _, size = self.up.shape
+        hidden = self.dropout(self.down(x)).unflatten(-1, (groups, size))
+        return x + self.scale * (torch.einsum("...gi,goi->...go", hidden, self.up).flatten(-2) + self.bias)
+
+    @torch.no_grad()
+    def fold_input(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a linear that computes the same as the linear with these and RepAdapter before it."""
+        down, hidden_bias, shift = (p.to(weight) for p in (self.down.weight, self.down.bias, self.bias))
+        dense = torch.block_diag(*self.up.to(weight))
+        addend = weight @ (self.scale * (dense @ hidden_bias + shift))
+        return weight + self.scale * (weight @ dense @ down), addend if bias is None else bias + addend
+
+
+# what reads the output of the norm before each sub-layer
+READERS = {"attention": ("norm1", ("query", "key", "value")), "mlp": ("norm2", ("fc1",))}
+
+
+@register(
+    name="repadapter",
+    paper=Paper("Towards Efficient Visual Adaption via Structural Re-parameterization", "arXiv 2023", "2302.08106"),
+    visual_tuning="adapter: sequential",
+    equation="x + sublayer(f(LN x)), f(x) = x + s (GroupedLinear_g(A x + a) + b)",
+    counts=(({"r": 8, "groups": 2}, 239_808), ({"r": 8, "groups": 2, "sublayers": ("attention",)}, 119_904)),
+    mergeable=True,
+    identity_at_start=True,
+)
+@dataclass
+class RepAdapterConfig(VisualPeftConfig):
+    """Config of RepAdapter, arXiv 2302.08106.
+
+    A bottleneck without activation between each norm and the sub-layer that reads it. It is affine, so it folds into
+    the projections to queries, keys and values and into the first linear(s) of the MLP. Where these have no bias (keys
+    of BEiT), merging gives them one. The released code merges the MLP's adapter only where it is grouped; here any
+    number of groups merges.
+
+    Args:
+        r: width of the bottleneck; a multiple of `groups`.
+        groups: g, of the second linear; must divide the backbone's width.
+        scale: s; the paper tunes it in 0.1 to 10.
+        dropout: probability of dropping a number in the bottleneck.
+        sublayers: before which sub-layers: `"attention"`, `"mlp"`.
+    """
+
+    r: int = field(default=8, metadata={"help": "Width of the bottleneck."})
+    groups: int = field(default=2, metadata={"help": "Groups of the second linear."})
+    scale: float = field(default=1.0, metadata={"help": "Factor s of what the adapter adds."})
+    dropout: float = field(default=0.1, metadata={"help": "Probability of dropping a number in the bottleneck."})
+    sublayers: tuple[str, ...] = field(default=tuple(READERS), metadata={"help": "Before which: attention, mlp."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_integer("r", 1)
+        self._require_integer("groups", 1)
+        if self.r % self.groups:
+            self._fail("groups", f"a divisor of r, which is {self.r}")
+        self._require_number("scale")
+        self._require_number("dropout", 0.0, below=1.0)
+        if isinstance(self.sublayers, str):
+            self.sublayers = (self.sublayers,)
+        if not self.sublayers or not set(self.sublayers) <= set(READERS):
+            self._fail("sublayers", f"one or more of {', '.join(map(repr, READERS))}")
+        self.sublayers = tuple(name for name in READERS if name in self.sublayers)
+
+    def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
+        """On the output of the norms before the chosen sub-layers of every block."""
+        self._require_integer("r", 1, backbone.width, "the backbone's width")
+        if backbone.width % self.groups:
+            self._fail("groups", f"a divisor of the backbone's width {backbone.width}")
+
+        def build(_: nn.Module) -> nn.Module:
+            return RepAdapter(backbone.width, self.r, self.groups, self.scale, self.dropout)
+
+        for block in backbone.blocks:
+            for sublayer in self.sublayers:
+                norm, readers = READERS[sublayer]
+                followers = tuple(dict.fromkeys(path for role in readers for path in block.roles[role]))
+                for path in block.roles[norm]:
+                    yield Placement(path, sublayer, OutputSite(followers), build)

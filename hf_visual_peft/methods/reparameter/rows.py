@@ -1,0 +1,40 @@
+"""Which rows of which linear make a projection, also where several are fused into one linear."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...backbone import Block, VisionBackbone
+
+
+class Rows(NamedTuple):
+    """Rows of a linear's weight.
+
+    Attributes:
+        path: full name of the linear.
+        start: the first row.
+        size: how many there are.
+    """
+
+    path: str
+    start: int
+    size: int
+
+    def pad(self, rows: Tensor, total: int, dim: int) -> Tensor:
+        """The rows with zeros around them, `total` along a dimension, which counts from the end (negative)."""
+        margins = (self.start, total - self.start - self.size)
+        return rows if rows.shape[dim] == total else F.pad(rows, (0, 0) * (-1 - dim) + margins)
+
+
+def projections(backbone: VisionBackbone, block: Block) -> dict[str, Rows]:
+    """Query, key, value and output of one block; those that share a linear lie in it in this order, of one size."""
+    paths = {role: block.roles[role][0] for role in ("query", "key", "value", "output")}
+    found = {}
+    for role, path in paths.items():
+        sharing = [other for other, its in paths.items() if its == path]
+        size = backbone.linears[path][0] // len(sharing)
+        found[role] = Rows(path, sharing.index(role) * size, size)
+    return found
