@@ -1,0 +1,153 @@
+"""AIM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...backbone import VisionBackbone
+from ...config import VisualPeftConfig
+from ...registry import Paper, register
+from ...sites import BranchSite, Placement, TokenLayout
+from .bottleneck import Bottleneck
+from .video import by_video, require_full_grid
+
+
+def adapter(width: int, r: int) -> Bottleneck:
+    """A bottleneck that starts at zero: W_down truncated normal of deviation 0.02, W_up and biases zero."""
+    bottleneck = Bottleneck(width, r)
+    nn.init.trunc_normal_(bottleneck.down.weight, std=0.02)
+    nn.init.zeros_(bottleneck.up.weight)
+    return bottleneck
+
+
+class Temporal(nn.Module):
+    """The block's own attention over frames, and a bottleneck.
+
+        f(x) = e + g(MHSA(LN1 (x + e))),  each token attends to those at its place in the other frames
+
+    Args:
+        width: channels of the token stream.
+        r: width of the bottleneck g.
+        num_frames: length of the embedding e of a frame's position, zero at the start; None: there is no e.
+    """
+
+    def __init__(self, width: int, r: int, num_frames: int | None) -> None:
+        super().__init__()
+        self.adapter = adapter(width, r)
+        self.embedding = None if num_frames is None else nn.Parameter(torch.zeros(num_frames, 1, width))
+
+    def forward(self, x: Tensor, layout: TokenLayout, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """(batch x frames, tokens, width) to the same; `attend` applies norm and attention to any sequence."""
+        t = by_video(x, layout)
+        if self.embedding is not None:
+            frames = t.shape[1]
+            if frames > len(self.embedding):
+                raise ValueError(f"The videos have {frames} frames: AIMConfig.num_frames is {len(self.embedding)}.")
+            t = t + self.embedding[:frames]
+        batch, _, tokens, _ = t.shape
+        mixed = self.adapter(attend(t.transpose(1, 2).flatten(0, 1)))
+        mixed = mixed.unflatten(0, (batch, tokens)).transpose(1, 2)
+        if self.embedding is not None:
+            mixed = mixed + self.embedding[: mixed.shape[1]]
+        return mixed.flatten(0, 1)
+
+
+class Joint(nn.Module):
+    """A bottleneck times a fixed factor.
+
+    Args:
+        width: channels of the token stream.
+        r: width of the bottleneck.
+        scale: the factor.
+    """
+
+    def __init__(self, width: int, r: int, scale: float) -> None:
+        super().__init__()
+        self.adapter = adapter(width, r)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch x frames, tokens, width) to the same."""
+        return self.scale * self.adapter(x)
+
+
+@register(
+    name="aim",
+    paper=Paper(
+        "AIM: Adapting Image Models for Efficient Video Action Recognition",
+        "ICLR 2023",
+        "2302.03024",
+    ),
+    visual_tuning="adapter: mix",
+    equation="y = x + T(MHSA_frames(LN1 x)); z = y + a + S(a), a = MHSA(LN1 y); out = z + MLP(LN2 z) + s J(LN2 z)",
+    counts=(({}, 10_651_392), ({"num_frames": 8}, 10_657_536)),
+    mergeable=False,
+    identity_at_start=True,
+)
+@dataclass
+class AIMConfig(VisualPeftConfig):
+    """Config of AIM, arXiv 2302.03024; for videos, `pixel_values` of (batch, frames, channels, height, width).
+
+    Three bottlenecks a block. The temporal one follows the block's own attention, which runs over frames first, for
+    each token position by itself, CLS included; the spatial one follows attention as it is, with a skip; the joint
+    one stands beside the MLP. The first and the last are dropped at the block's stochastic depth rate. The head sees
+    the mean over frames. Attention over frames has no position biases, rotary embedding or layer scale of the
+    backbone, which is our reading: the paper's backbones have none.
+
+    The paper trains an embedding of frame positions, too; `num_frames` adds it before the first adapted block (in the
+    paper: before CLIP's first norm). Its 10.65 M parameters on ViT-B leave it out. Without it the order of frames
+    makes no difference. The paper also trains the last norm; add it by `modules_to_save`. The second temporal adapter
+    of its setting for Something-Something, before attention over frames, is not here.
+
+    Args:
+        ratio: width of the bottlenecks as a part of the backbone's width.
+        scale: s of the joint adapter; 0.5 in the paper, 1 for Something-Something.
+        num_frames: length of the embedding of frame positions, the most frames a video may have; None: there is none.
+    """
+
+    ratio: float = field(default=0.25, metadata={"help": "Width of the bottlenecks as a part of the backbone's."})
+    scale: float = field(default=0.5, metadata={"help": "Factor s of the adapter beside the MLP."})
+    num_frames: int | None = field(default=None, metadata={"help": "Length of the embedding of frame positions."})
+
+    video: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_number("ratio", 0.0)
+        if not 0 < self.ratio <= 1:
+            self._fail("ratio", "a number above 0 and at most 1")
+        self._require_number("scale")
+        if self.num_frames is not None:
+            self._require_integer("num_frames", 1, 10_000)
+
+    def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
+        """At attention and MLP of every block."""
+        require_full_grid(type(self).__name__, backbone)
+        if backbone.num_heads is None:
+            raise ValueError(
+                f"AIMConfig does not fit {backbone.class_name}: its config does not tell num_attention_heads, which "
+                "attention over frames needs."
+            )
+        width, r = backbone.width, int(backbone.width * self.ratio)
+        if r == 0:
+            self._fail("ratio", f"at least 1 / {width}, the backbone's width")
+        temporal = BranchSite("attention", reads="input", drop_path=True, needs_layout=True, attends=True)
+        spatial = BranchSite("attention", reads="output")
+        joint = BranchSite("mlp", reads="normed", drop_path=True)
+
+        def build(frames: int | None, _: nn.Module) -> nn.Module:
+            return Temporal(width, r, frames)
+
+        for block in backbone.blocks:
+            frames = self.num_frames if block is backbone.blocks[0] else None
+            # the embedding must not be dropped; blocks that come first have a rate of zero anyway
+            site = temporal if frames is None else replace(temporal, drop_path=False)
+            yield Placement(block.path, "temporal", site, partial(build, frames))
+            yield Placement(block.path, "spatial", spatial, lambda _: adapter(width, r))
+            yield Placement(block.path, "joint", joint, lambda _: Joint(width, r, self.scale))

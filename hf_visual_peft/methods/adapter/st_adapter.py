@@ -1,0 +1,108 @@
+"""ST-Adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...backbone import VisionBackbone
+from ...config import VisualPeftConfig
+from ...registry import Paper, register
+from ...sites import BranchSite, Placement, TokenLayout
+from .video import by_video, require_full_grid
+
+
+class STAdapter(nn.Module):
+    """Linear, depthwise convolution over frames, linear.
+
+        f(x) = W_2 (DWConv3d(W_1 x + b_1)) + b_2,  kernel 3x1x1
+
+    Patches only; prefix tokens get zero. The convolution and the biases are zero at the start, W_1 and W_2 as in
+    `nn.Linear`.
+
+    Args:
+        width: channels of the token stream.
+        channels: between the linears.
+    """
+
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, channels)
+        self.conv = nn.Conv3d(channels, channels, kernel_size=(3, 1, 1), padding=(1, 0, 0), groups=channels)
+        self.up = nn.Linear(channels, width)
+        for zero in (self.down.bias, self.conv.weight, self.conv.bias, self.up.bias):
+            assert zero is not None
+            nn.init.zeros_(zero)
+
+    def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        """(batch x frames, tokens, width) to the same; `layout` tells prefix tokens and frames."""
+        t = by_video(self.down(x[:, layout.prefix :]), layout)
+        # (batch, channels, frames, patches, 1): the kernel joins no patches, so how they lie makes no difference
+        t = self.conv(t.permute(0, 3, 1, 2).unsqueeze(-1)).squeeze(-1)
+        patches = self.up(t.permute(0, 2, 3, 1).flatten(0, 1))
+        return torch.cat([torch.zeros_like(x[:, : layout.prefix], dtype=patches.dtype), patches], dim=1)
+
+
+# before attention is the stream as the block gets it; before the MLP is the stream after attention
+SITES = {
+    "attention": BranchSite("attention", reads="input", needs_layout=True),
+    "mlp": BranchSite("attention", reads="sum", needs_layout=True),
+}
+
+
+@register(
+    name="stadapter",
+    paper=Paper(
+        "ST-Adapter: Parameter-Efficient Image-to-Video Transfer Learning",
+        "NeurIPS 2022",
+        "2206.13559",
+    ),
+    visual_tuning="adapter: sequential",
+    equation="x + W_2 DWConv3d(W_1 x) on the patches before attention, the MLP, or both; kernel 3x1x1, over frames",
+    counts=(({}, 7_110_144),),
+    mergeable=False,
+    identity_at_start=True,
+)
+@dataclass
+class STAdapterConfig(VisualPeftConfig):
+    """Config of ST-Adapter, arXiv 2206.13559; for videos, `pixel_values` of (batch, frames, channels, height, width).
+
+    Before a sub-layer and its norm, the patches of neighbouring frames are joined by a depthwise convolution between
+    two linears, with no activation. CLS and other prefix tokens are left alone. The head sees the mean over frames.
+    In the released code the setting of one adapter a block, for Kinetics, has it before the MLP
+    (`sublayers="mlp"`), and that of two, for Something-Something, before both. Before the last block's MLP it changes
+    patches only after they have met CLS: with a head that reads CLS alone, that one adapter has no effect, there too.
+
+    Args:
+        channels: between the linears; 384 in the paper, half of ViT-B's width. It may exceed the backbone's width.
+        sublayers: before which sub-layers: `"attention"`, `"mlp"`.
+    """
+
+    channels: int = field(default=384, metadata={"help": "Channels of the convolution over frames."})
+    sublayers: tuple[str, ...] = field(default=("attention",), metadata={"help": "Before which: attention, mlp."})
+
+    video: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_integer("channels", 1, 100_000)
+        if isinstance(self.sublayers, str):
+            self.sublayers = (self.sublayers,)
+        if not self.sublayers or not set(self.sublayers) <= set(SITES):
+            self._fail("sublayers", f"one or more of {', '.join(map(repr, SITES))}")
+        self.sublayers = tuple(name for name in SITES if name in self.sublayers)
+
+    def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
+        """Before the chosen sub-layers of every block."""
+        require_full_grid(type(self).__name__, backbone)
+
+        def build(_: nn.Module) -> nn.Module:
+            return STAdapter(backbone.width, self.channels)
+
+        for block in backbone.blocks:
+            for name in self.sublayers:
+                yield Placement(block.path, name, SITES[name], build)
