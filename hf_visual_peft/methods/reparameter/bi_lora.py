@@ -1,0 +1,91 @@
+"""LoRA with weights of a few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...backbone import VisionBackbone
+from ...config import VisualPeftConfig
+from ...registry import Paper, register
+from ...sites import LinearSite, Placement
+from ..adapter.bi_adaptformer import BITS, binary_pair
+
+
+class BiLoRA(nn.Module):
+    """A low-rank update of a linear whose factors have a few bits.
+
+        f(y, x) = y + s * q(B) q(A) x
+
+    Args:
+        linear: the linear, for its sizes.
+        r: rank.
+        bits: of a weight.
+        scale: s.
+    """
+
+    def __init__(self, linear: nn.Linear, r: int, bits: int, scale: float) -> None:
+        super().__init__()
+        self.down, self.up = binary_pair(linear.in_features, linear.out_features, r, bits)
+        self.scale = scale
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """(..., out_features), given also the linear's input (..., in_features)."""
+        return y + self.scale * F.linear(F.linear(x, self.down()), self.up())
+
+    @torch.no_grad()
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of a linear that computes the same as the linear with these and the update beside it."""
+        return weight + self.scale * (self.up().to(weight) @ self.down().to(weight)), bias
+
+
+@register(
+    name="bilora",
+    paper=Paper(
+        "Revisiting the Parameter Efficiency of Adapters from the Perspective of Precision Redundancy",
+        "ICCV 2023",
+        "2307.16867",
+    ),
+    visual_tuning="parameter: weight",
+    equation="y = W x + b + s q(B) q(A) x at queries and values, q to 2^bits levels",
+    counts=(({"r": 32, "bits": 1}, 1_179_648),),
+    mergeable=True,
+    identity_at_start=False,
+)
+@dataclass
+class BiLoRAConfig(VisualPeftConfig):
+    """Config of Bi-LoRA, arXiv 2307.16867.
+
+    LoRA on queries and values, trained so that its factors can be kept with 1, 2 or 4 bits a number; the file holds
+    these bits. Near the identity at the start, not it. A fused projection is updated as a whole, keys included. What
+    trains are full-precision parameters beside the bits; they are not saved, so training that goes on from a file
+    starts at the levels. The paper's images are not normalised.
+
+    Args:
+        r: rank.
+        bits: of a weight: 1, 2 or 4.
+        scale: s, tuned per task in the paper.
+    """
+
+    r: int = field(default=32, metadata={"help": "Rank."})
+    bits: int = field(default=1, metadata={"help": "Bits of a weight: 1, 2 or 4."})
+    scale: float = field(default=1.0, metadata={"help": "Factor s of the update."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_integer("r", 1)
+        self._require_choice("bits", BITS)
+        self._require_number("scale")
+
+    def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
+        """Beside the query and value projections of every block."""
+        self._require_integer("r", 1, backbone.width, "the backbone's width")
+        build = partial(BiLoRA, r=self.r, bits=self.bits, scale=self.scale)
+        for block in backbone.blocks:
+            for path in dict.fromkeys((*block.roles["query"], *block.roles["value"])):
+                yield Placement(path, "update", LinearSite(), build)
