@@ -1,0 +1,147 @@
+"""Salient channel tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ...backbone import VisionBackbone
+from ...calibration import Calibration
+from ...config import VisualPeftConfig
+from ...registry import Paper, register
+from ...sites import BranchSite, Placement
+from ..specification.deltas import Chosen
+
+
+CHANNELS = 96  # of the paper
+INIT_STD = 0.02
+
+
+class SCT(nn.Module):
+    """A linear of some channels, added to them.
+
+        f(x)[C] = W x[C] + b,  0 in all other channels
+
+    W is drawn from a normal of standard deviation 0.02, b is zero. C is chosen from data.
+
+    Args:
+        width: channels of the token stream.
+        channels: how many of them are in C.
+    """
+
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels, channels)
+        nn.init.trunc_normal_(self.linear.weight, std=INIT_STD)
+        nn.init.zeros_(self.linear.bias)
+        self.salient = Chosen(channels, width, "SCT")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, width) to the same.
+
+        Raises:
+            NotCalibratedError: C is not chosen yet.
+        """
+        indices = self.salient()
+        branch = self.linear(x.index_select(-1, indices)).to(x.dtype)
+        return torch.zeros_like(x).index_copy(-1, indices, branch)
+
+
+class ClassNorms:
+    """Running L2 norms of channels over the patches of all images of a class."""
+
+    def __init__(self) -> None:
+        self.squares: dict[int, Tensor] = {}
+
+    def add(self, patches: Tensor, labels: Tensor) -> None:
+        """Add (batch, patches, channels) of classes (batch,)."""
+        squares = patches.detach().double().square().sum(dim=1)
+        for label in labels.unique():
+            total = squares[labels == label].sum(dim=0)
+            self.squares[int(label)] = self.squares.get(int(label), 0) + total
+
+    def mean(self) -> Tensor:
+        """Mean over the classes of their norms, (channels,)."""
+        return torch.stack([square.sqrt() for square in self.squares.values()]).mean(dim=0)
+
+
+@register(
+    name="sct",
+    paper=Paper(
+        "SCT: A Simple Baseline for Parameter-Efficient Fine-Tuning via Salient Channels", "IJCV 2023", "2309.08513"
+    ),
+    visual_tuning="adapter: sequential",
+    equation="z[C] = z[C] + W z[C] + b after attention, C the channels with the largest class-mean L2 norm",
+    counts=(({"channels": 96}, 111_744),),
+    mergeable=False,
+    identity_at_start=False,
+    calibrated=True,
+)
+@dataclass
+class SCTConfig(VisualPeftConfig):
+    """Config of salient channel tuning (SCT), arXiv 2309.08513.
+
+    A linear of a few channels of the token stream after attention, with a skip connection. Which channels is chosen
+    for each block, once, from the stream there in the frozen model: a channel's L2 norm over all patches of the
+    training images of a class, averaged over the classes. Prefix tokens and padding do not count for the choice, yet
+    pass the linear like all others. Near the identity at the start, not it. The authors' code has a scale, too, but
+    does not apply it.
+
+    Args:
+        channels: how many; by default 96 as in the paper, or all of them where the backbone has fewer.
+    """
+
+    channels: int | None = field(
+        default=None, metadata={"help": "Channels to tune; by default 96, or all where there are fewer."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.channels is not None:
+            self._require_integer("channels", 1)
+
+    def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
+        """After the attention of every block."""
+        if self.channels is not None:
+            self._require_integer("channels", 1, backbone.width, "the backbone's width")
+        channels = self.channels or min(CHANNELS, backbone.width)
+        for block in backbone.blocks:
+            site = BranchSite("attention", reads="sum")
+            yield Placement(block.path, "attention", site, lambda _: SCT(backbone.width, channels))
+
+    @torch.no_grad()
+    def choose(self, calibration: Calibration) -> None:
+        """The channels with the largest norms.
+
+        Raises:
+            ValueError: a norm is not finite.
+        """
+        backbone, model = calibration.backbone, calibration.model
+        norms_of = {block.path: block.roles["norm2"][0] for block in backbone.blocks}
+        parts = [(model.get_submodule(norms_of[path]), part) for path, part in calibration.equations("attention")]
+        totals = [ClassNorms() for _ in parts]
+        stream: dict[nn.Module, Tensor] = {}
+        handles = [
+            norm.register_forward_pre_hook(lambda module, args: stream.update({module: args[0]})) for norm, _ in parts
+        ]
+        try:
+            for batch in calibration.batches():
+                labels = batch.pop("labels")
+                model(**batch)
+                for (norm, _), total in zip(parts, totals, strict=True):
+                    patches = stream[norm][:, backbone.prefix_tokens :]
+                    if "pixel_attention_mask" in batch:
+                        patches = patches * batch["pixel_attention_mask"].to(patches).unsqueeze(-1)
+                    total.add(patches, labels)
+        finally:
+            for handle in handles:
+                handle.remove()
+        means = [total.mean() for total in totals]
+        if not all(mean.isfinite().all() for mean in means):
+            raise ValueError("SCT: the norms of the token stream are not finite.")
+        for (_, part), mean in zip(parts, means, strict=True):
+            indices = mean.topk(len(part.salient.indices)).indices
+            part.salient.choose(indices.sort().values)

@@ -1,0 +1,150 @@
+"""Sparse tuning with kernelized low-rank factors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ...backbone import VisionBackbone
+from ...config import VisualPeftConfig
+from ...registry import Paper, register
+from ...sites import LinearSite, Placement, drop_path
+
+
+COEFFICIENTS = (0.1, -0.1)  # of the two distances, fixed in the authors' code
+ROLES = ("query", "key", "value", "output", "fc1", "fc2")
+WEIGHTINGS = ("magnitude", "mask")
+
+
+def threshold(magnitudes: Tensor, sparsity: float) -> Tensor:
+    """The largest of the `sparsity` smallest numbers: what is strictly above it is above that quantile, too.
+
+    For any number of entries, where `torch.quantile` takes 16 million.
+    """
+    rank = math.floor(sparsity * (magnitudes.numel() - 1))
+    return magnitudes.flatten().kthvalue(rank + 1).values
+
+
+class SNELL(nn.Module):
+    """An update made of distances between the rows of factors, of which the largest entries are kept.
+
+        f(y, x) = y + DP(D dropout(x))
+        D_ij = S(0.1 ||u_i - v_j|| - 0.1 ||u'_i - v'_j||),  S(d) = d |d| or d where |d| is above the quantile, else 0
+
+    A factor of two halves, (2, features, r / 2), for each side; drawn as `nn.Linear` draws, with a fan-in of
+    features x r / 2. |d| in S passes no gradient. D is computed again in the backward pass, which saves its memory.
+
+    Args:
+        linear: the linear, for its sizes.
+        r: numbers for each row and each column of the weight.
+        sparsity: share of the entries that are zero.
+        weighting: `"magnitude"`: kept entries are d |d|; `"mask"`: they are d.
+        dropout: probability, on the input.
+        drop_path: rate of the branch's stochastic depth.
+    """
+
+    def __init__(
+        self, linear: nn.Linear, r: int, sparsity: float, weighting: str, dropout: float, drop_path: float
+    ) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.empty(2, linear.out_features, r // 2))
+        self.columns = nn.Parameter(torch.empty(2, linear.in_features, r // 2))
+        for factor in (self.rows, self.columns):
+            nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+        self.sparsity = sparsity
+        self.weighting = weighting
+        self.dropout = nn.Dropout(dropout)
+        self.drop_path = drop_path
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """(..., out_features), given also the linear's input (..., in_features)."""
+        x = self.dropout(x)
+        if torch.is_grad_enabled():
+            branch = checkpoint(self._branch, x, use_reentrant=False, preserve_rng_state=False)
+        else:
+            branch = self._branch(x)
+        return y + drop_path(branch, self.drop_path, self.training)
+
+    def _branch(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.delta().to(x.dtype))
+
+    def delta(self) -> Tensor:
+        """D, (out_features, in_features), in float32: small differences of distances."""
+        with torch.autocast(self.rows.device.type, enabled=False):
+            distances = torch.cdist(self.rows.float(), self.columns.float())
+            dense = COEFFICIENTS[0] * distances[0] + COEFFICIENTS[1] * distances[1]
+        magnitudes = dense.detach().abs()
+        kept = magnitudes > threshold(magnitudes, self.sparsity) if self.sparsity else torch.ones_like(dense).bool()
+        return dense * (magnitudes * kept if self.weighting == "magnitude" else kept)
+
+    @torch.no_grad()
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of a linear that computes the same as the linear with these and the branch beside it."""
+        return weight + self.delta().to(weight), bias
+
+
+@register(
+    name="snell",
+    paper=Paper("Expanding Sparse Tuning for Low Memory Usage", "NeurIPS 2024", "2411.01800"),
+    visual_tuning="parameter: weight",
+    equation="y = W x + DP(S(0.1 dist(u, v) - 0.1 dist(u', v')) dropout(x)), S keeps the largest entries",
+    # per block (768 + 768) r for four linears and (768 + 3072) r for two
+    counts=(({"r": 8}, 1_327_104), ({"r": 32}, 5_308_416)),
+    mergeable=True,
+    identity_at_start=False,
+)
+@dataclass
+class SNELLConfig(VisualPeftConfig):
+    """Config of SNELL, arXiv 2411.01800.
+
+    Beside every linear of the blocks a sparse update, whose entries are differences of distances between learned
+    vectors for its row and its column; those of small magnitude are zero, and which they are changes while training.
+    Small at the start, not zero. The authors' code multiplies the kept entries by their own magnitude, which passes
+    no gradient, where one would expect 1; that is the default here, too, as it is what their results come from, and
+    `weighting="mask"` is the other. At sparsity 0 that code drops the factor without saying; here it stays. There,
+    queries, keys and values share one dropout mask and CLS trains, too; here each has its own and CLS is frozen.
+
+    Args:
+        r: numbers for each row and each column of a weight, half of them for each of two distances; even.
+        sparsity: share of the entries of each update that are zero; the authors tune it in 0 to 0.995.
+        weighting: kept entries are multiplied by their magnitude (`"magnitude"`) or by 1 (`"mask"`).
+        dropout: probability of dropping a number of the input, except at the attention's output projection.
+        drop_path: rate of each branch's stochastic depth.
+    """
+
+    r: int = field(default=8, metadata={"help": "Numbers for each row and column of a weight; even."})
+    sparsity: float = field(default=0.9, metadata={"help": "Share of the entries of an update that are zero."})
+    weighting: str = field(default="magnitude", metadata={"help": "Factor of kept entries: magnitude, or mask for 1."})
+    dropout: float = field(default=0.1, metadata={"help": "Probability of dropping a number of the input."})
+    drop_path: float = field(default=0.1, metadata={"help": "Rate of each branch's stochastic depth."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_integer("r", 2)
+        if self.r % 2:
+            self._fail("r", "even: each of two distances has half of it")
+        for name in ("sparsity", "dropout", "drop_path"):
+            self._require_number(name, 0.0, below=1.0)
+        self._require_choice("weighting", WEIGHTINGS)
+
+    def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
+        """Beside every linear of every block."""
+        self._require_integer("r", 2, backbone.width, "the backbone's width")
+        placed = set()
+        for block in backbone.blocks:
+            for role in ROLES:
+                dropout = 0.0 if role == "output" else self.dropout
+                for path in block.roles[role]:
+                    if path not in placed:
+                        placed.add(path)
+                        build = partial(SNELL, r=self.r, sparsity=self.sparsity, weighting=self.weighting)
+                        yield Placement(
+                            path, "delta", LinearSite(), partial(build, dropout=dropout, drop_path=self.drop_path)
+                        )

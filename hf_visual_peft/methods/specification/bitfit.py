@@ -1,0 +1,75 @@
+"""BitFit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...backbone import VisionBackbone
+from ...config import VisualPeftConfig
+from ...registry import Paper, register
+from ...sites import OutputSite, Placement
+from ..reparameter.ssf import output_channels
+from .deltas import modules_of
+
+
+class Shift(nn.Module):
+    """A bias beside that of a module, zero at the start; nothing where the module has none.
+
+        f(y) = y + b
+
+    Args:
+        module: the module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        channels = output_channels(module)
+        if getattr(module, "bias", None) is None:
+            self.register_parameter("shift", None)
+        elif channels is None:
+            raise ValueError(f"Cannot train the bias of {module}: valid are linears, convolutions and norms.")
+        else:
+            size, dim = channels
+            self.shift = nn.Parameter(torch.zeros(size))
+            self._shape = (-1,) + (1,) * (-1 - dim)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Same shape as y."""
+        return y if self.shift is None else y + self.shift.view(self._shape)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of a module that computes the same as the module with these and the shift behind it."""
+        return weight, bias if bias is None or self.shift is None else bias + self.shift.to(bias)
+
+
+@register(
+    name="bitfit",
+    paper=Paper(
+        "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models",
+        "ACL 2022",
+        "2106.10199",
+    ),
+    visual_tuning="parameter: bias",
+    equation="every bias trains: y = W x + b + db",
+    counts=(({}, 102_912),),
+    mergeable=True,
+    identity_at_start=True,
+)
+@dataclass
+class BitFitConfig(VisualPeftConfig):
+    """Config of BitFit, arXiv 2106.10199.
+
+    The biases of the backbone train: of patch embedding, linears and norms, inside the blocks and behind them. Each
+    is trained as a shift of the module's output that starts at zero, which is exactly the same, and yet switches off,
+    merges and is shared like any adapter. Modules without a bias get none. Tables of position biases, which some
+    codes catch by their name, are no biases of this kind.
+    """
+
+    def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
+        """On the output of every module that may have a bias."""
+        for path in (*backbone.patch_embedding, *backbone.norms, *modules_of(backbone)):
+            yield Placement(path, "bias", OutputSite(), Shift)

@@ -1,0 +1,82 @@
+"""DiffFit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...backbone import VisionBackbone
+from ...config import VisualPeftConfig
+from ...registry import Paper, register
+from ...sites import OutputSite, Placement, WeightSite
+from .bitfit import Shift
+from .deltas import Addend, Deltas, modules_of
+
+
+class ScaledShift(nn.Module):
+    """A bias beside that of a linear, zero at the start, and a factor for each channel, one at the start.
+
+        f(y) = gamma * (y + b)
+
+    Args:
+        linear: the linear; without a bias it gets the factor only.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.bias = Shift(linear)
+        self.gamma = nn.Parameter(torch.ones(linear.out_features))
+
+    def forward(self, y: Tensor) -> Tensor:
+        """(..., out_features) to the same."""
+        return self.gamma * self.bias(y)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of a linear that computes the same as the linear with these and the factor behind it."""
+        gamma = self.gamma.to(weight)
+        weight, bias = self.bias.fold(weight, bias)
+        return weight * gamma[:, None], None if bias is None else bias * gamma
+
+
+def norm_deltas(norm: nn.Module) -> Deltas:
+    """Addends to weight and bias of a norm."""
+    weight, bias = (getattr(norm, name, None) for name in ("weight", "bias"))
+    return Deltas(*(None if p is None else Addend(p.numel()) for p in (weight, bias)))
+
+
+@register(
+    name="difffit",
+    paper=Paper(
+        "DiffFit: Unlocking Transferability of Large Diffusion Models via Simple Parameter-Efficient Fine-Tuning",
+        "ICCV 2023",
+        "2304.06648",
+    ),
+    visual_tuning="parameter: weight and bias",
+    equation="biases and norms train; x + gamma1 * attention(LN x), z + gamma2 * mlp(LN z)",
+    counts=(({}, 140_544),),
+    mergeable=True,
+    identity_at_start=True,
+)
+@dataclass
+class DiffFitConfig(VisualPeftConfig):
+    """Config of DiffFit, arXiv 2304.06648.
+
+    The biases of the backbone and its norms train, and a factor gamma for each channel of what attention and MLP add
+    to the stream. Biases and norms are trained as addends that start at zero, which is exactly the same. Gamma stands
+    on the output of the sub-layer's last linear, bias included: that equals the paper's place, before the residual
+    addition, because it commutes with layer scale and stochastic depth, and it folds into the weights. The authors
+    train diffusion transformers; this is the form that others have given it for classification.
+    """
+
+    def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
+        """On every linear, norm and patch embedding."""
+        for path in (*backbone.norms, *modules_of(backbone, ("norm1", "norm2"))):
+            yield Placement(path, "norm", WeightSite(), norm_deltas)
+        last = modules_of(backbone, ("output", "fc2"))
+        for path in last:
+            yield Placement(path, "scale", OutputSite(), ScaledShift)  # type: ignore[arg-type]
+        for path in (*backbone.patch_embedding, *modules_of(backbone, ("query", "key", "value", "fc1"))):
+            yield Placement(path, "bias", OutputSite(), Shift)

@@ -1,0 +1,150 @@
+"""Gradient-based parameter selection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...backbone import VisionBackbone, unwrapped
+from ...calibration import Calibration
+from ...config import VisualPeftConfig
+from ...registry import Paper, register
+from ...sites import Placement, WeightSite
+from .deltas import LINEAR_ROLES, Addend, Deltas, SparseAddend, modules_of, summed_gradients
+
+
+TEMPERATURE = 0.07  # of the authors' code
+
+
+class GPS(Deltas):
+    """Addends to k entries of each row of a weight, and to the whole bias, zero at the start.
+
+    Args:
+        module: linear or convolution, whose weight counts as (out, everything else).
+        k: entries of each row.
+    """
+
+    def __init__(self, module: nn.Module, k: int) -> None:
+        weight, bias = module.weight, module.bias
+        assert isinstance(weight, Tensor)
+        self.row_size = weight[0].numel()
+        if k > self.row_size:
+            raise ValueError(f"GPSConfig.k is {k}: must be at most the {self.row_size} inputs of {module}.")
+        self.k = k
+        sparse = SparseAddend(weight.numel(), len(weight) * k, "GPS")
+        super().__init__(sparse, Addend(bias.numel()) if isinstance(bias, Tensor) else None)
+
+    def choose(self, gradient: Tensor) -> None:
+        """Choose the k entries of each row where the gradient, of the weight's shape, is largest."""
+        best = gradient.abs().flatten(1).topk(self.k, dim=1).indices
+        rows = torch.arange(len(best), device=best.device)[:, None]
+        assert isinstance(self.weight, SparseAddend)
+        self.weight.entries.choose((rows * self.row_size + best).flatten())
+
+
+def supervised_contrastive_loss(features: Tensor, labels: Tensor, temperature: float = TEMPERATURE) -> Tensor | None:
+    """Supervised contrastive loss (arXiv 2004.11362, equation 2) of (batch, channels), given classes (batch,).
+
+    Every image is an anchor, all others of its class its positives. None where no two images are of one class.
+    """
+    z = F.normalize(features.float(), dim=-1)
+    own = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    logits = (z @ z.T / temperature).masked_fill(own, -torch.inf)
+    log_probability = logits - logits.logsumexp(dim=1, keepdim=True)
+    positive = (labels[:, None] == labels[None, :]) & ~own
+    count = positive.sum(dim=1)
+    if not count.any():
+        return None
+    loss = -log_probability.masked_fill(~positive, 0.0).sum(dim=1)
+    return (loss / count.clamp(min=1))[count > 0].mean()
+
+
+def head_input(model: nn.Module, backbone: VisionBackbone, inputs: dict[str, Tensor]) -> Tensor:
+    """What the task head reads, (batch, channels); without a head the first token, or the mean where it is a patch."""
+    seen: list[Tensor] = []
+    if not backbone.heads:
+        tokens = model(**inputs).last_hidden_state
+        if backbone.prefix_tokens:
+            return tokens[:, 0]
+        mask = inputs.get("pixel_attention_mask", tokens.new_ones(tokens.shape[:2])).to(tokens).unsqueeze(-1)
+        return (tokens * mask).sum(dim=1) / mask.sum(dim=1)
+    head = model.get_submodule(backbone.heads[0])
+    handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        model(**inputs)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+@register(
+    name="gps",
+    paper=Paper("Gradient-based Parameter Selection for Efficient Fine-Tuning", "CVPR 2024", "2312.10136"),
+    visual_tuning="parameter: weight",
+    equation="W + dW, b + db; dW non-zero at the k entries of each row whose gradient is largest",
+    # rows: (4 * 768 + 3072 + 768) * 12 + 768 = 83,712, each with k entries and a bias
+    counts=(({"k": 1}, 167_424), ({"k": 2}, 251_136)),
+    mergeable=True,
+    identity_at_start=True,
+    calibrated=True,
+)
+@dataclass
+class GPSConfig(VisualPeftConfig):
+    """Config of gradient-based parameter selection (GPS), arXiv 2312.10136.
+
+    Of each row of every weight matrix and of the patch embedding, k entries train: those where the gradient of a
+    supervised contrastive loss, summed over one pass through the training images, is largest. All biases of these
+    modules train, too; norms are frozen, with their biases. Indices and values are saved, not weights. The loss acts
+    on what the head reads, of two views of each image where the loader gives `pixel_values` of (batch, 2, channels,
+    height, width), as the authors do, else of one. They choose with dropout and stochastic depth at work, here they
+    are off. Train without weight decay, as they do; the values do not decay in any case.
+
+    Args:
+        k: entries of each row; the authors use 1 on nearly all of VTAB-1k and up to 20 elsewhere.
+    """
+
+    k: int = field(default=1, metadata={"help": "Entries that train of each row of a weight."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_integer("k", 1)
+
+    def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
+        """At every linear and the patch embedding."""
+        for path in (*backbone.patch_embedding, *modules_of(backbone, LINEAR_ROLES)):
+            yield Placement(path, "entries", WeightSite(), partial(GPS, k=self.k))
+
+    def choose(self, calibration: Calibration) -> None:
+        """The entries with the largest gradients.
+
+        Raises:
+            ValueError: no batch has two images of one class, or a gradient is not finite.
+        """
+        parts: dict[Any, GPS] = {
+            unwrapped(calibration.model.get_submodule(path)).weight: equation
+            for path, equation in calibration.equations("entries")
+        }
+        pairs = False
+        with summed_gradients(list(parts), of=lambda gradient: gradient) as sums:
+            for batch in calibration.batches():
+                labels, pixels = batch.pop("labels"), batch["pixel_values"]
+                if pixels.ndim == 5:
+                    labels = labels.repeat_interleave(pixels.shape[1])
+                    batch["pixel_values"] = pixels.flatten(0, 1)
+                features = head_input(calibration.model, calibration.backbone, batch)
+                loss = supervised_contrastive_loss(features, labels)
+                if loss is not None:
+                    pairs = True
+                    loss.backward()
+        if not pairs:
+            raise ValueError("dataloader: no batch has two images of one class, so there is nothing to contrast.")
+        if not all(total.isfinite().all() for total in sums.values()):
+            raise ValueError("GPS: gradients of the contrastive loss are not finite.")
+        for weight, equation in parts.items():
+            equation.choose(sums[weight])

@@ -1,0 +1,160 @@
+"""Sensitivity-aware tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...backbone import VisionBackbone, unwrapped
+from ...calibration import Calibration
+from ...config import VisualPeftConfig
+from ...registry import Paper, register
+from ...sites import LinearSite, Placement, WeightSite
+from .deltas import summed_gradients
+from .spt_parts import LORA, WHOLE, SPTEntries, SPTLoRA, largest, named_modules, tensors_of
+
+
+SHARE = 0.005  # of the entries, where the budget is not given
+BATCHES = 16  # of the authors' code
+
+
+@register(
+    name="spt",
+    paper=Paper("Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning", "ICCV 2023", "2303.08566"),
+    visual_tuning="parameter: weight and bias",
+    equation="W + dW: dW = B A where many entries of W are sensitive, else non-zero at those that are",
+    counts=(({}, 0),),  # before it has chosen; afterwards as the budget and the data have it
+    mergeable=True,
+    identity_at_start=True,
+    calibrated=True,
+)
+@dataclass
+class SPTConfig(VisualPeftConfig):
+    """Config of sensitivity-aware tuning (SPT-LoRA), arXiv 2303.08566.
+
+    The entries of the backbone's linears and norms are ranked by sensitivity: the squared gradient of the cross
+    entropy, summed over batches; so the model needs a head. `budget` of them are chosen. Where so many are in one
+    matrix that a low-rank update would not cost more than alpha times as much, it gets that update; else the chosen
+    entries train. Of vectors, all entries train where at least one in beta is chosen, else the chosen ones. The
+    choice is part of the config, which is complete after `calibrate`; which entries is saved with the weights.
+
+    The authors search the budget whose trained parameters come nearest to a given size; here it is the number of
+    chosen entries. They measure in training mode, here dropout and stochastic depth are off. Their code has no module
+    for the chosen entries of a norm that does not train as a whole; here these train. There, queries, keys and values
+    share one dropout mask and CLS trains, too; here each has its own and CLS is frozen. SPT-Adapter is not here.
+
+    Args:
+        budget: number of chosen entries; by default 0.5% of all. The authors tune it per task.
+        r: rank of the low-rank updates.
+        alpha: a matrix gets a low-rank update if parameters of that / alpha of its entries are chosen.
+        beta: a vector trains as a whole if its length / beta of its entries are chosen.
+        dropout: probability of dropping a number of a low-rank update's input, except at the attention's output
+            projection.
+        drop_path: rate of the stochastic depth of each low-rank update.
+        chosen: what trains, set by `calibrate`. By name of weight or bias, such as `"0.query.weight"` for a block and
+            a role, or `"norms.0.bias"`: a number of entries, `"lora"` or `"whole"`.
+    """
+
+    budget: int | None = field(default=None, metadata={"help": "Number of chosen entries; by default 0.5% of all."})
+    r: int = field(default=8, metadata={"help": "Rank of the low-rank updates."})
+    alpha: float = field(default=10.0, metadata={"help": "Low-rank update from its parameters / alpha entries on."})
+    beta: float = field(default=5.0, metadata={"help": "A vector trains as a whole from length / beta entries on."})
+    dropout: float = field(default=0.1, metadata={"help": "Probability of dropping a number of the input."})
+    drop_path: float = field(default=0.1, metadata={"help": "Rate of each low-rank update's stochastic depth."})
+    chosen: dict[str, int | str] | None = field(default=None, metadata={"help": "What trains; set by calibrate."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget is not None:
+            self._require_integer("budget", 1)
+        self._require_integer("r", 1)
+        for name in ("alpha", "beta"):
+            self._require_number(name)
+            if getattr(self, name) <= 0:
+                self._fail(name, "a finite number above 0")
+        for name in ("dropout", "drop_path"):
+            self._require_number(name, 0.0, below=1.0)
+        if self.chosen is not None and (not isinstance(self.chosen, dict) or not self.chosen):
+            self._fail("chosen", "None or a dictionary that is not empty")
+
+    def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
+        """At every linear and norm: what is not chosen has no weights."""
+        self._require_integer("r", 1, backbone.width, "the backbone's width")
+        modules = named_modules(backbone)
+        if self.chosen is None and not self.init_weights:  # a small choice, whose entries will be random
+            self.chosen = {}
+            for block in backbone.blocks:
+                self.chosen |= {f"{block.index}.{role}.weight": LORA for role in ("value", "fc2")}
+                self.chosen |= {f"{block.index}.fc1.weight": 4, f"{block.index}.norm1.weight": WHOLE}
+        for key in self.chosen or ():
+            if key.rpartition(".")[0] not in modules or key.rpartition(".")[2] not in ("weight", "bias"):
+                raise ValueError(
+                    f"SPTConfig.chosen has {key!r}: must be weights and biases of {', '.join(modules)} of this model."
+                )
+        for name, path in modules.items():
+            yield Placement(path, "entries", WeightSite(), partial(SPTEntries, name=name, chosen=self.chosen))
+            if path in backbone.linears:
+                dropout = 0.0 if name.endswith(".output") else self.dropout
+                structured = (self.chosen or {}).get(f"{name}.weight") == LORA
+                build = partial(SPTLoRA, r=self.r, dropout=dropout, drop_path=self.drop_path, structured=structured)
+                yield Placement(path, "lora", LinearSite(), build)
+
+    def choose(self, calibration: Calibration) -> None:
+        """The entries with the largest sensitivity.
+
+        Raises:
+            ValueError: there is no head, no entry is sensitive, or the budget is larger than the number of entries.
+        """
+        entries = dict(calibration.equations("entries"))
+        tensors = {}
+        for path, part in entries.items():
+            for kind, tensor in tensors_of(unwrapped(calibration.model.get_submodule(path))).items():
+                tensors[part.sizes[kind][1]] = tensor
+        total = sum(tensor.numel() for tensor in tensors.values())
+        budget = max(1, round(SHARE * total)) if self.budget is None else self.budget
+        if budget > total:
+            self._fail("budget", f"at most the {total} entries of the linears and norms of this model")
+        sensitivity = self._sensitivity(calibration, tensors)
+        best, indices = largest(sensitivity, budget)
+        if not best.isfinite().all() or not best.any():
+            raise ValueError("SPT: no gradient of the loss is finite and other than zero. Is the head's weight zero?")
+        found = dict(zip(tensors, indices, strict=True))
+        chosen = {key: self._choice(tensors[key], len(where)) for key, where in found.items() if len(where)}
+        loras = dict(calibration.equations("lora"))
+        dtype = next(p.dtype for parts in (entries, loras) for e in parts.values() for p in e.parameters())
+        for path, part in entries.items():
+            like = torch.empty(0, dtype=dtype, device=tensors[part.sizes["weight"][1]].device)
+            part.decide(chosen, like)
+            for kind, (_, key) in part.sizes.items():
+                if isinstance(chosen.get(key), int):
+                    getattr(part, kind).entries.choose(found[key])
+            if path in loras:
+                loras[path].decide(chosen.get(part.sizes["weight"][1]) == LORA, like)
+            layer = calibration.layers[path]
+            if calibration.adapter not in layer.active_adapters:
+                layer.set_requires_grad(calibration.adapter, requires_grad=False)
+        self.chosen = chosen
+
+    def _choice(self, tensor: Tensor, count: int) -> int | str:
+        if tensor.ndim == 1:
+            return WHOLE if count >= len(tensor) / self.beta else count
+        return LORA if count >= self.r * sum(tensor.shape) / self.alpha else count
+
+    def _sensitivity(self, calibration: Calibration, tensors: Mapping[str, nn.Parameter]) -> list[Tensor]:
+        if not calibration.backbone.heads:
+            raise ValueError(
+                f"SPT measures sensitivity by a classifier's loss: {type(calibration.model).__name__} has no head."
+            )
+        with summed_gradients(list(tensors.values()), of=torch.square) as sums:
+            for batch in calibration.batches(default_max=BATCHES):
+                labels = batch.pop("labels")
+                logits = calibration.model(**batch).logits
+                if not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[-1]:
+                    raise ValueError(f"dataloader: labels must be from 0 to {logits.shape[-1] - 1}.")
+                F.cross_entropy(logits.float(), labels).backward()
+        return [sums[tensor] for tensor in tensors.values()]

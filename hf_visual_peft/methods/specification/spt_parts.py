@@ -1,0 +1,144 @@
+"""What sensitivity-aware tuning (SPT) puts at a module, and how it finds the largest of many numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from ...backbone import VisionBackbone
+from ...calibration import NotCalibratedError
+from ...sites import drop_path
+from .deltas import ROLES, Addend, Deltas, SparseAddend
+
+
+LORA, WHOLE = "lora", "whole"
+
+
+class SPTEntries(Deltas):
+    """Addends to entries of weight and bias that were found sensitive: to some, or to a whole vector.
+
+    Args:
+        module: linear or norm.
+        name: of it in `SPTConfig.chosen`.
+        chosen: that field.
+    """
+
+    def __init__(self, module: nn.Module, name: str, chosen: Mapping[str, int | str] | None) -> None:
+        super().__init__(None, None)
+        self.sizes = {kind: (tensor.shape, f"{name}.{kind}") for kind, tensor in tensors_of(module).items()}
+        self.undecided: nn.Parameter | None = None
+        if chosen is None:  # keeps the place: its dtype is that which the addends will have
+            self.undecided = nn.Parameter(torch.empty(0))
+        else:
+            self.decide(chosen)
+
+    def decide(self, chosen: Mapping[str, int | str], like: Tensor | None = None) -> None:
+        """Make the addends, with the device and dtype of a tensor."""
+        self.undecided = None
+        for kind, (shape, key) in self.sizes.items():
+            part: nn.Module | None = None
+            choice, size = chosen.get(key), shape.numel()
+            if choice == WHOLE and len(shape) == 1:
+                part = Addend(size)
+            elif type(choice) is int and 0 < choice <= size:
+                part = SparseAddend(size, choice, "SPT")
+            elif choice is not None and not (choice == LORA and len(shape) == 2):
+                name = WHOLE if len(shape) == 1 else LORA
+                raise ValueError(
+                    f"SPTConfig.chosen has {choice!r} for {key}: must be {name!r} or an integer from 1 to {size}."
+                )
+            setattr(self, kind, part if part is None or like is None else part.to(like))
+
+    def forward(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias that take the place of these.
+
+        Raises:
+            NotCalibratedError: nothing is chosen yet.
+        """
+        if self.undecided is not None:
+            raise NotCalibratedError("SPT")
+        return super().forward(weight, bias)
+
+
+class SPTLoRA(nn.Module):
+    """A low-rank branch beside a linear whose weight was found sensitive; nothing beside others.
+
+        f(y, x) = y + DP(B A dropout(x))
+
+    A is drawn as in `nn.Linear`, B is zero.
+
+    Args:
+        linear: the linear, for its sizes.
+        r: rank.
+        dropout: probability, on the input.
+        drop_path: rate of the branch's stochastic depth.
+        structured: whether there is a branch.
+    """
+
+    def __init__(self, linear: nn.Linear, r: int, dropout: float, drop_path: float, structured: bool) -> None:
+        super().__init__()
+        self.sizes = (linear.in_features, r, linear.out_features)
+        self.dropout = nn.Dropout(dropout)
+        self.drop_path = drop_path
+        self.decide(structured)
+
+    def decide(self, structured: bool, like: Tensor | None = None) -> None:
+        """Make the branch, with the device and dtype of a tensor, or none."""
+        self.down: nn.Linear | None = None
+        self.up: nn.Linear | None = None
+        if structured:
+            size_in, r, size_out = self.sizes
+            self.down, self.up = nn.Linear(size_in, r, bias=False), nn.Linear(r, size_out, bias=False)
+            nn.init.zeros_(self.up.weight)
+            if like is not None:
+                self.to(like)
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """(..., out_features), given also the linear's input (..., in_features)."""
+        if self.down is None or self.up is None:
+            return y
+        return y + drop_path(self.up(self.down(self.dropout(x))), self.drop_path, self.training)
+
+    @torch.no_grad()
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of a linear that computes the same as the linear with these and the branch beside it."""
+        if self.down is None or self.up is None:
+            return weight, bias
+        return weight + (self.up.weight @ self.down.weight).to(weight), bias
+
+
+def tensors_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Weight and bias of a module, those that it has."""
+    pairs = ((kind, getattr(module, kind, None)) for kind in ("weight", "bias"))
+    return {kind: tensor for kind, tensor in pairs if tensor is not None}
+
+
+def named_modules(backbone: VisionBackbone) -> dict[str, str]:
+    """Full names of the modules that SPT may train, by the names that they have in `SPTConfig.chosen`."""
+    names = {path: f"norms.{index}" for index, path in enumerate(backbone.norms)}
+    for block in backbone.blocks:
+        for role in ROLES:
+            for index, path in enumerate(block.roles[role]):
+                names.setdefault(path, f"{block.index}.{role}" + (f".{index}" if index else ""))
+    return {name: path for path, name in names.items()}
+
+
+def largest(scores: Iterable[Tensor], count: int) -> tuple[Tensor, list[Tensor]]:
+    """The largest of all numbers in some tensors, and where they lie in each of the flattened tensors, in order.
+
+    Never holds more than one tensor beside the numbers found so far.
+    """
+    best, where, ends = torch.empty(0), torch.empty(0, dtype=torch.long), [0]
+    for score in scores:
+        flat = score.flatten()
+        positions = torch.arange(ends[-1], ends[-1] + flat.numel(), device=flat.device)
+        ends.append(ends[-1] + flat.numel())
+        best, where = torch.cat([best.to(flat), flat]), torch.cat([where.to(flat.device), positions])
+        if len(best) > count:
+            best, kept = best.topk(count)
+            where = where[kept]
+    where = where.sort().values
+    return best, [where[(where >= start) & (where < end)] - start for start, end in pairwise(ends)]
