@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-DIRS := hf_visual_peft recipes tests
+DIRS := hf_visual_peft recipes benchmarks tests
 # torch and torchvision (extra "vision") go in together, so that pip picks a pair that fits
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
