@@ -52,6 +52,7 @@ class VisionBackbone:
         width: channels of the token stream.
         patch_features: numbers that one patch has before it is embedded: channels x height x width.
         prefix_tokens: tokens before the patches.
+        grid: rows and columns of patches of an image of the size in the backbone's config, None where it has none.
         num_heads: attention heads of a block, None where the backbone's config does not tell.
         linears: output and input features of every linear of the blocks, by its name.
     """
@@ -69,6 +70,7 @@ class VisionBackbone:
     width: int
     patch_features: int
     prefix_tokens: int
+    grid: tuple[int, int] | None
     num_heads: int | None
     linears: Mapping[str, tuple[int, int]]
 
@@ -184,6 +186,7 @@ def _resolve(model: nn.Module, path: str, backbone: nn.Module, architecture: Arc
         width=_weight(model, blocks[0].roles["norm1"][0]).shape[-1],
         patch_features=_weight(model, patch_embedding[0])[0].numel(),
         prefix_tokens=_count_prefix_tokens(model.get_submodule(embeddings), architecture),
+        grid=_native_grid(getattr(backbone, "config", None)),
         num_heads=getattr(getattr(backbone, "config", None), "num_attention_heads", None),
         linears={
             name: (module.out_features, module.in_features)
@@ -211,3 +214,12 @@ def _weight(model: nn.Module, path: str) -> Tensor:
 def _count_prefix_tokens(embeddings: nn.Module, architecture: Architecture) -> int:
     parameters = (getattr(embeddings, name, None) for name in architecture.prefix_tokens)
     return sum(1 if p.ndim == 1 else p.shape[-2] for p in parameters if p is not None)
+
+
+def _native_grid(config: object) -> tuple[int, int] | None:
+    image, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    if image is None or patch is None:
+        return None
+    height, width = image if isinstance(image, tuple | list) else (image, image)
+    rows, columns = patch if isinstance(patch, tuple | list) else (patch, patch)
+    return height // rows, width // columns

@@ -19,6 +19,7 @@ from .sites import (
     BranchSite,
     Exchange,
     LinearSite,
+    LogitSite,
     ModuleLayer,
     OutputSite,
     Placement,
@@ -192,6 +193,8 @@ class VisualTuner(BaseTuner):
         if isinstance(site, BranchSite) and site.needs_layout:
             assert self._backbone is not None
             self._exchange.watch_grid(self.model, self._backbone)
+        if isinstance(layer, BlockLayer) and isinstance(site, LogitSite):
+            layer.watch_logits()
         if isinstance(layer, ModuleLayer) and isinstance(site, OutputSite):
             for path in site.followers:
                 layer.followers[path] = unwrapped(self.model.get_submodule(path))

@@ -48,6 +48,8 @@ def _unfit(method, family):
     """Why a method has nothing to do on a family."""
     if method.video and family.name in ("siglip2", "vit_mae"):
         return "videos need images of one grid"
+    if method.name == "attnscale" and family.name in ("siglip2", "vit_mae", "data2vec", "data2vec_shared_bias"):
+        return "no fixed number of tokens, or attention that its factors cannot reach"
     if method.name == "linearprobe" and family.classifier is None:
         return "there is no head"
     return None
@@ -152,7 +154,11 @@ def test_identity_at_start(method, fields, family):
     base = family.model()
     before = run(base, family)
     model = fresh(method, fields, family, base).eval()
-    assert torch.equal(run(model, family), before) == method.identity_at_start
+    after = run(model, family)
+    if method.name == "attnscale":  # computes attention in the plain way, with its own rounding
+        assert_close(after, before)
+    else:
+        assert torch.equal(after, before) == method.identity_at_start
 
 
 @on_all_families

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
+from peft import PeftConfig
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers import logging as transformers_logging
 
 from ..backbone import find_backbone
+from ..registry import Method
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,15 @@ def keep_head_only(model: nn.Module) -> None:
     model.requires_grad_(False)
     for head in head_modules(model).values():
         head.requires_grad_(True)
+
+
+def default_config(method: Method, model: nn.Module, image_size: int) -> PeftConfig:
+    """A method's config with its defaults, fitted to the images where it belongs to one size of them."""
+    names = {field.name for field in fields(method.config_cls)}
+    config: Any = model.config
+    patch = getattr(getattr(config, "vision_config", config), "patch_size", None)
+    fitted = {"grid_size": image_size // patch} if "grid_size" in names and isinstance(patch, int) else {}
+    return method.config_cls(**fitted)
 
 
 def forward_options(model: nn.Module, image_size: int) -> dict[str, Any]:

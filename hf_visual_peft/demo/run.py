@@ -25,7 +25,7 @@ from ..registry import get_method, list_methods
 from ..tables import format_table
 from .data import DIGITS, DIGITS_IMAGE_SIZE, ImageData, load_data, preprocess
 from .evaluate import RECORD_FILE, Record, evaluate_in_new_process
-from .models import PixelOptions, forward_options, keep_head_only, load_classifier, pixel_options
+from .models import PixelOptions, default_config, forward_options, keep_head_only, load_classifier, pixel_options
 from .options import DemoOptions
 from .training import TrainingOptions, count_correct, train
 from .weights import DESCRIPTION, demo_checkpoint
@@ -130,7 +130,8 @@ class Demonstration:
         """Train a method, save its adapter, and evaluate it here and in a new process."""
         lr = self.options.lr or LEARNING_RATES.get(name, DEFAULT_LEARNING_RATE)
         method = get_method(name)
-        model = get_peft_model(self._base(), method.config_cls())
+        base = self._base()
+        model = get_peft_model(base, default_config(method, base, self.pixels.image_size))
         if method.calibrated:
             images = DataLoader(self.train_images, batch_size=self.options.batch_size)
             calibrate(model, images, seed=self.options.data.seed)

@@ -5,6 +5,7 @@ them: `ModuleLayer` around a linear, norm or convolution, `BlockLayer` around a 
 any module that trains as a whole.
 """
 
+from .attention import LogitSite, attention_of
 from .block import BlockLayer, BranchSite, TokenSite, drop_path
 from .exchange import Exchange
 from .grid import Grid, TokenLayout
@@ -20,6 +21,7 @@ __all__ = [
     "Exchange",
     "Grid",
     "LinearSite",
+    "LogitSite",
     "ModuleLayer",
     "OutputSite",
     "Placement",
@@ -31,6 +33,7 @@ __all__ = [
     "WeightSite",
     "WholeLayer",
     "WholeSite",
+    "attention_of",
     "drop_path",
     "whole_module",
 ]

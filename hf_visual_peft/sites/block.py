@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backbone import Block, VisionBackbone
+from .attention import LogitSite, attention_of, change_logits, leave_logits
 from .exchange import Exchange
 from .grid import Grid, TokenLayout
 from .layer import Equation, Site, VisualTunerLayer, call_equation
@@ -118,6 +119,8 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         # a tuple, so that they are no submodules of the layer
         roles = ("norm1", "query", "key", "value", "output")
         self._attention = tuple(model.get_submodule(block.roles[role][0]) for role in roles)
+        self._query = block.roles["query"][0].removeprefix(f"{block.path}.")
+        self._scored: tuple[nn.Module] | None = None  # the attention module whose logits equations change
         self._pass: _Pass | None = None
         self._block_returns_tuple = False
         names = list(inspect.signature(type(base_layer).forward).parameters)[2:]
@@ -137,6 +140,26 @@ class BlockLayer(VisualTunerLayer, nn.Module):
             _PositionBias(model.get_submodule(path), self.prefix_tokens) for path in block.roles["position_bias"]
         ]
 
+    def watch_logits(self) -> None:
+        """Let equations change the logits of the block's attention from now on."""
+        if self._scored is None:
+            self._scored = (attention_of(self.base_layer, self._query),)
+            change_logits(self._scored[0], self._logit_change)
+
+    def _logit_change(self) -> Callable[[Tensor], Tensor] | None:
+        equations = [e for e in self._active() if isinstance(e.site, LogitSite)]
+        if not equations or self._pass is None:
+            return None
+        layout = TokenLayout(self._pass.prefix, self._pass.grid, self._pass.frames)
+
+        def change(logits: Tensor) -> Tensor:
+            for _, equation, _, shared in equations:
+                assert equation is not None
+                logits = call_equation(self, equation, logits, layout, *shared)
+            return logits
+
+        return change
+
     def detach(self) -> nn.Module:
         """Undo everything that was done to the block and return it."""
         del self.base_layer.forward
@@ -146,6 +169,8 @@ class BlockLayer(VisualTunerLayer, nn.Module):
             handle.remove()
         for bias in self._position_biases:
             bias.remove()
+        for module in self._scored or ():
+            leave_logits(module)
         self.exchange.unwatch()
         return self.base_layer
 
