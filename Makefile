@@ -6,7 +6,7 @@ DIRS := hf_visual_peft recipes benchmarks tests
 # torch and torchvision (extra "vision") go in together, so that pip picks a pair that fits
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: demo test quality style clean
+.PHONY: demo test quality style docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/hf-visual-peft demo $(ARGS)
@@ -22,6 +22,10 @@ quality: $(VENV)/.test
 style: $(VENV)/.test
 	$(BIN)/ruff check --fix $(DIRS)
 	$(BIN)/ruff format $(DIRS)
+
+docs: $(VENV)/.test
+	$(BIN)/hf-visual-peft methods --markdown > docs/methods.md.new
+	mv docs/methods.md.new docs/methods.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

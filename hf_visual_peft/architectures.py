@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from .peft_defaults import add_defaults
+
 
 Names = tuple[str, ...]
 
@@ -41,6 +43,8 @@ class Architecture:
         grid: how the patch tokens lie in the image. `"full"`: all cells of the patch embedding's output, row by row;
             `"spatial_shapes"`: as told by the embeddings' argument of that name, padded at the end; `"masked"`: some
             cells, shuffled, as told by the embeddings' third output `ids_restore`.
+        model_types: optional; `model_type` of the transformers configs of the backbones and of the models that hold
+            one. For these peft's own `LNTuningConfig()` finds the norms; see `peft_defaults`.
     """
 
     backbones: Names
@@ -63,25 +67,29 @@ class Architecture:
     position_bias: Names = ()
     heads: Names = ("classifier",)
     grid: Literal["full", "spatial_shapes", "masked"] = "full"
+    model_types: Names = ()
 
 
 _VIT = Architecture(
     backbones=("ViTModel", "ViTMSNModel", "IJepaModel"),
     blocks="layers",
     patch_embedding="embeddings.patch_embeddings.projection",
+    model_types=("vit", "vit_msn", "ijepa"),
 )
 _DEIT = replace(
     _VIT,
     backbones=("DeiTModel",),
     prefix_tokens=("cls_token", "distillation_token"),
     heads=("classifier", "cls_classifier", "distillation_classifier"),
+    model_types=("deit",),
 )
-_VIT_MAE = replace(_VIT, backbones=("ViTMAEModel",), heads=(), grid="masked")
+_VIT_MAE = replace(_VIT, backbones=("ViTMAEModel",), heads=(), grid="masked", model_types=("vit_mae",))
 _BEIT = replace(
     _VIT,
     backbones=("BeitModel",),
     norms=("layernorm", "pooler.layernorm"),
     position_bias=("relative_position_bias",),
+    model_types=("beit",),
 )
 _DATA2VEC = replace(
     _BEIT,
@@ -94,6 +102,7 @@ _DATA2VEC = replace(
     fc1=("intermediate.dense",),
     fc2=("output.dense",),
     position_bias=("attention.attention.relative_position_bias",),
+    model_types=("data2vec-vision",),
 )
 _DINOV2 = replace(
     _VIT,
@@ -104,6 +113,7 @@ _DINOV2 = replace(
     norm2=("norm2",),
     fc1=("mlp.fc1", "mlp.gate_proj", "mlp.up_proj"),
     fc2=("mlp.fc2", "mlp.down_proj"),
+    model_types=("dinov2", "dinov2_with_registers"),
 )
 _DINOV3 = replace(
     _DINOV2,
@@ -111,6 +121,7 @@ _DINOV3 = replace(
     blocks="model.layer",
     patch_embedding="embeddings.patch_embeddings",
     norms=("norm",),
+    model_types=("dinov3_vit",),
 )
 _CLIP = Architecture(
     backbones=("CLIPVisionModel", "CLIPVisionTransformer"),
@@ -127,6 +138,7 @@ _CLIP = Architecture(
     output=("self_attn.out_proj",),
     norm2=("layer_norm2",),
     drop_path=(),
+    model_types=("clip", "clip_vision_model"),
 )
 _SIGLIP = replace(
     _CLIP,
@@ -135,14 +147,20 @@ _SIGLIP = replace(
     input_norms=(),
     norms=("post_layernorm",),
     pooled_norms=(),
+    model_types=("siglip", "siglip_vision_model"),
 )
-_SIGLIP2 = replace(_SIGLIP, backbones=("Siglip2VisionModel", "Siglip2VisionTransformer"), grid="spatial_shapes")
+_SIGLIP2 = replace(
+    _SIGLIP,
+    backbones=("Siglip2VisionModel", "Siglip2VisionTransformer"),
+    grid="spatial_shapes",
+    model_types=("siglip2", "siglip2_vision_model"),
+)
 
 _ARCHITECTURES: dict[str, Architecture] = {}
 
 
 def register_architecture(architecture: Architecture) -> None:
-    """Make a family of backbones known, also one of the user's own.
+    """Make a family of backbones known, also one of the user's own; to peft's methods, too, by its model types.
 
     Args:
         architecture: the role table. A backbone class that has a table already gets the new one.
@@ -154,6 +172,7 @@ def register_architecture(architecture: Architecture) -> None:
         raise ValueError("Architecture.backbones is empty: name at least one class of backbone.")
     for name in architecture.backbones:
         _ARCHITECTURES[name] = architecture
+    add_defaults(architecture)
 
 
 def architecture_of(cls: type) -> Architecture | None:

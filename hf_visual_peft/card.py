@@ -306,7 +306,7 @@ def _facts(config: PeftConfig, saved: SavedAdapter, method: Method | None) -> li
         paper = method.paper
         facts = [
             ("Method", f"{_display_name(config)}: `{method.equation}`"),
-            ("Paper", f"[{paper.title}]({paper.url}), {paper.venue}, arXiv {paper.arxiv}"),
+            ("Paper", f"[{paper.title}]({paper.url}), {paper.venue}" + f", arXiv {paper.arxiv}" * bool(paper.arxiv)),
         ]
     facts.append(("Configuration", f"`{_call(config, method)}`"))
     if saved.parameters is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 
@@ -20,7 +19,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.command == "methods":
-        print(_methods_json() if arguments.json else _methods_table())
+        from . import catalogue
+
+        as_text = {"json": catalogue.methods_json, "markdown": catalogue.methods_markdown}
+        print(as_text.get(arguments.format, catalogue.methods_table)())
         return 0
     return _demo(arguments)
 
@@ -44,7 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     add_arguments(demo)
     demo.add_argument("--traceback", action="store_true", help="show where an error came from")
     listing = commands.add_parser("methods", help="list the registered methods", description="List the methods.")
-    listing.add_argument("--json", action="store_true", help="for scripts")
+    forms = listing.add_mutually_exclusive_group()
+    forms.add_argument("--json", action="store_const", const="json", dest="format", help="for scripts")
+    forms.add_argument(
+        "--markdown", action="store_const", const="markdown", dest="format", help="docs/methods.md, with all details"
+    )
     return parser
 
 
@@ -61,55 +67,6 @@ def _demo(arguments: argparse.Namespace) -> int:
             raise
         print(f"hf-visual-peft demo: error: {error}", file=sys.stderr)
         return 1
-
-
-def _methods_table() -> str:
-    from .registry import list_methods
-    from .tables import format_table
-
-    header = ("method", "category", "paper", "trainable on ViT-B/16", "with", "mergeable", "gradients")
-    rows = []
-    for method in list_methods().values():
-        paper = f"{method.paper.title} ({method.paper.venue}), arXiv {method.paper.arxiv}"
-        about = (method.name, method.category, paper)
-        nature = ("yes" if method.mergeable else "no", _GRADIENTS[method.gradients])
-        for number, (fields, count) in enumerate(method.counts):
-            first = number == 0
-            setting = ", ".join(f"{key}={value}" for key, value in fields.items()) or "defaults"
-            rows.append((*(about if first else ("",) * 3), f"{count:,}", setting, *(nature if first else ("",) * 2)))
-    return format_table(header, rows, right=("trainable on ViT-B/16",))
-
-
-_GRADIENTS = {
-    "full": "through the backbone",
-    "partial": "through a part of the backbone",
-    "none": "not through the backbone",
-}
-
-
-def _methods_json() -> str:
-    from .registry import list_methods
-
-    listing = [
-        {
-            "name": method.name,
-            "config": method.config_cls.__name__,
-            "category": method.category,
-            "paper": {
-                "title": method.paper.title,
-                "venue": method.paper.venue,
-                "arxiv": method.paper.arxiv,
-                "url": method.paper.url,
-            },
-            "equation": method.equation,
-            "trainable_on_vit_b16": [{"fields": fields, "parameters": count} for fields, count in method.counts],
-            "mergeable": method.mergeable,
-            "gradients_through_backbone": method.gradients,
-            "identity_at_start": method.identity_at_start,
-        }
-        for method in list_methods().values()
-    ]
-    return json.dumps(listing, indent=2)
 
 
 if __name__ == "__main__":

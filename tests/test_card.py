@@ -72,7 +72,8 @@ def test_a_card_of_every_method(name):
     if ours:
         assert snippet.index("import hf_visual_peft") < snippet.index('PeftModel.from_pretrained(base, "me/mine")')
         paper = METHODS[name].paper
-        assert f"[{paper.title}](https://arxiv.org/abs/{paper.arxiv}), {paper.venue}" in card.text
+        assert f"[{paper.title}]({paper.url}), {paper.venue}" in card.text
+        assert "arXiv None" not in card.text
         assert METHODS[name].equation.replace("|", "\\|") in card.text
         assert f"KeyError: '{name.upper()}'" in card.text
     rows = [line for line in card.text.splitlines() if line.startswith("|")]

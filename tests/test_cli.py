@@ -19,7 +19,8 @@ def test_methods_table_has_every_method(capsys):
         (line,) = (line for line in lines if line.startswith(f"| {name} "))
         assert method.category in line
         assert method.paper.title in line
-        assert method.paper.arxiv in line
+        assert (f"arXiv {method.paper.arxiv}" if method.paper.arxiv else method.paper.url) in line
+        assert "None" not in line
         assert f"{method.counts[0][1]:,}" in line
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         assert cells[-2] == ("yes" if method.mergeable else "no")
@@ -34,9 +35,13 @@ def test_methods_json_says_what_the_registry_says(capsys):
         method = hf_visual_peft.get_method(entry["name"])
         assert entry["config"] == method.config_cls.__name__
         assert entry["category"] == method.category
+        assert entry["visual_tuning"] == method.visual_tuning
+        assert entry["calibrated"] is method.calibrated
+        assert entry["video"] is method.video
         assert entry["mergeable"] is method.mergeable
         assert entry["gradients_through_backbone"] == method.gradients
         assert entry["paper"]["url"] == method.paper.url
+        assert entry["paper"]["arxiv"] == method.paper.arxiv
         counts = [count["parameters"] for count in entry["trainable_on_vit_b16"]]
         assert counts == [count for _, count in method.counts]
 
@@ -63,7 +68,16 @@ def test_help(arguments, capsys):
     assert "usage: hf-visual-peft" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [[], ["train"], ["demo", "--epochs", "many"], ["demo", "--no_such_flag"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["train"],
+        ["demo", "--epochs", "many"],
+        ["demo", "--no_such_flag"],
+        ["methods", "--json", "--markdown"],
+    ],
+)
 def test_arguments_that_make_no_sense(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
@@ -75,6 +89,8 @@ def test_arguments_that_make_no_sense(arguments, capsys):
     ("arguments", "message"),
     [
         (["--method", "vtp"], "Unknown method 'vtp': choose one of"),
+        (["--method", "aim"], "method='aim' takes videos, and the demonstration has images."),
+        (["--method", "vpt,stadapter"], "method='stadapter' takes videos, and the demonstration has images."),
         (["--epochs", "0"], "epochs=0: choose an integer from 1"),
         (["--lr", "-1"], "lr=-1.0: choose a number above 0"),
         (["--train_size", "5000"], "there are 5000 digits"),

@@ -1,0 +1,272 @@
+"""The registered methods as a table, as JSON and as a page of the documentation."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from .backbone import BLOCK_ROLES, VisionBackbone
+from .registry import Method, Paper, list_methods
+from .sites import BranchSite, LinearSite, OutputSite, Placement, Site, TokenSite, WeightSite, WholeSite
+from .tables import format_table
+
+
+_GRADIENTS = {
+    "full": "through the backbone",
+    "partial": "through a part of the backbone",
+    "none": "not through the backbone",
+}
+_ACTIVATIONS = {"full": "whole backbone", "partial": "last blocks", "none": "none"}
+_BRANCHES = {
+    "input": "before {}, on the stream",
+    "normed": "beside {}, on the output of its norm",
+    "stream": "beside {}, on the stream before its norm",
+    "output": "after {}, on what the sub-layer adds",
+    "sum": "after {}, on the stream",
+}
+_SUBLAYERS = {"attention": "attention", "mlp": "the MLP"}
+_BLOCK = "the block"
+_ROLES = {role: role for role in BLOCK_ROLES} | {"output": "the output projection"}
+_LINEARS = ("query", "key", "value", "the output projection", "fc1", "fc2")
+_INTRODUCTION = """\
+# Methods
+
+Written by `make docs` from what the methods declare (`hf-visual-peft methods --markdown`).
+
+*Category* is the branch in "Parameter-Efficient Fine-Tuning for Pre-Trained Vision Models"
+([arXiv 2402.02242](https://arxiv.org/abs/2402.02242)), *visual tuning* that in "Visual Tuning"
+([arXiv 2305.06061](https://arxiv.org/abs/2305.06061)). *Parameters* train on ViT-B/16 at 224 px, the head not counted;
+the tests count them. *Activations* are those of the backbone that training keeps for the backward pass: of the whole
+backbone, of its last blocks, or none. A method that *merges* folds into the weights of the backbone; one that is the
+*identity* changes no output before it is trained. Sites are those on ViT-B/16 with the config's defaults.
+"""
+
+
+def methods_table() -> str:
+    """The methods in one table for a terminal."""
+    header = ("method", "category", "paper", "trainable on ViT-B/16", "with", "mergeable", "gradients")
+    rows = []
+    for method in list_methods().values():
+        paper = f"{method.paper.title} ({method.paper.venue}), {_source(method.paper)}"
+        about = (method.name, method.category, paper)
+        nature = (_yes(method.mergeable), _GRADIENTS[method.gradients])
+        for number, (setting, count) in enumerate(method.counts):
+            first = number == 0
+            row = (f"{count:,}", _setting(setting), *(nature if first else ("",) * 2))
+            rows.append((*(about if first else ("",) * 3), *row))
+    return format_table(header, rows, right=("trainable on ViT-B/16",))
+
+
+def methods_json() -> str:
+    """The same for scripts, and more."""
+    listing = [
+        {
+            "name": method.name,
+            "config": method.config_cls.__name__,
+            "category": method.category,
+            "visual_tuning": method.visual_tuning,
+            "paper": {
+                "title": method.paper.title,
+                "venue": method.paper.venue,
+                "arxiv": method.paper.arxiv,
+                "url": method.paper.url,
+            },
+            "equation": method.equation,
+            "trainable_on_vit_b16": [{"fields": setting, "parameters": count} for setting, count in method.counts],
+            "mergeable": method.mergeable,
+            "gradients_through_backbone": method.gradients,
+            "identity_at_start": method.identity_at_start,
+            "calibrated": method.calibrated,
+            "video": method.video,
+        }
+        for method in list_methods().values()
+    ]
+    return json.dumps(listing, indent=2)
+
+
+def methods_markdown() -> str:
+    """The page `docs/methods.md`: an overview by category, and a section for each method."""
+    methods = sorted(list_methods().values(), key=lambda method: (method.category, method.name))
+    backbone = _vit_b16()
+    header = (
+        *("config", "category", "visual tuning", "paper"),
+        *("parameters", "with", "merges", "identity", "activations", "chooses from data"),
+    )
+    rows = []
+    for method in methods:
+        setting, count = method.counts[0]
+        config = method.config_cls.__name__
+        rows.append(
+            (
+                f"[{config}](#{config.lower()})",
+                method.category,
+                method.visual_tuning,
+                f"[{_source(method.paper) if method.paper.arxiv else method.paper.venue}]({method.paper.url})",
+                f"{count:,}",
+                _setting(setting),
+                _yes(method.mergeable),
+                _yes(method.identity_at_start),
+                _ACTIVATIONS[method.gradients],
+                _yes(method.calibrated),
+            )
+        )
+    sections = (_section(method, backbone) for method in methods)
+    return "\n".join([_INTRODUCTION, format_table(header, rows, right=("parameters",)), "", *sections]).rstrip()
+
+
+def _section(method: Method, backbone: VisionBackbone) -> str:
+    paragraphs = inspect.cleandoc(method.config_cls.__doc__ or "").split("\n\n")
+    counts = "; ".join(f"{count:,} ({_setting(setting)})" for setting, count in method.counts)
+    own = method.config_cls.__annotations__
+    settings = [f"`{field.name}` ({field.default!r})" for field in fields(method.config_cls) if field.name in own]
+    items = [
+        f"Paper: {_link(method.paper)}, {method.paper.venue}",
+        f"Category: {method.category}; visual tuning: {method.visual_tuning}",
+        f"Equation: `{method.equation}`",
+        f"Sites: {describe_sites(method.config_cls().placements(backbone), backbone)}",
+        f"Fields: {', '.join(settings) or 'none of its own'}",
+        f"Parameters: {counts}",
+        f"Merges: {_yes(method.mergeable)}. Identity at the start: {_yes(method.identity_at_start)}. "
+        f"Activations: {_ACTIVATIONS[method.gradients]}",
+    ]
+    if method.calibrated:
+        items.append("Chooses from data: `hf_visual_peft.calibrate(model, dataloader)` before training")
+    if method.video:
+        items.append("Videos: `pixel_values` of (batch, frames, channels, height, width)")
+    listing = "\n".join(f"- {item}" for item in items)
+    return f"## {method.config_cls.__name__}\n\n{paragraphs[1]}\n\n{listing}\n"
+
+
+def describe_sites(placements: Iterable[Placement], backbone: VisionBackbone) -> str:
+    """Where the equations of a method stand, in words.
+
+    Args:
+        placements: of the method.
+        backbone: that they are for.
+    """
+    placed = list(placements)
+    names = _names(backbone)
+    kinds: dict[str, list[Placement]] = {}
+    for placement in placed:
+        kinds.setdefault(_kind(placement.site, names), []).append(placement)
+    parts = []
+    for kind, members in kinds.items():
+        sublayers = [_SUBLAYERS[m.site.sublayer] for m in members if isinstance(m.site, BranchSite)]
+        found = set(sublayers) or {names[member.path] for member in members}
+        words = _collapse([name for name in dict.fromkeys((*sublayers, *names.values())) if name in found])
+        where = _blocks(members, backbone)
+        if where and _BLOCK in words and "{}" in kind:
+            words[words.index(_BLOCK)] = where
+        elif where:
+            kind += f", in {where}"
+        parts.append(kind.format(_join(words)))
+    return "; ".join([*parts, *_shared(placed, backbone)])
+
+
+def _kind(site: Site, names: Mapping[str, str]) -> str:
+    """What an equation at this site acts on, with a gap for the modules or sub-layers."""
+    match site:
+        case BranchSite():
+            about = (
+                (site.attends, "through the block's attention"),
+                (site.needs_layout, "with the tokens' places"),
+                (site.drop_path, "dropped with stochastic depth"),
+            )
+            return ", ".join([_BRANCHES[site.reads], *(words for true, words in about if true)])
+        case TokenSite():
+            return "tokens after the prefix tokens" + (", from the block before" if site.takes else "")
+        case OutputSite():
+            into = _join(list(dict.fromkeys(names[path] for path in site.followers)))
+            return "output of {}" + (f", merging into {into}" if into else "")
+        case LinearSite():
+            return "input and output of {}"
+        case WeightSite():
+            return "weight and bias of {}"
+        case WholeSite():
+            return "all of {}"
+    (summary, *_) = (inspect.getdoc(type(site)) or type(site).__name__).split(".")
+    return f"{summary[0].lower()}{summary[1:]}"
+
+
+def _names(backbone: VisionBackbone) -> dict[str, str]:
+    """What the modules are called, by their path; in the order of a forward pass."""
+    names = dict.fromkeys(backbone.patch_embedding, "the patch embedding")
+    names |= dict.fromkeys(backbone.input_norms, "the norm before the blocks")
+    for block in backbone.blocks:
+        names[block.path] = _BLOCK
+        names |= {path: _ROLES[role] for role in BLOCK_ROLES for path in block.roles[role]}
+    return names | dict.fromkeys(backbone.final_norms, "the final norm") | dict.fromkeys(backbone.heads, "the head")
+
+
+def _index(placement: Placement, backbone: VisionBackbone) -> int | None:
+    """The block that a placement is in."""
+    inside = (b.index for b in backbone.blocks if f"{placement.path}.".startswith(f"{b.path}."))
+    return next(inside, None)
+
+
+def _blocks(placements: Sequence[Placement], backbone: VisionBackbone) -> str:
+    """Which blocks, where not all."""
+    found = {index for placement in placements if (index := _index(placement, backbone)) is not None}
+    if len(found) in (0, backbone.depth):
+        return ""
+    if found == {backbone.depth - 1}:
+        return "the last block"
+    return f"{'block' if len(found) == 1 else 'blocks'} {_join([str(index) for index in sorted(found)])}"
+
+
+def _collapse(names: list[str]) -> list[str]:
+    """The same with all linears of a block as one."""
+    if not set(_LINEARS) <= set(names):
+        return names
+    last = max(names.index(linear) for linear in _LINEARS)
+    every = [*names[:last], "every linear of the blocks", *names[last + 1 :]]
+    return [name for name in every if name not in _LINEARS]
+
+
+def _shared(placements: Iterable[Placement], backbone: VisionBackbone) -> list[str]:
+    """What equations share: by all blocks, or within each."""
+    users: dict[str, set[int | None]] = {}
+    for placement in placements:
+        if placement.shared is not None:
+            users.setdefault(placement.shared.name, set()).add(_index(placement, backbone))
+    across = [name for name, blocks in users.items() if len(blocks) > 1]
+    within = dict.fromkeys(re.sub(r"\d+$", "", name) for name in users if name not in across)
+    return [
+        *([f"{_join([f'`{name}`' for name in across])} shared by all blocks"] if across else []),
+        *([f"{_join([f'`{name}`' for name in within])} shared within each block"] if within else []),
+    ]
+
+
+def _vit_b16() -> VisionBackbone:
+    import torch
+    from transformers import ViTConfig, ViTForImageClassification
+
+    from .backbone import find_backbone
+
+    with torch.device("meta"):
+        return find_backbone(ViTForImageClassification(ViTConfig()))
+
+
+def _source(paper: Paper) -> str:
+    return f"arXiv {paper.arxiv}" if paper.arxiv else paper.url
+
+
+def _link(paper: Paper) -> str:
+    return f"[{paper.title}]({paper.url})"
+
+
+def _setting(setting: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in setting.items()) or "defaults"
+
+
+def _yes(answer: bool) -> str:
+    return "yes" if answer else "no"
+
+
+def _join(names: Sequence[str]) -> str:
+    """Names as a list in a sentence."""
+    return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)

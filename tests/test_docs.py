@@ -1,0 +1,94 @@
+"""docs/methods.md is what the registry says."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from families import FAMILIES
+
+import hf_visual_peft
+from hf_visual_peft import find_backbone
+from hf_visual_peft.catalogue import describe_sites
+from hf_visual_peft.cli import main
+from hf_visual_peft.sites import BranchSite, LinearSite, OutputSite, Placement, Shared, TokenSite, whole_module
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return find_backbone(FAMILIES["vit"].model())
+
+
+def test_page_is_up_to_date(capsys):
+    assert main(["methods", "--markdown"]) == 0
+    assert PAGE.read_text(encoding="utf-8") == capsys.readouterr().out, "run `make docs`"
+
+
+def test_page_has_every_method_by_category():
+    text = PAGE.read_text(encoding="utf-8")
+    methods = hf_visual_peft.list_methods().values()
+    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", text, flags=re.DOTALL | re.MULTILINE))
+    assert set(sections) == {method.config_cls.__name__ for method in methods}
+    rows = re.findall(r"^\| \[(\w+)\]\(#(\w+)\) +\| (\w+)", text, flags=re.MULTILINE)
+    assert [category for *_, category in rows] == sorted(method.category for method in methods)
+    assert [name for name, *_ in rows] == list(sections)
+    assert all(anchor == name.lower() for name, anchor, _ in rows)
+    for method in methods:
+        section = sections[method.config_cls.__name__]
+        assert f"({method.paper.url})" in section
+        assert f"`{method.equation}`" in section
+        assert f"Category: {method.category}; visual tuning: {method.visual_tuning}\n" in section
+        assert all(f"{count:,} (" in section for _, count in method.counts)
+        assert f"Merges: {'yes' if method.mergeable else 'no'}. " in section
+        own = [f for f in dataclasses.fields(method.config_cls) if f.name in method.config_cls.__annotations__]
+        assert all(f"`{field.name}` ({field.default!r})" in section for field in own)
+        assert ("calibrate(" in section) == method.calibrated
+        assert ("- Videos: " in section) == method.video
+    assert "arXiv None" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "words"),
+    [
+        ("adaptformer", {"r": 8}, "beside the MLP, on the stream before its norm"),
+        ("convpass", {"sublayers": "attention"}, "beside attention, on the output of its norm, with the tokens' "
+         "places, dropped with stochastic depth"),
+        ("partial", {"k": 1}, "all of the last block and the final norm"),
+        ("partial", {"k": 2}, "all of blocks 1 and 2 and the final norm"),
+        ("linearprobe", {}, "all of the head"),
+        ("ssf", {}, "output of the patch embedding, norm1, norm2, every linear of the blocks and the final norm"),
+        ("sharedlora", {}, "input and output of query, key and value; `down` shared within each block"),
+        ("fact", {}, "input and output of every linear of the blocks; `factors` shared by all blocks"),
+        ("repadapter", {}, "output of norm1, merging into query, key and value; output of norm2, merging into fc1"),
+        ("gps", {}, "weight and bias of the patch embedding and every linear of the blocks"),
+        ("vpt", {}, "tokens after the prefix tokens"),
+        ("vpt", {"deep": False}, "tokens after the prefix tokens, in block 0; tokens after the prefix tokens, from "
+         "the block before, in blocks 1 and 2"),
+    ],
+)  # fmt: skip
+def test_sites_in_words(name, fields, words, backbone):
+    config = hf_visual_peft.get_method(name).config_cls(**fields)
+    assert describe_sites(config.placements(backbone), backbone) == words
+
+
+def test_sites_follow_the_placements(backbone):
+    first, last = backbone.blocks[0], backbone.blocks[-1]
+    shared = Shared("pool", lambda: None)
+    placements = [
+        Placement(first.path, "a", BranchSite("mlp", "sum"), None),
+        Placement(last.roles["output"][0], "b", LinearSite(), None, shared),
+        Placement(last.roles["fc2"][0], "b", LinearSite(), None, shared),
+        Placement(last.roles["norm1"][0], "c", OutputSite(), None),
+        Placement(last.path, "d", TokenSite(), None),
+        whole_module(backbone.heads[0]),
+    ]
+    assert describe_sites(placements, backbone) == (
+        "after the MLP, on the stream, in block 0; input and output of the output projection and fc2, in the last "
+        "block; output of norm1, in the last block; tokens after the prefix tokens, in the last block; all of the "
+        "head; `pool` shared within each block"
+    )

@@ -1,0 +1,228 @@
+"""peft's own `LNTuningConfig()` trains the norms of vision backbones, all of them and nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers as tf
+from families import FAMILIES, _two_towers, output_of
+from peft import LNTuningConfig, PeftModel, get_peft_model
+from peft.utils import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING as MAPPING
+from torch import nn
+
+from hf_visual_peft import Architecture, architectures, find_backbone, peft_defaults, register_architecture
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type")
+
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 32,
+    "patch_size": 8,
+}
+# model_type of the config: every model of these types gets a default
+MODEL_TYPES = {
+    *("vit", "vit_msn", "ijepa", "deit", "vit_mae", "beit", "data2vec-vision"),
+    *("dinov2", "dinov2_with_registers", "dinov3_vit"),
+    *("clip", "clip_vision_model", "siglip", "siglip_vision_model", "siglip2", "siglip2_vision_model"),
+}
+
+
+@pytest.fixture
+def _restored(monkeypatch):
+    """Whatever a test registers is gone after it."""
+    monkeypatch.setattr(architectures, "_ARCHITECTURES", dict(architectures._ARCHITECTURES))
+    monkeypatch.setattr(peft_defaults, "_added", dict(peft_defaults._added))
+    before = dict(MAPPING)
+    yield
+    MAPPING.clear()
+    MAPPING.update(before)
+
+
+def trained(model: nn.Module) -> set[str]:
+    """Names that the trained parameters have in the base model."""
+    names = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return {name.removeprefix("base_model.model.").replace(".ln_tuning_layers.default", "") for name in names}
+
+
+def norms_by_type(model: nn.Module, below: str = "") -> set[str]:
+    """All parameters of layer norms below a path, found without any table."""
+    return {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm) and path.startswith(below)
+        for name, _ in module.named_parameters()
+    }
+
+
+def test_vit_b16_has_38400():
+    with torch.device("meta"):
+        model = tf.ViTForImageClassification(tf.ViTConfig())
+    # two norms of 2 x 768 in each of 12 blocks, and the one behind them
+    assert get_peft_model(model, LNTuningConfig()).get_nb_trainable_parameters()[0] == (2 * 12 + 1) * 2 * 768 == 38_400
+
+
+def test_every_family_has_a_default():
+    assert set(peft_defaults._added) == MODEL_TYPES
+    assert {model_type: MAPPING[model_type] for model_type in MODEL_TYPES} == peft_defaults._added
+    for family in FAMILIES.values():
+        assert family.model().config.model_type in MODEL_TYPES
+        assert family.backbone().config.model_type in MODEL_TYPES
+
+
+KINDS = [
+    (name, kind) for name, family in FAMILIES.items() for kind in ("classifier", "backbone") if getattr(family, kind)
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_trains_exactly_the_norms_of_the_roles(name, kind):
+    model = getattr(FAMILIES[name], kind)()
+    backbone = find_backbone(model)
+    in_blocks = {path for block in backbone.blocks for role in ("norm1", "norm2") for path in block.roles[role]}
+    assert len(in_blocks) == 2 * backbone.depth
+    wanted = {f"{path}.{part}" for path in (*in_blocks, *backbone.norms) for part in ("weight", "bias")}
+    # and these are all layer norms there are, but SigLIP's in the attention pooling, CLIP's that classifiers pass by
+    left_out = {"siglip": "head.layernorm", "siglip2": "head.layernorm", "clip": "vision_model.post_layernorm"}
+    others = {n for n in norms_by_type(model) if n.rpartition(".")[0].endswith(left_out.get(name, "nothing"))}
+    assert norms_by_type(model) - others == wanted
+    assert trained(get_peft_model(model, LNTuningConfig())) == wanted
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_trains_saves_and_loads(name, tmp_path):
+    family = FAMILIES[name]
+    model = get_peft_model(family.model(), LNTuningConfig())
+    inputs = family.inputs(2)
+    before = output_of(model, inputs).square().mean()
+    before.backward()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters)
+    torch.optim.SGD(parameters, lr=0.01).step()
+    after = output_of(model, inputs)
+    assert after.square().mean() < before
+
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(family.model(), tmp_path)
+    assert torch.equal(output_of(again, inputs), after)
+
+
+@pytest.mark.parametrize(
+    ("name", "left"), [("CLIP", "post_layernorm"), ("Siglip", "head.layernorm"), ("Siglip2", "head.layernorm")]
+)
+def test_leaves_the_text_tower_alone(name, left):
+    naflex = {key: value for key, value in SMALL.items() if key != "image_size"} | {"num_patches": 16}
+    config = _two_towers(getattr(tf, f"{name}Config"), naflex if name == "Siglip2" else SMALL)
+    model = getattr(tf, f"{name}Model")(config)
+    text, vision = norms_by_type(model, "text_model."), norms_by_type(model, "vision_model.")
+    assert {n.partition(".encoder.")[2] for n in text} & {n.partition(".encoder.")[2] for n in vision}  # same names
+    pooled = {f"vision_model.{left}.{part}" for part in ("weight", "bias")}
+    assert pooled < vision
+    assert trained(get_peft_model(model, LNTuningConfig())) == vision - pooled
+
+
+def test_beit_without_mean_pooling_takes_its_final_norm_by_name():
+    def beit() -> nn.Module:
+        return tf.BeitForImageClassification(tf.BeitConfig(**SMALL, use_mean_pooling=False))
+
+    every = norms_by_type(beit())
+    final = {"beit.layernorm.weight", "beit.layernorm.bias"}
+    assert trained(get_peft_model(beit(), LNTuningConfig())) == every - final
+    named = LNTuningConfig(target_modules=["layernorm_before", "layernorm_after", "layernorm"])
+    assert trained(get_peft_model(beit(), named)) == every
+
+
+def test_leaves_the_decoder_alone():
+    sizes = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    model = tf.ViTMAEForPreTraining(tf.ViTMAEConfig(**SMALL, **sizes, decoder_intermediate_size=16))
+    encoder = norms_by_type(model, "vit.")
+    assert norms_by_type(model, "decoder.")
+    assert trained(get_peft_model(model, LNTuningConfig())) == encoder
+
+
+@pytest.mark.usefixtures("_restored")
+def test_leaves_norms_inside_attention_alone():
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_norm, self.k_norm, self.norm = nn.LayerNorm(4), nn.LayerNorm(4), nn.LayerNorm(4)
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm1, self.norm2, self.attn = nn.LayerNorm(4), nn.LayerNorm(4), Attention()
+
+    class OwnModel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = {"model_type": "own"}
+            self.stem_norm, self.last = nn.LayerNorm(4), nn.LayerNorm(4)
+            self.blocks = nn.ModuleList(Layer() for _ in range(2))
+
+    with pytest.raises(ValueError, match="target_modules"):
+        get_peft_model(OwnModel(), LNTuningConfig())
+    table = Architecture(
+        backbones=("OwnModel",),
+        blocks="blocks",
+        patch_embedding="patches",
+        norm1=("norm1",),
+        norm2=("norm2",),
+        input_norms=("stem_norm",),
+        norms=("last",),
+        model_types=("own",),
+    )
+    register_architecture(table)
+    names = {"stem_norm", "last", *(f"blocks.{index}.norm{number}" for index in range(2) for number in (1, 2))}
+    wanted = {f"{name}.{part}" for name in names for part in ("weight", "bias")}
+    assert trained(get_peft_model(OwnModel(), LNTuningConfig())) == wanted
+
+    # a new table for the class brings new targets
+    register_architecture(replace(table, norms=()))
+    assert trained(get_peft_model(OwnModel(), LNTuningConfig())) == wanted - {"last.weight", "last.bias"}
+
+
+@pytest.mark.usefixtures("_restored")
+def test_entries_of_peft_and_of_users_stay():
+    MAPPING["llama"], MAPPING["vit"] = ["of_peft"], ["of_the_user"]
+    for model_type in ("llama", "vit"):
+        register_architecture(
+            Architecture(("Own",), blocks="blocks", patch_embedding="patches", model_types=(model_type,))
+        )
+    assert MAPPING["llama"] == ["of_peft"]
+    assert MAPPING["vit"] == ["of_the_user"]
+
+
+def test_importing_adds_only_what_peft_lacks():
+    """In a new process: entries that were there before the import stay; a second import changes nothing."""
+    code = """
+from peft.utils import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING as mapping
+before = dict(mapping)
+mapping["dinov2"] = ["mine"]
+import hf_visual_peft
+assert mapping["dinov2"] == ["mine"]
+assert {key: mapping[key] for key in before} == before
+after = dict(mapping)
+assert len(after) > len(before) + 10
+import importlib, hf_visual_peft.peft_defaults, hf_visual_peft.architectures
+importlib.reload(hf_visual_peft.peft_defaults)
+importlib.reload(hf_visual_peft.architectures)
+assert dict(mapping) == after
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.usefixtures("_restored")
+def test_costs_no_time_to_speak_of():
+    tables = {id(table): table for table in architectures._ARCHITECTURES.values()}
+    start = time.perf_counter()
+    for table in tables.values():
+        peft_defaults.add_defaults(table)
+    assert time.perf_counter() - start < 0.1  # importing peft takes seconds
