@@ -74,7 +74,7 @@ class SavedAdapter:
     Attributes:
         base_class: class of the base model, `None` where the file does not say.
         base_module: module that defines it.
-        parameters: number of values in the adapter, the head excluded; `None` without a safetensors file.
+        parameters: number of trained values in the adapter, the head excluded; `None` without a safetensors file.
         head_parameters: number of values in the modules that `modules_to_save` names.
         num_bytes: size of the safetensors file.
         num_labels: outputs of the saved classification head, where there is one that is a single linear.
@@ -96,6 +96,8 @@ class SavedAdapter:
         """
         from safetensors import SafetensorError, safe_open
 
+        from .config import VisualPeftConfig
+
         facts: dict[str, Any] = {}
         saved = Path(folder, CONFIG_NAME)
         if saved.is_file():
@@ -109,11 +111,16 @@ class SavedAdapter:
             except SafetensorError as error:
                 raise ValueError(f"{weights} is truncated or no safetensors file: {error}") from error
             heads = tuple(getattr(config, "modules_to_save", None) or ())
+            if isinstance(config, VisualPeftConfig):
+                sizes = {key: config.trained_numbers(key, tuple(shape)) for key, shape in shapes.items()}
+                heads += (config.copied_head,) if config.copied_head else ()
+            else:
+                sizes = {key: math.prod(shape) for key, shape in shapes.items()}
             in_head = [key for key in shapes if any(f".{name}." in key for name in heads)]
             linears = [key for key in in_head if any(key.endswith(f".{name}.weight") for name in heads)]
             outputs = {shapes[key][0] for key in linears if len(shapes[key]) == 2}
-            facts["head_parameters"] = sum(math.prod(shapes[key]) for key in in_head)
-            facts["parameters"] = sum(map(math.prod, shapes.values())) - facts["head_parameters"]
+            facts["head_parameters"] = sum(sizes[key] for key in in_head)
+            facts["parameters"] = sum(sizes.values()) - facts["head_parameters"]
             facts["num_bytes"] = weights.stat().st_size
             facts["num_labels"] = outputs.pop() if len(outputs) == 1 else None
         return cls(**facts)

@@ -51,7 +51,7 @@ class VisualPeftConfig(PeftConfig):
     target_parameters: ClassVar[Any] = None
     unknown_fields: ClassVar[list[str]] = []
     whole_modules: ClassVar[bool] = False  # whether the method trains copies of modules, and no equations
-    whole_head: ClassVar[bool] = False  # whether the head is one of them
+    copied_head: ClassVar[str] = ""  # where the head is one of them: name under which its copy is saved
     video: ClassVar[bool] = False  # whether the method takes videos, (batch, frames, channels, height, width)
 
     def __post_init__(self) -> None:
@@ -118,6 +118,15 @@ class VisualPeftConfig(PeftConfig):
         """
         raise NotImplementedError(f"{type(self).__name__} does not say where it acts.")
 
+    def trained_numbers(self, name: str, shape: tuple[int, ...]) -> int:
+        """How many trained numbers stand behind one tensor of the adapter's file; 0 for what was chosen.
+
+        Args:
+            name: of the tensor.
+            shape: of the tensor.
+        """
+        return 0 if name.endswith(".indices") else math.prod(shape)
+
     def choose(self, calibration: Calibration) -> None:
         """Choose from data what to train, in methods that do; called by `hf_visual_peft.calibrate`."""
         raise NotImplementedError(f"{type(self).__name__} chooses nothing from data.")
@@ -145,5 +154,6 @@ class VisualPeftConfig(PeftConfig):
             self._fail(name, f"a finite number{bounds}" + ("" if below == math.inf else f" and less than {below:g}"))
 
     def _require_choice(self, name: str, choices: Collection[Any]) -> None:
-        if getattr(self, name) not in choices:
+        value = getattr(self, name)
+        if not any(type(value) is type(choice) and value == choice for choice in choices):  # 1 is not True
             self._fail(name, f"one of {', '.join(map(repr, choices))}")

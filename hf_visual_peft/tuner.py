@@ -96,7 +96,7 @@ class VisualTuner(BaseTuner):
             return
         backbone = find_backbone(model)
         self._check_layers(config, backbone)
-        if config.modules_to_save is None and backbone.heads and not config.whole_head:
+        if config.modules_to_save is None and backbone.heads and not config.copied_head:
             config.modules_to_save = list(backbone.heads)
         selected = self._without_excluded(backbone.select(config.layers), config)
         if not selected.blocks:

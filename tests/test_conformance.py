@@ -166,7 +166,7 @@ def test_gradients(method, fields, family):
     model = adapted(method, fields, family).train()
     output_of(model, family.inputs(2)).square().sum().backward()
     heads = model.peft_config["default"].modules_to_save or []
-    assert bool(heads) == (family.classifier is not None and not method.config_cls.whole_head)
+    assert bool(heads) == (family.classifier is not None and not method.config_cls.copied_head)
     for name, parameter in model.named_parameters():
         belongs = f".{method.name}_" in name or ".modules_to_save.default." in name
         assert parameter.requires_grad == belongs, name

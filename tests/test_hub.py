@@ -84,7 +84,9 @@ def _pixels():
 
 def _logits(model):
     with torch.no_grad():
-        return model.eval()(pixel_values=_pixels()).logits
+        pixels = _pixels()
+        video = getattr(getattr(model, "peft_config", {}).get("default"), "video", False)
+        return model.eval()(pixel_values=pixels[None] if video else pixels).logits
 
 
 def _base(where=BASE):
@@ -100,6 +102,10 @@ def _adapted(method, seed, base=None):
     else:
         config = hf_visual_peft.get_method(method).config_cls()
     model = get_peft_model(base or _base(), config)
+    ours = hf_visual_peft.list_methods().get(method)
+    if ours is not None and ours.calibrated:
+        batch = {"pixel_values": _pixels(), "labels": torch.tensor([1, 1])}
+        hf_visual_peft.calibrate(model, [batch], progress=False)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

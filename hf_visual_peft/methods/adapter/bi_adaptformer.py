@@ -13,7 +13,7 @@ from ...backbone import VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import BranchSite, Placement
-from .binary import BinaryWeight
+from .binary import BinaryWeight, packed_numbers
 
 
 UP_STD = 1e-3  # not 0: the levels of a matrix of zeros would have no distance
@@ -91,6 +91,11 @@ class BiAdaptFormerConfig(VisualPeftConfig):
         self._require_choice("bits", BITS)
         self._require_number("scale")
         self._require_number("dropout", 0.0, below=1.0)
+
+    def trained_numbers(self, name: str, shape: tuple[int, ...]) -> int:
+        """How many weights a tensor of the file stands for: its bits, but for the padding of the last byte."""
+        packed = packed_numbers(name, shape, self.bits)
+        return super().trained_numbers(name, shape) if packed is None else packed
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """Beside the MLP of every block, on the stream."""

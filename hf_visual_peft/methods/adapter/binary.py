@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 EPSILON = 1e-5
 SOLVER_STEPS = 500
+FITTING_STEPS = 200
+TOLERANCE = 1e-2  # of w~: rounding on another device or in half precision is less, another matrix is more
 
 
 @functools.cache
@@ -48,14 +50,22 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     return codes.flatten()[: math.prod(shape)].view(shape)
 
 
+def packed_numbers(name: str, shape: tuple[int, ...], bits: int) -> int | None:
+    """How many weights a saved tensor of a `BinaryWeight` stands for; None for other tensors."""
+    if name.endswith(".codes"):
+        return math.prod(shape) * 8 // bits
+    return 0 if name.endswith(".stats") else None
+
+
 class BinaryWeight(nn.Module):
     """A weight matrix that is used and saved with a few bits a number.
 
         w~ = (w - mean) / (std + 1e-5);  weight = std * nearest level of w~ + mean
 
-    In training the levels are those of the full-precision parameter, which gets their gradient as if it were used
-    itself (straight through, also through mean and std); in evaluation they come from `codes` and `stats`, which are
-    all that is saved. Each is made from the other where it is the older of the two.
+    In training, and with gradients also in evaluation mode, the levels are those of the full-precision parameter,
+    which gets their gradient as if it were used itself (straight through, also through mean and std). Otherwise they
+    come from `codes` and `stats`, which are all that is saved. Each is made from the other where it is the older of
+    the two, so that both give the same.
 
     Args:
         weight: the matrix at the start.
@@ -77,8 +87,13 @@ class BinaryWeight(nn.Module):
 
     def forward(self) -> Tensor:
         """The weight with few bits, in the shape of the parameter."""
-        if not self.training:
+        if not self.training and not (self.weight.requires_grad and torch.is_grad_enabled()):
+            if self.codes_are_old:
+                self.randomise()
+                self.codes_are_old = True  # an optimizer may be at work in evaluation mode
             return self._from_codes()
+        if not self.codes_are_old and not torch.compiler.is_compiling():
+            self._follow_codes()  # transformers loads codes unseen, and need not call `train`
         self.codes_are_old = True
         mean, std = self.weight.mean(), self.weight.std() + EPSILON
         normal = (self.weight - mean) / std
@@ -102,7 +117,7 @@ class BinaryWeight(nn.Module):
         """Switch between parameter and codes, and bring up to date what is used from now on."""
         if not mode and self.codes_are_old:
             self.randomise()
-        if mode and not self.training and not self.codes_are_old:
+        if mode and not self.codes_are_old:
             self._follow_codes()
         return super().train(mode)
 
@@ -120,17 +135,37 @@ class BinaryWeight(nn.Module):
 
     @torch.no_grad()
     def _follow_codes(self) -> None:
-        """Give a parameter that was never saved the values of the codes, unless these were made from it."""
+        """Make a parameter from codes and stats that gives just these, unless they were made from it.
+
+        The levels themselves would not do: neither is their mean that of `stats`, nor their standard deviation.
+        """
+        if self.codes.is_meta:  # they will be loaded
+            return
         if self.weight.is_meta:
-            self.weight = nn.Parameter(torch.empty_like(self.weight, device=self.codes.device))
-        normal = (self.weight.float() - self.weight.float().mean()) / (self.weight.float().std() + EPSILON)
-        if not torch.equal(pack(self._nearest(normal, self._levels(normal)), self.bits), self.codes):
-            self.weight.copy_(self._from_codes())
+            empty = torch.empty_like(self.weight, device=self.codes.device)
+            self.weight = nn.Parameter(empty, requires_grad=self.weight.requires_grad)
+        codes = unpack(self.codes, self.bits, tuple(self.weight.shape)).long()
+        mean, std = self.stats.float()
+        levels = self._levels(mean)
+        end = levels.new_tensor([torch.inf])
+        bounds = torch.cat([-end, (levels[1:] + levels[:-1]) / 2, end])
+        low, high = bounds[codes], bounds[codes + 1]
+        normal = (self.weight.float() - mean) / std
+        own = normal.mean().abs() <= TOLERANCE and (normal.std() + EPSILON / std - 1).abs() <= TOLERANCE
+        if own and ((normal >= low - TOLERANCE) & (normal <= high + TOLERANCE)).all():
+            return
+        normal = levels[codes]
+        for _ in range(FITTING_STEPS):
+            normal = (normal - normal.mean()) / normal.std().clamp(min=EPSILON)
+            if torch.equal(self._nearest(normal, levels), codes):
+                break
+            normal = normal.clamp(low + TOLERANCE, high - TOLERANCE)
+        self.weight.copy_(normal * (std - EPSILON) + mean)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self.codes_are_old:
             self.randomise()
-            self.codes_are_old = self.training  # the next step of the optimizer makes them old again
+            self.codes_are_old = True  # the next step of the optimizer makes them so again
         super()._save_to_state_dict(destination, prefix, keep_vars)
         del destination[f"{prefix}weight"]
 

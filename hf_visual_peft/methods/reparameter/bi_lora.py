@@ -15,6 +15,7 @@ from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import LinearSite, Placement
 from ..adapter.bi_adaptformer import BITS, binary_pair
+from ..adapter.binary import packed_numbers
 
 
 class BiLoRA(nn.Module):
@@ -81,6 +82,11 @@ class BiLoRAConfig(VisualPeftConfig):
         self._require_integer("r", 1)
         self._require_choice("bits", BITS)
         self._require_number("scale")
+
+    def trained_numbers(self, name: str, shape: tuple[int, ...]) -> int:
+        """How many weights a tensor of the file stands for: its bits, but for the padding of the last byte."""
+        packed = packed_numbers(name, shape, self.bits)
+        return super().trained_numbers(name, shape) if packed is None else packed
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """Beside the query and value projections of every block."""

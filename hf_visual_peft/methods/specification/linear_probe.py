@@ -43,7 +43,7 @@ class LinearProbeConfig(WholeModulesConfig):
     `exclude_modules` have nothing to act on and must be None.
     """
 
-    whole_head: ClassVar[bool] = True
+    copied_head: ClassVar[str] = "linearprobe_copy"
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """The head."""
