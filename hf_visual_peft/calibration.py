@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -61,19 +64,24 @@ class Calibration:
         """
         limit = self.max_batches or default_max
         device = next(self.model.parameters()).device
-        total = len(self.dataloader) if isinstance(self.dataloader, Sized) else None
-        total = limit if total is None else min(total, limit or total)
+        total = limit
+        with suppress(TypeError):  # no length, as that of a loader of an endless stream
+            length = len(self.dataloader)  # type: ignore[arg-type]
+            total = min(length, limit or length)
+        batches = islice(self.dataloader, limit)
         count = 0
-        for batch in tqdm(self.dataloader, total=total, desc="Calibrating", disable=not self.progress):
-            if not isinstance(batch, Mapping) or not {"pixel_values", "labels"} <= set(batch):
-                found = ", ".join(batch) if isinstance(batch, Mapping) else type(batch).__name__
-                raise ValueError(f"dataloader: batch {count} must have pixel_values and labels, got {found}.")
+        for batch in tqdm(batches, total=total, desc="Calibrating", disable=not self.progress):
+            found = batch if isinstance(batch, Mapping) else {}
+            if not all(isinstance(found.get(key), Tensor) for key in ("pixel_values", "labels")):
+                got = ", ".join(f"{key} ({type(value).__name__})" for key, value in found.items())
+                raise ValueError(
+                    f"dataloader: batch {count} must be a mapping with the tensors pixel_values and labels, got "
+                    f"{got or type(batch).__name__}."
+                )
             if not batch["pixel_values"].isfinite().all():
                 raise ValueError(f"dataloader: pixel_values of batch {count} are not finite (NaN or infinity).")
             yield {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
             count += 1
-            if count == limit:
-                break
         if count == 0:
             raise ValueError("dataloader gives no batch: there is nothing to choose from.")
 
@@ -137,11 +145,14 @@ def _as_base_model(model: nn.Module, seed: int) -> Iterator[None]:
     disabled = [module.disable_adapters for module in switches]
     training = {module: module.training for module in model.modules()}
     gradients = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    random_states = random.getstate(), np.random.get_state()
     model.eval()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     try:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
             for module in switches:
                 module._disable_adapters = True
             for parameter, _, _ in gradients:
@@ -149,6 +160,8 @@ def _as_base_model(model: nn.Module, seed: int) -> Iterator[None]:
                 parameter.grad = None
             yield
     finally:
+        random.setstate(random_states[0])
+        np.random.set_state(random_states[1])
         for module, was in zip(switches, disabled, strict=True):
             module._disable_adapters = was
         for module, mode in training.items():

@@ -22,10 +22,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         Groups for `torch.optim`, without empty ones.
 
     Raises:
-        ValueError: the weight decay is negative, or nothing trains.
+        ValueError: the weight decay is negative or not finite, or nothing trains.
     """
-    if weight_decay < 0:
-        raise ValueError(f"weight_decay is {weight_decay}: must be 0 or greater.")
+    if not 0 <= weight_decay < float("inf"):
+        raise ValueError(f"weight_decay is {weight_decay}: must be 0 or greater, and finite.")
     kept = {
         id(parameter)
         for module in model.modules()

@@ -258,7 +258,7 @@ def test_every_method_runs_twice_into_one_folder(tiny_checkpoint, shades, tmp_pa
     weights_of = {
         path.parent.name: path.read_bytes() for path in options.output_dir.glob("*/adapter_model.safetensors")
     }
-    assert sorted(weights_of) == list(registry.list_methods())
+    assert sorted(weights_of) == [name for name, method in registry.list_methods().items() if not method.video]
     assert run.run_demo(options) == 0
     for name, content in weights_of.items():
         assert (options.output_dir / name / "adapter_model.safetensors").read_bytes() == content, name
@@ -337,6 +337,21 @@ def test_a_new_process_that_fails_says_why(tmp_path):
 def test_options_out_of_range(fields, message):
     with pytest.raises(ValueError, match=message):
         DemoOptions(**fields)
+
+
+@pytest.mark.parametrize("method", ["aim", "AIM", "vpt, stadapter"])
+def test_methods_for_videos_are_refused(method, tiny_checkpoint, shades, tmp_path):
+    with pytest.raises(ValueError, match=r"method='(aim|stadapter)' takes videos, and the demonstration has images\."):
+        run.run_demo(small_run(tiny_checkpoint, shades, tmp_path, method=method))
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_method_for_images_is_one_of_all():
+    from hf_visual_peft import registry
+
+    left_out = set(registry.list_methods()) - set(run.chosen_methods("all"))
+    assert left_out == {name for name, method in registry.list_methods().items() if method.video}
+    assert {"aim", "stadapter"} <= left_out
 
 
 @pytest.mark.parametrize("method", ["", ",", "vpt,vpt", "vpt,VPT"])

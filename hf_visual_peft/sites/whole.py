@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from .exchange import Exchange
-from .layer import Placement, Site, VisualTunerLayer
+from .layer import Placement, Shared, Site, VisualTunerLayer
 
 
 class WholeSite(Site):
@@ -52,6 +52,33 @@ class WholeLayer(VisualTunerLayer, nn.Module):
         self.base_layer = base_layer
         self._init_layer(exchange)
         self._before_merge: dict[str, Tensor] = {}
+
+    def add_equation(
+        self,
+        adapter_name: str,
+        prefix: str,
+        slot: str,
+        site: Site,
+        equation: nn.Module | None,
+        init_weights: bool,
+        shared: Shared | None = None,
+    ) -> None:
+        """Take in a copy of the module, for an adapter.
+
+        Args:
+            adapter_name: whose copy it is.
+            prefix: of the method.
+            slot: of the method.
+            site: this one.
+            equation: the copy.
+            init_weights: whether it stays as it is; else random numbers are added.
+            shared: None.
+        """
+        assert equation is not None
+        if self.merged:  # what was copied are the weights of another adapter
+            for name, parameter in equation.named_parameters():
+                parameter.data = self._before_merge[name].to(parameter, copy=True)
+        super().add_equation(adapter_name, prefix, slot, site, equation, init_weights, shared)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's.
