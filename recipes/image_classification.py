@@ -109,6 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--image_size", type=positive, help="side of the model's input, pixels; default: the image processor's")
     add("--train_crop", choices=CROPS, default="random_resized", help="; ".join(f"{k}: {v}" for k, v in CROPS.items()))
     add("--crop_scale", type=real, default=0.08, help="least share of the image in a random_resized crop")
+    add("--clip_frames", type=positive, help="frames of each video, whose column holds lists of images")
     add("--horizontal_flip", type=real, default=0.5, help="probability of a mirrored image in training")
 
     add = parser.add_argument_group("model").add_argument
@@ -174,14 +175,11 @@ def method_config(method: str) -> type[PeftConfig] | None:
     """The config class of a method, None for `linear` and `full`."""
     if method in ("linear", "full"):
         return None
-    ours = hf_visual_peft.list_methods().get(method.lower())
-    if ours is not None and ours.video:
-        raise ValueError(f"--method {method} takes videos, and this recipe feeds single images")
     if method.upper() in PEFT_TYPE_TO_CONFIG_MAPPING:
         return PEFT_TYPE_TO_CONFIG_MAPPING[method.upper()]
-    images = ", ".join(name for name, entry in hf_visual_peft.list_methods().items() if not entry.video)
+    ours = ", ".join(hf_visual_peft.list_methods())
     peft = ", ".join(sorted(str(getattr(name, "value", name)).lower() for name in PEFT_TYPE_TO_CONFIG_MAPPING))
-    raise ValueError(f"--method {method}: choose one of {images}, linear, full, or of all that peft knows: {peft}.")
+    raise ValueError(f"--method {method}: choose one of {ours}, linear, full, or of all that peft knows: {peft}.")
 
 
 def chooses_from_data(method: str) -> bool:
@@ -242,6 +240,12 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--report_to {tracker}: choose none, or some of {', '.join(TRACKERS)}")
         if tracker not in get_available_trackers():
             raise ValueError(f"--report_to {tracker}: the package {tracker!r} is not installed: pip install {tracker}")
+    ours = hf_visual_peft.list_methods().get(args.method.lower())
+    if bool(args.clip_frames) != (ours is not None and ours.video):
+        wanted = (
+            "takes single images: leave --clip_frames out" if args.clip_frames else "takes videos: give --clip_frames"
+        )
+        raise ValueError(f"--method {args.method} {wanted}")
     if args.push_to_hub and (args.method in ("linear", "full") or not args.hub_model_id):
         raise ValueError("--push_to_hub needs --hub_model_id, and an adapter: a --method other than linear and full")
     left = [path.name for path in earlier_output(args.output_dir)]

@@ -108,9 +108,26 @@ def decode(value: dict[str, Any] | None, where: str) -> Image.Image:
         raise CorruptImageError(f"Cannot decode {name} ({where}): {error}. See --skip_corrupt_images.") from error
 
 
-def is_corrupt(value: dict[str, Any] | None) -> bool:
+def decode_clip(
+    value: list[dict[str, Any]], count: int, rng: np.random.Generator | None, where: str
+) -> list[Image.Image]:
+    """Some images of a list, in RGB: one of each of `count` equal stretches, the middle one or one drawn at random."""
+    edges = np.linspace(0, len(value), count + 1)
+    places = (edges[:-1] + edges[1:]) / 2 if rng is None else rng.uniform(edges[:-1], edges[1:])
+    return [decode(value[min(int(place), len(value) - 1)], where) for place in places]
+
+
+def decode_all(value: Any, where: str) -> None:
+    """Decode an image, or every image of a list; an error if one cannot be decoded or there is none."""
+    if isinstance(value, list) and not value:
+        raise CorruptImageError(f"There is no frame ({where}). See --skip_corrupt_images.")
+    for image in value if isinstance(value, list) else [value]:
+        decode(image, where)
+
+
+def is_corrupt(value: Any) -> bool:
     try:
-        decode(value, "")
+        decode_all(value, "")
     except CorruptImageError:
         return True
     return False
@@ -135,15 +152,28 @@ class Images(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         (value,) = self.data[index].values()
-        image = decode(value, f"sample {index} of the {self.split} split")
-        rng = np.random.default_rng((self.args.seed, self.epoch, index))
+        where = f"sample {index} of the {self.split} split"
+        drawn = (self.args.seed, self.epoch, index)
+        if self.args.clip_frames:
+            places = np.random.default_rng((*drawn, 1)) if self.split == "train" else None
+            images = decode_clip(value, self.args.clip_frames, places, where)
+        else:
+            images = [decode(value, where)]
+        # every frame of a clip gets the same draws, so the same crop and flip
+        images = [self.augment(image, np.random.default_rng(drawn)) for image in images]
+        done = {"do_resize": False, "do_center_crop": False} if self.crops else {}
+        inputs = self.processor(images=images, return_tensors="pt", **done)
+        if not self.args.clip_frames:
+            inputs = {name: tensor[0] for name, tensor in inputs.items()}
+        return {**inputs, "labels": int(self.ids[index])}
+
+    def augment(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        """Crop and flip, in training."""
         if self.crops:
             image = self.crop(image, rng)
         if self.split == "train" and rng.random() < self.args.horizontal_flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        done = {"do_resize": False, "do_center_crop": False} if self.crops else {}
-        inputs = self.processor(images=image, return_tensors="pt", **done)
-        return {name: tensor[0] for name, tensor in inputs.items()} | {"labels": int(self.ids[index])}
+        return image
 
     def crop(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         """A random box of the image, at the size of the model's input."""
@@ -195,14 +225,18 @@ def usable_rows(data: datasets.Dataset, split: str, args: argparse.Namespace) ->
     bad = np.array(look["bad"][:], dtype=bool)
     if bad.any() and not args.skip_corrupt_images:
         first = int(bad.argmax())
-        decode(data[first][column], f"sample {first} of the {split} split, {bad.sum()} such images in all")
+        decode_all(data[first][column], f"sample {first} of the {split} split, {bad.sum()} such images in all")
     return np.flatnonzero(~bad)
 
 
 def prepare_data(args: argparse.Namespace, processor: Any) -> tuple[dict[str, Images], list[str], int]:
     """The samples of each split, the names of the classes, and how many corrupt images were left out."""
     splits = load_splits(args)
-    image = find_column(splits["train"], "--image_column_name", args.image_column_name, datasets.Image, "image")
+    encoded = datasets.Image(decode=False)
+    kind, plain = (datasets.List, datasets.List(encoded)) if args.clip_frames else (datasets.Image, encoded)
+    image = find_column(splits["train"], "--image_column_name", args.image_column_name, kind, "image")
+    if args.clip_frames and not isinstance(getattr(splits["train"].features[image], "feature", None), datasets.Image):
+        raise ValueError(f"--clip_frames: the column {image!r} must hold lists of images.")
     label = find_column(splits["train"], "--label_column_name", args.label_column_name, datasets.ClassLabel, "label")
     for split, data in splits.items():
         if missing := {image, label} - set(data.features):
@@ -221,7 +255,7 @@ def prepare_data(args: argparse.Namespace, processor: Any) -> tuple[dict[str, Im
         kept = rows[split]
         if limit := args.max_train_samples if split == "train" else args.max_eval_samples:
             kept = np.random.default_rng(args.seed).permutation(kept)[:limit]
-        images = data.select_columns([image]).cast_column(image, datasets.Image(decode=False)).select(kept)
+        images = data.select_columns([image]).cast_column(image, plain).select(kept)
         good = usable_rows(images, split, args)
         skipped += len(images) - len(good)
         if len(good) == 0:

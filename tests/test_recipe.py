@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import inspect
+import io
 import json
 import os
 import shutil
@@ -48,6 +49,7 @@ import image_data  # noqa: E402
 
 SIZE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 LABELS = {"num_labels": 3, "id2label": {0: "blue", 1: "green", 2: "red"}}
+IMAGE_METHODS = [name for name, method in hf_visual_peft.list_methods().items() if not method.video]
 TEST_IMAGES = 11  # odd, so that two processes must pad
 
 
@@ -74,6 +76,30 @@ def photos(tmp_path_factory):
         for name, channel, count in zip(("red", "green", "blue"), range(3), counts, strict=True):
             for number in range(count):
                 paint(folder / split / name / f"{number}.png", channel, rng)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """A data set of lists of frames, from 3 to 9 of them; the number of the frame is its brightness."""
+    folder = tmp_path_factory.mktemp("clips")
+    encoded = {"bytes": None}
+
+    def frame(number):
+        file = io.BytesIO()
+        Image.new("RGB", (20, 24), (20 * number,) * 3).save(file, "PNG")
+        return encoded | {"bytes": file.getvalue()}
+
+    features = datasets.Features(
+        {"frames": datasets.List(datasets.Image()), "label": datasets.ClassLabel(names=["up", "down"])}
+    )
+    rows = {"frames": [], "label": []}
+    for index in range(14):
+        numbers = range(3 + index % 7)
+        rows["frames"].append([frame(n) for n in (numbers if index % 2 == 0 else reversed(numbers))])
+        rows["label"].append(index % 2)
+    whole = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict({"train": whole, "validation": whole, "test": whole}).save_to_disk(folder)
     return folder
 
 
@@ -126,9 +152,7 @@ def accuracy_by_hand(model, folder, processor, names=("blue", "green", "red")):
 # ------------------------------------------------------------ the main job
 
 
-@pytest.mark.parametrize(
-    "method", [*(name for name, method in hf_visual_peft.list_methods().items() if not method.video), "lora"]
-)
+@pytest.mark.parametrize("method", [*IMAGE_METHODS, "lora"])
 def test_saved_adapter_reloads_to_the_reported_accuracy(method, run, vit, photos):
     flags = ["--target_modules", "q_proj", "v_proj"] if method == "lora" else []
     done = run(*flags, "--num_train_epochs", 3, method=method)
@@ -166,9 +190,10 @@ def test_linear_and_full_train_what_they_say(run, vit):
 
 
 @pytest.mark.parametrize("config", sorted((RECIPES / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_config_runs_and_its_fields_arrive(config, run):
+def test_every_config_runs_and_its_fields_arrive(config, run, clips):
     content = yaml.safe_load(config.read_text())
-    done = run("--config", config, "--max_train_steps", 2, "--per_device_train_batch_size", 4, method=None)
+    data = ["--dataset_name", str(clips)] if "clip_frames" in content else None
+    done = run("--config", config, "--max_train_steps", 2, "--per_device_train_batch_size", 4, method=None, data=data)
     saved = json.loads((done.output / "adapter_config.json").read_text())
     assert saved["peft_type"] == content["method"].upper() == config.stem.upper()
     fields = {name: value for name, value in content.items() if name in saved}
@@ -176,6 +201,57 @@ def test_every_config_runs_and_its_fields_arrive(config, run):
     assert bool(fields) == bool(own), "the file sets fields of the method, if it has any"
     assert {name: saved[name] for name in fields} == fields
     assert done.results["steps"] == 2
+
+
+def test_videos_reach_the_model_as_lists_of_frames(run, clips):
+    done = run("--clip_frames", 3, "--num_frames", 3, method="aim", data=["--dataset_name", str(clips)])
+    model = AutoModelForImageClassification.from_pretrained(done.output)
+    assert model.peft_config["default"].num_frames == 3
+    processor = ViTImageProcessor.from_pretrained(done.output)
+    hits = []
+    for row in datasets.load_from_disk(clips)["test"]:
+        length = len(row["frames"])
+        middle = [row["frames"][int(length * (2 * part + 1) / 6)] for part in range(3)]
+        pixels = processor(images=middle, return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            hits.append(model.eval()(pixel_values=pixels[None]).logits.argmax().item() == row["label"])
+    assert done.results["test_accuracy"] == pytest.approx(sum(hits) / len(hits))
+
+
+def test_frames_of_a_clip_get_the_same_crop_and_come_from_all_its_parts(clips, run, monkeypatch):
+    seen = []
+    real = image_data.Images.crop
+
+    def crop(self, image, rng):
+        seen.append((image.getpixel((0, 0))[0] // 20, rng.bit_generator.state["state"]["state"]))
+        return real(self, image, rng)
+
+    monkeypatch.setattr(image_data.Images, "crop", crop)
+    run("--clip_frames", 3, "--max_train_steps", 1, method="stadapter", data=["--dataset_name", str(clips)])
+    assert len(seen) >= 12
+    for start in range(0, 12, 3):
+        shades, draws = zip(*seen[start : start + 3], strict=True)
+        assert len(set(shades)) == 3
+        assert list(shades) in (sorted(shades), sorted(shades, reverse=True))
+        assert len(set(draws)) == 1
+    assert len({draws for _, draws in seen[:12]}) == 4
+
+
+def test_bad_clips(run, clips, tmp_path, capsys):
+    flags = ("--clip_frames", 2, "--max_train_steps", 1)
+    with pytest.raises(ValueError, match="--clip_frames: the column 'image' must hold lists of images"):
+        run(*flags, method="aim")
+    broken = datasets.load_from_disk(clips)
+    rows = broken["train"].cast_column("frames", datasets.List(datasets.Image(decode=False))).to_list()
+    rows[5]["frames"][1]["bytes"] = b"no image"
+    rows[6]["frames"] = []
+    broken["train"] = datasets.Dataset.from_list(rows).cast(broken["train"].features)
+    broken.save_to_disk(tmp_path / "broken")
+    data = ["--dataset_name", str(tmp_path / "broken")]
+    with pytest.raises(ValueError, match="sample 5 of the train split, 2 such images in all"):
+        run(*flags, method="aim", data=data)
+    run(*flags, "--skip_corrupt_images", method="aim", data=data, output="skipped")
+    assert "2 corrupt ones skipped" in capsys.readouterr().out
 
 
 def test_command_line_wins_over_the_file(tmp_path):
@@ -341,6 +417,52 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, monkeypatch, e
     assert {k: v for k, v in latest.results.items() if k not in differ} == {
         k: v for k, v in whole.results.items() if k not in differ
     }
+
+
+@pytest.mark.parametrize(
+    ("method", "fields"), [("sct", ["--channels", 8]), ("gps", []), ("biadaptformer", ["--bits", 4])]
+)
+def test_methods_with_more_to_their_state_than_weights_resume_exactly(method, fields, run, monkeypatch):
+    """What was chosen from data stays chosen, and a quantised weight goes on from its full precision."""
+    flags = [*fields, "--max_train_steps", 2, "--checkpointing_steps", 1, "--select", "last"]
+    whole = run(*flags, method=method, output="whole")
+    with monkeypatch.context() as patch:
+        killed_after(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            run(*flags, method=method, output="killed")
+    torch.manual_seed(99)
+    resumed = run(*flags, "--resume_from_checkpoint", "latest", method=method, output="killed")
+    assert weights(resumed.output) == weights(whole.output)
+    last = "checkpoint-2/trainable.safetensors"
+    assert (resumed.output / last).read_bytes() == (whole.output / last).read_bytes()
+    first, second = (load_file(whole.output / f"checkpoint-{step}" / "trainable.safetensors") for step in (1, 2))
+    chosen = {name for name in first if name.endswith(".indices")}
+    assert bool(chosen) == (method != "biadaptformer")
+    assert all((first[name] >= 0).all() and torch.equal(first[name], second[name]) for name in chosen)
+    trained = {name for name, tensor in first.items() if not torch.equal(tensor, second[name])}
+    assert any(f".{method}_" in name for name in trained), "the second step moves the adapter"
+    if method == "biadaptformer":
+        latent = {name for name in first if name.endswith((".down.weight", ".up.weight"))}
+        assert latent <= trained
+        saved = load_file(resumed.output / "adapter_model.safetensors")
+        assert not any(name.endswith((".down.weight", ".up.weight")) for name in saved)
+
+
+@pytest.mark.parametrize("method", ["sct", "gps"])
+def test_what_is_chosen_depends_on_the_training_images_alone(method, run, photos):
+    data = ["--train_dir", photos / "train", "--validation_dir", photos / "validation", "--test_dir"]
+    fields = ["--channels", 8] if method == "sct" else []
+    flags = [*fields, "--max_train_steps", 1, "--select", "last"]
+    found = []
+    for output, test, train in (("one", "test", "train"), ("two", "train", "train"), ("three", "test", "validation")):
+        data[1], test_dir = photos / train, photos / test
+        done = run(*flags, method=method, data=[*map(str, data), str(test_dir)], output=output)
+        saved = load_file(done.output / "adapter_model.safetensors")
+        found.append({name: tensor for name, tensor in saved.items() if name.endswith(".indices")})
+    one, two, three = found
+    assert one
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    assert not all(torch.equal(tensor, three[name]) for name, tensor in one.items())
 
 
 def test_dropout_and_crops_matter_to_the_test_above(run):
@@ -520,6 +642,9 @@ def test_corrupt_image_within_a_parquet_file(run, photos, tmp_path):
     ("flags", "message"),
     [
         (["--method", "vpd"], f"--method vpd: choose one of {', '.join(hf_visual_peft.list_methods())}, linear, full"),
+        (["--method", "aim"], "--method aim takes videos: give --clip_frames"),
+        (["--method", "STAdapter"], "--method STAdapter takes videos: give --clip_frames"),
+        (["--clip_frames", "4"], "--method vpt takes single images: leave --clip_frames out"),
         (["--num_virtual_tokens", "0"], "num_virtual_tokens"),
         (["--r", "4"], "unknown: --r 4. --help lists the flags; those of --method vpt are: --"),
         (["--train_file", "x.parquet"], "one of --dataset_name, --train_dir and --train_file is needed, got 2"),
