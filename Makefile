@@ -12,7 +12,7 @@ demo: $(VENV)/.demo
 	$(BIN)/hf-visual-peft demo $(ARGS)
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 quality: $(VENV)/.test
 	$(BIN)/ruff check $(DIRS)

@@ -297,7 +297,8 @@ def load_model(args: argparse.Namespace, config: PeftConfig | None, names: list[
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name.startswith(tuple(f"{head}." for head in heads)))
         else:
-            config.modules_to_save = heads
+            if not isinstance(config, hf_visual_peft.VisualPeftConfig):  # ours find the head themselves
+                config.modules_to_save = heads
             model = get_peft_model(model, config)
     if args.gradient_checkpointing:
         inner = model.get_base_model() if isinstance(model, PeftModel) else model

@@ -708,7 +708,8 @@ def test_pixels(photos):
     processor = ViTImageProcessor(size={"height": 32, "width": 32})
 
     def images(split="train", **changes):
-        args = {"seed": 1, "train_crop": "random_resized", "crop_scale": 0.08, "horizontal_flip": 0.5} | changes
+        args = {"seed": 1, "train_crop": "random_resized", "crop_scale": 0.08, "horizontal_flip": 0.5}
+        args |= {"clip_frames": None, **changes}
         return image_data.Images(rows, np.zeros(len(rows), int), split, processor, SimpleNamespace(**args))
 
     plain = processor(images=Image.open(rows[3]["image"]["path"]), return_tensors="pt")["pixel_values"][0]

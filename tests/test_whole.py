@@ -115,6 +115,13 @@ def test_linear_probe_needs_a_head():
         get_peft_model(FAMILIES["vit"].backbone(), LinearProbeConfig())
 
 
+def test_linear_probe_cannot_save_its_head_twice():
+    with pytest.raises(
+        ValueError, match=r"LinearProbeConfig.modules_to_save is \['classifier'\]: .* \(classifier\) trains"
+    ):
+        get_peft_model(FAMILIES["vit"].model(), LinearProbeConfig(modules_to_save=["classifier"]))
+
+
 def test_linear_probe_with_further_modules():
     base = FAMILIES["vit"].model()
     model = get_peft_model(base, LinearProbeConfig(modules_to_save=["layernorm"]))

@@ -52,4 +52,9 @@ class LinearProbeConfig(WholeModulesConfig):
                 f"LinearProbeConfig: {backbone.class_name} has no task head here, so nothing would train. Load it "
                 "with one, for example by AutoModelForImageClassification."
             )
+        twice = sorted(set(self.modules_to_save or ()) & {path.rpartition(".")[2] for path in backbone.heads})
+        if twice:
+            self._fail(
+                "modules_to_save", f"None or names of other modules: the head ({', '.join(twice)}) trains anyway"
+            )
         return map(whole_module, backbone.heads)
