@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from accelerate import Accelerator
@@ -233,21 +234,24 @@ def report(names: list[str], seeds: list[int], done: list[Run], protocol: Protoc
         f"Below the linear probe: {', '.join(below) or 'none'}." if probe else "",
         f"Not measured yet: {', '.join(missing)}." if missing else "",
     ]
-    return TEMPLATE.format(
+    protocol_text = PROTOCOL.format(
         seeds=len(seeds),
         rates=", ".join(f"{lr:g}" for lr in RATES),
         full_rates=", ".join(f"{lr:g}" for lr in FULL_RATES),
         description=DESCRIPTION,
-        table=table,
-        notes="\n\n".join(note for note in notes if note),
         **asdict(protocol),
     )
+    parts = [
+        "# Accuracy on digits",
+        "    python benchmarks/accuracy.py",
+        fill(" ".join(protocol_text.split()), 119),
+        table,
+        *(fill(note, 119) for note in notes if note),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
-TEMPLATE = """# Accuracy on digits
-
-    python benchmarks/accuracy.py
-
+PROTOCOL = """
 wrote this page. Each method adapts an encoder ({description}) to {train} digits of MNIST at {image_size} px, with its
 own defaults, AdamW, weight decay 0.01 (`parameter_groups`), a cosine with 10 % warm-up, {epochs} epochs and batches of
 {batch_size}. The learning rate is the best of {rates} (full fine-tuning: {full_rates}) on {validation} validation
@@ -256,10 +260,6 @@ deviation over {seeds} seeds. The images are the same for all seeds; head, adapt
 leaves the head out, `adapter bytes` contains it. `seconds` is the median time of a training run on one core that other
 programs used, too: read it as an order of magnitude. On {test} digits two methods that differ by less than 2 points
 are not told apart, and the task says little about others.
-
-{table}
-
-{notes}
 """
 
 
