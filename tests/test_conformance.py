@@ -35,13 +35,16 @@ SMALL_WHERE_NAMED = {"groups": 4, "num_virtual_tokens": 3}
 
 
 def _variants():
-    """Each method as its declared counts name it, shrunk to the tiny models."""
+    """Each method as its declared counts name it, shrunk to the tiny models, where some are then the same."""
     for method in hf_visual_peft.list_methods().values():
         names = {field.name for field in dataclasses.fields(method.config_cls)}
+        seen = []
         for fields, _ in method.counts:
             small = fields | {key: value for key, value in SMALL.items() if key in names}
             small |= {key: value for key, value in SMALL_WHERE_NAMED.items() if key in small}
-            yield method, small, "-".join([method.name, *(f"{k}={v}" for k, v in small.items())])
+            if small not in seen:
+                seen.append(small)
+                yield method, small, "-".join([method.name, *(f"{k}={v}" for k, v in small.items())])
 
 
 def _unfit(method, family):
