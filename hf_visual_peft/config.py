@@ -157,3 +157,12 @@ class VisualPeftConfig(PeftConfig):
         value = getattr(self, name)
         if not any(type(value) is type(choice) and value == choice for choice in choices):  # 1 is not True
             self._fail(name, f"one of {', '.join(map(repr, choices))}")
+
+    def _require_some(self, name: str, choices: Collection[str]) -> None:
+        """Make a field that names one or more of the choices a tuple in their order."""
+        value = getattr(self, name)
+        given = (value,) if isinstance(value, str) else value
+        if not given or not set(given) <= set(choices):
+            setattr(self, name, given)
+            self._fail(name, f"one or more of {', '.join(map(repr, choices))}")
+        setattr(self, name, tuple(choice for choice in choices if choice in given))

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ...backbone import VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
-from ...sites import OutputSite, Placement, Shared
-from ..reparameter.rep_adapter import READERS
+from ...sites import Placement, Shared
+from ..reparameter.rep_adapter import READERS, norms_before
 
 
 class Basis(nn.Module):
@@ -96,11 +96,7 @@ class ARCConfig(VisualPeftConfig):
         super().__post_init__()
         self._require_integer("r", 1)
         self._require_number("dropout", 0.0, below=1.0)
-        if isinstance(self.sublayers, str):
-            self.sublayers = (self.sublayers,)
-        if not self.sublayers or not set(self.sublayers) <= set(READERS):
-            self._fail("sublayers", f"one or more of {', '.join(map(repr, READERS))}")
-        self.sublayers = tuple(name for name in READERS if name in self.sublayers)
+        self._require_some("sublayers", READERS)
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """On the output of the norms before the chosen sub-layers of every block."""
@@ -111,8 +107,6 @@ class ARCConfig(VisualPeftConfig):
 
         for block in backbone.blocks:
             for sublayer in self.sublayers:
-                norm, readers = READERS[sublayer]
-                followers = tuple(dict.fromkeys(path for role in readers for path in block.roles[role]))
-                site, basis = OutputSite(followers), Shared(sublayer, partial(Basis, backbone.width, self.r))
-                for path in block.roles[norm]:
+                basis = Shared(sublayer, partial(Basis, backbone.width, self.r))
+                for path, site in norms_before(block, sublayer):
                     yield Placement(path, "scaling", site, partial(build, zero=sublayer == "attention"), basis)

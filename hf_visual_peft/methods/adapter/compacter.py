@@ -119,11 +119,7 @@ class CompacterConfig(VisualPeftConfig):
         if self.r % self.n:
             self._fail("n", f"a divisor of r, which is {self.r}")
         self._require_number("rule_std", 0.0)
-        if isinstance(self.sublayers, str):
-            self.sublayers = (self.sublayers,)
-        if not self.sublayers or not set(self.sublayers) <= set(SUBLAYERS):
-            self._fail("sublayers", f"one or more of {', '.join(map(repr, SUBLAYERS))}")
-        self.sublayers = tuple(name for name in SUBLAYERS if name in self.sublayers)
+        self._require_some("sublayers", SUBLAYERS)
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """After the chosen sub-layers of every block."""

@@ -103,11 +103,7 @@ class ConvpassConfig(VisualPeftConfig):
         self._require_integer("r", 1)
         self._require_number("scale")
         self._require_number("dropout", 0.0, below=1.0)
-        if isinstance(self.sublayers, str):
-            self.sublayers = (self.sublayers,)
-        if not self.sublayers or not set(self.sublayers) <= set(SUBLAYERS):
-            self._fail("sublayers", f"one or more of {', '.join(map(repr, SUBLAYERS))}")
-        self.sublayers = tuple(name for name in SUBLAYERS if name in self.sublayers)
+        self._require_some("sublayers", SUBLAYERS)
         self._require_choice("conv_init", ("identity", "xavier"))
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:

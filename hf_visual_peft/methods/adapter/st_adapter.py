@@ -90,11 +90,7 @@ class STAdapterConfig(VisualPeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_integer("channels", 1, 100_000)
-        if isinstance(self.sublayers, str):
-            self.sublayers = (self.sublayers,)
-        if not self.sublayers or not set(self.sublayers) <= set(SITES):
-            self._fail("sublayers", f"one or more of {', '.join(map(repr, SITES))}")
-        self.sublayers = tuple(name for name in SITES if name in self.sublayers)
+        self._require_some("sublayers", SITES)
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """Before the chosen sub-layers of every block."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from ...backbone import VisionBackbone
+from ...backbone import Block, VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import OutputSite, Placement
@@ -58,6 +58,14 @@ class RepAdapter(nn.Module):
 READERS = {"attention": ("norm1", ("query", "key", "value")), "mlp": ("norm2", ("fc1",))}
 
 
+def norms_before(block: Block, sublayer: str) -> Iterator[tuple[str, OutputSite]]:
+    """Full names of the norms before a sub-layer, with the site that merges into what reads them."""
+    norm, readers = READERS[sublayer]
+    site = OutputSite(tuple(dict.fromkeys(path for role in readers for path in block.roles[role])))
+    for path in block.roles[norm]:
+        yield path, site
+
+
 @register(
     name="repadapter",
     paper=Paper("Towards Efficient Visual Adaption via Structural Re-parameterization", "arXiv 2023", "2302.08106"),
@@ -98,11 +106,7 @@ class RepAdapterConfig(VisualPeftConfig):
             self._fail("groups", f"a divisor of r, which is {self.r}")
         self._require_number("scale")
         self._require_number("dropout", 0.0, below=1.0)
-        if isinstance(self.sublayers, str):
-            self.sublayers = (self.sublayers,)
-        if not self.sublayers or not set(self.sublayers) <= set(READERS):
-            self._fail("sublayers", f"one or more of {', '.join(map(repr, READERS))}")
-        self.sublayers = tuple(name for name in READERS if name in self.sublayers)
+        self._require_some("sublayers", READERS)
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """On the output of the norms before the chosen sub-layers of every block."""
@@ -115,7 +119,5 @@ class RepAdapterConfig(VisualPeftConfig):
 
         for block in backbone.blocks:
             for sublayer in self.sublayers:
-                norm, readers = READERS[sublayer]
-                followers = tuple(dict.fromkeys(path for role in readers for path in block.roles[role]))
-                for path in block.roles[norm]:
-                    yield Placement(path, sublayer, OutputSite(followers), build)
+                for path, site in norms_before(block, sublayer):
+                    yield Placement(path, sublayer, site, build)
