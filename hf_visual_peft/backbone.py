@@ -12,6 +12,7 @@ from .architectures import Architecture, architecture_of, known_backbones
 
 
 BLOCK_ROLES = ("norm1", "query", "key", "value", "output", "norm2", "fc1", "fc2")
+LINEAR_ROLES = ("query", "key", "value", "output", "fc1", "fc2")
 OPTIONAL_BLOCK_ROLES = ("drop_path", "position_bias")
 
 
@@ -32,6 +33,10 @@ class Block:
     index: int
     path: str
     roles: Mapping[str, tuple[str, ...]]
+
+    def modules(self, roles: Sequence[str]) -> list[str]:
+        """Full names of the modules in some roles, each once where roles share a module."""
+        return list(dict.fromkeys(path for role in roles for path in self.roles[role]))
 
 
 @dataclass(frozen=True)

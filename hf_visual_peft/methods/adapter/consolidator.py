@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ...backbone import VisionBackbone
+from ...backbone import LINEAR_ROLES, VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import LinearSite, Placement, drop_path
@@ -106,6 +106,5 @@ class ConsolidatorConfig(VisualPeftConfig):
             self._fail("groups", f"a divisor of the backbone's width {backbone.width}")
         build = partial(Consolidator, groups=groups, shuffle=self.shuffle, drop_path=self.drop_path)
         for block in backbone.blocks:
-            paths = (p for role in ("query", "key", "value", "output", "fc1", "fc2") for p in block.roles[role])
-            for path in dict.fromkeys(paths):
+            for path in block.modules(LINEAR_ROLES):
                 yield Placement(path, "groups", LinearSite(), build)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...backbone import VisionBackbone
+from ...backbone import LINEAR_ROLES, VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import LinearSite, Placement, Shared
@@ -143,8 +143,7 @@ class FacTConfig(VisualPeftConfig):
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """At every linear of every block."""
         self._require_integer("r", 1, backbone.width, "the backbone's width")
-        roles = ("query", "key", "value", "output", "fc1", "fc2")
-        paths = dict.fromkeys(path for block in backbone.blocks for role in roles for path in block.roles[role])
+        paths = [path for block in backbone.blocks for path in block.modules(LINEAR_ROLES)]
         columns = None
         if self.variant == "tk":
             sizes = (backbone.linears[path] for path in paths)

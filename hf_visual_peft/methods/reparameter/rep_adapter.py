@@ -61,7 +61,7 @@ READERS = {"attention": ("norm1", ("query", "key", "value")), "mlp": ("norm2", (
 def norms_before(block: Block, sublayer: str) -> Iterator[tuple[str, OutputSite]]:
     """Full names of the norms before a sub-layer, with the site that merges into what reads them."""
     norm, readers = READERS[sublayer]
-    site = OutputSite(tuple(dict.fromkeys(path for role in readers for path in block.roles[role])))
+    site = OutputSite(tuple(block.modules(readers)))
     for path in block.roles[norm]:
         yield path, site
 

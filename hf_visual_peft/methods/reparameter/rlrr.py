@@ -9,14 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ...backbone import VisionBackbone
+from ...backbone import LINEAR_ROLES, VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import OutputSite, Placement, WeightSite
 from .ssf import INIT_STD, SSF, output_channels
-
-
-ROLES = ("query", "key", "value", "output", "fc1", "fc2")
 
 
 class RLRR(nn.Module):
@@ -79,12 +76,12 @@ class RLRRConfig(VisualPeftConfig):
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """At every linear and norm and the patch embedding."""
-        norms = (path for block in backbone.blocks for role in ("norm1", "norm2") for path in block.roles[role])
+        norms = (path for block in backbone.blocks for path in block.modules(("norm1", "norm2")))
         for path in (*backbone.patch_embedding, *backbone.norms, *norms):
             yield Placement(path, "output", OutputSite(), partial(_pair, init_std=self.init_std))
-        linears = (path for block in backbone.blocks for role in ROLES for path in block.roles[role])
-        for path in dict.fromkeys(linears):
-            yield Placement(path, "weight", WeightSite(), RLRR)  # type: ignore[arg-type]
+        for block in backbone.blocks:
+            for path in block.modules(LINEAR_ROLES):
+                yield Placement(path, "weight", WeightSite(), RLRR)  # type: ignore[arg-type]
 
 
 def _pair(module: nn.Module, init_std: float) -> SSF:

@@ -87,5 +87,5 @@ class SharedLoRAConfig(VisualPeftConfig):
         build = partial(SharedLoRA, r=self.r, scale=self.scale, dropout=self.dropout)
         for block in backbone.blocks:
             down = Shared(f"down{block.index}", lambda: nn.Linear(backbone.width, self.r, bias=False))
-            for path in dict.fromkeys(path for role in ("query", "key", "value") for path in block.roles[role]):
+            for path in block.modules(("query", "key", "value")):
                 yield Placement(path, "up", LinearSite(), build, down)

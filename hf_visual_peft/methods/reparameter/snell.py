@@ -12,14 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...backbone import VisionBackbone
+from ...backbone import LINEAR_ROLES, VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import LinearSite, Placement, drop_path
 
 
 COEFFICIENTS = (0.1, -0.1)  # of the two distances, fixed in the authors' code
-ROLES = ("query", "key", "value", "output", "fc1", "fc2")
 WEIGHTINGS = ("magnitude", "mask")
 
 
@@ -139,7 +138,7 @@ class SNELLConfig(VisualPeftConfig):
         self._require_integer("r", 2, backbone.width, "the backbone's width")
         placed = set()
         for block in backbone.blocks:
-            for role in ROLES:
+            for role in LINEAR_ROLES:
                 dropout = 0.0 if role == "output" else self.dropout
                 for path in block.roles[role]:
                     if path not in placed:

@@ -14,18 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...backbone import VisionBackbone
+from ...backbone import BLOCK_ROLES, VisionBackbone
 from ...calibration import NotCalibratedError
 
 
 UNSET = -1  # index of an entry that is not chosen yet
-LINEAR_ROLES = ("query", "key", "value", "output", "fc1", "fc2")
-ROLES = ("norm1", "query", "key", "value", "output", "norm2", "fc1", "fc2")
 
 
-def modules_of(backbone: VisionBackbone, roles: Sequence[str] = ROLES) -> list[str]:
-    """Full names of the modules of the blocks in some roles, each once where roles share a module."""
-    return list(dict.fromkeys(path for block in backbone.blocks for role in roles for path in block.roles[role]))
+def modules_of(backbone: VisionBackbone, roles: Sequence[str] = BLOCK_ROLES) -> list[str]:
+    """Full names of the modules of all blocks in some roles; see `Block.modules`."""
+    return [path for block in backbone.blocks for path in block.modules(roles)]
 
 
 class Chosen(nn.Module):

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...backbone import VisionBackbone, unwrapped
+from ...backbone import LINEAR_ROLES, VisionBackbone, unwrapped
 from ...calibration import Calibration
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import Placement, WeightSite
-from .deltas import LINEAR_ROLES, Addend, Deltas, SparseAddend, modules_of, summed_gradients
+from .deltas import Addend, Deltas, SparseAddend, modules_of, summed_gradients
 
 
 TEMPERATURE = 0.07  # of the authors' code

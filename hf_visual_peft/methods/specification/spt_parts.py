@@ -8,10 +8,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ...backbone import VisionBackbone
+from ...backbone import BLOCK_ROLES, VisionBackbone
 from ...calibration import NotCalibratedError
 from ...sites import drop_path
-from .deltas import ROLES, Addend, Deltas, SparseAddend
+from .deltas import Addend, Deltas, SparseAddend
 
 
 LORA, WHOLE = "lora", "whole"
@@ -120,7 +120,7 @@ def named_modules(backbone: VisionBackbone) -> dict[str, str]:
     """Full names of the modules that SPT may train, by the names that they have in `SPTConfig.chosen`."""
     names = {path: f"norms.{index}" for index, path in enumerate(backbone.norms)}
     for block in backbone.blocks:
-        for role in ROLES:
+        for role in BLOCK_ROLES:
             for index, path in enumerate(block.roles[role]):
                 names.setdefault(path, f"{block.index}.{role}" + (f".{index}" if index else ""))
     return {name: path for path, name in names.items()}
