@@ -114,12 +114,16 @@ class Benchmark:
             hf_visual_peft.calibrate(model, images, seed=seed, progress=False)
         trained = {key: value.numel() for key, value in model.named_parameters() if value.requires_grad}
         options = TrainingOptions(self.protocol.epochs, self.protocol.batch_size, lr, seed)
-        seconds = train(model, self.splits["train"], options, self.accelerator, f"{name} lr={lr:g}", extra)
-        accuracy = {
-            split: count_correct(model, self.splits[split], self.protocol.batch_size, self.accelerator, extra)
-            / len(self.splits[split])
-            for split in ("validation", "test")
-        }
+        try:
+            seconds = train(model, self.splits["train"], options, self.accelerator, f"{name} lr={lr:g}", extra)
+        except FloatingPointError:  # too high a rate: nothing is right, and another one will be chosen
+            seconds, accuracy = 0.0, {"validation": 0.0, "test": 0.0}
+        else:
+            accuracy = {
+                split: count_correct(model, self.splits[split], self.protocol.batch_size, self.accelerator, extra)
+                / len(self.splits[split])
+                for split in ("validation", "test")
+            }
         self.accelerator.free_memory()
         return Run(
             method=name,

@@ -10,10 +10,12 @@ Importing this package registers its methods with peft; plain `peft` does the re
 
 from typing import TYPE_CHECKING
 
-from .architectures import Architecture, register_architecture
+from .architectures import Architecture, register_architecture, register_heads
 from .backbone import BackboneError, VisionBackbone, find_backbone
 from .calibration import NotCalibratedError, calibrate
 from .config import VisualPeftConfig
+from .frozen_norms import freeze_norms, norms_with_statistics, thaw_norms
+from .interpolation import Interpolation, interpolate
 from .parameters import parameter_groups
 from .registry import get_method, list_methods, load_methods
 
@@ -26,15 +28,21 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "Architecture",
     "BackboneError",
+    "Interpolation",
     "NotCalibratedError",
     "VisionBackbone",
     "VisualPeftConfig",
     "calibrate",
     "find_backbone",
+    "freeze_norms",
     "get_method",
+    "interpolate",
     "list_methods",
+    "norms_with_statistics",
     "parameter_groups",
     "register_architecture",
+    "register_heads",
+    "thaw_norms",
     *_CONFIGS,
 ]
 

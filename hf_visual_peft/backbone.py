@@ -2,37 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .architectures import Architecture, architecture_of, known_backbones
+from .architectures import Architecture, architecture_of, heads_of, known_backbones
 
 
 BLOCK_ROLES = ("norm1", "query", "key", "value", "output", "norm2", "fc1", "fc2")
 LINEAR_ROLES = ("query", "key", "value", "output", "fc1", "fc2")
+NORM_ROLES = ("norm1", "norm2")
+OTHER_ROLES = ("operations", "further_norms")  # linears and convolutions, and norms, that have no role of their own
+ALL_ROLES = (*BLOCK_ROLES, *OTHER_ROLES)
 OPTIONAL_BLOCK_ROLES = ("drop_path", "position_bias")
+SUBLAYER_ROLES = {"attention": ("norm1", "query", "key", "value", "output"), "mlp": ("norm2", "fc1", "fc2")}
 
 
 class BackboneError(ValueError):
     """The model has no vision backbone that a role table describes."""
 
 
+class NoTokensError(BackboneError):
+    """The backbone is a convolutional network: it has no blocks with a stream of tokens."""
+
+
 @dataclass(frozen=True)
 class Block:
-    """One transformer block.
+    """One block.
 
     Attributes:
         index: position in the backbone, from 0.
         path: its name in the model.
         roles: full names of the modules in each role.
+        group: number of the list of blocks that it stands in.
+        width: channels of its token stream (behind the attention, where that pools tokens), None where it has none.
+        num_heads: of its attention, None where nothing tells.
+        prefix_tokens: tokens before the patches.
+        sublayers: where branches can be put, `"attention"` and `"mlp"`.
+        post_norm: whether its norms follow the sub-layers.
+        entrances: full name of the module whose input is the stream as a sub-layer reads it; the block where the
+            sub-layer has none of its own.
+        readers: what reads the norm before each sub-layer, linears and convolutions without padding; none where
+            other modules do.
     """
 
     index: int
     path: str
     roles: Mapping[str, tuple[str, ...]]
+    group: int = 0
+    width: int | None = None
+    num_heads: int | None = None
+    prefix_tokens: int = 0
+    sublayers: tuple[str, ...] = ("attention", "mlp")
+    post_norm: bool = False
+    entrances: Mapping[str, str] = field(default_factory=dict)
+    readers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def modules(self, roles: Sequence[str]) -> list[str]:
         """Full names of the modules in some roles, each once where roles share a module."""
@@ -47,19 +74,21 @@ class VisionBackbone:
         path: name of the backbone in the model, `""` if it is the model.
         class_name: its class.
         architecture: the role table that fits.
-        blocks: the transformer blocks in order.
+        blocks: the blocks in order.
         depth: number of blocks of the whole backbone, also where `blocks` holds a selection.
         patch_embedding: names of the modules that turn pixels into tokens.
         input_norms: names of the norms before the blocks.
+        between: names of the linears and convolutions between lists of blocks.
+        between_norms: names of the norms there.
         final_norms: names of the norms behind the blocks.
-        embeddings: name of the module that returns the first block's input.
+        embeddings: names of the modules that return the first block's input, of all blocks or of each list.
         heads: names of the task heads in the model.
-        width: channels of the token stream.
+        dense: whether these belong to a model that answers for places in the image, not for the image.
         patch_features: numbers that one patch has before it is embedded: channels x height x width.
-        prefix_tokens: tokens before the patches.
-        grid: rows and columns of patches of an image of the size in the backbone's config, None where it has none.
-        num_heads: attention heads of a block, None where the backbone's config does not tell.
-        linears: output and input features of every linear of the blocks, by its name.
+        grid: rows and columns of patches of an image of the size in the backbone's config, None where it has none or
+            the tokens of the blocks are not these.
+        linears: output and input features of every linear and 1 x 1 convolution of the blocks, by its name.
+        stage: which of several stages this is, None where the backbone has but one.
     """
 
     path: str
@@ -69,32 +98,108 @@ class VisionBackbone:
     depth: int
     patch_embedding: tuple[str, ...]
     input_norms: tuple[str, ...]
+    between: tuple[str, ...]
+    between_norms: tuple[str, ...]
     final_norms: tuple[str, ...]
-    embeddings: str
+    embeddings: tuple[str, ...]
     heads: tuple[str, ...]
-    width: int
+    dense: bool
     patch_features: int
-    prefix_tokens: int
     grid: tuple[int, int] | None
-    num_heads: int | None
     linears: Mapping[str, tuple[int, int]]
+    stage: int | None = None
 
     def select(self, layers: Sequence[int] | None) -> VisionBackbone:
         """The backbone as a method sees it that acts on some blocks only: nothing outside them, either."""
         if layers is None:
             return self
         blocks = tuple(block for block in self.blocks if block.index in layers)
-        return replace(self, blocks=blocks, patch_embedding=(), input_norms=(), final_norms=())
+        return replace(self, blocks=blocks, **_NOTHING_OUTSIDE)
+
+    def stages(self, whole: VisionBackbone) -> tuple[VisionBackbone, ...]:
+        """The parts of the backbone whose blocks are alike: of one width, with as many heads.
+
+        What lies before the blocks belongs to the first stage, what lies behind them to the last.
+
+        Args:
+            whole: the backbone of which this is a selection, whose stages are counted.
+        """
+        kinds = [(block.width, block.num_heads) for block in whole.blocks]
+        number, stage_of = 0, {}
+        for index, kind in enumerate(kinds):
+            number += index > 0 and kind != kinds[index - 1]
+            stage_of[whole.blocks[index].index] = number
+        if number == 0:
+            return (self,)
+        nothing = replace(self, **_NOTHING_OUTSIDE)
+        numbers = sorted({stage_of[block.index] for block in self.blocks})
+        stages = [
+            replace(nothing, blocks=tuple(b for b in self.blocks if stage_of[b.index] == stage), stage=stage)
+            for stage in numbers
+        ]
+        before = {name: getattr(self, name) for name in _NOTHING_OUTSIDE if name != "final_norms"}
+        stages[0] = replace(stages[0], **before)
+        stages[-1] = replace(stages[-1], final_norms=self.final_norms)
+        return tuple(stages)
 
     @property
     def norms(self) -> tuple[str, ...]:
         """Names of the norms outside the blocks."""
-        return self.input_norms + self.final_norms
+        return self.input_norms + self.between_norms + self.final_norms
+
+    @property
+    def outside(self) -> tuple[str, ...]:
+        """Names of all linears, convolutions and norms of the backbone outside the blocks."""
+        return self.patch_embedding + self.between + self.norms
+
+    @property
+    def width(self) -> int:
+        """Channels of the token stream; where stages differ, the least.
+
+        Raises:
+            NoTokensError: there is none.
+        """
+        widths = [block.width for block in self.blocks if block.width is not None]
+        if not widths:
+            raise NoTokensError(f"{self.class_name} is a convolutional network without a stream of tokens.")
+        return min(widths)
+
+    @property
+    def num_heads(self) -> int | None:
+        """Attention heads of a block, None where nothing tells or they differ."""
+        found = {block.num_heads for block in self.blocks}
+        return found.pop() if len(found) == 1 else None
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens before the patches, in the last block."""
+        return self.blocks[-1].prefix_tokens
+
+
+_NOTHING_OUTSIDE: dict[str, Any] = dict.fromkeys(
+    ("patch_embedding", "input_norms", "between", "between_norms", "final_norms"), ()
+)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module itself where an adapter layer has been put around it."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """Output and input features of a linear or a 1 x 1 convolution, which is one; else None."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if is_pointwise(module):
+        return module.out_channels, module.in_channels  # type: ignore[return-value]
+    return None
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether a module is a convolution that treats every position as a linear does."""
+    if not isinstance(module, nn.Conv2d) or module.groups != 1:
+        return False
+    return set(module.kernel_size) == set(module.stride) == {1} and set(module.padding) <= {0, "valid"}
 
 
 def find_backbone(model: nn.Module) -> VisionBackbone:
@@ -123,7 +228,7 @@ def find_backbone(model: nn.Module) -> VisionBackbone:
         raise BackboneError(
             f"{type(model).__name__} holds several vision backbones: {names}. Apply the method to one of them."
         )
-    return _resolve(model, *found[0])
+    return _Resolver(model, *found[0]).resolve()
 
 
 _REMEDY = (
@@ -133,74 +238,245 @@ _REMEDY = (
 )
 
 
-def _resolve(model: nn.Module, path: str, backbone: nn.Module, architecture: Architecture) -> VisionBackbone:
-    class_name = type(backbone).__name__
+_OPERATIONS = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.modules.batchnorm._BatchNorm,
+)
 
-    def full(*names: str) -> str:
-        return ".".join(name for name in names if name)
 
-    def existing(prefix: str, names: Sequence[str]) -> tuple[str, ...]:
-        paths = (full(prefix, name) for name in names)
-        return tuple(p for p in paths if isinstance(_lookup(model, p), nn.Module))
+class _Resolver:
+    """Finds the modules of one backbone by its role table.
 
-    def required(prefix: str, names: Sequence[str], role: str) -> tuple[str, ...]:
-        paths = existing(prefix, names)
+    Args:
+        model: the whole model.
+        path: name of the backbone in it.
+        backbone: the backbone.
+        architecture: its table.
+    """
+
+    def __init__(self, model: nn.Module, path: str, backbone: nn.Module, architecture: Architecture) -> None:
+        self.model, self.path, self.backbone, self.table = model, path, backbone, architecture
+        self.class_name = type(backbone).__name__
+
+    def resolve(self) -> VisionBackbone:
+        """The whole backbone."""
+        table = self.table
+        lists = self._lists()
+        embeddings = self._required(self.path, (table.embeddings,), "embeddings")
+        blocks: list[Block] = []
+        for group, (list_path, names) in enumerate(lists):
+            start = embeddings[group] if len(embeddings) == len(lists) else embeddings[0]
+            prefix_tokens = _count_prefix_tokens(self._module(start), table)
+            for name in names:
+                blocks.append(self._block(len(blocks), _join(list_path, name), group, prefix_tokens))
+        heads, dense = self._heads()
+        outside: dict[str, Any] = {
+            "patch_embedding": self._required(self.path, (table.patch_embedding,), "patch_embedding"),
+            "input_norms": self._real(table.input_norms),
+            "final_norms": self._real(table.norms + (() if heads else table.pooled_norms))
+            + (self._existing(self._parent(), table.outer_norms) if self.path else ()),
+        }
+        used = {path for paths in outside.values() for path in paths} | {block.path for block in blocks} | set(heads)
+        used |= set(self._existing(self.path, table.pooled_norms)) if heads else set()
+        if table.between == "all":
+            between = self._operations(self.path, used)
+        else:
+            between = tuple(path for path in self._real(table.between) if path not in used)
+        between, between_norms = self._apart(between)
+        return VisionBackbone(
+            path=self.path,
+            class_name=self.class_name,
+            architecture=table,
+            blocks=tuple(blocks),
+            depth=len(blocks),
+            between=between,
+            between_norms=between_norms,
+            embeddings=embeddings,
+            heads=heads,
+            dense=dense,
+            patch_features=_weight(self.model, outside["patch_embedding"][0])[0].numel(),
+            grid=_native_grid(getattr(self.backbone, "config", None)) if table.grid == "full" else None,
+            linears={
+                name: sizes
+                for block in blocks
+                for name in block.modules(BLOCK_ROLES)
+                if (sizes := linear_sizes(self._module(name))) is not None
+            },
+            **outside,
+        )
+
+    def _lists(self) -> list[tuple[str, list[str]]]:
+        """Names of the lists of blocks and of the blocks in each."""
+        found = []
+        lists = (self.table.blocks,) if isinstance(self.table.blocks, str) else self.table.blocks
+        several = len(lists) > 1 or "*" in lists[0]
+        for path in self._required(self.path, lists, "blocks"):
+            stack = self._module(path)
+            if not several and (not isinstance(stack, nn.ModuleList | nn.Sequential) or len(stack) == 0):
+                raise BackboneError(
+                    f"{self.class_name} does not fit its role table: {path!r} is a {type(stack).__name__} and not a "
+                    f"non-empty nn.ModuleList of blocks. {_REMEDY}"
+                )
+            skipped = self.table.skipped_blocks
+            names = [name for name, block in stack.named_children() if type(unwrapped(block)).__name__ not in skipped]
+            if names:
+                found.append((path, names))
+        if not found:
+            raise BackboneError(f"{self.class_name} does not fit its role table: it has no blocks. {_REMEDY}")
+        return found
+
+    def _block(self, index: int, path: str, group: int, prefix_tokens: int) -> Block:
+        table = self.table
+        block = self._module(path)
+        roles = {role: self._existing(path, getattr(table, role)) for role in (*BLOCK_ROLES, *OPTIONAL_BLOCK_ROLES)}
+        sublayers = table.sublayers
+        if table.halves:
+            sublayers = tuple(part for part in sublayers if any(roles[role] for role in SUBLAYER_ROLES[part]))
+            wanted = [role for part in sublayers for role in SUBLAYER_ROLES[part]] or BLOCK_ROLES
+        else:
+            wanted = BLOCK_ROLES
+        for role in wanted:
+            if getattr(table, role):
+                self._required(path, getattr(table, role), role)
+        post_norm = getattr(block, table.post_norm) if isinstance(table.post_norm, str) else table.post_norm
+        widths = {role: self._out_features(roles[role]) for role in (*NORM_ROLES, "fc2", "output")}
+        if table.operations == "all":
+            roles["operations"] = self._operations(path, {p for paths in roles.values() for p in paths})
+        else:
+            roles["operations"] = tuple(
+                name for name in self._existing(path, table.operations) if isinstance(self._module(name), _OPERATIONS)
+            )
+        num_heads = self._num_heads(roles["query"])
+        # an attention that changes the width pools tokens, too: it is a way from one stage to the next
+        pools = widths["norm1"] and widths["norm2"] and widths["norm1"] != widths["norm2"]
+        if pools and "attention" in sublayers:
+            pooling = [path for role in SUBLAYER_ROLES["attention"] for path in roles[role]]
+            roles |= dict.fromkeys(SUBLAYER_ROLES["attention"], ())
+            roles["operations"] = tuple(dict.fromkeys((*pooling, *roles["operations"])))
+            sublayers = tuple(part for part in sublayers if part != "attention")
+        roles["operations"], roles["further_norms"] = self._apart(roles["operations"])
+        return Block(
+            index=index,
+            path=path,
+            roles=roles,
+            group=group,
+            width=next((widths[role] for role in ("norm2", "norm1", "fc2", "output") if widths[role]), None),
+            num_heads=num_heads,
+            prefix_tokens=prefix_tokens,
+            sublayers=sublayers,
+            post_norm=bool(post_norm),
+            entrances=self._entrances(path, roles, sublayers, bool(post_norm)),
+            readers={"attention": self._norm1_readers(path, roles), "mlp": roles["fc1"]},
+        )
+
+    def _entrances(
+        self, path: str, roles: Mapping[str, tuple[str, ...]], sublayers: Sequence[str], post_norm: bool
+    ) -> dict[str, str]:
+        given = {"attention": self.table.reads_attention, "mlp": self.table.reads_mlp}
+        found = {}
+        for sublayer in sublayers:
+            norm = roles[SUBLAYER_ROLES[sublayer][0]]
+            name = given[sublayer]
+            if name is not None:
+                found[sublayer] = _join(path, name)
+            elif norm and not post_norm:
+                found[sublayer] = norm[0]
+            else:
+                found[sublayer] = path if sublayer == "attention" else roles["fc1"][0]
+        return found
+
+    def _norm1_readers(self, path: str, roles: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+        if self.table.norm1_readers is not None:
+            return self._existing(path, self.table.norm1_readers)
+        reduction = self._existing(path, self.table.reduction)
+        return tuple(dict.fromkeys((*roles["query"], *(reduction or (*roles["key"], *roles["value"])))))
+
+    def _heads(self) -> tuple[tuple[str, ...], bool]:
+        """Task heads: those of the nearest model around the backbone that has any known, or of the backbone."""
+        outer = self.path
+        while outer:
+            outer = outer.rpartition(".")[0]
+            dense = heads_of(type(self._module(outer)))
+            heads = self._trainable(outer, dense or (self.table.heads if outer == self._parent() else ()))
+            if heads:
+                return heads, bool(dense)
+        return self._trainable(self.path, self.table.own_heads), False
+
+    def _trainable(self, prefix: str, names: Sequence[str]) -> tuple[str, ...]:
+        paths = self._existing(prefix, names)
+        return tuple(path for path in paths if any(True for _ in self._module(path).parameters()))
+
+    def _parent(self) -> str:
+        return self.path.rpartition(".")[0]
+
+    def _module(self, path: str) -> nn.Module:
+        return unwrapped(self.model.get_submodule(path))
+
+    def _existing(self, prefix: str, names: Sequence[str]) -> tuple[str, ...]:
+        found = (path for name in names for path in _expand(self.model, prefix, name.split(".") if name else []))
+        return tuple(dict.fromkeys(path for path in found if isinstance(_lookup(self.model, path), nn.Module)))
+
+    def _required(self, prefix: str, names: Sequence[str], role: str) -> tuple[str, ...]:
+        paths = self._existing(prefix, names)
         if not paths:
             raise BackboneError(
-                f"{class_name} does not fit its role table: {prefix or 'the model'!r} has no {role!r} "
+                f"{self.class_name} does not fit its role table: {prefix or 'the model'!r} has no {role!r} "
                 f"(looked for {', '.join(names)}). {_REMEDY}"
             )
         return paths
 
-    (blocks_path,) = required(path, (architecture.blocks,), "blocks")
-    stack = model.get_submodule(blocks_path)
-    if not isinstance(stack, nn.ModuleList | nn.Sequential) or len(stack) == 0:
-        raise BackboneError(
-            f"{class_name} does not fit its role table: {blocks_path!r} is a {type(stack).__name__} and not a "
-            f"non-empty nn.ModuleList of blocks. {_REMEDY}"
-        )
-    blocks = []
-    for index in range(len(stack)):
-        block_path = full(blocks_path, str(index))
-        roles = {role: required(block_path, getattr(architecture, role), role) for role in BLOCK_ROLES}
-        roles |= {role: existing(block_path, getattr(architecture, role)) for role in OPTIONAL_BLOCK_ROLES}
-        blocks.append(Block(index, block_path, roles))
+    def _real(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Those that are no `nn.Identity`, as options leave them where they leave something out."""
+        paths = self._existing(self.path, names)
+        return tuple(path for path in paths if not isinstance(self._module(path), nn.Identity))
 
-    patch_embedding = required(path, (architecture.patch_embedding,), "patch_embedding")
-    (embeddings,) = required(path, (architecture.embeddings,), "embeddings")
-    # a head belongs to the model around the backbone, which need not be the outermost one
-    outer = path.rpartition(".")[0]
-    heads = existing(outer, architecture.heads) if path else ()
-    heads = tuple(p for p in heads if any(True for _ in model.get_submodule(p).parameters()))
+    def _operations(self, path: str, used: Collection[str]) -> tuple[str, ...]:
+        """Linears, convolutions and norms below a module, without those below what is used."""
+        if path in used:
+            return ()
+        module = self._module(path)
+        children = dict(module.named_children())
+        if not children:
+            return (path,) if isinstance(module, _OPERATIONS) and module.weight is not None else ()
+        return tuple(name for child in children for name in self._operations(_join(path, child), used))
 
-    def real(names: Sequence[str]) -> tuple[str, ...]:
-        paths = existing(path, names)
-        return tuple(p for p in paths if not isinstance(unwrapped(model.get_submodule(p)), nn.Identity))
+    def _apart(self, paths: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Linears and convolutions, and norms."""
+        norms = tuple(path for path in paths if _weight(self.model, path).ndim == 1)
+        return tuple(path for path in paths if path not in norms), norms
 
-    return VisionBackbone(
-        path=path,
-        class_name=class_name,
-        architecture=architecture,
-        blocks=tuple(blocks),
-        depth=len(blocks),
-        patch_embedding=patch_embedding,
-        input_norms=real(architecture.input_norms),
-        final_norms=real(architecture.norms + (() if heads else architecture.pooled_norms)),
-        embeddings=embeddings,
-        heads=heads,
-        width=_weight(model, blocks[0].roles["norm1"][0]).shape[-1],
-        patch_features=_weight(model, patch_embedding[0])[0].numel(),
-        prefix_tokens=_count_prefix_tokens(model.get_submodule(embeddings), architecture),
-        grid=_native_grid(getattr(backbone, "config", None)),
-        num_heads=getattr(getattr(backbone, "config", None), "num_attention_heads", None),
-        linears={
-            name: (module.out_features, module.in_features)
-            for block in blocks
-            for role in BLOCK_ROLES
-            for name in block.roles[role]
-            if isinstance(module := unwrapped(model.get_submodule(name)), nn.Linear)
-        },
-    )
+    def _out_features(self, paths: tuple[str, ...]) -> int | None:
+        return _weight(self.model, paths[0]).shape[0] if paths else None
+
+    def _num_heads(self, query: tuple[str, ...]) -> int | None:
+        names = ("num_attention_heads", "num_heads")
+        owners = [getattr(self.backbone, "config", None)]
+        if query:
+            owners = [self._module(query[0].rpartition(".")[0]), *owners]
+        found = (getattr(owner, name, None) for owner in owners for name in names)
+        return next((number for number in found if isinstance(number, int)), None)
+
+
+def _join(*names: str) -> str:
+    return ".".join(name for name in names if name)
+
+
+def _expand(model: nn.Module, prefix: str, names: Sequence[str]) -> Iterator[str]:
+    """Full names that a dotted name with wildcards stands for."""
+    if "*" not in names:
+        yield _join(prefix, *names)
+        return
+    first = names.index("*")
+    parent = _join(prefix, *names[:first])
+    module = _lookup(model, parent)
+    if isinstance(module, nn.Module):
+        for child, _ in unwrapped(module).named_children():
+            yield from _expand(model, _join(parent, child), names[first + 1 :])
 
 
 def _lookup(model: nn.Module, path: str) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -84,6 +85,12 @@ class Calibration:
             count += 1
         if count == 0:
             raise ValueError("dataloader gives no batch: there is nothing to choose from.")
+
+    def output(self, batch: Mapping[str, Tensor]) -> Any:
+        """What the model makes of a batch; models that do not know `pixel_values` by name get them first."""
+        if "pixel_values" in inspect.signature(self.model.forward).parameters:
+            return self.model(**batch)
+        return self.model(batch["pixel_values"])
 
     def equations(self, name: str) -> Iterator[tuple[str, Any]]:
         """The adapter's equations in the slot of that name, with the full names of their modules."""

@@ -180,7 +180,7 @@ def _kind(site: Site, names: Mapping[str, str]) -> str:
         case TokenSite():
             return "tokens after the prefix tokens" + (", from the block before" if site.takes else "")
         case OutputSite():
-            into = _join(list(dict.fromkeys(names[path] for path in site.followers)))
+            into = _join(list(dict.fromkeys(names[path] for path in site.followers or ())))
             return "output of {}" + (f", merging into {into}" if into else "")
         case LinearSite():
             return "input and output of {}"

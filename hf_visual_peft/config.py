@@ -30,6 +30,8 @@ class VisualPeftConfig(PeftConfig):
         modules_to_save: further modules to train and save. None means the task head, found by its role in the
             architecture; `[]` means none.
         init_weights: the method's own initialisation, or (False) with random numbers added to every weight.
+        train_norm_statistics: let the running statistics of batch norms move; they are then saved with the adapter.
+            Else they stay as they are in the backbone.
     """
 
     layers_to_transform: list[int] | int | None = field(
@@ -44,6 +46,10 @@ class VisualPeftConfig(PeftConfig):
     init_weights: bool = field(
         default=True, metadata={"help": "The method's initialisation, or (False) random numbers added to it."}
     )
+    train_norm_statistics: bool = field(
+        default=False,
+        metadata={"help": "Let the running statistics of batch norms move; they are saved with the adapter."},
+    )
 
     method_type: ClassVar[VisualPeftType]
     # peft reads these of every config; methods that have them make them fields
@@ -52,6 +58,7 @@ class VisualPeftConfig(PeftConfig):
     unknown_fields: ClassVar[list[str]] = []
     whole_modules: ClassVar[bool] = False  # whether the method trains copies of modules, and no equations
     copied_head: ClassVar[str] = ""  # where the head is one of them: name under which its copy is saved
+    per_stage: ClassVar[bool] = True  # whether the method sees blocks of one width at a time, or all
     video: ClassVar[bool] = False  # whether the method takes videos, (batch, frames, channels, height, width)
 
     def __post_init__(self) -> None:

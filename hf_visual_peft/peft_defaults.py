@@ -51,8 +51,12 @@ def norms_of(architecture: Architecture) -> str:
     def one_of(*names: str) -> str:
         return f"(?:{'|'.join(names)})"
 
-    in_block = one_of(*(re.escape(name) for name in (*architecture.norm1, *architecture.norm2)))
-    outside = (re.escape(name) for name in (*architecture.input_norms, *architecture.norms[-1:]))
-    anywhere = one_of(rf"{re.escape(architecture.blocks)}\.\d+\.{in_block}", *outside)
-    pooled = "".join(f"|{re.escape(name)}" for name in architecture.pooled_norms)
+    def pattern(name: str) -> str:
+        return re.escape(name).replace(r"\*", r"\w+")
+
+    in_block = one_of(*(pattern(name) for name in (*architecture.norm1, *architecture.norm2)))
+    outside = (pattern(name) for name in (*architecture.input_norms, *architecture.norms[-1:]))
+    lists = (architecture.blocks,) if isinstance(architecture.blocks, str) else architecture.blocks
+    anywhere = one_of(rf"{one_of(*map(pattern, lists))}\.\d+\.{in_block}", *outside)
+    pooled = "".join(f"|{pattern(name)}" for name in architecture.pooled_norms)
     return rf"(?!(?:.*\.)?text_model\.)(?:.*\.)?{anywhere}{pooled}"

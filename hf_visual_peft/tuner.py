@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from .backbone import VisionBackbone, find_backbone, unwrapped
 from .config import VisualPeftConfig
+from .frozen_norms import freeze_norms, move_statistics, norms_with_statistics
+from .key_renames import to_present_keys, to_present_names
+from .placing import placements_of
 from .sites import (
     BlockLayer,
     BranchSite,
@@ -24,10 +27,12 @@ from .sites import (
     OutputSite,
     Placement,
     Site,
+    TokenSite,
     VisualTunerLayer,
     WeightSite,
     WholeLayer,
     WholeSite,
+    as_linear,
 )
 
 
@@ -65,6 +70,11 @@ class VisualTuner(BaseTuner):
         config: VisualPeftConfig = self.peft_config[adapter_name]
         self._plan(model, config)
         try:
+            if config.train_norm_statistics:
+                norms = norms_with_statistics(model)
+                acted_on = [path for path in norms if self._check_target_module_exists(config, path)]
+                copied = [path for path, (first, *_) in self._placements.items() if isinstance(first.site, WholeSite)]
+                move_statistics(model, adapter_name, adapter_name in self.active_adapters, acted_on, copied)
             if self._backbone is not None and config.video:
                 self._exchange.watch_frames(model, self._backbone)
             super().inject_adapter(
@@ -74,6 +84,7 @@ class VisualTuner(BaseTuner):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict if config.target_modules is not None else None,
             )
+            freeze_norms(self)
         finally:
             self._forget_plan()
 
@@ -92,6 +103,9 @@ class VisualTuner(BaseTuner):
                 "the fields if they are a mistake."
             )
         self._forget_plan()
+        for field in ("exclude_modules", "modules_to_save", "target_modules"):
+            if getattr(config, field) is not None:
+                setattr(config, field, to_present_names(model, getattr(config, field)))
         if config.target_modules is not None:
             return
         backbone = find_backbone(model)
@@ -103,14 +117,14 @@ class VisualTuner(BaseTuner):
             raise ValueError(
                 f"{type(config).__name__}.exclude_modules is {config.exclude_modules!r}: no block is left to adapt."
             )
-        for placement in config.placements(selected):
+        for placement in placements_of(config, selected, backbone):
             if _is_excluded(config, placement.path):
                 self._excluded.add(placement.path)
             else:
                 self._check_free(model, placement.path)
                 if placement.build is not None:  # a module that does not fit is an error now, not half-way through
                     with torch.device("meta"):
-                        placement.build(unwrapped(model.get_submodule(placement.path)))
+                        placement.build(as_linear(unwrapped(model.get_submodule(placement.path))))
                         if placement.shared is not None:
                             placement.shared.build()
                 self._placements.setdefault(placement.path, []).append(placement)
@@ -173,7 +187,7 @@ class VisualTuner(BaseTuner):
         else:
             layer = self._new_block_layer(target, current_key)
         for placement in placements:
-            equation = placement.build(layer.get_base_layer()) if placement.build else None
+            equation = placement.build(as_linear(layer.get_base_layer())) if placement.build else None
             layer.add_equation(
                 adapter_name,
                 self.prefix,
@@ -194,9 +208,11 @@ class VisualTuner(BaseTuner):
             assert self._backbone is not None
             self._exchange.watch_grid(self.model, self._backbone)
         if isinstance(layer, BlockLayer) and isinstance(site, LogitSite):
-            layer.watch_logits()
+            layer.watch_attention()
+        if isinstance(layer, BlockLayer) and isinstance(site, TokenSite):
+            layer.watch_tokens()
         if isinstance(layer, ModuleLayer) and isinstance(site, OutputSite):
-            for path in site.followers:
+            for path in site.followers or ():
                 layer.followers[path] = unwrapped(self.model.get_submodule(path))
 
     def _new_block_layer(self, target: nn.Module, path: str) -> BlockLayer:
@@ -214,11 +230,14 @@ class VisualTuner(BaseTuner):
 
         (With peft's own methods the trained copies of `modules_to_save` stay in the model.)
         """
-        heads = {name: m for name, m in self.model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+        copies = [
+            (self.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module.original_module)
+            for name, module in self.model.named_modules()
+            if isinstance(module, ModulesToSaveWrapper)
+        ]
         model = super().unload()
-        for name, wrapper in heads.items():
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, wrapper.original_module)
+        for parent, child, original in copies:
+            setattr(parent, child, original)
         return model
 
     def _check_merge_allowed(self) -> None:
@@ -226,6 +245,8 @@ class VisualTuner(BaseTuner):
         for module in self.model.modules():
             if isinstance(module, BlockLayer) and module.plans:
                 module.merge()
+            if isinstance(module, ModuleLayer):
+                module.check_merge()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -254,15 +275,17 @@ class VisualTuner(BaseTuner):
         Raises:
             ValueError: the weights are not those of this model's adapter layers.
         """
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        # A file's tensors lie at any address, and sums round differently by how memory is aligned: in memory of their
-        # own, weights give the outputs they gave when they were saved, also where loading would only refer to them.
-        remapped = {key: value.clone() for key, value in remapped.items()}
         own = {
             key: value
             for key, value in model.state_dict().items()
             if f".{cls.prefix}" in key and f".{adapter_name}." in key.rpartition(f".{cls.prefix}")[2]
         }
+        saved_as = {cls._remove_adapter_name_from_key(key, adapter_name) for key in own}
+        state_dict = to_present_keys(model, state_dict, saved_as, cls.prefix)
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        # A file's tensors lie at any address, and sums round differently by how memory is aligned: in memory of their
+        # own, weights give the outputs they gave when they were saved, also where loading would only refer to them.
+        remapped = {key: value.clone() for key, value in remapped.items()}
         wrong = [f"{key} is missing" for key in own if key not in remapped]
         wrong += [f"{key} is not expected" for key in remapped if f".{cls.prefix}" in key and key not in own]
         wrong += [

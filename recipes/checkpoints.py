@@ -14,27 +14,52 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or put together where FSDP2 has left each process a part of it; on every process."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def saved_state(model: nn.Module) -> dict[str, Tensor]:
+    """The `state_dict` for `model.save_pretrained`; on every process.
+
+    Of a model with adapters, the backbone's shards stay where they are: only what trains is gathered.
+    """
+    backbone = set()
+    if isinstance(model, PeftModel):
+        backbone = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: tensor if name in backbone else whole(tensor) for name, tensor in model.state_dict().items()}
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of what training changes: trainable parameters, and buffers such as running statistics."""
+    """A copy of what training changes, on every process: trainable parameters, and buffers such as statistics."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
     # a quantised adapter trains parameters that its state does not hold, as what it saves is made of them
     state |= {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+    return {name: whole(tensor.detach()).to("cpu", copy=True).contiguous() for name, tensor in state.items()}
 
 
 def load_trainable(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     if state.keys() != trainable_state(model).keys():
         raise ValueError(f"{source} does not fit the model: it was written with another model or method.")
-    model.load_state_dict(state, strict=False)
+    now = model.state_dict()
+    model.load_state_dict({name: _like(now.get(name), tensor) for name, tensor in state.items()}, strict=False)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parameter.copy_(state[name])
+                parameter.copy_(_like(parameter, state[name]))
+
+
+def _like(target: Tensor | None, tensor: Tensor) -> Tensor:
+    if not isinstance(target, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements)
 
 
 def publish(folder: Path, *writers: Callable[[Path], object]) -> None:

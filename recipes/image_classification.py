@@ -38,8 +38,8 @@ import transformers
 import yaml
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, set_seed
-from checkpoints import Checkpoints, Progress, load_trainable, publish, trainable_state
+from accelerate.utils import DistributedType, LoggerType, set_seed
+from checkpoints import Checkpoints, Progress, load_trainable, publish, saved_state, trainable_state
 from huggingface_hub import HfApi
 from image_data import CROPS, SPLITS, load_processor, prepare_data
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -309,6 +309,23 @@ def load_model(args: argparse.Namespace, config: PeftConfig | None, names: list[
 # ------------------------------------------------------------------------------------------------------- training
 
 
+def check_sharded(accelerator: Accelerator, args: argparse.Namespace) -> None:
+    """Raise an error for flags that need the whole model in each process where it lies in shards."""
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return
+    wrong = {
+        "--checkpointing_steps other than no": args.checkpointing_steps != "no",  # they would hold the whole model
+        "--resume_from_checkpoint": args.resume_from_checkpoint,
+        "--push_to_hub": args.push_to_hub,
+        "--method full": args.method == "full",
+        "--select other than last": kind == DistributedType.DEEPSPEED and args.select != "last",
+    }
+    if any(wrong.values()):
+        names = ", ".join(name for name, given in wrong.items() if given)
+        raise ValueError(f"{kind.value} does not go with {names}.")
+
+
 @torch.no_grad()
 def evaluate_split(
     accelerator: Accelerator,
@@ -345,6 +362,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.method == "full")],
     )
+    check_sharded(accelerator, args)
     main_process = accelerator.is_main_process
     transformers.logging.set_verbosity(transformers.logging.WARNING if main_process else transformers.logging.ERROR)
     if main_process:
@@ -386,6 +404,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     metrics = evaluate.combine(scores)
     inputs = {"interpolate_pos_encoding": True} if args.interpolate_pos_encoding else {}
 
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # the loaders are prepared before the model
+        deepspeed = accelerator.state.deepspeed_plugin.deepspeed_config
+        deepspeed["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size
     loaders = {}
     for split, images in data.items():
         train = split == "train"
@@ -407,6 +428,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     wrapped, optimizer, scheduler = accelerator.prepare(
         model, plain, transformers.get_scheduler(args.lr_scheduler_type, plain, round(warmup), max_steps)
     )
+
+    trainable = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]  # shards are others
 
     run: dict[str, Any] = {name: str(value) for name, value in vars(args).items() if name not in FREE.split()}
     run |= {"max_steps": max_steps, "num_processes": accelerator.num_processes, "classes": names}
@@ -482,8 +505,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     if best_state is not None:
         load_trainable(model, best_state, "The best epoch")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        state = accelerator.get_state_dict(wrapped)
+    else:
+        state = saved_state(model)
     if main_process:  # before the test split, so that nothing there can cost the adapter
-        publish(args.output_dir, model.save_pretrained, processor.save_pretrained)
+        save = functools.partial(model.save_pretrained, state_dict=state)
+        publish(args.output_dir, save, processor.save_pretrained)
     kept = progress.kept or {"epoch": progress.epoch}
     results = {f"eval_{name}" if name != "epoch" else name: value for name, value in kept.items()}
     if "test" in loaders:

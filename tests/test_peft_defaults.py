@@ -15,7 +15,8 @@ from peft import LNTuningConfig, PeftModel, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING as MAPPING
 from torch import nn
 
-from hf_visual_peft import Architecture, architectures, find_backbone, peft_defaults, register_architecture
+from hf_visual_peft import Architecture, find_backbone, peft_defaults, register_architecture
+from hf_visual_peft.architectures import table
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type")
@@ -39,7 +40,7 @@ MODEL_TYPES = {
 @pytest.fixture
 def _restored(monkeypatch):
     """Whatever a test registers is gone after it."""
-    monkeypatch.setattr(architectures, "_ARCHITECTURES", dict(architectures._ARCHITECTURES))
+    monkeypatch.setattr(table, "_ARCHITECTURES", dict(table._ARCHITECTURES))
     monkeypatch.setattr(peft_defaults, "_added", dict(peft_defaults._added))
     before = dict(MAPPING)
     yield
@@ -71,8 +72,8 @@ def test_vit_b16_has_38400():
 
 
 def test_every_family_has_a_default():
-    assert set(peft_defaults._added) == MODEL_TYPES
-    assert {model_type: MAPPING[model_type] for model_type in MODEL_TYPES} == peft_defaults._added
+    assert set(peft_defaults._added) >= MODEL_TYPES
+    assert peft_defaults._added.items() <= MAPPING.items()
     for family in FAMILIES.values():
         assert family.model().config.model_type in MODEL_TYPES
         assert family.backbone().config.model_type in MODEL_TYPES
@@ -169,7 +170,7 @@ def test_leaves_norms_inside_attention_alone():
 
     with pytest.raises(ValueError, match="target_modules"):
         get_peft_model(OwnModel(), LNTuningConfig())
-    table = Architecture(
+    own = Architecture(
         backbones=("OwnModel",),
         blocks="blocks",
         patch_embedding="patches",
@@ -179,13 +180,13 @@ def test_leaves_norms_inside_attention_alone():
         norms=("last",),
         model_types=("own",),
     )
-    register_architecture(table)
+    register_architecture(own)
     names = {"stem_norm", "last", *(f"blocks.{index}.norm{number}" for index in range(2) for number in (1, 2))}
     wanted = {f"{name}.{part}" for name in names for part in ("weight", "bias")}
     assert trained(get_peft_model(OwnModel(), LNTuningConfig())) == wanted
 
     # a new table for the class brings new targets
-    register_architecture(replace(table, norms=()))
+    register_architecture(replace(own, norms=()))
     assert trained(get_peft_model(OwnModel(), LNTuningConfig())) == wanted - {"last.weight", "last.bias"}
 
 
@@ -221,8 +222,8 @@ assert dict(mapping) == after
 
 @pytest.mark.usefixtures("_restored")
 def test_costs_no_time_to_speak_of():
-    tables = {id(table): table for table in architectures._ARCHITECTURES.values()}
+    tables = {id(one): one for one in table._ARCHITECTURES.values()}
     start = time.perf_counter()
-    for table in tables.values():
-        peft_defaults.add_defaults(table)
+    for one in tables.values():
+        peft_defaults.add_defaults(one)
     assert time.perf_counter() - start < 0.1  # importing peft takes seconds

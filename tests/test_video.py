@@ -276,7 +276,9 @@ def test_backbones_without_one_grid_are_refused(config, name, why):
 
 
 def test_aim_needs_the_number_of_heads():
-    backbone = dataclasses.replace(find_backbone(FAMILIES["vit"].model()), num_heads=None)
+    backbone = find_backbone(FAMILIES["vit"].model())
+    blocks = tuple(dataclasses.replace(block, num_heads=None) for block in backbone.blocks)
+    backbone = dataclasses.replace(backbone, blocks=blocks)
     with pytest.raises(ValueError, match="AIMConfig does not fit ViTModel: its config does not tell num_attention_h"):
         list(AIMConfig().placements(backbone))
     with pytest.raises(ValueError, match=r"ratio is 0.01: must be at least 1 / 16"):

@@ -8,9 +8,9 @@ any module that trains as a whole.
 from .attention import LogitSite, attention_of
 from .block import BlockLayer, BranchSite, TokenSite, drop_path
 from .exchange import Exchange
-from .grid import Grid, TokenLayout
+from .grid import Grid, TokenLayout, to_tokens
 from .layer import Equation, Placement, Shared, Site, VisualTunerLayer
-from .module import LinearSite, ModuleLayer, OutputSite, WeightSite
+from .module import LinearSite, ModuleLayer, OutputSite, WeightSite, as_linear, output_channels
 from .whole import WholeLayer, WholeSite, whole_module
 
 
@@ -33,7 +33,10 @@ __all__ = [
     "WeightSite",
     "WholeLayer",
     "WholeSite",
+    "as_linear",
     "attention_of",
     "drop_path",
+    "output_channels",
+    "to_tokens",
     "whole_module",
 ]

@@ -37,8 +37,7 @@ def attention_of(block: nn.Module, query: str) -> nn.Module:
         ValueError: it computes attention in a way of its own.
     """
     module = block.get_submodule(query.rpartition(".")[0])
-    forward = type(module).forward
-    if "ALL_ATTENTION_FUNCTIONS" not in forward.__code__.co_names or not hasattr(module, "config"):
+    if not has_interface(block, query):
         raise ValueError(
             f"{type(module).__name__} does not compute attention through transformers' AttentionInterface, so its "
             "logits cannot be changed."
@@ -46,26 +45,43 @@ def attention_of(block: nn.Module, query: str) -> nn.Module:
     return module
 
 
-def change_logits(module: nn.Module, change: Callable[[], Callable[[Tensor], Tensor] | None]) -> None:
-    """Let a function change the logits of an attention module from now on.
+def has_interface(block: nn.Module, query: str) -> bool:
+    """Whether the attention module of a block computes attention through transformers' interface.
+
+    Args:
+        block: the block.
+        query: name of the query projection in the block.
+    """
+    module = block.get_submodule(query.rpartition(".")[0])
+    return "ALL_ATTENTION_FUNCTIONS" in type(module).forward.__code__.co_names and hasattr(module, "config")
+
+
+def change_attention(
+    module: nn.Module,
+    change: Callable[[], Callable[[Tensor], Tensor] | None],
+    join: Callable[[Tensor], tuple[Tensor, Tensor] | None],
+) -> None:
+    """Let functions change the logits, or the keys and values, of an attention module from now on.
 
     Args:
         module: as `attention_of` gives it.
-        change: asked in every forward for the function; None leaves everything to the module's own implementation.
+        change: asked in every forward for a function of the logits; None leaves them to the module's implementation.
+        join: called in every forward with the keys, (batch, heads, tokens, channels); returns further keys and
+            values, which no mask hides, or None.
     """
     if _CHANGES in vars(module):
         return
     own: Any = module.config
     config = copy.copy(own)
     config._attn_implementation = IMPLEMENTATION
-    vars(module)[_CHANGES] = (change, own)
+    vars(module)[_CHANGES] = (change, join, own)
     module.config = config
 
 
-def leave_logits(module: nn.Module) -> None:
-    """Undo `change_logits`."""
+def leave_attention(module: nn.Module) -> None:
+    """Undo `change_attention`."""
     if _CHANGES in vars(module):
-        module.config = vars(module).pop(_CHANGES)[1]
+        module.config = vars(module).pop(_CHANGES)[2]
 
 
 def _attention(
@@ -79,7 +95,13 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls in place of the module's own attention function; arguments are those it gives."""
-    wanted, config = vars(module)[_CHANGES]
+    wanted, join, config = vars(module)[_CHANGES]
+    joining = join(key)
+    if joining is not None:
+        key, value = torch.cat([key, joining[0]], dim=2), torch.cat([value, joining[1]], dim=2)
+        if attention_mask is not None:
+            shown = 1.0 if attention_mask.dtype == torch.bool or attention_mask.ndim == 2 else 0.0
+            attention_mask = nn.functional.pad(attention_mask, (0, joining[0].shape[2]), value=shown)
     change = wanted()
     if change is None:
         modelling: Any = sys.modules[type(module).__module__]

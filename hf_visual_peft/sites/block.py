@@ -8,13 +8,18 @@ that is x, the outputs of both norms, z and out. What a sub-layer adds is the di
 it. What is added at z is added to out once more, because the residual connection carried z past the addition. So the
 block's own layer scale and stochastic depth act on its own branches only, as the equations of the adapters have it, in
 whatever way the architecture writes them.
+
+Other blocks have the same points. Where the norms follow the sub-layers, or there are none, attention and MLP read the
+stream itself, and so do branches beside them. Where blocks hold maps, equations see their cells as tokens. Where a
+block pools, or has one sub-layer only, branches stand at the other alone.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -22,15 +27,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbone import Block, VisionBackbone
-from .attention import LogitSite, attention_of, change_logits, leave_logits
+from ..architectures import Stream
+from ..backbone import SUBLAYER_ROLES, Block, VisionBackbone
+from .attention import LogitSite, attention_of, change_attention, has_interface, leave_attention
 from .exchange import Exchange
-from .grid import Grid, TokenLayout
+from .grid import Grid, TokenLayout, from_tokens, to_tokens
 from .layer import Equation, Site, VisualTunerLayer, call_equation
 
 
 # Arguments of blocks that have one entry, or a row and a column, for each token.
 _MASKS = ("attention_mask", "relative_position_bias")
+# Arguments of blocks that tell rows and columns of the grid.
+_SIZES = ("input_dimensions", "height", "width")
 
 
 Reads = Literal["input", "normed", "stream", "output", "sum"]
@@ -68,7 +76,8 @@ class TokenSite(Site):
     """Tokens put into the sequence after the prefix tokens and taken out again after the block.
 
     From outside, a block has the backbone's own tokens only. The equation is called with the batch size and returns
-    (batch, tokens, width).
+    (batch, tokens, width). Where attention does not take a sequence as it comes to the block, the tokens join it
+    there as further keys and values (`Architecture.prompts`), those of all windows, and none leave the block.
 
     Attributes:
         takes: whether the tokens are those that the block before handed on, and not new ones.
@@ -88,6 +97,7 @@ class _Pass:
     tokens: dict[str, Tensor]
     prefix: int
     before: Tensor | None = None  # the block's own stream before the sub-layer at work
+    joining: Tensor | None = None  # tokens that are not in the sequence, as attention reads them
     added: Tensor | None = None  # by all branches so far
 
     def with_added(self, stream: Tensor) -> Tensor:
@@ -114,37 +124,87 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self._init_layer(exchange)
-        self.prefix_tokens = backbone.prefix_tokens
-        self._num_heads = backbone.num_heads
-        # a tuple, so that they are no submodules of the layer
-        roles = ("norm1", "query", "key", "value", "output")
-        self._attention = tuple(model.get_submodule(block.roles[role][0]) for role in roles)
-        self._query = block.roles["query"][0].removeprefix(f"{block.path}.")
-        self._scored: tuple[nn.Module] | None = None  # the attention module whose logits equations change
+        table = backbone.architecture
+        self.prefix_tokens = block.prefix_tokens
+        self._num_heads = block.num_heads
+        self._sublayers, self._post_norm = block.sublayers, block.post_norm
+        self._grid_kind, self._prompts, self._group = table.grid, table.prompts, block.group
+        self._stream, self._stream_inside = table.stream, table.stream_inside or table.stream
+        self._query = block.roles["query"][0].removeprefix(f"{block.path}.") if block.roles["query"] else ""
+        self._watched: tuple[nn.Module] | None = None  # the attention module that equations act in
+        self._appending = False
         self._pass: _Pass | None = None
         self._block_returns_tuple = False
         names = list(inspect.signature(type(base_layer).forward).parameters)[2:]
         self._mask_positions = {name: position for position, name in enumerate(names) if name in _MASKS}
+        self._size_positions = {name: position for position, name in enumerate(names) if name in _SIZES}
         # The block's forward may already be one that was set on it (accelerate does that), not that of its class.
         self._forward_before = base_layer.__dict__.get("forward")
         base_layer.forward = self._adapted_forward
-        norm1, norm2 = (model.get_submodule(block.roles[role][0]) for role in ("norm1", "norm2"))
-        self._handles = [
-            norm1.register_forward_hook(self._after_norm1),
-            norm2.register_forward_pre_hook(self._before_norm2),
-            norm2.register_forward_hook(self._after_norm2),
-        ]
-        rates = (getattr(model.get_submodule(path), "drop_prob", None) for path in block.roles["drop_path"])
+        self._handles: list[Any] = []
+        # tuples, so that they are no submodules of the layer
+        modules = {role: tuple(map(model.get_submodule, paths)) for role, paths in block.roles.items()}
+        self._attention: tuple[tuple[nn.Module, ...], ...] = tuple(
+            modules[role][:1] for role in SUBLAYER_ROLES["attention"]
+        )
+        # a tuple, as above
+        self._holder: tuple[nn.Module, ...] = (
+            (model.get_submodule(_holder_of_lists(backbone)),) if table.grid == "units" else ()
+        )
+        self._watch_sublayers(block, model)
+        rates = (getattr(module, "drop_prob", None) for module in modules["drop_path"])
         self.drop_path_rate = next((rate for rate in rates if rate), 0.0)
         self._position_biases = [
-            _PositionBias(model.get_submodule(path), self.prefix_tokens) for path in block.roles["position_bias"]
+            _PositionBias(module, self.prefix_tokens)
+            for module in modules["position_bias"]
+            if self._prompts == "sequence"
         ]
 
-    def watch_logits(self) -> None:
-        """Let equations change the logits of the block's attention from now on."""
-        if self._scored is None:
-            self._scored = (attention_of(self.base_layer, self._query),)
-            change_logits(self._scored[0], self._logit_change)
+    def _watch_sublayers(self, block: Block, model: nn.Module) -> None:
+        """Set the hooks at which the block's stream can be seen."""
+        self._reads_block: list[str] = []  # sub-layers whose entrance is that of the block
+        for sublayer, path in block.entrances.items():
+            if path == block.path:
+                self._reads_block.append(sublayer)
+                continue
+            entrance = model.get_submodule(path)
+            if path in block.roles[SUBLAYER_ROLES[sublayer][0]]:
+                if sublayer == "mlp":
+                    self._handles.append(entrance.register_forward_pre_hook(self._before_mlp))
+                self._handles.append(entrance.register_forward_hook(partial(self._after_norm, sublayer)))
+            else:
+                self._handles.append(entrance.register_forward_pre_hook(partial(self._before_sublayer, sublayer)))
+
+    def watch_attention(self) -> None:
+        """Let equations change the logits of the block's attention, or its keys and values, from now on."""
+        if self._watched is None:
+            self._watched = (attention_of(self.base_layer, self._query),)
+            change_attention(self._watched[0], self._logit_change, self._joining_heads)
+
+    def watch_tokens(self) -> None:
+        """Let tokens join the block's attention as further keys and values, where they are not in the sequence."""
+        if self._prompts != "keys" or self._appending:
+            return
+        if has_interface(self.base_layer, self._query):
+            self.watch_attention()
+            return
+        self._appending = True
+        _, _, keys, values, _ = self._attention
+        for module in dict.fromkeys((*keys, *values)):
+            self._handles.append(module.register_forward_hook(self._append))
+
+    def _joining_heads(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of the tokens that join, as heads (batch, heads, tokens, channels) like the block's own."""
+        current = self._pass
+        if current is None or current.joining is None:
+            return None
+        _, _, (key,), (value,), _ = self._attention
+        joining, heads = current.joining, like.shape[1]
+        windows = like.shape[0] // joining.shape[0]
+        with self._unwatched():
+            found = (module(joining).unflatten(-1, (heads, -1)).transpose(1, 2) for module in (key, value))
+            keys, values = (tensor.repeat_interleave(windows, dim=0) for tensor in found)
+        return keys, values
 
     def _logit_change(self) -> Callable[[Tensor], Tensor] | None:
         equations = [e for e in self._active() if isinstance(e.site, LogitSite)]
@@ -169,8 +229,8 @@ class BlockLayer(VisualTunerLayer, nn.Module):
             handle.remove()
         for bias in self._position_biases:
             bias.remove()
-        for module in self._scored or ():
-            leave_logits(module)
+        for module in self._watched or ():
+            leave_attention(module)
         self.exchange.unwatch()
         return self.base_layer
 
@@ -249,8 +309,13 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         current = self._pass
         if current is None:
             return forward(hidden_states, *args, **kwargs)
+        current.grid = self._told_grid(current, hidden_states, args, kwargs)
         names = self._insert(hidden_states, current)
-        inserted = sum(current.tokens[name].shape[1] for name in names)
+        inserted = 0
+        if self._prompts == "sequence":
+            inserted = sum(current.tokens[name].shape[1] for name in names)
+        elif names:
+            self._join(torch.cat([current.tokens[name] for name in names], dim=1), current)
         if inserted:
             end = self.prefix_tokens
             pieces = [hidden_states[:, :end], *(current.tokens[name] for name in names), hidden_states[:, end:]]
@@ -258,14 +323,19 @@ class BlockLayer(VisualTunerLayer, nn.Module):
             hidden_states = torch.cat(pieces, dim=1)
             current.prefix += inserted
         for branch in self._branches("attention", "input"):
-            self._add(current, branch, hidden_states)
+            self._add(current, branch, to_tokens(hidden_states, self._stream))
         # Here, and only here, what is added reaches everything after it by itself.
-        hidden_states, current.added = current.with_added(hidden_states), None
+        hidden_states, current.added = self._with_added(current, hidden_states, self._stream), None
+        for sublayer in self._reads_block:
+            stream = to_tokens(hidden_states, self._stream)
+            current.before = stream
+            self._beside(sublayer, current, stream, self._normed(sublayer, stream))
         output = forward(hidden_states, *args, **kwargs)
         self._block_returns_tuple = isinstance(output, tuple)
         stream = output[0] if self._block_returns_tuple else output
-        self._behind("mlp", current, stream)
-        stream = current.with_added(stream)
+        for sublayer in self._sublayers[-1:]:
+            self._behind(sublayer, current, to_tokens(stream, self._stream))
+        stream = self._with_added(current, stream, self._stream)
         if inserted:
             start = self.prefix_tokens
             for name in names:
@@ -274,6 +344,61 @@ class BlockLayer(VisualTunerLayer, nn.Module):
                 start = stop
             stream = torch.cat([stream[:, : self.prefix_tokens], stream[:, start:]], dim=1)
         return (stream, *output[1:]) if self._block_returns_tuple else stream
+
+    def _told_grid(self, current: _Pass, x: Tensor, args: tuple, kwargs: dict) -> Grid | None:
+        """How the tokens of the block's input lie in the image, as far as the embeddings, x or arguments tell."""
+        if self._grid_kind == "map":
+            return _map_grid(x, self._stream)
+        if self._grid_kind == "given":
+            given = {name: args[i] if i < len(args) else kwargs[name] for name, i in self._size_positions.items()}
+            return Grid(*given["input_dimensions"] if "input_dimensions" in given else given.values())
+        return current.grid
+
+    def _layout(self, current: _Pass, tokens: Tensor) -> TokenLayout:
+        """How these tokens lie in the image.
+
+        Raises:
+            ValueError: they do not fit what is known of the image.
+        """
+        kind, grid = self._grid_kind, current.grid
+        if kind == "units":
+            grid = _unit_grid(self._holder[0], self._group, tokens)
+        elif grid is not None and kind == "halved":
+            grid = grid.halved_to(tokens.shape[1] - current.prefix)
+        elif grid is not None and kind == "frames_last":
+            grid = replace(grid, times=(tokens.shape[1] - current.prefix) // grid.area, frames_last=True)
+        return TokenLayout(current.prefix, grid, current.frames)
+
+    def _normed(self, sublayer: str, stream: Tensor) -> Tensor:
+        """What a sub-layer reads that takes its input from the block and not from a norm at its entrance."""
+        norm = self._attention[0] if sublayer == "attention" else ()
+        if self._post_norm or len(norm) == 0:
+            return stream
+        with self._unwatched():
+            return norm[0](stream)
+
+    @contextmanager
+    def _unwatched(self) -> Iterator[None]:
+        """Modules of the block work on other tokens than the block's own meanwhile; hooks are for these only."""
+        current, self._pass = self._pass, None
+        try:
+            yield
+        finally:
+            self._pass = current
+
+    def _with_added(self, current: _Pass, x: Tensor, stream: Stream) -> Tensor:
+        return x if current.added is None else x + from_tokens(current.added, x, stream)
+
+    def _join(self, tokens: Tensor, current: _Pass) -> None:
+        current.joining = self._normed("attention", tokens)
+
+    def _append(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        """Keys or values, with those of the tokens that join behind them."""
+        current = self._pass
+        if current is None or current.joining is None:
+            return None
+        with self._unwatched():
+            return torch.cat([output, module(current.joining)], dim=1)
 
     def _insert(self, hidden_states: Tensor, current: _Pass) -> list[str]:
         """Make the tokens that this block starts with; the names of all adapters that have tokens here."""
@@ -322,7 +447,7 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         site = branch.site
         assert isinstance(site, BranchSite)
         assert branch.module is not None
-        layout = (TokenLayout(current.prefix, current.grid, current.frames),) if site.needs_layout else ()
+        layout = (self._layout(current, x),) if site.needs_layout else ()
         attend = (self._attend,) if site.attends else ()
         delta = call_equation(self, branch.module, x, *layout, *attend, *branch.shared)
         if site.drop_path:
@@ -331,36 +456,85 @@ class BlockLayer(VisualTunerLayer, nn.Module):
 
     def _attend(self, x: Tensor) -> Tensor:
         """Norm and attention of the block on other tokens than its own."""
-        current, self._pass = self._pass, None  # the norm's hooks are for the block's own tokens
-        norm, query, key, value, output = self._attention
+        (norm,), (query,), (key,), (value,), (output,) = self._attention
         assert self._num_heads is not None
         weight: Any = norm.weight
-        normed = norm(x.to(weight.dtype))  # an equation may work in another precision than the backbone
-        if query is key:
-            projected = query(normed).chunk(3, dim=-1)
-        else:
-            projected = tuple(module(normed) for module in (query, key, value))
-        heads = (p.unflatten(-1, (self._num_heads, -1)).transpose(1, 2) for p in projected)
-        mixed = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-        attended = output(mixed).to(x.dtype)
-        self._pass = current
-        return attended
+        with self._unwatched():
+            normed = norm(x.to(weight.dtype))  # an equation may work in another precision than the backbone
+            if query is key:
+                projected = query(normed).chunk(3, dim=-1)
+            else:
+                projected = tuple(module(normed) for module in (query, key, value))
+            heads = (p.unflatten(-1, (self._num_heads, -1)).transpose(1, 2) for p in projected)
+            mixed = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+            return output(mixed).to(x.dtype)
 
-    def _after_norm1(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        if self._pass is not None:
-            self._pass.before = args[0]
-            self._beside("attention", self._pass, args[0], output)
+    def _seen(self, x: Tensor) -> Tensor:
+        """The stream at the entrance of a sub-layer, as tokens; a map tells the grid."""
+        current = self._pass
+        if current is not None and x.ndim == 4 and self._grid_kind == "map":
+            current.grid = _map_grid(x, self._stream_inside)
+        return to_tokens(x, self._stream_inside)
 
-    def _before_norm2(self, module: nn.Module, args: tuple) -> tuple | None:
+    def _after_norm(self, sublayer: str, module: nn.Module, args: tuple, output: Tensor) -> None:
         if self._pass is None:
-            return None
-        self._behind("attention", self._pass, args[0])
-        self._pass.before = args[0]
-        return None if self._pass.added is None else (self._pass.with_added(args[0]), *args[1:])
+            return
+        stream = self._seen(args[0])
+        if sublayer == "attention":
+            self._pass.before = stream
+        self._beside(sublayer, self._pass, stream, to_tokens(output, self._stream_inside))
 
-    def _after_norm2(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        if self._pass is not None:
-            self._beside("mlp", self._pass, args[0], output)
+    def _before_mlp(self, module: nn.Module, args: tuple) -> tuple | None:
+        """Between attention and MLP; what was added so far is what the MLP's norm reads, too."""
+        current = self._pass
+        if current is None:
+            return None
+        stream = self._seen(args[0])
+        if "attention" in self._sublayers:
+            self._behind("attention", current, stream)
+        current.before = stream
+        return None if current.added is None else (self._with_added(current, args[0], self._stream_inside), *args[1:])
+
+    def _before_sublayer(self, sublayer: str, module: nn.Module, args: tuple) -> tuple | None:
+        """At the entrance of a sub-layer without a norm there."""
+        current = self._pass
+        if current is None:
+            return None
+        if sublayer == "mlp":
+            args = self._before_mlp(module, args) or args
+        else:
+            current.before = self._seen(args[0])
+        stream = self._seen(args[0])
+        self._beside(sublayer, current, stream, self._normed(sublayer, stream))
+        return args
+
+
+def _holder_of_lists(backbone: VisionBackbone) -> str:
+    """Name of the module in which the lists of blocks are found."""
+    assert isinstance(backbone.architecture.blocks, str)
+    names = backbone.architecture.blocks.split(".")
+    inner = names[: names.index("*") - 1] if "*" in names else names[:-1]
+    return ".".join(filter(None, (backbone.path, *inner)))
+
+
+def _map_grid(x: Tensor, stream: Stream) -> Grid:
+    height, width = x.shape[2:] if stream == "channels_first" else x.shape[1:3]
+    return Grid(height, width)
+
+
+def _unit_grid(holder: Any, group: int, x: Tensor) -> Grid:
+    """The grid of tokens that stand in the order of units, as told by the module that can put them into a map.
+
+    Raises:
+        ValueError: it cannot, for this number of tokens.
+    """
+    tokens = torch.arange(x.shape[1], device=x.device).view(1, -1, 1)
+    try:
+        cells = holder.reroll(tokens, stage_idx=group)
+    except RuntimeError as error:
+        raise ValueError(f"{type(holder).__name__} knows the places of tokens for one image size only.") from error
+    _, height, width, _ = cells.shape
+    return Grid(height, width, cells.flatten().argsort().expand(x.shape[0], -1))
 
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:

@@ -24,7 +24,6 @@ class Exchange:
         frames: images that belong together as a video, None where each stands for itself.
         handles: the hooks that keep `grid` up to date.
         frame_handles: the hooks that keep `frames` up to date.
-        prefix_tokens: tokens before the patches.
     """
 
     grid: Grid | None = None
@@ -33,21 +32,20 @@ class Exchange:
     frames: int | None = None
     handles: list[Any] = field(default_factory=list)
     frame_handles: list[Any] = field(default_factory=list)
-    prefix_tokens: int = 0
 
     def watch_grid(self, model: nn.Module, backbone: VisionBackbone) -> None:
         """Read the grid off the embeddings in every forward from now on."""
         if self.handles:
             return
-        self.prefix_tokens = backbone.prefix_tokens
-        embeddings = model.get_submodule(backbone.embeddings)
-        (patch_embedding,) = (model.get_submodule(path) for path in backbone.patch_embedding)
+        embeddings = model.get_submodule(backbone.embeddings[0])
+        patch_embedding = model.get_submodule(backbone.patch_embedding[0])
         if backbone.architecture.grid == "spatial_shapes":
             self.handles.append(embeddings.register_forward_hook(self._from_spatial_shapes, with_kwargs=True))
             return
         self.handles.append(patch_embedding.register_forward_hook(self._from_patch_embedding))
         if backbone.architecture.grid == "masked":
-            self.handles.append(embeddings.register_forward_hook(self._from_restore_ids))
+            hook = _RestoreIds(self, backbone.prefix_tokens)
+            self.handles.append(embeddings.register_forward_hook(hook))
 
     def watch_frames(self, model: nn.Module, backbone: VisionBackbone) -> None:
         """Let the model take videos from now on: their frames go through it as images, the head sees their mean.
@@ -83,7 +81,8 @@ class Exchange:
         return (pixels.flatten(0, 1), *args[1:]), kwargs
 
     def _from_patch_embedding(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        self.grid = Grid(*output.shape[-2:])
+        times = output.shape[2] if output.ndim == 5 else 1
+        self.grid = Grid(output.shape[-2], output.shape[-1], times=times)
 
     def _from_spatial_shapes(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
         shapes = inspect.signature(module.forward).bind(*args, **kwargs).arguments["spatial_shapes"]
@@ -94,11 +93,25 @@ class Exchange:
         cells = torch.where(token < rows * columns, token // columns * width + token % columns, height * width)
         self.grid = Grid(height, width, cells)
 
-    def _from_restore_ids(self, module: nn.Module, args: tuple, output: tuple) -> None:
+
+@dataclass
+class _RestoreIds:
+    """The hook that learns from embeddings which patches they have kept, and in which order.
+
+    Attributes:
+        exchange: to be told.
+        prefix_tokens: tokens before the patches.
+    """
+
+    exchange: Exchange
+    prefix_tokens: int
+
+    def __call__(self, module: nn.Module, args: tuple, output: tuple) -> None:
         tokens, _, ids_restore = output
-        assert self.grid is not None  # the patch embedding ran inside the embeddings
+        grid = self.exchange.grid
+        assert grid is not None  # the patch embedding ran inside the embeddings
         kept = tokens.shape[1] - self.prefix_tokens
-        self.grid = Grid(self.grid.height, self.grid.width, ids_restore.argsort(dim=1)[:, :kept])
+        self.exchange.grid = Grid(grid.height, grid.width, ids_restore.argsort(dim=1)[:, :kept])
 
 
 @dataclass

@@ -7,6 +7,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..architectures import Stream
+
+
+def to_tokens(x: Tensor, stream: Stream) -> Tensor:
+    """A token stream as (batch, tokens, channels), however it lies; with three dimensions it is that already."""
+    if x.ndim == 3:
+        return x
+    return x.flatten(2).transpose(1, 2) if stream == "channels_first" else x.flatten(1, 2)
+
+
+def from_tokens(tokens: Tensor, like: Tensor, stream: Stream) -> Tensor:
+    """(batch, tokens, channels) laid as the tensor of which `to_tokens` made such a one."""
+    if like.ndim == 3:
+        return tokens
+    if stream == "channels_first":
+        return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
+    return tokens.unflatten(1, like.shape[1:3])
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -17,31 +35,62 @@ class Grid:
         width: patches in a row.
         cells: (batch, patches), the cell of each token counted row by row, or None where tokens fill the grid in that
             order. Tokens that are padding stand at cell height x width.
+        times: grids that are in one sequence, as those of a video's frames.
+        frames_last: whether these take turns token by token, or follow each other.
     """
 
     height: int
     width: int
     cells: Tensor | None = None
+    times: int = 1
+    frames_last: bool = False
+
+    @property
+    def area(self) -> int:
+        """Tokens of one grid."""
+        return self.height * self.width
+
+    def halved_to(self, tokens: int) -> Grid:
+        """The grid of this many tokens that comes of halving rows and columns, rounding up.
+
+        Raises:
+            ValueError: there is none.
+        """
+        height, width = self.height, self.width
+        while height * width > tokens:
+            height, width = -(-height // 2), -(-width // 2)
+        if height * width != tokens:
+            raise ValueError(f"{tokens} tokens fill no grid that halving {self.height} x {self.width} leads to.")
+        return Grid(height, width)
 
     def to_map(self, tokens: Tensor) -> Tensor:
-        """(batch, patches, channels) to (batch, channels, height, width); cells without a token are zero.
+        """(batch, patches, channels) to (batch x times, channels, height, width); cells without a token are zero.
 
         Raises:
             ValueError: the number of tokens is not that of the cells.
         """
+        if self.times > 1:
+            if self.frames_last:
+                frames = tokens.unflatten(1, (-1, self.times)).transpose(1, 2)
+            else:
+                frames = tokens.unflatten(1, (self.times, -1))
+            return Grid(self.height, self.width).to_map(frames.flatten(0, 1))
         batch, patches, channels = tokens.shape
         if self.cells is None:
-            if patches != self.height * self.width:
+            if patches != self.area:
                 raise ValueError(f"{patches} patch tokens do not fill a grid of {self.height} x {self.width}.")
             return tokens.transpose(1, 2).reshape(batch, channels, self.height, self.width)
-        area = self.height * self.width
+        area = self.area
         index = self.cells.unsqueeze(-1).expand(-1, -1, channels)
         canvas = tokens.new_zeros(batch, area + 1, channels).scatter(1, index, tokens)
         return canvas[:, :area].transpose(1, 2).reshape(batch, channels, self.height, self.width)
 
     def to_tokens(self, maps: Tensor) -> Tensor:
-        """(batch, channels, height, width) to (batch, patches, channels); tokens that are padding are zero."""
+        """(batch x times, channels, height, width) to (batch, patches, channels); tokens that are padding are zero."""
         tokens = maps.flatten(2).transpose(1, 2)
+        if self.times > 1:
+            frames = tokens.unflatten(0, (-1, self.times))
+            return (frames.transpose(1, 2) if self.frames_last else frames).flatten(1, 2)
         if self.cells is None:
             return tokens
         tokens = torch.cat([tokens, tokens.new_zeros(tokens.shape[0], 1, tokens.shape[2])], dim=1)
@@ -64,6 +113,8 @@ class TokenLayout:
 
     def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, tokens, channels) to prefix tokens and a map of the patches, (batch, channels, height, width).
+
+        Of a video whose frames are in one sequence the maps are (batch x frames, ...).
 
         Raises:
             ValueError: the grid is not known, or the tokens do not fill it.

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from ..backbone import is_pointwise, linear_sizes
 from .exchange import Exchange
 from .layer import Equation, Site, VisualTunerLayer, call_equation
 
 
 @dataclass(frozen=True)
 class OutputSite(Site):
-    """The output of one module. The equation is called with it and returns what takes its place.
+    """The output of one module. The equation is called with it, (..., channels), and returns what takes its place.
 
     Attributes:
-        followers: full names of the linears that read the output, where the equation merges into them and not into
-            the module. It then has `fold_input(weight, bias, *shared) -> (weight, bias)` in place of `fold`.
+        followers: full names of the linears and convolutions that read the output, where the equation merges into
+            them and not into the module. It then has `fold_input(weight, bias, *shared) -> (weight, bias)` in place of
+            `fold`. Empty where it is not known what reads the output, or cannot be told.
     """
 
-    followers: tuple[str, ...] = ()
+    followers: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ class _Weights(NamedTuple):
 class ModuleLayer(VisualTunerLayer, nn.Module):
     """A linear, norm or convolution with equations on its weight and bias and on its output.
 
-    An equation that can be merged has `fold(weight, bias, *shared) -> (weight, bias)`, where `bias` may be None.
+    Equations see channels last, whatever the module. A convolution of 1 x 1 is a linear to them. An equation that can
+    be merged has `fold(weight, bias, *shared) -> (weight, bias)`, where `bias` may be None.
 
     Args:
         base_layer: the module.
@@ -73,11 +78,13 @@ class ModuleLayer(VisualTunerLayer, nn.Module):
         if self.disable_adapters or self.merged:
             return self.base_layer(*args, **kwargs)
         output = self._base_output(*args, **kwargs)
+        dim = channel_dim(self.get_base_layer(), output.ndim)
+        output = output.movedim(dim, -1)
         for _, equation, site, shared in self._active():
             if not isinstance(site, WeightSite):
-                read = args[:1] if isinstance(site, LinearSite) else ()
+                read = (args[0].movedim(dim, -1),) if isinstance(site, LinearSite) else ()
                 output = call_equation(self, equation, output, *read, *shared)  # type: ignore[arg-type]
-        return output
+        return output.movedim(-1, dim)
 
     def _base_output(self, *args: Any, **kwargs: Any) -> Tensor:
         equations = [e for e in self._active() if isinstance(e.site, WeightSite)]
@@ -102,7 +109,10 @@ class ModuleLayer(VisualTunerLayer, nn.Module):
             return
         equations = [e for name in (*self.merged_adapters, *names) for e in self.equations_of(name)]
         # all from the weights before any merge: what follows a module does not fold in the order it came in
-        before = self._before_merge or [_weights_of(module) for module in self._merged_into(equations)]
+        modules = self._merged_into(equations)
+        for module in modules:
+            _require_foldable(module)
+        before = self._before_merge or [_weights_of(module) for module in modules]
         after = [self._fold(weights, equations) for weights in before]
         if safe_merge and not all(t.isfinite().all() for w in after for t in w[1:] if t is not None):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
@@ -111,9 +121,22 @@ class ModuleLayer(VisualTunerLayer, nn.Module):
             _set(weights)
         self.merged_adapters.extend(names)
 
+    def check_merge(self) -> None:
+        """Find out whether the active adapters can be merged, before anything is.
+
+        Raises:
+            ValueError: one cannot.
+        """
+        for module in self._merged_into(list(self._active())):
+            _require_foldable(module)
+
     def _merged_into(self, equations: list[Equation]) -> list[nn.Module]:
-        followers = [path for e in equations for path in getattr(e.site, "followers", ())]
-        own = any(not getattr(e.site, "followers", ()) for e in equations)
+        if any(_followers(e) == () for e in equations):
+            raise ValueError(
+                f"Cannot merge an adapter on the output of {self.get_base_layer()}: not only linears read it."
+            )
+        followers = [path for e in equations for path in _followers(e) or ()]
+        own = any(_followers(e) is None for e in equations)
         return [
             *([self.get_base_layer()] if own else []),
             *(self.followers[path] for path in dict.fromkeys(followers)),
@@ -122,17 +145,18 @@ class ModuleLayer(VisualTunerLayer, nn.Module):
     @torch.no_grad()
     def _fold(self, weights: _Weights, equations: list[Equation]) -> _Weights:
         if weights.module is not self.get_base_layer():
-            behind = [e for e in equations if getattr(e.site, "followers", ())]
+            behind = [e for e in equations if _followers(e)]
             weight, bias = weights.weight, weights.bias
             for _, equation, _, shared in reversed(behind):  # the last to act on the input is the next to the linear
-                weight, bias = equation.fold_input(weight, bias, *shared)  # type: ignore[union-attr,operator]
+                fold: Any = equation.fold_input  # type: ignore[union-attr]
+                weight, bias = _fold_input(fold, weight, bias, shared)
             return _Weights(weights.module, weight, bias)
         new = _apply([e for e in equations if isinstance(e.site, WeightSite)], weights)
-        weight, bias = new.weight, new.bias
+        weight, bias = _matrix(new), new.bias
         for _, equation, site, shared in equations:
             if not isinstance(site, WeightSite):
                 weight, bias = equation.fold(weight, bias, *shared)  # type: ignore[union-attr,operator]
-        return _Weights(weights.module, weight, bias)
+        return _Weights(weights.module, weight.view_as(weights.weight), bias)
 
     def unmerge(self) -> None:
         """Put back weights and biases exactly as they were before the first merge."""
@@ -150,25 +174,123 @@ class ModuleLayer(VisualTunerLayer, nn.Module):
         self.merged_adapters.clear()
 
 
-def _weights_of(module: nn.Module) -> _Weights:
-    """The tensors that an equation changes.
+def _followers(equation: Equation) -> tuple[str, ...] | None:
+    return getattr(equation.site, "followers", None)
+
+
+def _fold_input(
+    fold: Callable[..., tuple[Tensor, Tensor | None]], weight: Tensor, bias: Tensor | None, shared: tuple
+) -> tuple[Tensor, Tensor | None]:
+    """Fold what acts on the input of a linear, or of a convolution without padding: on each cell of its kernel."""
+    if weight.ndim == 2:
+        return fold(weight, bias, *shared)
+    cells = weight.movedim((0, 1), (-2, -1))
+    new, addend = fold(cells.reshape(-1, cells.shape[-1]), None, *shared)
+    new_weight = new.view(cells.shape).movedim((-2, -1), (0, 1)).contiguous()
+    if addend is None:
+        return new_weight, bias
+    addend = addend.view(-1, weight.shape[0]).sum(dim=0)
+    return new_weight, addend if bias is None else bias + addend
+
+
+def _require_foldable(module: nn.Module) -> None:
+    """Refuse to merge into a module whose output is not what its weight makes of every number of its input.
 
     Raises:
-        ValueError: the module has no floating-point weight, as where it is quantised.
+        ValueError: it is one, or its weight is quantised: rounded to what it can hold, it would lose the adapter.
+    """
+    if is_quantised(module):
+        raise ValueError(
+            f"Cannot merge an adapter into {module}: its weight is quantised. Keep the adapter beside the backbone, "
+            "or merge it into the backbone in floating point and quantise the result."
+        )
+    if "Standardized" in type(module).__name__ or "StdConv" in type(module).__name__:
+        raise ValueError(f"Cannot merge an adapter into {module}: it standardises its weight.")
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether the weight of a module is a quantised one of torchao or bitsandbytes."""
+    weight = getattr(module, "weight", None)
+    # those of torchao call themselves floating-point
+    return isinstance(weight, Tensor) and (
+        not weight.is_floating_point() or type(weight).__module__.startswith("torchao.")
+    )
+
+
+def _weights_of(module: nn.Module) -> _Weights:
+    """The tensors that an equation changes; quantised ones as floating-point numbers.
+
+    Raises:
+        ValueError: the module has no weight that is or becomes floating-point.
     """
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if is_quantised(module):
+        weight = dequantize_module_weight(module)
     if weight is None or not weight.is_floating_point():
         raise ValueError(f"Cannot merge an adapter into {module}: it has no floating-point weight.")
-    return _Weights(module, weight.data, None if bias is None else bias.data)
+    return _Weights(module, weight.detach(), None if bias is None else bias.detach())
 
 
 def _apply(equations: Iterable[Equation], weights: _Weights) -> _Weights:
     """Weight and bias after equations that change them, in the dtype they have."""
-    module, weight, bias = weights
+    weight, bias = _matrix(weights), weights.bias
     for _, equation, _, shared in equations:
         new_weight, new_bias = equation(weight, bias, *shared)  # type: ignore[misc]
         weight, bias = new_weight.to(weight.dtype), None if new_bias is None else new_bias.to(weight.dtype)
-    return _Weights(module, weight, bias)
+    return _Weights(weights.module, weight.view(weights.weight.shape), bias)
+
+
+def _matrix(weights: _Weights) -> Tensor:
+    """The weight as equations see it: (out, in) of a convolution of 1 x 1, else as it is."""
+    return weights.weight.flatten(1) if is_pointwise(weights.module) else weights.weight
+
+
+def as_linear(module: nn.Module) -> nn.Module:
+    """What equations are made from: for a convolution of 1 x 1 the linear that it is; else the module itself."""
+    if not is_pointwise(module):
+        return module
+    sizes = linear_sizes(module)
+    assert sizes is not None
+    linear = nn.Linear(sizes[1], sizes[0], device="meta")
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, Tensor)
+    linear.weight = nn.Parameter(weight.detach().flatten(1), requires_grad=False)
+    linear.bias = bias  # type: ignore[assignment]
+    return linear
+
+
+def output_channels(module: nn.Module) -> int | None:
+    """Number of channels of a module's output; None for modules without."""
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return module.out_channels
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return module.num_features
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels
+    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
+        return module.normalized_shape[0]
+    return None
+
+
+def channel_dim(module: nn.Module, ndim: int) -> int:
+    """The dimension of a module's output that holds the channels, counted from the end (negative).
+
+    Told by the module's class, not by shapes: height, width and tokens may have the same size as the channels.
+
+    Args:
+        module: the module.
+        ndim: dimensions of its output.
+    """
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return -1 - len(module.kernel_size)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.GroupNorm):
+        return 1 - ndim
+    if isinstance(module, nn.LayerNorm):
+        maps = getattr(module, "data_format", "") == "channels_first" or type(module).__name__ == "LayerNorm2d"
+        return -3 if maps else -1
+    return -1
 
 
 def _evaluate(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -181,9 +303,11 @@ def _evaluate(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None)
         return F.linear(x, weight, bias)
     if type(module) is nn.LayerNorm:
         return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return module._conv_forward(x, weight, bias)
-    raise ValueError(f"Cannot run {module} with another weight: valid are linears, layer norms and convolutions.")
+    if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        return module._conv_forward(x, weight, bias)  # type: ignore[operator]
+    if (bias is None) == (getattr(module, "bias", None) is None):
+        return functional_call(module, {"weight": weight} | ({} if bias is None else {"bias": bias}), (x,))
+    raise ValueError(f"Cannot run {module} with a bias: modules of its class have none.")
 
 
 def _set(weights: _Weights) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .exchange import Exchange
 from .layer import Placement, Shared, Site, VisualTunerLayer
+from .module import is_quantised
 
 
 class WholeSite(Site):
@@ -25,7 +26,22 @@ def whole_module(path: str) -> Placement:
     Args:
         path: full name of the module.
     """
-    return Placement(path, "copy", WholeSite(), copy.deepcopy)
+    return Placement(path, "copy", WholeSite(), _copy_of)
+
+
+def _copy_of(module: nn.Module) -> nn.Module:
+    """A copy that can be trained.
+
+    Raises:
+        ValueError: a weight is quantised.
+    """
+    for name, part in module.named_modules():
+        if is_quantised(part):
+            raise ValueError(
+                f"Cannot train a copy of {type(module).__name__}: the weight of its {name or 'own'} is quantised. "
+                "Leave that module in floating point, or choose a method that adds weights of its own."
+            )
+    return copy.deepcopy(module)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

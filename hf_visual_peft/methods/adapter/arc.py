@@ -13,7 +13,7 @@ from ...backbone import VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import Placement, Shared
-from ..reparameter.rep_adapter import READERS, norms_before
+from ..reparameter.rep_adapter import NORMS, norms_before
 
 
 class Basis(nn.Module):
@@ -90,13 +90,13 @@ class ARCConfig(VisualPeftConfig):
 
     r: int = field(default=50, metadata={"help": "Width of the bottleneck."})
     dropout: float = field(default=0.1, metadata={"help": "Probability of dropping a number in the bottleneck."})
-    sublayers: tuple[str, ...] = field(default=tuple(READERS), metadata={"help": "Before which: attention, mlp."})
+    sublayers: tuple[str, ...] = field(default=tuple(NORMS), metadata={"help": "Before which: attention, mlp."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_integer("r", 1)
         self._require_number("dropout", 0.0, below=1.0)
-        self._require_some("sublayers", READERS)
+        self._require_some("sublayers", NORMS)
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """On the output of the norms before the chosen sub-layers of every block."""

@@ -52,7 +52,7 @@ class MoSA(nn.Module):
         # Which module each entry of W_up belongs to. On the CPU also where weights are made without memory: the seed
         # alone decides, so the masks need not be saved.
         order = torch.randperm(width * r, generator=torch.Generator().manual_seed(seed), device="cpu")
-        owner = (order * modules // (width * r)).to(torch.int16)
+        owner = (order * modules // (width * r)).to(torch.int32)  # gloo and NCCL carry no int16
         self.register_buffer("owner", owner.view(width, r), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from ...backbone import VisionBackbone
 from ...calibration import Calibration
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
-from ...sites import BranchSite, Placement
+from ...sites import BranchSite, Placement, to_tokens
 from ..specification.deltas import Chosen
 
 
@@ -120,8 +120,13 @@ class SCTConfig(VisualPeftConfig):
             ValueError: a norm is not finite.
         """
         backbone, model = calibration.backbone, calibration.model
-        norms_of = {block.path: block.roles["norm2"][0] for block in backbone.blocks}
-        parts = [(model.get_submodule(norms_of[path]), part) for path, part in calibration.equations("attention")]
+        entrance_of = {block.path: block.entrances["mlp"] for block in backbone.blocks if "mlp" in block.entrances}
+        table = backbone.architecture
+        parts = []
+        for path, part in calibration.equations("attention"):
+            if path not in entrance_of:
+                raise ValueError(f"SCT cannot see the stream behind the attention of {path}, which has no MLP.")
+            parts.append((model.get_submodule(entrance_of[path]), part))
         totals = [ClassNorms() for _ in parts]
         stream: dict[nn.Module, Tensor] = {}
         handles = [
@@ -130,12 +135,14 @@ class SCTConfig(VisualPeftConfig):
         try:
             for batch in calibration.batches():
                 labels = batch.pop("labels")
-                model(**batch)
+                calibration.output(batch)
                 for (norm, _), total in zip(parts, totals, strict=True):
-                    patches = stream[norm][:, backbone.prefix_tokens :]
+                    tokens = to_tokens(stream[norm], table.stream_inside or table.stream)
+                    patches = tokens[:, backbone.prefix_tokens :]
                     if "pixel_attention_mask" in batch:
                         patches = patches * batch["pixel_attention_mask"].to(patches).unsqueeze(-1)
-                    total.add(patches, labels)
+                    # some blocks see an image as several sequences, one behind the other
+                    total.add(patches, labels.repeat_interleave(len(patches) // len(labels)))
         finally:
             for handle in handles:
                 handle.remove()

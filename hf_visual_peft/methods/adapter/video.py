@@ -18,11 +18,19 @@ def require_full_grid(config_name: str, backbone: VisionBackbone) -> None:
     Raises:
         ValueError: it is such a backbone.
     """
-    if backbone.architecture.grid != "full":
-        kind = {"spatial_shapes": "have grids of their own", "masked": "are masked at random"}
+    grid = backbone.architecture.grid
+    if backbone.dense:
+        raise ValueError(f"{config_name} needs a head that gives one answer for a video: this model's gives maps.")
+    if backbone.architecture.video:
+        raise ValueError(f"{config_name} is for models of images: {backbone.class_name} takes videos itself.")
+    if grid not in ("full", "given", "map", "units"):
+        reasons = {
+            "spatial_shapes": "whose images have grids of their own",
+            "masked": "whose images are masked at random",
+        }
+        reason = reasons.get(grid or "", "whose sequences are not images")
         raise ValueError(
-            f"{config_name} does not fit {backbone.class_name}, whose images {kind[backbone.architecture.grid]}: "
-            "videos need images of one grid."
+            f"{config_name} does not fit {backbone.class_name}, {reason}: videos need images of one grid."
         )
 
 

@@ -120,7 +120,8 @@ class EFFTConfig(VisualPeftConfig):
         """
         width = backbone.width
         self._require_integer("r", 1, width, "the backbone's width")
-        hidden = backbone.linears[backbone.blocks[0].roles["fc2"][0]][1]
+        paths = (path for block in backbone.blocks for path in block.roles["fc2"])
+        hidden = next((backbone.linears[path][1] for path in paths), 0)
         for block in backbone.blocks:
             for name, wide, matrices, zero in (
                 ("attention", width, projections(backbone, block), self.zero_factors[0]),
@@ -148,5 +149,6 @@ def _mlp(backbone: VisionBackbone, block: Block, hidden: int) -> dict[str, Rows]
         for path in block.roles["fc1"]
         for start in range(0, backbone.linears[path][0], hidden)
     ]
-    (out,) = block.roles["fc2"]
-    return {f"fc1_{index}": rows for index, rows in enumerate(into)} | {"fc2": Rows(out, 0, backbone.linears[out][0])}
+    found = {f"fc1_{index}": rows for index, rows in enumerate(into)}
+    out = block.roles["fc2"]
+    return found | {"fc2": Rows(out[0], 0, backbone.linears[out[0]][0])} if out else found

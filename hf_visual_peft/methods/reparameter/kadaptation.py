@@ -133,10 +133,12 @@ class KAdaptationConfig(VisualPeftConfig):
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """At the projections to queries and values of every block."""
-        blocks = [block.index for block in backbone.blocks]
-        size = projections(backbone, backbone.blocks[0])["value"].size
-        shared = Shared("rules", partial(Rules, self.n, blocks, size))
-        for block in backbone.blocks:
+        blocks = [block for block in backbone.blocks if all(block.roles[role] for role in ROLES)]
+        if not blocks:
+            return
+        size = projections(backbone, blocks[0])["value"].size
+        shared = Shared("rules", partial(Rules, self.n, [block.index for block in blocks], size))
+        for block in blocks:
             found = projections(backbone, block)
             for role in ROLES:
                 rows, in_features = found[role], backbone.linears[found[role].path][1]

@@ -54,15 +54,19 @@ class RepAdapter(nn.Module):
         return weight + self.scale * (weight @ dense @ down), addend if bias is None else bias + addend
 
 
-# what reads the output of the norm before each sub-layer
-READERS = {"attention": ("norm1", ("query", "key", "value")), "mlp": ("norm2", ("fc1",))}
+NORMS = {"attention": "norm1", "mlp": "norm2"}  # before each sub-layer
 
 
 def norms_before(block: Block, sublayer: str) -> Iterator[tuple[str, OutputSite]]:
-    """Full names of the norms before a sub-layer, with the site that merges into what reads them."""
-    norm, readers = READERS[sublayer]
-    site = OutputSite(tuple(block.modules(readers)))
-    for path in block.roles[norm]:
+    """Full names of the norms before a sub-layer, with the site that merges into what reads them.
+
+    Raises:
+        ValueError: the norms come after the sub-layers.
+    """
+    if block.post_norm:
+        raise ValueError(f"The norms of {block.path} follow its sub-layers, so nothing stands between them.")
+    site = OutputSite(block.readers[sublayer])
+    for path in block.roles[NORMS[sublayer]]:
         yield path, site
 
 
@@ -96,7 +100,7 @@ class RepAdapterConfig(VisualPeftConfig):
     groups: int = field(default=2, metadata={"help": "Groups of the second linear."})
     scale: float = field(default=1.0, metadata={"help": "Factor s of what the adapter adds."})
     dropout: float = field(default=0.1, metadata={"help": "Probability of dropping a number in the bottleneck."})
-    sublayers: tuple[str, ...] = field(default=tuple(READERS), metadata={"help": "Before which: attention, mlp."})
+    sublayers: tuple[str, ...] = field(default=tuple(NORMS), metadata={"help": "Before which: attention, mlp."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,7 +110,7 @@ class RepAdapterConfig(VisualPeftConfig):
             self._fail("groups", f"a divisor of r, which is {self.r}")
         self._require_number("scale")
         self._require_number("dropout", 0.0, below=1.0)
-        self._require_some("sublayers", READERS)
+        self._require_some("sublayers", NORMS)
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """On the output of the norms before the chosen sub-layers of every block."""

@@ -9,11 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ...backbone import LINEAR_ROLES, VisionBackbone
+from ...backbone import LINEAR_ROLES, NORM_ROLES, OTHER_ROLES, VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
-from ...sites import OutputSite, Placement, WeightSite
-from .ssf import INIT_STD, SSF, output_channels
+from ...sites import OutputSite, Placement, WeightSite, output_channels
+from .ssf import INIT_STD, SSF
 
 
 class RLRR(nn.Module):
@@ -76,8 +76,8 @@ class RLRRConfig(VisualPeftConfig):
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """At every linear and norm and the patch embedding."""
-        norms = (path for block in backbone.blocks for path in block.modules(("norm1", "norm2")))
-        for path in (*backbone.patch_embedding, *backbone.norms, *norms):
+        others = (path for block in backbone.blocks for path in block.modules((*NORM_ROLES, *OTHER_ROLES)))
+        for path in (*backbone.outside, *others):
             yield Placement(path, "output", OutputSite(), partial(_pair, init_std=self.init_std))
         for block in backbone.blocks:
             for path in block.modules(LINEAR_ROLES):
@@ -88,4 +88,4 @@ def _pair(module: nn.Module, init_std: float) -> SSF:
     channels = output_channels(module)
     if channels is None:
         raise ValueError(f"Cannot scale the output of {module}: valid are linears, convolutions and norms.")
-    return SSF(*channels, init_std=init_std)
+    return SSF(channels, init_std=init_std)

@@ -30,11 +30,17 @@ class Rows(NamedTuple):
 
 
 def projections(backbone: VisionBackbone, block: Block) -> dict[str, Rows]:
-    """Query, key, value and output of one block; those that share a linear lie in it in this order, of one size."""
-    paths = {role: block.roles[role][0] for role in ("query", "key", "value", "output")}
+    """Query, key, value and output of one block; those that share a linear lie in it in this order, of one size.
+
+    A role that the block does not have is missing.
+    """
+    roles = ("query", "key", "value", "output")
+    paths = {role: block.roles[role][0] for role in roles if block.roles[role]}
     found = {}
     for role, path in paths.items():
         sharing = [other for other, its in paths.items() if its == path]
+        if len(sharing) > 1 and not backbone.architecture.softmax:
+            raise ValueError(f"{path} of {backbone.class_name} makes {', '.join(sharing)} of sizes that differ.")
         size = backbone.linears[path][0] // len(sharing)
         found[role] = Rows(path, sharing.index(role) * size, size)
     return found

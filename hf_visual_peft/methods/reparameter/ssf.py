@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ...backbone import VisionBackbone
+from ...backbone import ALL_ROLES, VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
-from ...sites import OutputSite, Placement
+from ...sites import OutputSite, Placement, output_channels
 
 
 INIT_STD = 0.02  # of the paper
@@ -24,22 +24,19 @@ class SSF(nn.Module):
 
     Args:
         channels: of x.
-        channel_dim: dimension of x that holds them, counted from the end (negative).
         init_std: standard deviation of both at the start.
     """
 
-    def __init__(self, channels: int, channel_dim: int, init_std: float) -> None:
+    def __init__(self, channels: int, init_std: float) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(channels))
         self.shift = nn.Parameter(torch.zeros(channels))
-        self.channel_dim = channel_dim
         nn.init.normal_(self.scale, mean=1.0, std=init_std)
         nn.init.normal_(self.shift, std=init_std)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape as x."""
-        shape = (-1,) + (1,) * (-1 - self.channel_dim)
-        return x * self.scale.view(shape) + self.shift.view(shape)
+        """(..., channels) to the same."""
+        return x * self.scale + self.shift
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weight and bias of a module that computes the same as the module with these and SSF after it."""
@@ -49,23 +46,6 @@ class SSF(nn.Module):
         new_weight = weight * scale.view(-1, *(1,) * (weight.ndim - 1))
         new_bias = shift if bias is None else bias * scale + shift
         return new_weight.to(weight.dtype), new_bias.to(weight.dtype)
-
-
-def output_channels(module: nn.Module) -> tuple[int, int] | None:
-    """Number of channels of a module's output and their dimension from the end; None for modules without.
-
-    Told by the module's class, not by shapes: height, width and tokens may have the same size as the channels.
-    """
-    if isinstance(module, nn.Linear):
-        return module.out_features, -1
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return module.out_channels, -1 - len(module.kernel_size)
-    if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
-        return module.num_features, -3 if isinstance(module, nn.BatchNorm2d) else -4
-    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
-        channels_first = getattr(module, "data_format", "channels_last") == "channels_first"
-        return module.normalized_shape[0], -3 if channels_first else -1
-    return None
 
 
 @register(
@@ -121,12 +101,11 @@ class SSFConfig(VisualPeftConfig):
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """After every operation of the backbone."""
-        for path in (*backbone.patch_embedding, *backbone.norms):
+        for path in backbone.outside:
             yield self.placement_at(path)
         for block in backbone.blocks:
-            for role in ("norm1", "query", "key", "value", "output", "norm2", "fc1", "fc2"):
-                for path in block.roles[role]:
-                    yield self.placement_at(path)
+            for path in block.modules(ALL_ROLES):
+                yield self.placement_at(path)
 
     def placement_at(self, path: str) -> Placement:
         """After one module."""
@@ -139,4 +118,4 @@ class SSFConfig(VisualPeftConfig):
                 f"SSFConfig.target_modules: cannot scale the output of a {type(module).__name__}; valid are linears, "
                 "convolutions, and layer and batch norms."
             )
-        return SSF(*channels, init_std=self.init_std or 0.0)
+        return SSF(channels, init_std=self.init_std or 0.0)

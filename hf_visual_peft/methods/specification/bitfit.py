@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from ...backbone import VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
-from ...sites import OutputSite, Placement
-from ..reparameter.ssf import output_channels
+from ...sites import OutputSite, Placement, output_channels
 from .deltas import modules_of
 
 
@@ -33,13 +32,11 @@ class Shift(nn.Module):
         elif channels is None:
             raise ValueError(f"Cannot train the bias of {module}: valid are linears, convolutions and norms.")
         else:
-            size, dim = channels
-            self.shift = nn.Parameter(torch.zeros(size))
-            self._shape = (-1,) + (1,) * (-1 - dim)
+            self.shift = nn.Parameter(torch.zeros(channels))
 
     def forward(self, y: Tensor) -> Tensor:
-        """Same shape as y."""
-        return y if self.shift is None else y + self.shift.view(self._shape)
+        """(..., channels) to the same."""
+        return y if self.shift is None else y + self.shift
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of a module that computes the same as the module with these and the shift behind it."""
@@ -71,5 +68,5 @@ class BitFitConfig(VisualPeftConfig):
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """On the output of every module that may have a bias."""
-        for path in (*backbone.patch_embedding, *backbone.norms, *modules_of(backbone)):
+        for path in (*backbone.outside, *modules_of(backbone)):
             yield Placement(path, "bias", OutputSite(), Shift)

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...backbone import BLOCK_ROLES, VisionBackbone
+from ...backbone import ALL_ROLES, VisionBackbone
 from ...calibration import NotCalibratedError
 
 
 UNSET = -1  # index of an entry that is not chosen yet
 
 
-def modules_of(backbone: VisionBackbone, roles: Sequence[str] = BLOCK_ROLES) -> list[str]:
+def modules_of(backbone: VisionBackbone, roles: Sequence[str] = ALL_ROLES) -> list[str]:
     """Full names of the modules of all blocks in some roles; see `Block.modules`."""
     return [path for block in backbone.blocks for path in block.modules(roles)]
 
@@ -164,6 +164,12 @@ def summed_gradients(
         parameters: they get gradients from now on.
         of: the function.
     """
+    for parameter in parameters:
+        if not parameter.is_floating_point() or type(parameter).__module__.startswith("torchao."):
+            raise ValueError(
+                f"Cannot choose by gradients: a weight of shape {tuple(parameter.shape)} is quantised and has none. "
+                "Choose on the backbone in floating point, and load the adapter beside the quantised one."
+            )
     sums = {parameter: torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters}
 
     def add(parameter: Tensor, total: Tensor) -> None:

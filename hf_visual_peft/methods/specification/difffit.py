@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...backbone import VisionBackbone
+from ...backbone import NORM_ROLES, VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import OutputSite, Placement, WeightSite
@@ -73,10 +73,11 @@ class DiffFitConfig(VisualPeftConfig):
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """On every linear, norm and patch embedding."""
-        for path in (*backbone.norms, *modules_of(backbone, ("norm1", "norm2"))):
+        for path in (*backbone.norms, *modules_of(backbone, (*NORM_ROLES, "further_norms"))):
             yield Placement(path, "norm", WeightSite(), norm_deltas)
         last = modules_of(backbone, ("output", "fc2"))
         for path in last:
             yield Placement(path, "scale", OutputSite(), ScaledShift)  # type: ignore[arg-type]
-        for path in (*backbone.patch_embedding, *modules_of(backbone, ("query", "key", "value", "fc1"))):
+        others = modules_of(backbone, ("query", "key", "value", "fc1", "operations"))
+        for path in (*backbone.patch_embedding, *backbone.between, *others):
             yield Placement(path, "bias", OutputSite(), Shift)

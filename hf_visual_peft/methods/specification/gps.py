@@ -33,7 +33,7 @@ class GPS(Deltas):
     def __init__(self, module: nn.Module, k: int) -> None:
         weight, bias = module.weight, module.bias
         assert isinstance(weight, Tensor)
-        self.row_size = weight[0].numel()
+        self.row_size = weight.shape[1:].numel()  # which quantised weights have, too
         if k > self.row_size:
             raise ValueError(f"GPSConfig.k is {k}: must be at most the {self.row_size} inputs of {module}.")
         self.k = k
@@ -65,22 +65,37 @@ def supervised_contrastive_loss(features: Tensor, labels: Tensor, temperature: f
     return (loss / count.clamp(min=1))[count > 0].mean()
 
 
-def head_input(model: nn.Module, backbone: VisionBackbone, inputs: dict[str, Tensor]) -> Tensor:
-    """What the task head reads, (batch, channels); without a head the first token, or the mean where it is a patch."""
-    seen: list[Tensor] = []
+def head_input(calibration: Calibration, inputs: dict[str, Tensor]) -> Tensor:
+    """What the task head reads, (batch, channels); without a head the first token, or the mean where it is a patch.
+
+    Raises:
+        ValueError: there is no one tensor of features of an image.
+    """
+    backbone = calibration.backbone
+    seen: list[Any] = []
     if not backbone.heads:
-        tokens = model(**inputs).last_hidden_state
-        if backbone.prefix_tokens:
-            return tokens[:, 0]
-        mask = inputs.get("pixel_attention_mask", tokens.new_ones(tokens.shape[:2])).to(tokens).unsqueeze(-1)
-        return (tokens * mask).sum(dim=1) / mask.sum(dim=1)
-    head = model.get_submodule(backbone.heads[0])
-    handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    try:
-        model(**inputs)
-    finally:
-        handle.remove()
-    return seen[0]
+        output = calibration.output(inputs)
+        seen.append(output if isinstance(output, Tensor) else output.last_hidden_state)
+    else:
+        head = calibration.model.get_submodule(backbone.heads[0])
+        handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0] if args else None))
+        try:
+            calibration.output(inputs)
+        finally:
+            handle.remove()
+    if not seen or not isinstance(seen[0], Tensor) or seen[0].ndim < 2 or backbone.dense:
+        raise ValueError(
+            f"GPS contrasts what the head of {backbone.class_name} reads: it reads no features of an image."
+        )
+    features = seen[0]
+    if features.ndim == 3 and backbone.prefix_tokens:
+        return features[:, 0]
+    if features.ndim == 3:
+        mask = inputs.get("pixel_attention_mask", features.new_ones(features.shape[:2])).to(features).unsqueeze(-1)
+        return (features * mask).sum(dim=1) / mask.sum(dim=1)
+    if features.ndim == 4:
+        return features.mean(dim=(1, 2) if backbone.architecture.stream == "channels_last" else (2, 3))
+    return features
 
 
 @register(
@@ -117,7 +132,11 @@ class GPSConfig(VisualPeftConfig):
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """At every linear and the patch embedding."""
-        for path in (*backbone.patch_embedding, *modules_of(backbone, LINEAR_ROLES)):
+        for path in (
+            *backbone.patch_embedding,
+            *backbone.between,
+            *modules_of(backbone, (*LINEAR_ROLES, "operations")),
+        ):
             yield Placement(path, "entries", WeightSite(), partial(GPS, k=self.k))
 
     def choose(self, calibration: Calibration) -> None:
@@ -134,10 +153,10 @@ class GPSConfig(VisualPeftConfig):
         with summed_gradients(list(parts), of=lambda gradient: gradient) as sums:
             for batch in calibration.batches():
                 labels, pixels = batch.pop("labels"), batch["pixel_values"]
-                if pixels.ndim == 5:
+                if pixels.ndim == 5 and not calibration.backbone.architecture.video:
                     labels = labels.repeat_interleave(pixels.shape[1])
                     batch["pixel_values"] = pixels.flatten(0, 1)
-                features = head_input(calibration.model, calibration.backbone, batch)
+                features = head_input(calibration, batch)
                 loss = supervised_contrastive_loss(features, labels)
                 if loss is not None:
                     pairs = True

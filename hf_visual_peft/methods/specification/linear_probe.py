@@ -17,6 +17,7 @@ class WholeModulesConfig(VisualPeftConfig):
     """Base of the configs that train copies of modules of the model."""
 
     whole_modules: ClassVar[bool] = True
+    per_stage: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

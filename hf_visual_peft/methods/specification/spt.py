@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +69,8 @@ class SPTConfig(VisualPeftConfig):
     drop_path: float = field(default=0.1, metadata={"help": "Rate of each low-rank update's stochastic depth."})
     chosen: dict[str, int | str] | None = field(default=None, metadata={"help": "What trains; set by calibrate."})
 
+    per_stage: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.budget is not None:
@@ -84,13 +87,15 @@ class SPTConfig(VisualPeftConfig):
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """At every linear and norm: what is not chosen has no weights."""
-        self._require_integer("r", 1, backbone.width, "the backbone's width")
+        if backbone.linears:
+            self._require_integer("r", 1, backbone.width, "the backbone's width")
         modules = named_modules(backbone)
         if self.chosen is None and not self.init_weights:  # a small choice, whose entries will be random
             self.chosen = {}
+            some = {"value": LORA, "fc2": LORA, "fc1": 4, "norm1": WHOLE, "operations": 4, "further_norms": WHOLE}
             for block in backbone.blocks:
-                self.chosen |= {f"{block.index}.{role}.weight": LORA for role in ("value", "fc2")}
-                self.chosen |= {f"{block.index}.fc1.weight": 4, f"{block.index}.norm1.weight": WHOLE}
+                names = {f"{block.index}.{role}": kind for role, kind in some.items()}
+                self.chosen |= {f"{name}.weight": kind for name, kind in names.items() if name in modules}  # type: ignore[misc]
         for key in self.chosen or ():
             if key.rpartition(".")[0] not in modules or key.rpartition(".")[2] not in ("weight", "bias"):
                 raise ValueError(
@@ -143,7 +148,8 @@ class SPTConfig(VisualPeftConfig):
     def _choice(self, tensor: Tensor, count: int) -> int | str:
         if tensor.ndim == 1:
             return WHOLE if count >= len(tensor) / self.beta else count
-        return LORA if count >= self.r * sum(tensor.shape) / self.alpha else count
+        matrix = tensor.ndim == 2 or tensor.shape[2:].numel() == 1
+        return LORA if matrix and count >= self.r * sum(tensor.shape[:2]) / self.alpha else count
 
     def _sensitivity(self, calibration: Calibration, tensors: Mapping[str, nn.Parameter]) -> list[Tensor]:
         if not calibration.backbone.heads:
@@ -153,7 +159,13 @@ class SPTConfig(VisualPeftConfig):
         with summed_gradients(list(tensors.values()), of=torch.square) as sums:
             for batch in calibration.batches(default_max=BATCHES):
                 labels = batch.pop("labels")
-                logits = calibration.model(**batch).logits
+                output = calibration.output(batch)
+                logits = getattr(output, "logits", output)
+                if not isinstance(logits, Tensor) or logits.shape[:-1] != labels.shape:
+                    raise ValueError(
+                        "SPT measures sensitivity by a classifier's loss: "
+                        f"{type(calibration.model).__name__} gives no (batch, classes) logits."
+                    )
                 if not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[-1]:
                     raise ValueError(f"dataloader: labels must be from 0 to {logits.shape[-1] - 1}.")
                 F.cross_entropy(logits.float(), labels).backward()

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ...backbone import BLOCK_ROLES, VisionBackbone
+from ...backbone import ALL_ROLES, VisionBackbone
 from ...calibration import NotCalibratedError
 from ...sites import drop_path
 from .deltas import Addend, Deltas, SparseAddend
@@ -119,8 +119,9 @@ def tensors_of(module: nn.Module) -> dict[str, nn.Parameter]:
 def named_modules(backbone: VisionBackbone) -> dict[str, str]:
     """Full names of the modules that SPT may train, by the names that they have in `SPTConfig.chosen`."""
     names = {path: f"norms.{index}" for index, path in enumerate(backbone.norms)}
+    names |= {path: f"between.{index}" for index, path in enumerate(backbone.between)}
     for block in backbone.blocks:
-        for role in BLOCK_ROLES:
+        for role in ALL_ROLES:
             for index, path in enumerate(block.roles[role]):
                 names.setdefault(path, f"{block.index}.{role}" + (f".{index}" if index else ""))
     return {name: path for path, name in names.items()}

@@ -1,0 +1,34 @@
+"""Role tables: which module plays which part in each family of backbones. Data, and the way to add to it."""
+
+from .convolutional import CONVOLUTIONAL
+from .heads import HEADS
+from .hierarchical import HIERARCHICAL
+from .plain import PLAIN
+from .table import (
+    Architecture,
+    Names,
+    Stream,
+    architecture_of,
+    heads_of,
+    known_backbones,
+    register_architecture,
+    register_heads,
+)
+from .timm_models import TIMM
+
+
+for _table in (*PLAIN, *HIERARCHICAL, *CONVOLUTIONAL, *TIMM):
+    register_architecture(_table)
+for _model, _heads in HEADS.items():
+    register_heads(_model, _heads)
+
+__all__ = [
+    "Architecture",
+    "Names",
+    "Stream",
+    "architecture_of",
+    "heads_of",
+    "known_backbones",
+    "register_architecture",
+    "register_heads",
+]

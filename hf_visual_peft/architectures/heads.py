@@ -1,0 +1,26 @@
+"""Task heads of larger models around a backbone: what a new task needs anew.
+
+Of segmentation and depth models that is the decoder, of detectors and mask transformers what tells the classes (and
+boxes): their own transformers are pretrained, and who wants to train them names them in `modules_to_save`.
+"""
+
+HEADS = {
+    "SegformerForSemanticSegmentation": ("decode_head",),
+    "UperNetForSemanticSegmentation": ("decode_head", "auxiliary_head"),
+    "BeitForSemanticSegmentation": ("fpn", "decode_head", "auxiliary_head"),
+    "Data2VecVisionForSemanticSegmentation": ("fpn", "decode_head", "auxiliary_head"),
+    "DPTForDepthEstimation": ("neck", "head.head"),
+    "DPTForSemanticSegmentation": ("neck", "head.head", "auxiliary_head"),
+    "MaskFormerForInstanceSegmentation": ("class_predictor",),
+    "Mask2FormerForUniversalSegmentation": ("class_predictor",),
+    "DetrForObjectDetection": ("class_labels_classifier", "bbox_predictor"),
+    "DeformableDetrForObjectDetection": ("class_embed.*", "bbox_embed.*"),
+    "ConditionalDetrForObjectDetection": ("class_labels_classifier", "bbox_predictor"),
+    "RTDetrForObjectDetection": (
+        "model.enc_score_head",
+        "model.decoder.class_embed.*",
+        "model.decoder.bbox_embed.*",
+    ),
+    "OwlViTForObjectDetection": ("class_head", "box_head"),
+    "CLIPSegForImageSegmentation": ("decoder",),
+}

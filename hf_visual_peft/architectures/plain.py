@@ -1,0 +1,211 @@
+"""Role tables of plain vision transformers: one width, one grid."""
+
+from dataclasses import replace
+
+from .table import Architecture
+
+
+_VIT = Architecture(
+    backbones=("ViTModel", "ViTMSNModel", "IJepaModel"),
+    blocks="layers",
+    patch_embedding="embeddings.patch_embeddings.projection",
+    model_types=("vit", "vit_msn", "ijepa"),
+)
+_DEIT = replace(
+    _VIT,
+    backbones=("DeiTModel",),
+    prefix_tokens=("cls_token", "distillation_token"),
+    heads=("classifier", "cls_classifier", "distillation_classifier"),
+    model_types=("deit",),
+)
+_VIT_MAE = replace(_VIT, backbones=("ViTMAEModel",), heads=(), grid="masked", model_types=("vit_mae",))
+_BEIT = replace(
+    _VIT,
+    backbones=("BeitModel",),
+    norms=("layernorm", "pooler.layernorm"),
+    position_bias=("relative_position_bias",),
+    model_types=("beit",),
+)
+_DATA2VEC = replace(
+    _BEIT,
+    backbones=("Data2VecVisionModel",),
+    blocks="encoder.layer",
+    query=("attention.attention.query",),
+    key=("attention.attention.key",),
+    value=("attention.attention.value",),
+    output=("attention.output.dense",),
+    fc1=("intermediate.dense",),
+    fc2=("output.dense",),
+    position_bias=("attention.attention.relative_position_bias",),
+    model_types=("data2vec-vision",),
+)
+_DINOV2 = replace(
+    _VIT,
+    backbones=("Dinov2Model", "Dinov2Backbone", "Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"),
+    blocks="encoder.layer",
+    prefix_tokens=("cls_token", "register_tokens"),
+    norm1=("norm1",),
+    norm2=("norm2",),
+    fc1=("mlp.fc1", "mlp.gate_proj", "mlp.up_proj"),
+    fc2=("mlp.fc2", "mlp.down_proj"),
+    model_types=("dinov2", "dinov2_with_registers"),
+)
+_DINOV3 = replace(
+    _DINOV2,
+    backbones=("DINOv3ViTModel", "DINOv3ViTBackbone"),
+    blocks="model.layer",
+    patch_embedding="embeddings.patch_embeddings",
+    norms=("norm",),
+    model_types=("dinov3_vit",),
+)
+_CLIP = Architecture(
+    backbones=("CLIPVisionModel", "CLIPVisionTransformer", "MetaClip2VisionModel", "CLIPSegVisionModel"),
+    blocks="encoder.layers",
+    patch_embedding="embeddings.patch_embedding",
+    prefix_tokens=("class_embedding",),
+    input_norms=("pre_layrnorm",),
+    norms=(),
+    pooled_norms=("post_layernorm",),
+    norm1=("layer_norm1",),
+    query=("self_attn.q_proj",),
+    key=("self_attn.k_proj",),
+    value=("self_attn.v_proj",),
+    output=("self_attn.out_proj",),
+    norm2=("layer_norm2",),
+    drop_path=(),
+    model_types=("clip", "clip_vision_model", "metaclip_2", "metaclip_2_vision_model", "clipseg"),
+)
+_SIGLIP = replace(
+    _CLIP,
+    backbones=("SiglipVisionModel", "SiglipVisionTransformer"),
+    prefix_tokens=(),
+    input_norms=(),
+    norms=("post_layernorm",),
+    pooled_norms=(),
+    model_types=("siglip", "siglip_vision_model"),
+)
+_SIGLIP2 = replace(
+    _SIGLIP,
+    backbones=("Siglip2VisionModel", "Siglip2VisionTransformer"),
+    grid="spatial_shapes",
+    model_types=("siglip2", "siglip2_vision_model"),
+)
+_OWLVIT = replace(
+    _CLIP,
+    backbones=("OwlViTVisionTransformer", "Owlv2VisionTransformer"),
+    input_norms=("pre_layernorm",),
+    norms=("post_layernorm",),
+    pooled_norms=(),
+    model_types=("owlvit", "owlv2"),
+)
+_BLIP2 = replace(
+    _CLIP,
+    backbones=("Blip2VisionModel", "BlipVisionModel", "InstructBlipVisionModel"),
+    input_norms=(),
+    norms=("post_layernorm",),
+    pooled_norms=(),
+    query=("self_attn.qkv",),
+    key=("self_attn.qkv",),
+    value=("self_attn.qkv",),
+    output=("self_attn.projection",),
+    model_types=("blip-2",),
+)
+_DPT = replace(
+    _DATA2VEC,
+    backbones=("DPTModel",),
+    norms=("layernorm",),
+    position_bias=(),
+    heads=(),
+    model_types=("dpt",),
+)
+_VIDEOMAE = replace(
+    _DPT,
+    backbones=("VideoMAEModel",),
+    outer_norms=("fc_norm",),
+    video=True,
+    heads=("classifier",),
+    model_types=("videomae",),
+)
+_VIVIT = replace(_VIT, backbones=("VivitModel",), video=True, model_types=("vivit",))
+_TIMESFORMER = replace(
+    _DPT,
+    backbones=("TimesformerModel",),
+    query=("attention.attention.qkv",),
+    key=("attention.attention.qkv",),
+    value=("attention.attention.qkv",),
+    operations=(
+        "temporal_layernorm",
+        "temporal_attention.attention.qkv",
+        "temporal_attention.output.dense",
+        "temporal_dense",
+    ),
+    heads=("classifier",),
+    reads_attention="",  # the norm sees frames, the block videos
+    prompts=None,  # its blocks count their tokens
+    grid="frames_last",
+    video=True,
+    model_types=("timesformer",),
+)
+_VITDET = replace(
+    _DINOV2,
+    backbones=("VitDetModel", "VitDetBackbone"),
+    patch_embedding="embeddings.projection",
+    prefix_tokens=(),
+    norms=(),
+    query=("attention.qkv",),
+    key=("attention.qkv",),
+    value=("attention.qkv",),
+    output=("attention.proj",),
+    fc1=("mlp.fc1",),
+    fc2=("mlp.fc2",),
+    operations=("residual.conv1", "residual.conv2", "residual.conv3"),
+    heads=(),
+    stream="channels_first",
+    stream_inside="channels_last",
+    prompts=None,
+    grid="map",
+    model_types=("vitdet",),
+)
+_SAM = Architecture(
+    backbones=("SamVisionEncoder", "SamHQVisionEncoder"),
+    blocks="layers",
+    patch_embedding="patch_embed.projection",
+    embeddings="patch_embed",
+    prefix_tokens=(),
+    norms=(),
+    norm1=("layer_norm1",),
+    query=("attn.qkv",),
+    key=("attn.qkv",),
+    value=("attn.qkv",),
+    output=("attn.proj",),
+    norm2=("layer_norm2",),
+    fc1=("mlp.lin1",),
+    fc2=("mlp.lin2",),
+    drop_path=(),
+    heads=(),
+    stream="channels_last",
+    prompts=None,
+    grid="map",
+    model_types=("sam", "sam_vision_model"),
+)
+
+PLAIN = (
+    _VIT,
+    _DEIT,
+    _VIT_MAE,
+    _BEIT,
+    _DATA2VEC,
+    _DINOV2,
+    _DINOV3,
+    _CLIP,
+    _SIGLIP,
+    _SIGLIP2,
+    _OWLVIT,
+    _BLIP2,
+    _DPT,
+    _VIDEOMAE,
+    _VIVIT,
+    _TIMESFORMER,
+    _VITDET,
+    _SAM,
+)

@@ -1,0 +1,164 @@
+"""What a role table says, and the register of all tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..peft_defaults import add_defaults
+
+
+Names = tuple[str, ...]
+Stream = Literal["tokens", "channels_last", "channels_first"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where the parts of one family of backbones are found.
+
+    Paths are dotted attribute names, in which `*` stands for any number or name. Those of blocks are relative to a
+    block, those of heads to the model that holds the backbone, all others to the backbone. A role with several names
+    takes every module that exists under one of them; a role marked *optional* may have none, and one that the table
+    leaves empty does not occur in the architecture.
+
+    Attributes:
+        backbones: names of the backbone's classes, with their module (`"timm.models.resnet.ResNet"`) where the bare
+            name would do for others, too; subclasses are recognised.
+        blocks: the list or lists of blocks, in order; of several the modules in each count.
+        patch_embedding: the convolution or linear that turns pixels into tokens.
+        embeddings: the module that returns the first block's input; or the modules, one for each list of blocks, that
+            return the input of its first block. `""`: the backbone.
+        prefix_tokens: optional; parameters of `embeddings` that are put before the patches (CLS, distillation,
+            registers), each of shape (1, tokens, width) or (width,).
+        input_norms: optional; norms of the backbone before its blocks.
+        norms: optional; norms of the backbone behind its blocks.
+        outer_norms: optional; norms behind the backbone in the model that holds it.
+        pooled_norms: optional; norms of the pooled output alone, which the `heads` do not read.
+        between: optional; linears, convolutions and norms between the lists of blocks, as those that merge patches.
+            `"all"`: all there are outside the blocks that no other role has.
+        skipped_blocks: optional; names of classes in the lists that are no blocks.
+        norm1: norm of attention, before it (or after it: `post_norm`).
+        query: projection to queries; may be the same module as `key` and `value` where they are fused.
+        key: projection to keys.
+        value: projection to values.
+        output: projection after attention.
+        norm2: norm of the MLP.
+        fc1: first linear(s) of the MLP; two where it is gated.
+        fc2: last linear of the MLP.
+        norm1_readers: the linears that read `norm1`; by default query, key and value. Empty where other modules do.
+        reduction: optional; the convolution, without padding, through which keys and values read `norm1`.
+        operations: optional; further linears, convolutions and norms of a block. `"all"`: all that no other role has.
+        drop_path: optional; the block's stochastic depth, with its rate in `drop_prob`.
+        position_bias: optional; module that makes the block's bias on attention logits.
+        heads: optional; task heads. Those of larger models are told by the model's class, see `register_heads`.
+        own_heads: optional; task heads that are part of the backbone.
+        sublayers: which parts of a block branches can be put at: `"attention"` (or what mixes tokens in its place),
+            `"mlp"`, both or none.
+        halves: whether a block is one sub-layer only, attention or MLP, of which it then has all roles.
+        post_norm: whether the norms follow their sub-layers (x + norm(f(x))); or the name of the block's attribute
+            that tells.
+        reads_attention: module of the block whose input is the stream that attention reads; by default `norm1`, with
+            `post_norm` the block (`""`).
+        reads_mlp: the same of the MLP; by default `norm2`, with `post_norm` the first module of `fc1`.
+        stream: how the block's input lies in memory. `"tokens"`: (batch, tokens, width); `"channels_last"`: (batch,
+            height, width, channels); `"channels_first"`: (batch, channels, height, width).
+        stream_inside: the same of the input of those modules where it has four dimensions; by default as `stream`.
+        softmax: whether attention is softmax attention of projected tokens, as `nn.MultiheadAttention` has it.
+        prompts: how tokens can join those of a block. `"sequence"`: they are put into its input; `"keys"`: what its
+            attention makes of them as keys and values is appended to its own, in every window. None: not at all.
+        grid: how the patch tokens lie in the image. `"full"`: all cells of the patch embedding's output, row by row
+            (frame by frame); `"frames_last"`: the same with the frames of each cell side by side; `"given"`: as told
+            by the block's arguments `input_dimensions`, or `height` and `width`; `"map"`: as the stream lies;
+            `"units"`: as told by the method `reroll` of the module that holds the lists; `"halved"`: cells of the
+            patch embedding's output, halved until they fit; `"spatial_shapes"`: as told by the embeddings' argument
+            of that name, padded at the end; `"masked"`: some cells, shuffled, as told by the embeddings' third output
+            `ids_restore`. None: it is not known.
+        video: whether the backbone takes videos.
+        model_types: optional; `model_type` of the transformers configs of the backbones and of the models that hold
+            one. For these peft's own `LNTuningConfig()` finds the norms; see `peft_defaults`.
+    """
+
+    backbones: Names
+    blocks: str | Names
+    patch_embedding: str
+    embeddings: str = "embeddings"
+    prefix_tokens: Names = ("cls_token",)
+    input_norms: Names = ()
+    norms: Names = ("layernorm",)
+    outer_norms: Names = ()
+    pooled_norms: Names = ()
+    between: Names | Literal["all"] = ()
+    skipped_blocks: Names = ()
+    norm1: Names = ("layernorm_before",)
+    query: Names = ("attention.q_proj",)
+    key: Names = ("attention.k_proj",)
+    value: Names = ("attention.v_proj",)
+    output: Names = ("attention.o_proj",)
+    norm2: Names = ("layernorm_after",)
+    fc1: Names = ("mlp.fc1",)
+    fc2: Names = ("mlp.fc2",)
+    norm1_readers: Names | None = None
+    reduction: Names = ()
+    operations: Names | Literal["all"] = ()
+    drop_path: Names = ("drop_path",)
+    position_bias: Names = ()
+    heads: Names = ("classifier",)
+    own_heads: Names = ()
+    sublayers: Names = ("attention", "mlp")
+    halves: bool = False
+    post_norm: bool | str = False
+    reads_attention: str | None = None
+    reads_mlp: str | None = None
+    stream: Stream = "tokens"
+    stream_inside: Stream | None = None
+    softmax: bool = True
+    prompts: Literal["sequence", "keys"] | None = "sequence"
+    grid: Literal["full", "frames_last", "given", "map", "units", "halved", "spatial_shapes", "masked"] | None = "full"
+    video: bool = False
+    model_types: Names = ()
+
+
+_ARCHITECTURES: dict[str, Architecture] = {}
+_HEADS: dict[str, Names] = {}
+
+
+def register_architecture(architecture: Architecture) -> None:
+    """Make a family of backbones known, also one of the user's own; to peft's methods, too, by its model types.
+
+    Args:
+        architecture: the role table. A backbone class that has a table already gets the new one.
+
+    Raises:
+        ValueError: the table names no backbone class.
+    """
+    if not architecture.backbones:
+        raise ValueError("Architecture.backbones is empty: name at least one class of backbone.")
+    for name in architecture.backbones:
+        _ARCHITECTURES[name] = architecture
+    add_defaults(architecture)
+
+
+def architecture_of(cls: type) -> Architecture | None:
+    """The role table for a class or the nearest of its bases, or None."""
+    names = (name for base in cls.__mro__ for name in (f"{base.__module__}.{base.__qualname__}", base.__name__))
+    return next((_ARCHITECTURES[name] for name in names if name in _ARCHITECTURES), None)
+
+
+def register_heads(model: str, heads: Names) -> None:
+    """Tell the task heads of a model around a backbone.
+
+    Args:
+        model: name of its class; subclasses are recognised.
+        heads: names of the modules in it that a new task needs anew.
+    """
+    _HEADS[model] = heads
+
+
+def heads_of(cls: type) -> Names:
+    """The task heads of a class of models, or of the nearest of its bases; none if nothing is known."""
+    return next((_HEADS[base.__name__] for base in cls.__mro__ if base.__name__ in _HEADS), ())
+
+
+def known_backbones() -> Names:
+    """Names of all backbone classes that have a table, sorted."""
+    return tuple(sorted(_ARCHITECTURES))

@@ -1,0 +1,298 @@
+"""One cell of the matrix: a method on an architecture, through all that a user does with an adapter."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from ..backbone import find_backbone
+from ..calibration import calibrate
+from ..registry import Method
+from .tiny import Size, TinyModel
+
+
+Status = Literal["works", "not applicable", "skipped", "fails"]
+
+TOLERANCE = 1e-5  # of the output's scale, for a merged model in float32
+FRAMES = 2
+STEP = 0.1  # length of a training step, whatever the gradient's: random models have tiny and huge ones
+# what fits models of 8 to 32 channels, for fields that a method has and for those that its usual setting names
+SMALL = {"r": 4, "n": 4, "channels": 6, "rule_std": 0.01}
+SMALL_WHERE_NAMED = {"groups": 2, "num_virtual_tokens": 2}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What came of a method on an architecture.
+
+    Attributes:
+        status: *works*; *not applicable*, which the method or the library said before any work; *skipped* for want of
+            a package; or *fails*.
+        reason: why it does not work, or what restricts it where it does.
+    """
+
+    status: Status
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.status}: {self.reason}" if self.reason else self.status
+
+    @classmethod
+    def parse(cls, text: str) -> Cell:
+        """The cell that `str` made the text of.
+
+        Raises:
+            ValueError: it starts with no known status.
+        """
+        status, _, reason = text.partition(": ")
+        if status not in ("works", "not applicable", "skipped", "fails"):
+            raise ValueError(f"{text!r} is no cell: it must start with works, not applicable, skipped or fails.")
+        return cls(status, reason)  # type: ignore[arg-type]
+
+
+class _Refusal(Exception):  # noqa: N818
+    """The library said that the method has nothing to do here."""
+
+
+class _Check(Exception):  # noqa: N818
+    """An adapted model does something else than it promises."""
+
+
+def small_config(method: Method) -> Any:
+    """The method's usual setting, shrunk to tiny models, with random numbers in every weight of the adapter."""
+    names = {field.name for field in dataclasses.fields(method.config_cls)}
+    chosen = dict(method.counts[0][0])
+    chosen |= {key: value for key, value in SMALL.items() if key in names}
+    chosen |= {key: value for key, value in SMALL_WHERE_NAMED.items() if key in chosen}
+    return method.config_cls(**chosen, init_weights=False)
+
+
+def first_sentence(message: str) -> str:
+    """Up to the first full stop that ends a sentence, without it, on one line."""
+    return re.split(r"\.(?=\s|$)", " ".join(message.split()), maxsplit=1)[0]
+
+
+def broken(error: Exception) -> str:
+    """An unexpected exception in a few words."""
+    return f"{type(error).__name__}: {first_sentence(str(error))[:300]}"
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The floating-point tensors in what a model returned, however deep."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    if isinstance(output, list | tuple):
+        return [tensor for item in output for tensor in tensors_of(item)]
+    return []
+
+
+class _Subject:
+    """A model with what it is called with, for one method: images, or videos where the method takes those."""
+
+    def __init__(self, tiny: TinyModel, method: Method, batch: int = 2) -> None:
+        self.tiny = tiny
+        self.batch = batch
+        self.makes_videos = method.video and not tiny.video
+
+    def arguments(self, size: Size | None) -> dict[str, Any]:
+        if not self.makes_videos:
+            return self.tiny.arguments(self.batch, size)
+        made = self.tiny.arguments(self.batch * FRAMES, size)
+        if "pixel_values" in made:
+            made["pixel_values"] = made["pixel_values"].unflatten(0, (self.batch, FRAMES))
+        return made
+
+    def call(self, model: nn.Module, size: Size | None = None) -> list[Tensor]:
+        return tensors_of(self.tiny.call(model, self.arguments(size)))
+
+    @torch.no_grad()
+    def outputs(self, model: nn.Module, size: Size | None = None) -> list[Tensor]:
+        return self.call(model.eval(), size)
+
+    @torch.no_grad()
+    def outputs_of_base(self, base: nn.Module, size: Size | None = None) -> list[Tensor]:
+        """What the base model makes of images, or of videos whose frames its heads see averaged."""
+        arguments = self.arguments(size)
+        if not self.makes_videos or "pixel_values" not in arguments:
+            return tensors_of(self.tiny.call(base, arguments))
+        arguments["pixel_values"] = arguments["pixel_values"].flatten(0, 1)
+        with _mean_over_frames(base, self.batch):
+            return tensors_of(self.tiny.call(base, arguments))
+
+
+@contextmanager
+def _mean_over_frames(base: nn.Module, batch: int) -> Iterator[None]:
+    def mean(module: nn.Module, args: tuple) -> tuple:
+        return (args[0].unflatten(0, (batch, FRAMES)).mean(dim=1), *args[1:])
+
+    handles = [base.get_submodule(path).register_forward_pre_hook(mean) for path in find_backbone(base).heads]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_cell(method: Method, tiny: TinyModel, base: nn.Module) -> Cell:
+    """Adapt, train a step, switch off, save, load, merge, and take another image size.
+
+    Args:
+        method: to try, on a copy of the model.
+        tiny: the architecture.
+        base: a model of it that was never called, as `tiny.model()` makes one.
+
+    Returns:
+        What came of it. Only a `ValueError` that `get_peft_model` or `calibrate` raises makes a cell not applicable.
+    """
+    torch.manual_seed(2)
+    stage = ["adapting"]
+    try:
+        return Cell("works", _live(method, tiny, base, stage))
+    except _Refusal as refusal:
+        return Cell("not applicable", first_sentence(str(refusal)))
+    except _Check as check:
+        return Cell("fails", f"{stage[-1]}: {check}")
+    except Exception as error:  # whatever breaks in any method must become a cell, and the others go on
+        return Cell("fails", f"{stage[-1]}: {broken(error)}")
+
+
+def _live(method: Method, tiny: TinyModel, base: nn.Module, stage: list[str]) -> str:
+    """What a user does with an adapter; the restriction under which all of it works, empty where there is none."""
+    subject = _Subject(tiny, method)
+    model = _adapted(method, subject, base)
+    # frozen as in the adapted model: torch rounds some products by whether a factor requires a gradient
+    reference = copy.deepcopy(base).requires_grad_(False)
+    before = subject.outputs_of_base(reference)
+
+    stage.append("training")
+    _train_a_step(model, subject, method)
+    trained = subject.outputs(model)
+    _require(not _equal(trained, before), "the trained adapter changes nothing")
+
+    stage.append("disable_adapter")
+    with model.disable_adapter():
+        _require_equal(subject.outputs(model), before, "the base model's output")
+
+    stage.append("save and load")
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        # trainable as the saved one, for the same reason
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder, is_trainable=True)
+    _require_equal(subject.outputs(loaded), trained, "the saved model's output")
+
+    restriction = ""
+    if tiny.other_size:
+        stage.append("another image size")
+        restriction = _refused_size(model, subject, reference, tiny.other_size)
+
+    if method.mergeable:
+        stage.append("merging")
+        merged = model.merge_and_unload()
+        _require_close(subject.outputs(merged), trained)
+    return restriction
+
+
+def _adapted(method: Method, subject: _Subject, base: nn.Module) -> PeftModel:
+    """The model with a random adapter, which has chosen what it trains where its method chooses.
+
+    Raises:
+        _Refusal: the library says that the method has nothing to do on this model.
+    """
+    try:
+        model = get_peft_model(copy.deepcopy(base), small_config(method))
+        if method.calibrated:
+            batch = _Subject(subject.tiny, method, batch=4).arguments(None) | {"labels": torch.tensor([0, 1, 0, 1])}
+            calibrate(model, [batch], max_batches=1, progress=False)
+    except ValueError as error:
+        raise _Refusal(str(error)) from error
+    return model
+
+
+def _train_a_step(model: PeftModel, subject: _Subject, method: Method) -> None:
+    """One step of SGD that changes the loss and the adapter, and no parameter that is frozen."""
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    _require(bool(trained), "nothing is trainable")
+    started = {name: p.detach().clone() for name, p in trained.items()}
+
+    def loss() -> Tensor:
+        torch.manual_seed(3)
+        outputs = subject.call(model)  # against random targets, as the mean square of a normed output hardly moves
+        return torch.stack([(tensor - torch.randn_like(tensor)).square().mean() for tensor in outputs]).sum()
+
+    model.train()
+    first = loss()
+    _require(bool(first.isfinite()), "the loss is not finite")
+    first.backward()
+    gradients = [p.grad for p in trained.values() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, error_if_nonfinite=True).item()
+    _require(norm > 0, "no trainable parameter has a gradient")
+    torch.optim.SGD(trained.values(), lr=STEP / norm).step()
+    second = loss()
+    _require(bool(second.isfinite()), "the loss is not finite after a step")
+    _require(bool(second != first), "a step does not change the loss")
+    moved = [name for name, p in trained.items() if not torch.equal(p, started[name])]
+    own = moved if method.whole_modules else [name for name in moved if f".{method.name}_" in name]
+    _require(bool(own), "a step moves no parameter of the adapter")
+    current = dict(model.named_parameters())
+    drifted = [name for name, value in frozen.items() if not torch.equal(current[name], value)]
+    _require(not drifted, f"a step moves frozen parameters, {', '.join(drifted[:2])}")
+
+
+def _refused_size(model: PeftModel, subject: _Subject, reference: nn.Module, size: Size) -> str:
+    """Why the adapted model takes no images of that size, in its own words; empty where it does.
+
+    Raises:
+        _Check: it takes them and computes something wrong.
+    """
+    before = subject.outputs_of_base(reference, size)
+    try:
+        found = subject.outputs(model, size)
+    except ValueError as error:
+        return f"no other image size: {first_sentence(str(error))}"
+    _require(all(tensor.isfinite().all() for tensor in found), "the output is not finite")
+    _require([t.shape for t in found] == [t.shape for t in before], "the output has another shape than the base's")
+    with model.disable_adapter():
+        _require_equal(subject.outputs(model, size), before, "the base model's output")
+    return ""
+
+
+def _equal(found: list[Tensor], expected: list[Tensor]) -> bool:
+    return len(found) == len(expected) and all(map(torch.equal, found, expected))
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise _Check(message)
+
+
+def _require_equal(found: list[Tensor], expected: list[Tensor], what: str) -> None:
+    if not _equal(found, expected):
+        raise _Check(f"differs from {what} by {_distance(found, expected):.0e} of its scale")
+
+
+def _require_close(found: list[Tensor], expected: list[Tensor]) -> None:
+    distance = _distance(found, expected)
+    _require(distance <= TOLERANCE, f"differs from the output before by {distance:.0e} of its scale")
+
+
+def _distance(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest difference of two outputs, by the scale of the tensor it is in."""
+    _require([t.shape for t in found] == [t.shape for t in expected], "the output has another shape")
+    distances = [0.0]
+    for a, b in zip(found, expected, strict=True):
+        if not torch.equal(a, b):
+            distances.append(((a - b).abs().max() / b.abs().max()).item())
+    return max(distances)

@@ -1,0 +1,69 @@
+"""The `hf-visual-peft coverage` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..hub import write_aside
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
+    parser.add_argument("--methods", type=_names, metavar="A,B", help="only these; all by default")
+    parser.add_argument("--architectures", type=_names, metavar="A,B", help="only these; all by default")
+    parser.add_argument(
+        "--fast", action="store_true", help="every method on six architectures, every architecture with four methods"
+    )
+    parser.add_argument("--jobs", type=_count, metavar="N", help="processes; by default one a core")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the cells there, one a line")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the page docs/coverage.md there")
+    parser.add_argument(
+        "--check", type=Path, metavar="FILE", help="compare with the JSON of an earlier run; a regression is an error"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the cells, write what was asked for, and say what fails.
+
+    Returns:
+        Exit status: 0, or 1 where a cell fails or, with `--check`, does not work any more.
+
+    Raises:
+        ValueError: an argument makes no sense, before any cell runs.
+        OSError: a file cannot be read or written.
+        RuntimeError: a process died.
+    """
+    from . import report
+    from .matrix import choose_cells, run_matrix
+
+    for name in ("json", "markdown"):
+        path = getattr(arguments, name)
+        if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
+            raise ValueError(f"--{name}={path}: choose a file in a folder that exists.")
+    before = report.read_json(arguments.check) if arguments.check else None
+    cells = choose_cells(arguments.methods, arguments.architectures, arguments.fast)
+    matrix = run_matrix(cells, arguments.jobs)
+    if arguments.json:
+        write_aside(arguments.json, report.to_json(matrix))
+    if arguments.markdown:
+        write_aside(arguments.markdown, report.to_markdown(matrix))
+    print(report.summary(matrix))
+    wrong = report.failures(matrix) if before is None else report.regressions(matrix, before)
+    for line in wrong:
+        print(line, file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("names no method and no architecture")
+    return names
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of processes: choose an integer from 1")
+    return int(text)

@@ -1,0 +1,106 @@
+"""All cells of the matrix: architectures are spread over processes, and one builds its model once for all methods."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+
+from tqdm.auto import tqdm
+
+from ..registry import get_method, list_methods
+from .cell import Cell, broken, run_cell
+from .models import MODELS
+
+
+# the fast cut: every method on these architectures, and these methods on every architecture
+FAST_ARCHITECTURES = ("vit", "dinov2_with_registers", "swin", "pvt_v2", "convnext", "timm_vit")
+FAST_METHODS = ("adaptformer", "bitfit", "ssf", "vpt")
+
+Matrix = dict[str, dict[str, Cell]]  # by architecture and method
+
+
+def choose_cells(
+    methods: Iterable[str] | None = None, architectures: Iterable[str] | None = None, fast: bool = False
+) -> dict[str, list[str]]:
+    """The methods to run by architecture, in the order of the catalogue.
+
+    Args:
+        methods: names; all by default.
+        architectures: names; all by default.
+        fast: of these only the fast cut.
+
+    Raises:
+        ValueError: a name is unknown, or nothing is left to run.
+    """
+    chosen = list(list_methods()) if methods is None else sorted({get_method(name).name for name in methods})
+    rows = list(MODELS) if architectures is None else list(architectures)
+    unknown = [name for name in rows if name not in MODELS]
+    if unknown:
+        raise ValueError(f"Unknown architecture {unknown[0]!r}: choose of {', '.join(MODELS)}.")
+    cells = {
+        row: [name for name in chosen if not fast or row in FAST_ARCHITECTURES or name in FAST_METHODS]
+        for row in MODELS
+        if row in rows
+    }
+    cells = {row: names for row, names in cells.items() if names}
+    if not cells:
+        raise ValueError(f"The fast cut has none of the methods {', '.join(chosen)} on {', '.join(rows)}.")
+    return cells
+
+
+def run_matrix(cells: Mapping[str, list[str]], jobs: int | None = None, progress: bool = True) -> Matrix:
+    """Run the cells.
+
+    Args:
+        cells: methods by architecture, see `choose_cells`.
+        jobs: processes; by default one a core. With one everything runs in this process.
+        progress: whether to show a bar.
+
+    Raises:
+        RuntimeError: a process died, as one without memory does.
+    """
+    jobs = min(jobs or _cores(), len(cells))
+    found: Matrix = {}
+    with tqdm(total=sum(map(len, cells.values())), desc="Cells", disable=not progress) as bar:
+        if jobs == 1:
+            for row, names in cells.items():
+                found[row] = run_row(row, names)
+                bar.update(len(names))
+            return {row: found[row] for row in cells}
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_prepare) as pool:
+            rows = {pool.submit(run_row, row, names): row for row, names in cells.items()}
+            for future in as_completed(rows):
+                found[rows[future]] = future.result()
+                bar.update(len(cells[rows[future]]))
+    return {row: found[row] for row in cells}
+
+
+def run_row(row: str, names: Iterable[str]) -> dict[str, Cell]:
+    """The cells of one architecture."""
+    tiny = MODELS[row]
+    if tiny.missing_package:
+        return {name: Cell("skipped", f"{tiny.missing_package} is not installed") for name in names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what random tiny models and merged biases bring with them
+        try:
+            base = tiny.model()
+        except Exception as error:  # another version of a library than this catalogue knows; the other rows go on
+            return {name: Cell("fails", f"building: {broken(error)}") for name in names}
+        return {name: run_cell(get_method(name), tiny, base) for name in names}
+
+
+def _cores() -> int:
+    """Those this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _prepare() -> None:
+    """In a process of the pool: one thread, as there is a process a core, and no chatter over the bar."""
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()

@@ -1,0 +1,119 @@
+"""The matrix as JSON, to be committed and compared with, and as Markdown, to be read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..tables import format_table
+from .cell import Cell
+from .matrix import Matrix
+from .models import MODELS
+from .tiny import Kind
+
+
+COMMAND = "hf-visual-peft coverage --markdown docs/coverage.md --json docs/coverage.json"
+KINDS: dict[Kind, str] = {
+    "plain": "Plain transformers",
+    "hierarchical": "Hierarchical transformers",
+    "convolutional": "Convolutional networks",
+    "dense": "Segmentation, depth and detection",
+    "timm": "timm and OpenCLIP",
+}
+_SIGNS = {"works": "✓", "not applicable": "-", "skipped": "·", "fails": "✗"}
+_INTRODUCTION = f"""# Which method works on which architecture
+
+Written by `{COMMAND}`; do not edit.
+
+Every cell is a tiny random model with a random adapter of the method. *Works* means that a training step changes the
+loss and nothing frozen, that `disable_adapter` gives the base model's output to the bit, that the saved adapter on a
+fresh base gives the same output to the bit, that merging, where the method can be merged, keeps the output, and that
+the model takes images of another size where its backbone does.
+"""
+_LEGEND = (
+    "✓ works, - not applicable, · skipped for want of a package, ✗ fails. A number is that of the reason or, where a "
+    "cell works, of a restriction; the reasons are below the tables."
+)
+
+
+def to_json(matrix: Matrix) -> str:
+    """One line a cell, sorted, so that a changed cell is a changed line."""
+    rows = {row: {name: str(cell) for name, cell in cells.items()} for row, cells in matrix.items()}
+    return json.dumps(rows, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def read_json(path: Path) -> Matrix:
+    """The matrix that `to_json` wrote to a file.
+
+    Raises:
+        ValueError: the file holds something else.
+        OSError: it cannot be read.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return {row: {name: Cell.parse(text) for name, text in cells.items()} for row, cells in rows.items()}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no matrix written by hf-visual-peft coverage --json: {error}") from error
+
+
+def regressions(now: Matrix, before: Matrix) -> list[str]:
+    """Cells that worked before and do not any more, and those that fail, each with what is known of it.
+
+    A cell that is skipped now tells nothing, and one that was not run is not looked at.
+    """
+    found = []
+    for row, cells in now.items():
+        for name, cell in cells.items():
+            earlier = before.get(row, {}).get(name)
+            worked = earlier is not None and earlier.status == "works"
+            if cell.status == "fails" or (worked and cell.status == "not applicable"):
+                found.append(f"{name} on {row}: {cell} (before: {earlier or 'not in the file'})")
+    return found
+
+
+def failures(matrix: Matrix) -> list[str]:
+    """The cells that fail."""
+    return [
+        f"{name} on {row}: {cell}"
+        for row, cells in matrix.items()
+        for name, cell in cells.items()
+        if cell.status == "fails"
+    ]
+
+
+def summary(matrix: Matrix) -> str:
+    """How many cells of each kind of architecture work: a table."""
+    rows = []
+    for kind, title in KINDS.items():
+        cells = [cell for row, found in matrix.items() if MODELS[row].kind == kind for cell in found.values()]
+        count = {status: sum(cell.status == status for cell in cells) for status in _SIGNS}
+        ran = len(cells) - count["skipped"]
+        if cells:
+            share = f"{100 * count['works'] / ran:.1f} %" if ran else "-"
+            architectures = sum(MODELS[row].kind == kind for row in matrix)
+            rows.append([title, str(architectures), *(str(number) for number in count.values()), share])
+    header = ["kind", "architectures", *_SIGNS, "works of those run"]
+    return format_table(header, rows, right=header[1:])
+
+
+def to_markdown(matrix: Matrix) -> str:
+    """The page: shares by kind, one table a kind with methods as rows, and the reasons."""
+    reasons: dict[str, int] = {}
+
+    def shown(cell: Cell | None) -> str:
+        if cell is None:
+            return ""
+        number = f" {reasons.setdefault(cell.reason, len(reasons) + 1)}" if cell.reason else ""
+        return _SIGNS[cell.status] + number
+
+    parts = [_INTRODUCTION, summary(matrix) + "\n", _LEGEND + "\n"]
+    for kind, title in KINDS.items():
+        rows = [row for row in matrix if MODELS[row].kind == kind]
+        methods = sorted({name for row in rows for name in matrix[row]})
+        if rows:
+            lines = [[name, *(shown(matrix[row].get(name)) for row in rows)] for name in methods]
+            parts.append(f"## {title}\n\n{format_table(['method', *rows], lines)}\n")
+    if reasons:
+        listed = [f"{number}. {reason}" for reason, number in reasons.items()]
+        parts.append("## Reasons\n\n" + "\n".join(listed) + "\n")
+    return "\n".join(parts)

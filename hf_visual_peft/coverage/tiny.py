@@ -1,0 +1,113 @@
+"""What the matrix needs to know of one architecture: a tiny random model of it, and images for the model."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+Kind = Literal["plain", "hierarchical", "convolutional", "dense", "timm"]
+Size = tuple[int, int]
+
+LABELS: dict[str, Any] = {"num_labels": 3}
+
+
+def images(batch: int, size: Size, channels: int = 3) -> dict[str, Any]:
+    """Random `pixel_values` of (batch, channels, height, width), the same ones every time."""
+    generator = torch.Generator().manual_seed(batch)
+    return {"pixel_values": torch.randn(batch, channels, *size, generator=generator)}
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """One architecture of the matrix.
+
+    Attributes:
+        name: of the row; for an image classifier of transformers its `model_type`.
+        kind: by which the matrix groups rows.
+        build: makes the model, with its usual head where it has one.
+        size: height and width of the images it is made for.
+        other_size: one that it takes as well; None where it takes only its own.
+        interpolates: whether it must be asked, by `interpolate_pos_encoding`, to take another size.
+        inputs: makes the model's arguments from the number of samples and their size.
+        positional: whether the model's forward takes the pixels as first argument, and no `pixel_values`.
+        video: whether its own inputs are videos, (batch, frames, channels, height, width).
+        package: which it needs beside those that hf_visual_peft requires.
+    """
+
+    name: str
+    kind: Kind
+    build: Callable[[], nn.Module]
+    size: Size = (32, 32)
+    other_size: Size | None = None
+    interpolates: bool = False
+    inputs: Callable[[int, Size], dict[str, Any]] = images
+    positional: bool = False
+    video: bool = False
+    package: str | None = None
+
+    @property
+    def missing_package(self) -> str | None:
+        """The package that this architecture needs and this environment lacks."""
+        return self.package if self.package and importlib.util.find_spec(self.package) is None else None
+
+    def model(self) -> nn.Module:
+        """The model in eval mode, with the same random weights every time.
+
+        Every weight is moved off its initial value: a change of the model must not hide behind zeros, ones or tiny
+        layer scales. Batch norms hold the statistics of some images, without which those vanish on the way.
+        """
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
+            model = self.build()
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+            self._measure(model)
+        return model.eval()
+
+    def _measure(self, model: nn.Module) -> None:
+        norms = {module: module.momentum for module in model.modules() if isinstance(module, _BatchNorm)}
+        if not norms:
+            return
+        for norm in norms:
+            norm.momentum = None  # the mean over all batches, of which there is one
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
+            self.call(model.train(), self.arguments(8))
+        for norm, momentum in norms.items():
+            norm.momentum = momentum
+
+    def arguments(self, batch: int, size: Size | None = None) -> dict[str, Any]:
+        """Of the model's forward, for images of its own or of another size."""
+        made = self.inputs(batch, size or self.size)
+        if self.interpolates and size not in (None, self.size):
+            made["interpolate_pos_encoding"] = True
+        return made
+
+    def call(self, model: nn.Module, arguments: Mapping[str, Any]) -> Any:
+        """What the model makes of its arguments."""
+        if self.positional:
+            return model(arguments["pixel_values"])
+        return model(**arguments)
+
+
+def by_name(*models: TinyModel) -> MappingProxyType[str, TinyModel]:
+    """The catalogue of some architectures.
+
+    Raises:
+        ValueError: two have the same name.
+    """
+    names = [model.name for model in models]
+    double = sorted({name for name in names if names.count(name) > 1})
+    if double:
+        raise ValueError(f"Two architectures are named {', '.join(double)}: choose another name for one.")
+    return MappingProxyType({model.name: model for model in models})

@@ -1,0 +1,151 @@
+"""Ensembles of backbone and adapter in the space of weights, as in WiSE-FT.
+
+A fine-tuned model is often better on what it was tuned for and worse on everything else. Weights between those of the
+backbone and those of the adapted model keep most of both (Robust fine-tuning of zero-shot models, CVPR 2022, arXiv
+2109.01903, equation 1):
+
+    w(alpha) = w_base + alpha * (w_adapted - w_base)
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+
+class Interpolation:
+    """A plain model between a backbone and the same backbone with an adapter merged into it.
+
+    The adapter is merged once; every call then sets the weights of one model, so a sweep over alpha costs little:
+
+        between = Interpolation(model)
+        accuracy = {alpha: evaluate(between(alpha)) for alpha in (0.0, 0.25, 0.5, 0.75, 1.0)}
+
+    The weights of modules that train as a whole (the task head) lie between those of the backbone's and the trained
+    one, too. A head of the backbone that was never trained makes small alphas of little use; give such a backbone the
+    head that goes with it, as a linear probe finds it, before the adapter trains.
+
+    Two copies of the weights that change are kept beside the model.
+
+    Args:
+        model: with an adapter that can be merged, of this library or of peft's. It is left as it is.
+        adapter_name: which adapter; the active one by default.
+
+    Raises:
+        TypeError: `model` is no `PeftModel` whose adapter consists of layers.
+        ValueError: there is no such adapter, it cannot be merged, or more or fewer than one is active.
+    """
+
+    def __init__(self, model: PeftModel, adapter_name: str | None = None) -> None:
+        if not isinstance(model, PeftModel) or not isinstance(model.base_model, BaseTuner):
+            raise TypeError(f"Interpolation needs a PeftModel with adapter layers, not {type(model).__name__}.")
+        name = _adapter(model, adapter_name)
+        if any(getattr(module, "merged", False) for module in model.modules()):
+            raise ValueError("An adapter is merged into the model already: call unmerge_adapter() first.")
+        base = _base_of(copy.deepcopy(model))
+        adapted = copy.deepcopy(model)
+        adapted.set_adapter(name)
+        try:
+            merged = adapted.merge_and_unload()
+        except (ValueError, NotImplementedError, AttributeError) as error:
+            kind = model.peft_config[name].peft_type.value
+            raise ValueError(f"The adapter {name!r} of type {kind} cannot be merged: {error}") from error
+        before, after = _state(base), _state(merged)
+        _check_shapes(before, after)
+        self._model = merged.requires_grad_(False).eval()
+        # a bias that merging made was none, which is zero
+        self._ends = {
+            key: (before[key] if key in before else torch.zeros_like(value), value.clone())
+            for key, value in after.items()
+            if key not in before or not torch.equal(before[key], value)
+        }
+
+    @torch.no_grad()
+    def __call__(self, alpha: float) -> nn.Module:
+        """The model with the weights for alpha, in eval mode. It is the same object in every call.
+
+        Args:
+            alpha: from 0, the backbone bit for bit, to 1, the merged model bit for bit.
+
+        Raises:
+            ValueError: alpha is something else.
+        """
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
+            raise ValueError(f"alpha is {alpha!r}: must be a number from 0 to 1.")
+        state = _state(self._model)
+        for key, (base, adapted) in self._ends.items():
+            state[key].copy_(_between(base, adapted, alpha))
+        return self._model
+
+
+def interpolate(model: PeftModel, alpha: float, adapter_name: str | None = None) -> nn.Module:
+    """A plain model with the weights `base + alpha * (adapted - base)`; see `Interpolation`, which serves many alphas.
+
+    Args:
+        model: with an adapter that can be merged. It is left as it is.
+        alpha: from 0, the backbone, to 1, the merged model.
+        adapter_name: which adapter; the active one by default.
+
+    Returns:
+        A model of its own in eval mode, of the backbone's class.
+
+    Raises:
+        TypeError: as of `Interpolation`.
+        ValueError: as of `Interpolation`, or alpha is not from 0 to 1.
+    """
+    return Interpolation(model, adapter_name)(alpha)
+
+
+def _between(base: Tensor, adapted: Tensor, alpha: float) -> Tensor:
+    if alpha in (0, 1) or not base.is_floating_point():  # counts, as of batches seen, have no in-between
+        return base if alpha < 0.5 else adapted
+    wide = torch.promote_types(base.dtype, torch.float32)
+    return torch.lerp(base.to(wide), adapted.to(wide), float(alpha))
+
+
+def _adapter(model: PeftModel, adapter_name: str | None) -> str:
+    if adapter_name is None:
+        active = list(model.active_adapters)
+        if len(active) != 1:
+            raise ValueError(f"The active adapters are {active}: say adapter_name, one of {list(model.peft_config)}.")
+        return active[0]
+    if adapter_name not in model.peft_config:
+        raise ValueError(f"adapter_name is {adapter_name!r}: must be one of {list(model.peft_config)}.")
+    return adapter_name
+
+
+def _base_of(model: PeftModel) -> nn.Module:
+    """The backbone, with its own modules in place of those that an adapter trains as a whole."""
+    originals = [
+        (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module.original_module)
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    ]
+    base: Any = model.unload()
+    for parent, child, original in originals:
+        setattr(parent, child, original)
+    return base
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _check_shapes(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+    """Raise where there is nothing to interpolate between."""
+    for key, value in before.items():
+        if key not in after or after[key].shape != value.shape or after[key].dtype != value.dtype:
+            found = "nothing" if key not in after else f"{tuple(after[key].shape)}, {after[key].dtype}"
+            raise ValueError(
+                f"{key} is {tuple(value.shape)}, {value.dtype}, in the backbone and {found} in the merged model: "
+                "there is nothing in between."
+            )
+    more = [key for key in after if key not in before and not key.endswith("bias")]
+    if more:
+        raise ValueError(f"Merging gives the model {more[0]}, which the backbone does not have.")

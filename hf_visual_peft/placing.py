@@ -1,0 +1,93 @@
+"""Where the equations of a method stand in a backbone, stage by stage, or why they cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from .backbone import BackboneError, NoTokensError, VisionBackbone
+from .config import VisualPeftConfig
+from .registry import list_methods
+from .sites import BranchSite, LogitSite, Placement, TokenSite
+
+
+def placements_of(config: VisualPeftConfig, selected: VisionBackbone, whole: VisionBackbone) -> list[Placement]:
+    """The equations of a method and where they stand.
+
+    A method sees one stage at a time: blocks of one width. What its equations share they share within a stage.
+    Branches at a sub-layer that a block lacks are left out, as are tokens that join an attention which pools.
+
+    Args:
+        config: of the method.
+        selected: the backbone, without the blocks that the config leaves alone.
+        whole: all of it.
+
+    Raises:
+        NoTokensError: the method needs a stream of tokens and the backbone has none; the message names those that
+            work there.
+        BackboneError: the backbone has none of the modules that the method acts on.
+        ValueError: a field does not fit the backbone, or the method does not.
+    """
+    try:
+        placements = list(_placements(config, selected, whole))
+    except NoTokensError as error:
+        raise NoTokensError(f"{type(config).__name__}: {error} {_advice(config, whole)}") from error
+    if not placements:
+        raise BackboneError(
+            f"{type(config).__name__}: {whole.class_name} has none of the modules that it acts on. "
+            f"{_advice(config, whole)}"
+        )
+    return placements
+
+
+def _advice(config: VisualPeftConfig, whole: VisionBackbone) -> str:
+    names = []
+    for name, method in list_methods().items():
+        try:
+            found = method.config_cls is not type(config) and any(
+                True for _ in _placements(method.config_cls(), whole, whole)
+            )
+        except ValueError:
+            continue
+        if found:
+            names.append(name)
+    return f"Methods that work on it: {', '.join(names)}."
+
+
+def _placements(config: VisualPeftConfig, selected: VisionBackbone, whole: VisionBackbone) -> Iterator[Placement]:
+    sublayers = {block.path: block.sublayers for block in selected.blocks}
+    for stage in selected.stages(whole) if config.per_stage else (selected,):
+        for placement in config.placements(stage):
+            site = placement.site
+            if isinstance(site, BranchSite | TokenSite | LogitSite):
+                _check_block_site(config, whole, site)
+                needed = site.sublayer if isinstance(site, BranchSite) else "attention"
+                if needed not in sublayers[placement.path]:
+                    continue
+            if placement.shared is not None and stage.stage is not None:
+                shared = replace(placement.shared, name=f"{placement.shared.name}_stage{stage.stage}")
+                placement = replace(placement, shared=shared)
+            yield placement
+
+
+def _check_block_site(
+    config: VisualPeftConfig, backbone: VisionBackbone, site: BranchSite | TokenSite | LogitSite
+) -> None:
+    """Refuse what the architecture's blocks cannot do.
+
+    Raises:
+        ValueError: it is such a site.
+    """
+    table, name = backbone.architecture, f"{type(config).__name__} does not fit {backbone.class_name}"
+    if isinstance(site, TokenSite):
+        if table.prompts is None:
+            raise ValueError(f"{name}: no tokens can join those of its attention.")
+        if table.prompts != "sequence" and (site.takes or site.hands_on):
+            raise ValueError(
+                f"{name} with tokens that go from block to block: they join its attention only (deep=True)."
+            )
+    if isinstance(site, BranchSite):
+        if site.needs_layout and table.grid is None:
+            raise ValueError(f"{name}: how its tokens lie in the image is not known.")
+        if site.attends and not table.softmax:
+            raise ValueError(f"{name}: its attention is not the softmax attention of projected tokens.")

@@ -1,0 +1,63 @@
+"""Models with adapters leave Python: by torch.export as they are, and merged ones by ONNX too."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, video
+from test_conformance import VARIANTS, adapted, run
+
+
+VIT = FAMILIES["vit"]
+# one variant of each: merged, all are the same plain model with other weights
+MERGEABLE = list({variant[0].name: variant for variant in VARIANTS if variant[0].mergeable}.values())
+ONNX_TOLERANCE = 1e-4
+
+
+def over(variants):
+    return pytest.mark.parametrize(("method", "fields"), [pytest.param(m, f, id=name) for m, f, name in variants])
+
+
+def exported(model, inputs):
+    with torch.no_grad():
+        return torch.export.export(model, (), kwargs=dict(inputs))
+
+
+def base_logits(family, model):
+    with model.disable_adapter():
+        return run(model, family)
+
+
+@over(VARIANTS)
+def test_adapted_models_are_exported(method, fields, tmp_path):
+    family = video(VIT) if method.video else VIT
+    model = adapted(method, fields, family)
+    program = exported(model, family.inputs(2))
+    torch.export.save(program, tmp_path / "model.pt2")
+    again = torch.export.load(tmp_path / "model.pt2").module()
+    with torch.no_grad():
+        assert torch.equal(again(**family.inputs(2)).logits, run(model, family))
+    assert not torch.equal(run(model, family), base_logits(family, model))
+
+
+@pytest.mark.slow
+@over(MERGEABLE)
+def test_merged_models_are_exported_and_run_in_onnxruntime(method, fields, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = adapted(method, fields, VIT)
+    before = run(model, VIT)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*gets a bias by merging")
+        merged = model.merge_and_unload()
+    program = exported(merged, VIT.inputs(2))
+    with torch.no_grad():
+        assert torch.equal(program.module()(**VIT.inputs(2)).logits, run(merged, VIT))
+
+    torch.onnx.export(program, f=tmp_path / "model.onnx", verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"pixel_values": VIT.inputs(2)["pixel_values"].numpy()})
+    np.testing.assert_allclose(logits, before, rtol=0, atol=ONNX_TOLERANCE * before.abs().max().item())
