@@ -77,13 +77,15 @@ def test_page():
     done = [fake(m, lr, 0, validation=0.5 + lr) for m in ("linearprobe", "vpt") for lr in accuracy.RATES]
     done += [fake("linearprobe", 1e-2, seed, test=0.7) for seed in (1, 2)]
     done += [fake("vpt", 1e-2, seed, test=0.3 * seed) for seed in (1, 2)]
-    page = accuracy.report(["linearprobe", "ssf", "vpt"], SEEDS, done, accuracy.Protocol())
+    longer = [fake("vpt", lr, 0, test=10 * lr, epochs=accuracy.LONGER.epochs) for lr in accuracy.RATES]
+    page = accuracy.report(["linearprobe", "ssf", "vpt"], SEEDS, done, accuracy.Protocol(), longer)
     lines = page.splitlines()
     probe, vpt = (next(line for line in lines if line.startswith(f"| {name} ")) for name in ("linearprobe", "vpt"))
     assert [cell.strip() for cell in probe.split("|")[4:7]] == ["66.7", "5.8", "0.01"]
     assert [cell.strip() for cell in vpt.split("|")[4:7]] == ["50.0", "17.3", "0.01"]
     assert page.index(probe) < page.index(vpt)
     assert "Below the linear probe: vpt." in page
+    assert "With 40 epochs and one seed, all else as above: vpt 1.0 (at 0.001)." in page
     assert "Not measured yet: ssf." in page
     assert max(map(len, lines)) <= 119
     assert "best of 0.001, 0.003, 0.01 (full fine-tuning: 3e-05, 0.0001, 0.0003) on 200" in " ".join(lines)
