@@ -6,7 +6,7 @@ DIRS := hf_visual_peft recipes benchmarks tests
 # torch and torchvision (extra "vision") go in together, so that pip picks a pair that fits
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: demo test quality style docs clean
+.PHONY: demo test quality style docs coverage clean
 
 demo: $(VENV)/.demo
 	$(BIN)/hf-visual-peft demo $(ARGS)
@@ -26,6 +26,10 @@ style: $(VENV)/.test
 docs: $(VENV)/.test
 	$(BIN)/hf-visual-peft methods --markdown > docs/methods.md.new
 	mv docs/methods.md.new docs/methods.md
+
+# every method on every architecture: about ten minutes on two cores
+coverage: $(VENV)/.test
+	$(BIN)/hf-visual-peft coverage --markdown docs/coverage.md --json docs/coverage.json
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

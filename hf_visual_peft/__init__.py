@@ -17,7 +17,9 @@ from .config import VisualPeftConfig
 from .frozen_norms import freeze_norms, norms_with_statistics, thaw_norms
 from .interpolation import Interpolation, interpolate
 from .parameters import parameter_groups
+from .peft_methods import with_visual_targets
 from .registry import get_method, list_methods, load_methods
+from .split_attention import SplitAttention, merge_attention, split_attention
 
 
 load_methods()
@@ -30,6 +32,7 @@ __all__ = [
     "BackboneError",
     "Interpolation",
     "NotCalibratedError",
+    "SplitAttention",
     "VisionBackbone",
     "VisualPeftConfig",
     "calibrate",
@@ -38,11 +41,14 @@ __all__ = [
     "get_method",
     "interpolate",
     "list_methods",
+    "merge_attention",
     "norms_with_statistics",
     "parameter_groups",
     "register_architecture",
     "register_heads",
+    "split_attention",
     "thaw_norms",
+    "with_visual_targets",
     *_CONFIGS,
 ]
 

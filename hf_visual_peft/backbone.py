@@ -8,6 +8,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from .architectures import Architecture, architecture_of, heads_of, known_backbones
 
@@ -23,6 +24,9 @@ SUBLAYER_ROLES = {"attention": ("norm1", "query", "key", "value", "output"), "ml
 
 class BackboneError(ValueError):
     """The model has no vision backbone that a role table describes."""
+
+
+_SINGLE_ROLES = tuple(role for role in BLOCK_ROLES if role != "fc1")  # a gated MLP has two linears at its entrance
 
 
 class NoTokensError(BackboneError):
@@ -45,6 +49,7 @@ class Block:
         post_norm: whether its norms follow the sub-layers.
         entrances: full name of the module whose input is the stream as a sub-layer reads it; the block where the
             sub-layer has none of its own.
+        rest: full names of the module whose input is the stream behind the last sub-layer, where the block goes on.
         readers: what reads the norm before each sub-layer, linears and convolutions without padding; none where
             other modules do.
     """
@@ -59,6 +64,7 @@ class Block:
     sublayers: tuple[str, ...] = ("attention", "mlp")
     post_norm: bool = False
     entrances: Mapping[str, str] = field(default_factory=dict)
+    rest: tuple[str, ...] = ()
     readers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def modules(self, roles: Sequence[str]) -> list[str]:
@@ -187,9 +193,11 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
-    """Output and input features of a linear or a 1 x 1 convolution, which is one; else None."""
+    """Output and input features of a linear, or of a 1 x 1 convolution or a `Conv1D`, which is one; else None."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
     if is_pointwise(module):
         return module.out_channels, module.in_channels  # type: ignore[return-value]
     return None
@@ -240,6 +248,7 @@ _REMEDY = (
 
 _OPERATIONS = (
     nn.Linear,
+    Conv1D,
     nn.Conv1d,
     nn.Conv2d,
     nn.Conv3d,
@@ -276,7 +285,7 @@ class _Resolver:
                 blocks.append(self._block(len(blocks), _join(list_path, name), group, prefix_tokens))
         heads, dense = self._heads()
         outside: dict[str, Any] = {
-            "patch_embedding": self._required(self.path, (table.patch_embedding,), "patch_embedding"),
+            "patch_embedding": self._patch_embedding(),
             "input_norms": self._real(table.input_norms),
             "final_norms": self._real(table.norms + (() if heads else table.pooled_norms))
             + (self._existing(self._parent(), table.outer_norms) if self.path else ()),
@@ -299,7 +308,9 @@ class _Resolver:
             embeddings=embeddings,
             heads=heads,
             dense=dense,
-            patch_features=_weight(self.model, outside["patch_embedding"][0])[0].numel(),
+            patch_features=_weight(self.model, outside["patch_embedding"][0])[0].numel()
+            if outside["patch_embedding"]
+            else 0,
             grid=_native_grid(getattr(self.backbone, "config", None)) if table.grid == "full" else None,
             linears={
                 name: sizes
@@ -309,6 +320,12 @@ class _Resolver:
             },
             **outside,
         )
+
+    def _patch_embedding(self) -> tuple[str, ...]:
+        """The first that exists of those that the table names; none where it names none."""
+        names = self.table.patch_embedding
+        names = (names,) if isinstance(names, str) else names
+        return self._required(self.path, names, "patch_embedding")[:1] if names else ()
 
     def _lists(self) -> list[tuple[str, list[str]]]:
         """Names of the lists of blocks and of the blocks in each."""
@@ -343,6 +360,17 @@ class _Resolver:
         for role in wanted:
             if getattr(table, role):
                 self._required(path, getattr(table, role), role)
+        for role in _SINGLE_ROLES:
+            if len(roles[role]) > 1:
+                raise BackboneError(
+                    f"{self.class_name} does not fit its role table: {path!r} has several modules for role {role!r}: "
+                    f"{', '.join(roles[role])}. {_REMEDY}"
+                )
+        if roles["query"] and getattr(self._module(roles["query"][0].rpartition(".")[0]), "q_bias", None) is not None:
+            raise BackboneError(
+                f"{self.class_name}: the attention of {path!r} has biases of its own and reads the weight of its "
+                "projection past the module, so nothing at the module would have an effect."
+            )
         post_norm = getattr(block, table.post_norm) if isinstance(table.post_norm, str) else table.post_norm
         widths = {role: self._out_features(roles[role]) for role in (*NORM_ROLES, "fc2", "output")}
         if table.operations == "all":
@@ -371,6 +399,7 @@ class _Resolver:
             sublayers=sublayers,
             post_norm=bool(post_norm),
             entrances=self._entrances(path, roles, sublayers, bool(post_norm)),
+            rest=self._existing(path, table.reads_result),
             readers={"attention": self._norm1_readers(path, roles), "mlp": roles["fc1"]},
         )
 
@@ -402,7 +431,7 @@ class _Resolver:
         while outer:
             outer = outer.rpartition(".")[0]
             dense = heads_of(type(self._module(outer)))
-            heads = self._trainable(outer, dense or (self.table.heads if outer == self._parent() else ()))
+            heads = self._trainable(outer, dense or self.table.heads)
             if heads:
                 return heads, bool(dense)
         return self._trainable(self.path, self.table.own_heads), False
@@ -424,9 +453,10 @@ class _Resolver:
     def _required(self, prefix: str, names: Sequence[str], role: str) -> tuple[str, ...]:
         paths = self._existing(prefix, names)
         if not paths:
+            remedy = (self.table.remedy if role in BLOCK_ROLES else "") or _REMEDY
             raise BackboneError(
                 f"{self.class_name} does not fit its role table: {prefix or 'the model'!r} has no {role!r} "
-                f"(looked for {', '.join(names)}). {_REMEDY}"
+                f"(looked for {', '.join(names)}). {remedy}"
             )
         return paths
 
@@ -451,7 +481,10 @@ class _Resolver:
         return tuple(path for path in paths if path not in norms), norms
 
     def _out_features(self, paths: tuple[str, ...]) -> int | None:
-        return _weight(self.model, paths[0]).shape[0] if paths else None
+        if not paths:
+            return None
+        sizes = linear_sizes(self._module(paths[0]))
+        return sizes[0] if sizes else _weight(self.model, paths[0]).shape[0]
 
     def _num_heads(self, query: tuple[str, ...]) -> int | None:
         names = ("num_attention_heads", "num_heads")

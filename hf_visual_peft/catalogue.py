@@ -10,9 +10,11 @@ from dataclasses import fields
 from typing import Any
 
 from .backbone import BLOCK_ROLES, VisionBackbone
+from .peft_methods import PEFT_METHODS
 from .registry import Method, Paper, list_methods
 from .sites import BranchSite, LinearSite, OutputSite, Placement, Site, TokenSite, WeightSite, WholeSite
 from .tables import format_table
+from .targets import TargetedConfig
 
 
 _GRADIENTS = {
@@ -59,6 +61,23 @@ def methods_table() -> str:
             row = (f"{count:,}", _setting(setting), *(nature if first else ("",) * 2))
             rows.append((*(about if first else ("",) * 3), *row))
     return format_table(header, rows, right=("trainable on ViT-B/16",))
+
+
+def peft_methods_table() -> str:
+    """Peft's own methods in one table for a terminal."""
+    header = ("method of peft", "config", "with", "acts on", "convolutions", "mergeable")
+    rows = [
+        (
+            method.name,
+            method.config_cls.__name__,
+            _setting(method.chosen),
+            method.acts_on,
+            _yes(method.convolutional),
+            _yes(method.mergeable),
+        )
+        for method in PEFT_METHODS.values()
+    ]
+    return format_table(header, rows)
 
 
 def methods_json() -> str:
@@ -133,6 +152,8 @@ def _section(method: Method, backbone: VisionBackbone) -> str:
         f"Merges: {_yes(method.mergeable)}. Identity at the start: {_yes(method.identity_at_start)}. "
         f"Activations: {_ACTIVATIONS[method.gradients]}",
     ]
+    if issubclass(method.config_cls, TargetedConfig):
+        items.append(f"Explicit `target_modules`: {method.config_cls.valid_targets}")
     if method.calibrated:
         items.append("Chooses from data: `hf_visual_peft.calibrate(model, dataloader)` before training")
     if method.video:

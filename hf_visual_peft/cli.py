@@ -22,7 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from . import catalogue
 
         as_text = {"json": catalogue.methods_json, "markdown": catalogue.methods_markdown}
-        print(as_text.get(arguments.format, catalogue.methods_table)())
+        if arguments.format in as_text:
+            print(as_text[arguments.format]())
+        else:
+            print(catalogue.methods_table(), catalogue.peft_methods_table(), sep="\n\n")
         return 0
     if arguments.command == "coverage":
         return _coverage(arguments)
@@ -48,7 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_arguments(demo)
     demo.add_argument("--traceback", action="store_true", help="show where an error came from")
-    listing = commands.add_parser("methods", help="list the registered methods", description="List the methods.")
+    listing = commands.add_parser(
+        "methods",
+        help="list the methods",
+        description="List the methods of this library and, as a table, those of peft.",
+    )
     forms = listing.add_mutually_exclusive_group()
     forms.add_argument("--json", action="store_const", const="json", dest="format", help="for scripts")
     forms.add_argument(

@@ -78,6 +78,10 @@ class VisualPeftConfig(PeftConfig):
         if isinstance(self.exclude_modules, set | tuple):
             self.exclude_modules = sorted(self.exclude_modules)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as they stand in `adapter_config.json`, which has no tuples."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in super().to_dict().items()}
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`; beside an adapter's weights, make the card tell how to load them.
 

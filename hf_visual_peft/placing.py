@@ -44,9 +44,8 @@ def _advice(config: VisualPeftConfig, whole: VisionBackbone) -> str:
     names = []
     for name, method in list_methods().items():
         try:
-            found = method.config_cls is not type(config) and any(
-                True for _ in _placements(method.config_cls(), whole, whole)
-            )
+            # to the end: what the last block cannot do is an error, too
+            found = method.config_cls is not type(config) and list(_placements(method.config_cls(), whole, whole))
         except ValueError:
             continue
         if found:
@@ -60,10 +59,10 @@ def _placements(config: VisualPeftConfig, selected: VisionBackbone, whole: Visio
         for placement in config.placements(stage):
             site = placement.site
             if isinstance(site, BranchSite | TokenSite | LogitSite):
-                _check_block_site(config, whole, site)
                 needed = site.sublayer if isinstance(site, BranchSite) else "attention"
                 if needed not in sublayers[placement.path]:
                     continue
+                _check_block_site(config, whole, site)
             if placement.shared is not None and stage.stage is not None:
                 shared = replace(placement.shared, name=f"{placement.shared.name}_stage{stage.stage}")
                 placement = replace(placement, shared=shared)

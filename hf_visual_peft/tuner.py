@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ from .sites import (
     WholeSite,
     as_linear,
 )
+from .sites.input import InputLayer, InputSite
+from .sites.mixed import BASE, check_samples_first, count_rows, instead_of_forward, run_parts
+from .targets import TargetedConfig, find_targets
 
 
 class VisualTuner(BaseTuner):
@@ -106,7 +110,10 @@ class VisualTuner(BaseTuner):
         for field in ("exclude_modules", "modules_to_save", "target_modules"):
             if getattr(config, field) is not None:
                 setattr(config, field, to_present_names(model, getattr(config, field)))
-        if config.target_modules is not None:
+        if isinstance(config, TargetedConfig) and config.target_modules is not None:
+            targets = find_targets(model, config)
+            trained = sum(self._place(model, config.placement_at(path, module)) for path, module in targets.items())
+            self._check_trained(trained, config, type(model).__name__)
             return
         backbone = find_backbone(model)
         self._check_layers(config, backbone)
@@ -117,18 +124,33 @@ class VisualTuner(BaseTuner):
             raise ValueError(
                 f"{type(config).__name__}.exclude_modules is {config.exclude_modules!r}: no block is left to adapt."
             )
+        trained = 0
         for placement in placements_of(config, selected, backbone):
             if _is_excluded(config, placement.path):
                 self._excluded.add(placement.path)
             else:
-                self._check_free(model, placement.path)
-                if placement.build is not None:  # a module that does not fit is an error now, not half-way through
-                    with torch.device("meta"):
-                        placement.build(as_linear(unwrapped(model.get_submodule(placement.path))))
-                        if placement.shared is not None:
-                            placement.shared.build()
-                self._placements.setdefault(placement.path, []).append(placement)
+                trained += self._place(model, placement)
+        self._check_trained(trained, config, backbone.class_name)
         self._backbone = backbone
+
+    def _place(self, model: nn.Module, placement: Placement) -> int:
+        """Plan for an equation that fits its module, which is free, and return how many of its numbers train."""
+        self._check_free(model, placement.path)
+        built = []
+        if placement.build is not None:  # a module that does not fit is an error now, not half-way through
+            with torch.device("meta"):
+                built.append(placement.build(as_linear(unwrapped(model.get_submodule(placement.path)))))
+                if placement.shared is not None:
+                    built.append(placement.shared.build())
+        self._placements.setdefault(placement.path, []).append(placement)
+        return sum(parameter.numel() for equation in built for parameter in equation.parameters())
+
+    def _check_trained(self, trained: int, config: VisualPeftConfig, class_name: str) -> None:
+        if trained == 0 and self._placements and type(config).choose is VisualPeftConfig.choose:
+            raise ValueError(
+                f"{type(config).__name__}: nothing of {class_name} would train, as its modules have no such "
+                "parameters."
+            )
 
     def _check_layers(self, config: VisualPeftConfig, backbone: VisionBackbone) -> None:
         for layer in config.layers or ():
@@ -177,9 +199,12 @@ class VisualTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        placements = self._placements.get(current_key) or [peft_config.placement_at(current_key)]
+        # weights of a file may decide about targets, and not the config; then they were not planned for
+        placements = self._placements.get(current_key) or [peft_config.placement_at(current_key, unwrapped(target))]
         if isinstance(target, VisualTunerLayer):
             layer = target
+        elif any(isinstance(placement.site, InputSite) for placement in placements):
+            layer = InputLayer(target, self._exchange)
         elif all(isinstance(placement.site, OutputSite | LinearSite | WeightSite) for placement in placements):
             layer = ModuleLayer(target, self._exchange)
         elif isinstance(placements[0].site, WholeSite):
@@ -188,6 +213,8 @@ class VisualTuner(BaseTuner):
             layer = self._new_block_layer(target, current_key)
         for placement in placements:
             equation = placement.build(as_linear(layer.get_base_layer())) if placement.build else None
+            if equation is not None and not layer.get_base_layer().training:
+                equation.eval()  # in the mode of the model, also where it joins other adapters
             layer.add_equation(
                 adapter_name,
                 self.prefix,
@@ -242,6 +269,14 @@ class VisualTuner(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
+        layers = [module for module in self.model.modules() if isinstance(module, ModuleLayer) and module.plans]
+        read = {id(follower) for layer in layers for follower in layer.followers.values()}
+        for layer in layers:
+            if isinstance(layer, InputLayer) and id(layer.get_base_layer()) in read:
+                raise ValueError(
+                    f"Cannot merge: adapters by role and by target_modules both fold into {layer.get_base_layer()}, "
+                    "not in the order in which they act. Delete one of them, or keep them beside the backbone."
+                )
         for module in self.model.modules():
             if isinstance(module, BlockLayer) and module.plans:
                 module.merge()
@@ -250,12 +285,74 @@ class VisualTuner(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
+        """Let each sample of the batch go through the adapter that `adapter_names` has for it.
+
+        Raises:
+            TypeError: `adapter_names` is no list of names.
+            ValueError: it does not fit the model or the batch, or the model cannot mix adapters.
+        """
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        self._check_mixed(names, args, kwargs)
+        wrappers = [module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper)]
+        with ExitStack() as stack:
+            stack.enter_context(self._exchange.mixing(names))
+            for wrapper in wrappers:
+                stack.enter_context(instead_of_forward(wrapper, partial(self._run_copies, wrapper)))
+            yield
+
+    def _check_mixed(self, names: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = sorted(set(names) - {BASE} - set(self.peft_config))
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        given = (kwargs[key] for key in ("pixel_values", *kwargs) if key in kwargs)
+        samples = next((value for value in (*args[:1], *given) if isinstance(value, Tensor)), None)
+        if samples is None:
+            raise ValueError("adapter_names: no tensor among the model's arguments tells the number of inputs.")
+        _check_length(names, len(samples))
+        layers = [module for module in self.model.modules() if isinstance(module, VisualTunerLayer)]
+        if any(layer.merged for layer in layers):
             raise ValueError(
-                f"adapter_names: {type(self).__name__} does not support batches that mix adapters. Use set_adapter "
-                "and one batch for each."
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        yield
+        if self._exchange.frame_handles:
+            raise ValueError("adapter_names: methods for videos cannot mix adapters in a batch. Use set_adapter.")
+        config = getattr(self.model, "config", None)
+        attentions = kwargs.get("output_attentions")
+        if attentions is None:
+            attentions = getattr(config, "output_attentions", False)
+        in_parts = any(not isinstance(layer, ModuleLayer) and any(layer.base_layer.children()) for layer in layers)
+        if attentions and in_parts:
+            raise ValueError(
+                "output_attentions: a batch that mixes adapters goes through the blocks in parts, whose attentions "
+                "are not put together. Leave it False, or use set_adapter and one batch for each adapter."
+            )
+
+    def _run_copies(self, wrapper: ModulesToSaveWrapper, *args: Any, **kwargs: Any) -> Any:
+        """What a module of which adapters have copies does instead of its own forward.
+
+        peft's own for mixed batches takes linears and convolutions only, and one tensor.
+        """
+        mixed, original = self._exchange.mixed, wrapper.original_module
+        assert mixed is not None
+        check_samples_first(original, *args[:1])
+        count = count_rows(original, args)
+        if len(mixed.names) > 1:  # else it is a part of the batch, for one adapter
+            _check_length(mixed.names, count)
+        parts: dict[str, list[int]] = {}
+        for row, name in enumerate(mixed.of_rows(count, original)):
+            parts.setdefault(name if name in wrapper.modules_to_save else BASE, []).append(row)
+
+        def run(name: str, index: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return (original if name == BASE else wrapper.modules_to_save[name])(*args, **kwargs)
+
+        return run_parts(original, parts, run, args, kwargs)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -300,6 +397,14 @@ class VisualTuner(BaseTuner):
                 + (f" (and {len(wrong) - 1} more)." if len(wrong) > 1 else ".")
             )
         return remapped
+
+
+def _check_length(names: Sequence[str], inputs: int) -> None:
+    if len(names) != inputs:
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(names)} and {inputs} respectively."
+        )
 
 
 def _is_excluded(config: VisualPeftConfig, path: str) -> bool:

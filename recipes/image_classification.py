@@ -4,9 +4,10 @@
         --model_name_or_path google/vit-base-patch16-224-in21k --dataset_name beans --output_dir out/vpt
 
 Everything is a flag; `--config` reads flags from a YAML file, and those on the command line win. `--method` takes any
-method of `hf-visual-peft methods` or of peft, with the fields of its config as flags (`--help --method vpt` lists
-them), `linear` for a linear probe and `full` for fine-tuning. The script is flat from top to bottom, with images in
-`image_data.py` and saving in `checkpoints.py` beside it: copy the three and change what you need.
+method that `hf-visual-peft methods` lists, of this library or of peft, with the fields of its config as flags
+(`--help --method vpt` lists them), `linear` for a linear probe and `full` for fine-tuning. The script is flat from
+top to bottom, with images in `image_data.py` and saving in `checkpoints.py` beside it: copy the three and change what
+you need.
 
 The epoch to keep is chosen on a validation split (`--select best`) or is the last one; the test split is used once,
 at the end. `--output_dir` then holds the adapter with its head (loadable by `PeftModel.from_pretrained`), the image
@@ -43,7 +44,6 @@ from checkpoints import Checkpoints, Progress, load_trainable, publish, saved_st
 from huggingface_hub import HfApi
 from image_data import CROPS, SPLITS, load_processor, prepare_data
 from peft import PeftConfig, PeftModel, get_peft_model
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -52,6 +52,7 @@ from transformers.hf_argparser import string_to_bool
 import hf_visual_peft
 from hf_visual_peft import hub
 from hf_visual_peft.metrics import Accuracy, MeanPerClassAccuracy, TopKAccuracy
+from hf_visual_peft.peft_methods import PEFT_METHODS, PeftMethod, any_method
 
 
 TRACKERS = sorted(LoggerType.list())
@@ -171,15 +172,16 @@ def flags_of(path: str) -> list[str]:
     return flags
 
 
-def method_config(method: str) -> type[PeftConfig] | None:
-    """The config class of a method, None for `linear` and `full`."""
+def method_config(method: str) -> tuple[type[PeftConfig] | None, dict[str, Any]]:
+    """The config class of a method and what its name says of the fields; no class for `linear` and `full`."""
     if method in ("linear", "full"):
-        return None
-    if method.upper() in PEFT_TYPE_TO_CONFIG_MAPPING:
-        return PEFT_TYPE_TO_CONFIG_MAPPING[method.upper()]
-    ours = ", ".join(hf_visual_peft.list_methods())
-    peft = ", ".join(sorted(str(getattr(name, "value", name)).lower() for name in PEFT_TYPE_TO_CONFIG_MAPPING))
-    raise ValueError(f"--method {method}: choose one of {ours}, linear, full, or of all that peft knows: {peft}.")
+        return None, {}
+    try:
+        found = any_method(method)
+    except ValueError:
+        ours, peft = ", ".join(hf_visual_peft.list_methods()), ", ".join(PEFT_METHODS)
+        raise ValueError(f"--method {method}: choose one of {ours}, linear, full, or of peft's: {peft}.") from None
+    return found.config_cls, dict(found.chosen) if isinstance(found, PeftMethod) else {}
 
 
 def chooses_from_data(method: str) -> bool:
@@ -198,7 +200,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, PeftConfig | None]:
         if path := early.parse_known_args(argv)[0].config:
             argv = flags_of(path) + argv
         method = early.parse_known_args(argv)[0].method
-        config_cls = method_config(method) if method else None
+        config_cls, given = method_config(method) if method else (None, {})
     except (ValueError, OSError, yaml.YAMLError) as error:
         parser.error(str(error))
     inherited = {field.name for field in dataclasses.fields(PeftConfig)}
@@ -213,7 +215,6 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, PeftConfig | None]:
     if unknown:
         names = ", ".join(f"--{field.name}" for field in fields) or "none"
         parser.error(f"unknown: {' '.join(unknown)}. --help lists the flags; those of --method {method} are: {names}")
-    given: dict[str, Any] = {}
     for field in fields:
         values = vars(args).pop(f"={field.name}")
         if values is not None:
@@ -297,9 +298,9 @@ def load_model(args: argparse.Namespace, config: PeftConfig | None, names: list[
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name.startswith(tuple(f"{head}." for head in heads)))
         else:
-            if not isinstance(config, hf_visual_peft.VisualPeftConfig):  # ours find the head themselves
-                config.modules_to_save = heads
-            model = get_peft_model(model, config)
+            model = get_peft_model(model, hf_visual_peft.with_visual_targets(config, model))
+            if not isinstance(config, hf_visual_peft.VisualPeftConfig):
+                hf_visual_peft.freeze_norms(model)  # ours do it themselves
     if args.gradient_checkpointing:
         inner = model.get_base_model() if isinstance(model, PeftModel) else model
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -82,7 +82,9 @@ def test_fields_that_do_not_fit_the_model(config, message):
 
 
 def test_ssf_on_a_module_without_channels():
-    with pytest.raises(ValueError, match=r"SSFConfig.target_modules: cannot scale the output of a Dropout"):
+    with pytest.raises(
+        ValueError, match=r"SSFConfig.target_modules: 'vit.*dropout' is a Dropout; valid are linears, conv"
+    ):
         get_peft_model(FAMILIES["vit"].model(), SSFConfig(target_modules=["dropout"]))
 
 

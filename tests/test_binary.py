@@ -308,7 +308,9 @@ def test_training_goes_on_from_what_was_saved(config_cls, load, switch, tmp_path
     with torch.no_grad():
         moved = output_of(loaded, inputs)
         assert not torch.allclose(moved, expected)
-        assert_equal(output_of(loaded.eval(), inputs), moved)
+        # the step is large, and so is what rounding makes of it; another code of one weight would be far more
+        difference = (output_of(loaded.eval(), inputs) - moved).abs().max()
+        assert difference <= 1e-4 * moved.abs().max()
 
 
 def test_loaded_for_inference_nothing_trains(tmp_path):

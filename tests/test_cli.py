@@ -8,13 +8,18 @@ import pytest
 
 import hf_visual_peft
 from hf_visual_peft.cli import main
+from hf_visual_peft.peft_methods import PEFT_METHODS
 from hf_visual_peft.tables import format_table
 
 
 def test_methods_table_has_every_method(capsys):
     assert main(["methods"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len({len(line) for line in lines}) == 1
+    ours, of_peft = (table.splitlines() for table in capsys.readouterr().out.split("\n\n"))
+    for lines in (ours, of_peft):
+        assert len({len(line) for line in lines}) == 1
+    assert [line.split("|")[1].strip() for line in of_peft[2:]] == list(PEFT_METHODS)
+    assert "| dora           | LoraConfig        | use_dora=True |" in of_peft[2 + list(PEFT_METHODS).index("dora")]
+    lines = ours
     for name, method in hf_visual_peft.list_methods().items():
         (line,) = (line for line in lines if line.startswith(f"| {name} "))
         assert method.category in line

@@ -28,6 +28,8 @@ import hf_visual_peft
 
 
 CORE = ("vit", "beit", "dinov2_registers")
+# one method for each way of acting: tokens, branches, branches on the grid, outputs, weights and shared parts, copies
+OF_EACH_KIND = ("vpt", "adaptformer", "convpass", "ssf", "fact", "partial")
 TOLERANCE = 1e-5  # of the output's scale, in float32
 # what fits the tiny models, for fields that a method has and for those that a variant names
 SMALL = {"r": 8, "n": 4, "channels": 6, "rule_std": 0.01}
@@ -61,12 +63,13 @@ def _unfit(method, family):
 VARIANTS = list(_variants())
 
 
-def _pairs(families, adds_layers=False):
+def _pairs(families, adds_layers=False, others=()):
+    """Every method on some families, and of each kind of method one on others."""
     return [
         pytest.param(method, fields, video(family) if method.video else family, id=f"{name}-{family.name}")
         for method, fields, name in VARIANTS
         if not (adds_layers and method.whole_modules)
-        for family in families
+        for family in (*families, *(others if method.name in OF_EACH_KIND else ()))
         if _unfit(method, family) is None
     ]
 
@@ -77,6 +80,8 @@ every_method = pytest.mark.parametrize(
 core = [FAMILIES[name] for name in CORE]
 on_core_families = pytest.mark.parametrize(("method", "fields", "family"), _pairs(core))
 with_layers_on_core_families = pytest.mark.parametrize(("method", "fields", "family"), _pairs(core, adds_layers=True))
+rest = [family for name, family in FAMILIES.items() if name not in CORE]
+on_core_and_each_kind_on_all = pytest.mark.parametrize(("method", "fields", "family"), _pairs(core, others=rest))
 on_all_families = pytest.mark.parametrize(("method", "fields", "family"), _pairs(list(FAMILIES.values())))
 
 
@@ -152,7 +157,7 @@ def test_changes_output_disables_and_unloads(method, fields, family):
     assert torch.equal(run(unloaded, family), before)
 
 
-@on_all_families
+@on_core_and_each_kind_on_all
 def test_identity_at_start(method, fields, family):
     base = family.model()
     before = run(base, family)
@@ -226,7 +231,7 @@ def test_save_and_load(method, fields, family, tmp_path):
     assert_close(run(whole, family), expected)  # see test_transformers_own_adapter_methods on alignment
 
 
-@on_all_families
+@on_core_and_each_kind_on_all
 def test_transformers_own_adapter_methods(method, fields, family, tmp_path):
     if method.whole_modules and family.name.startswith("dinov3"):
         pytest.skip("transformers 5.23 renames `layer_scale1` of DINOv3's blocks while it loads an adapter")
@@ -341,7 +346,7 @@ def test_merging(method, fields, family):
         broken.merge_adapter(safe_merge=True)
 
 
-@on_all_families
+@on_core_and_each_kind_on_all
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 def test_gradient_checkpointing_gives_the_same_gradients(method, fields, family, reentrant):
     model = adapted(method, fields, family).train()
@@ -458,14 +463,6 @@ def test_modules_to_save(method, fields, family):
     assert trained([]) == set()
     bare = get_peft_model(family.backbone(), method.config_cls(**fields))
     assert not bare.peft_config["default"].modules_to_save
-
-
-@every_method
-def test_mixed_batches_are_refused(method, fields):
-    family = FAMILIES["vit"]
-    model = adapted(method, fields, family)
-    with pytest.raises(ValueError, match="adapter_names"):
-        model(**family.inputs(2), adapter_names=["default", "__base__"])
 
 
 @on_core_families

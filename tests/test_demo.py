@@ -249,6 +249,17 @@ def test_small_run_with_its_new_process(tiny_checkpoint, shades, tmp_path, capsy
     assert sorted(path.name for path in options.output_dir.iterdir()) == ["ssf", "vpt"]
 
 
+def test_methods_of_peft_run_by_name(tiny_checkpoint, shades, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "evaluate_in_new_process", run_in_this_process)
+    options = small_run(tiny_checkpoint, shades, tmp_path, method="dora,ia3,ssf")
+    assert run.run_demo(options) == 0
+    config = json.loads((options.output_dir / "dora" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["use_dora"], config["modules_to_save"]) == ("LORA", True, ["classifier"])
+    rows = {row["method"]: row for row in json.loads(options.json.read_text())["rows"]}
+    assert list(rows) == [run.PROBE, "dora", "ia3", "ssf"]
+    assert rows["ia3"]["trainable_without_head"] > 0
+
+
 def test_every_method_runs_twice_into_one_folder(tiny_checkpoint, shades, tmp_path, monkeypatch):
     from hf_visual_peft import registry
 

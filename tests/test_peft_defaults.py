@@ -1,7 +1,8 @@
-"""peft's own `LNTuningConfig()` trains the norms of vision backbones, all of them and nothing else."""
+"""The defaults of peft's own methods: those of LN tuning train all norms of a backbone and nothing else."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -11,12 +12,13 @@ import pytest
 import torch
 import transformers as tf
 from families import FAMILIES, _two_towers, output_of
-from peft import LNTuningConfig, PeftModel, get_peft_model
-from peft.utils import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING as MAPPING
+from peft import IA3Config, LNTuningConfig, LoraConfig, PeftModel, get_peft_model
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA
 from torch import nn
 
 from hf_visual_peft import Architecture, find_backbone, peft_defaults, register_architecture
 from hf_visual_peft.architectures import table
+from hf_visual_peft.coverage.models import MODELS
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type")
@@ -42,10 +44,13 @@ def _restored(monkeypatch):
     """Whatever a test registers is gone after it."""
     monkeypatch.setattr(table, "_ARCHITECTURES", dict(table._ARCHITECTURES))
     monkeypatch.setattr(peft_defaults, "_added", dict(peft_defaults._added))
-    before = dict(MAPPING)
+    monkeypatch.setattr(peft_defaults, "_timm", dict(peft_defaults._timm))
+    mappings = [mapping for mapping, _ in peft_defaults._MAPPINGS.values()]
+    before = [dict(mapping) for mapping in mappings]
     yield
-    MAPPING.clear()
-    MAPPING.update(before)
+    for mapping, entries in zip(mappings, before, strict=True):
+        mapping.clear()
+        mapping.update(entries)
 
 
 def trained(model: nn.Module) -> set[str]:
@@ -72,8 +77,12 @@ def test_vit_b16_has_38400():
 
 
 def test_every_family_has_a_default():
-    assert set(peft_defaults._added) >= MODEL_TYPES
-    assert peft_defaults._added.items() <= MAPPING.items()
+    for method, (mapping, _) in peft_defaults._MAPPINGS.items():
+        added = {name: entry for (of, name), entry in peft_defaults._added.items() if of == method and entry}
+        unclear = {"siglip", "siglip_vision_model", "siglip2", "siglip2_vision_model"} if "IA3" in method else set()
+        of_peft = {name for name in MODEL_TYPES - unclear if name not in added}
+        assert of_peft == {"ADAMSS": {"vit"}, "FROD": {"vit"}, "PVERA": {"dinov2"}}.get(method, set())
+        assert added.items() <= mapping.items()
     for family in FAMILIES.values():
         assert family.model().config.model_type in MODEL_TYPES
         assert family.backbone().config.model_type in MODEL_TYPES
@@ -190,32 +199,84 @@ def test_leaves_norms_inside_attention_alone():
     assert trained(get_peft_model(OwnModel(), LNTuningConfig())) == wanted - {"last.weight", "last.bias"}
 
 
+@pytest.mark.parametrize("name", ["swin", "pvt", "pvt_v2", "segformer", "focalnet", "convnext", "dinov3_convnext"])
+def test_trains_the_norms_of_hierarchies(name):
+    """Those of the blocks, inside attention, and between stages."""
+    model = MODELS[name].build()
+    norms = {path for path, module in model.named_modules() if "LayerNorm" in type(module).__name__}
+    wanted = {f"{path}.{part}" for path in norms for part in ("weight", "bias")}
+    assert len(wanted) > 12
+    assert trained(get_peft_model(model, LNTuningConfig())) == wanted
+
+
+@pytest.mark.parametrize("name", ["cvt", "mobilevit", "poolformer", "hiera", "timesformer"])
+def test_leaves_batch_norms_alone(name):
+    model = MODELS[name].build()
+    norms = {path for path, module in model.named_modules() if isinstance(module, nn.LayerNorm | nn.GroupNorm)}
+    wanted = {f"{path}.{part}" for path in norms for part in ("weight", "bias")}
+    assert trained(get_peft_model(model, LNTuningConfig())) == wanted
+
+
+@pytest.mark.parametrize("name", ["resnet", "levit", "swiftformer"])
+def test_batch_norms_alone_are_no_default(name):
+    with pytest.raises(ValueError, match="Please specify `target_modules`"):
+        get_peft_model(MODELS[name].build(), LNTuningConfig())
+
+
 @pytest.mark.usefixtures("_restored")
 def test_entries_of_peft_and_of_users_stay():
-    MAPPING["llama"], MAPPING["vit"] = ["of_peft"], ["of_the_user"]
+    before = {method: dict(mapping) for method, (mapping, _) in peft_defaults._MAPPINGS.items()}
+    for mapping, _ in peft_defaults._MAPPINGS.values():
+        mapping["llama"], mapping["vit"] = ["of_peft"], ["of_the_user"]
     for model_type in ("llama", "vit"):
         register_architecture(
             Architecture(("Own",), blocks="blocks", patch_embedding="patches", model_types=(model_type,))
         )
-    assert MAPPING["llama"] == ["of_peft"]
-    assert MAPPING["vit"] == ["of_the_user"]
+    for method, (mapping, _) in peft_defaults._MAPPINGS.items():
+        assert mapping == before[method] | {"llama": ["of_peft"], "vit": ["of_the_user"]}
+
+
+@pytest.mark.usefixtures("_restored")
+def test_a_new_table_brings_new_targets():
+    vit = table._ARCHITECTURES["ViTModel"]
+    register_architecture(replace(vit, query=("attention.o_proj",), value=("attention.o_proj",)))
+    assert LORA["vit"] == ["attention.o_proj"]
+    register_architecture(replace(vit, query=(), key=(), value=(), fc1=(), fc2=()))
+    for config in (LoraConfig(), IA3Config()):
+        with pytest.raises(ValueError, match="Please specify `target_modules`"):
+            get_peft_model(FAMILIES["vit"].model(), config)
+
+
+@pytest.mark.usefixtures("_restored")
+def test_a_name_that_is_the_end_of_another_becomes_a_pattern():
+    vit = table._ARCHITECTURES["ViTModel"]
+    register_architecture(replace(vit, query=("proj",), value=("proj",), output=("inner.proj",), model_types=("own",)))
+    (model_type, pattern) = ("own", LORA["own"])
+    assert re.fullmatch(pattern, "vit.layers.3.proj"), model_type
+    assert not re.fullmatch(pattern, "vit.layers.3.inner.proj")
+    assert not re.fullmatch(pattern, "vit.proj")
 
 
 def test_importing_adds_only_what_peft_lacks():
     """In a new process: entries that were there before the import stay; a second import changes nothing."""
     code = """
-from peft.utils import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING as mapping
-before = dict(mapping)
-mapping["dinov2"] = ["mine"]
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+mappings = [PEFT_TYPE_TO_TUNER_MAPPING[name].target_module_mapping for name in ("LN_TUNING", "LORA", "VERA")]
+from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING, constants
+mappings.append(TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING)
+before = [dict(mapping) for mapping in mappings]
+for mapping in mappings:
+    mapping["dinov2"] = ["mine"]
 import hf_visual_peft
-assert mapping["dinov2"] == ["mine"]
-assert {key: mapping[key] for key in before} == before
-after = dict(mapping)
-assert len(after) > len(before) + 10
+for mapping, earlier in zip(mappings, before):
+    assert mapping["dinov2"] == ["mine"]
+    assert {key: mapping[key] for key in earlier} == earlier
+    assert len(mapping) > len(earlier) + 10
+after = [dict(mapping) for mapping in mappings]
 import importlib, hf_visual_peft.peft_defaults, hf_visual_peft.architectures
 importlib.reload(hf_visual_peft.peft_defaults)
 importlib.reload(hf_visual_peft.architectures)
-assert dict(mapping) == after
+assert [dict(mapping) for mapping in mappings] == after
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -15,10 +15,12 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.tuners.tuners_utils import inspect_matched_modules
 from peft.utils.hotswap import hotswap_adapter
 
 import hf_visual_peft
 from hf_visual_peft import SSFConfig
+from hf_visual_peft.targets import TargetedConfig
 
 
 METHODS = {name: method for name, method in hf_visual_peft.list_methods().items() if not method.video}
@@ -257,6 +259,18 @@ def test_targets_of_a_method_that_has_them(fields, expected):
     assert wanted
     found = [layer.name.removeprefix("model.") for layer in get_layer_status(model)]
     assert found == [*wanted, "classifier"]
+    assert inspect_matched_modules(model.base_model)["matched"] == wanted
+
+
+@every_method
+def test_target_modules_are_a_field_only_where_the_method_has_targets(name):
+    config_cls = METHODS[name].config_cls
+    if issubclass(config_cls, TargetedConfig):
+        model = get_peft_model(vit(), config_cls(target_modules=["fc1"], layers_to_transform=[1]))
+        assert [layer.name for layer in get_layer_status(model)] == ["model.vit.layers.1.mlp.fc1"]
+    else:
+        with pytest.raises(TypeError, match="target_modules"):
+            config_cls(target_modules=["fc1"])
 
 
 def test_a_pattern_that_no_block_list_has_is_an_error():

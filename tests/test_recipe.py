@@ -37,6 +37,8 @@ from transformers import (
 )
 
 import hf_visual_peft
+from hf_visual_peft.peft_methods import PeftMethod, any_method
+from hf_visual_peft.targets import TargetedConfig
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -152,10 +154,9 @@ def accuracy_by_hand(model, folder, processor, names=("blue", "green", "red")):
 # ------------------------------------------------------------ the main job
 
 
-@pytest.mark.parametrize("method", [*IMAGE_METHODS, "lora"])
+@pytest.mark.parametrize("method", [*IMAGE_METHODS, "dora", "ln_tuning"])
 def test_saved_adapter_reloads_to_the_reported_accuracy(method, run, vit, photos):
-    flags = ["--target_modules", "q_proj", "v_proj"] if method == "lora" else []
-    done = run(*flags, "--num_train_epochs", 3, method=method)
+    done = run("--num_train_epochs", 3, method=method)
     base = AutoModelForImageClassification.from_pretrained(vit, **LABELS)
     model = PeftModel.from_pretrained(base, done.output)
     processor = AutoImageProcessor.from_pretrained(done.output)
@@ -195,10 +196,15 @@ def test_every_config_runs_and_its_fields_arrive(config, run, clips):
     data = ["--dataset_name", str(clips)] if "clip_frames" in content else None
     done = run("--config", config, "--max_train_steps", 2, "--per_device_train_batch_size", 4, method=None, data=data)
     saved = json.loads((done.output / "adapter_config.json").read_text())
-    assert saved["peft_type"] == content["method"].upper() == config.stem.upper()
+    method = any_method(content["method"])
+    assert saved["peft_type"] == method.peft_type
+    assert method.name == config.stem
     fields = {name: value for name, value in content.items() if name in saved}
-    own = set(saved) - {field.name for field in dataclasses.fields(hf_visual_peft.VisualPeftConfig)}
-    assert bool(fields) == bool(own), "the file sets fields of the method, if it has any"
+    own = set(saved) - {field.name for field in dataclasses.fields(TargetedConfig)}
+    if isinstance(method, PeftMethod):
+        assert {name: saved[name] for name in method.chosen} == method.chosen
+    else:
+        assert bool(fields) == bool(own), "the file sets fields of the method, if it has any"
     assert {name: saved[name] for name in fields} == fields
     assert done.results["steps"] == 2
 
@@ -642,6 +648,7 @@ def test_corrupt_image_within_a_parquet_file(run, photos, tmp_path):
     ("flags", "message"),
     [
         (["--method", "vpd"], f"--method vpd: choose one of {', '.join(hf_visual_peft.list_methods())}, linear, full"),
+        (["--method", "adalora"], "--method adalora: choose one of "),
         (["--method", "aim"], "--method aim takes videos: give --clip_frames"),
         (["--method", "STAdapter"], "--method STAdapter takes videos: give --clip_frames"),
         (["--clip_frames", "4"], "--method vpt takes single images: leave --clip_frames out"),

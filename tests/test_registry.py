@@ -38,7 +38,8 @@ def test_every_method_file_stands_in_its_survey_folder():
 
 def test_every_field_is_told_in_docstring_and_help():
     for method in hf_visual_peft.list_methods().values():
-        documented = method.config_cls.__doc__ + hf_visual_peft.VisualPeftConfig.__doc__
+        bases = [base for base in method.config_cls.__mro__ if issubclass(base, hf_visual_peft.VisualPeftConfig)]
+        documented = "".join(base.__doc__ for base in bases)
         for field in dataclasses.fields(method.config_cls):
             if field.name in {f.name for f in dataclasses.fields(hf_visual_peft.VisualPeftConfig)}:
                 continue

@@ -15,9 +15,10 @@ from .table import (
     register_heads,
 )
 from .timm_models import TIMM
+from .torch_attention import TORCH_ATTENTION
 
 
-for _table in (*PLAIN, *HIERARCHICAL, *CONVOLUTIONAL, *TIMM):
+for _table in (*PLAIN, *HIERARCHICAL, *CONVOLUTIONAL, *TIMM, *TORCH_ATTENTION):
     register_architecture(_table)
 for _model, _heads in HEADS.items():
     register_heads(_model, _heads)

@@ -4,13 +4,16 @@ Of segmentation and depth models that is the decoder, of detectors and mask tran
 boxes): their own transformers are pretrained, and who wants to train them names them in `modules_to_save`.
 """
 
+# by their parts: peft finds modules by how their names end, and many a name ends in "neck" or "head"
+_DPT = ("neck.reassemble_stage", "neck.convs.*", "neck.fusion_stage", "head.head")
+
 HEADS = {
     "SegformerForSemanticSegmentation": ("decode_head",),
     "UperNetForSemanticSegmentation": ("decode_head", "auxiliary_head"),
     "BeitForSemanticSegmentation": ("fpn", "decode_head", "auxiliary_head"),
     "Data2VecVisionForSemanticSegmentation": ("fpn", "decode_head", "auxiliary_head"),
-    "DPTForDepthEstimation": ("neck", "head.head"),
-    "DPTForSemanticSegmentation": ("neck", "head.head", "auxiliary_head"),
+    "DPTForDepthEstimation": _DPT,
+    "DPTForSemanticSegmentation": (*_DPT, "auxiliary_head"),
     "MaskFormerForInstanceSegmentation": ("class_predictor",),
     "Mask2FormerForUniversalSegmentation": ("class_predictor",),
     "DetrForObjectDetection": ("class_labels_classifier", "bbox_predictor"),

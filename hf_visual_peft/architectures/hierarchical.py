@@ -8,6 +8,7 @@ from .table import Architecture
 def _below(table: Architecture, name: str, backbones: tuple[str, ...], norms: tuple[str, ...]) -> Architecture:
     """The table of a class that holds the backbone under a name and has norms of its own for the stages' maps."""
     assert isinstance(table.blocks, str)
+    assert isinstance(table.patch_embedding, str)
     assert table.between != "all"
     return replace(
         table,
@@ -45,7 +46,7 @@ _DONUT_SWIN = replace(
     output=("attention.output.dense",),
     fc1=("intermediate.dense",),
     fc2=("output.dense",),
-    prompts=None,
+    prompts="keys",
     model_types=("donut-swin",),
 )
 _MASKFORMER_SWIN = replace(_DONUT_SWIN, backbones=("MaskFormerSwinModel",), model_types=())
@@ -69,7 +70,7 @@ _HIERA = Architecture(
     value=("attn.qkv",),
     output=("attn.proj",),
     operations=("proj",),
-    prompts=None,
+    prompts="keys",
     grid="units",
     model_types=("hiera",),
 )
@@ -204,7 +205,8 @@ _LEVIT = Architecture(
     heads=("classifier", "classifier_distill"),
     halves=True,
     reads_mlp="",
-    softmax=False,  # keys are narrower than values, and positions have biases
+    softmax=False,  # positions have biases
+    equal_parts=False,
     grid="halved",
     prompts=None,
     model_types=("levit",),
@@ -266,6 +268,7 @@ _MOBILEVITV2 = replace(
     fc2=("ffn.conv2.convolution",),
     stream="channels_first",
     softmax=False,  # one query for all positions
+    equal_parts=False,
     prompts=None,
     grid=None,  # rows are the cells within a patch, columns the patches
     model_types=("mobilevitv2",),
@@ -311,11 +314,10 @@ _SAM2 = Architecture(
     fc2=("mlp.proj_out",),
     operations=("proj", "mlp.layers.*"),
     drop_path=(),
-    heads=(),
     stream="channels_last",
-    prompts=None,
+    prompts="keys",
     grid="map",
-    model_types=("sam2_hiera_det_model",),
+    model_types=("sam2_hiera_det_model", "sam2_vision_model"),
 )
 
 HIERARCHICAL = (

@@ -18,7 +18,7 @@ _DEIT = replace(
     heads=("classifier", "cls_classifier", "distillation_classifier"),
     model_types=("deit",),
 )
-_VIT_MAE = replace(_VIT, backbones=("ViTMAEModel",), heads=(), grid="masked", model_types=("vit_mae",))
+_VIT_MAE = replace(_VIT, backbones=("ViTMAEModel",), grid="masked", model_types=("vit_mae",))
 _BEIT = replace(
     _VIT,
     backbones=("BeitModel",),
@@ -73,7 +73,14 @@ _CLIP = Architecture(
     output=("self_attn.out_proj",),
     norm2=("layer_norm2",),
     drop_path=(),
-    model_types=("clip", "clip_vision_model", "metaclip_2", "metaclip_2_vision_model", "clipseg"),
+    model_types=(
+        "clip",
+        "clip_vision_model",
+        "metaclip_2",
+        "metaclip_2_vision_model",
+        "clipseg",
+        "clipseg_vision_model",
+    ),
 )
 _SIGLIP = replace(
     _CLIP,
@@ -108,14 +115,13 @@ _BLIP2 = replace(
     key=("self_attn.qkv",),
     value=("self_attn.qkv",),
     output=("self_attn.projection",),
-    model_types=("blip-2",),
+    model_types=("blip-2", "blip_2_vision_model"),
 )
 _DPT = replace(
     _DATA2VEC,
     backbones=("DPTModel",),
     norms=("layernorm",),
     position_bias=(),
-    heads=(),
     model_types=("dpt",),
 )
 _VIDEOMAE = replace(
@@ -141,7 +147,7 @@ _TIMESFORMER = replace(
     ),
     heads=("classifier",),
     reads_attention="",  # the norm sees frames, the block videos
-    prompts=None,  # its blocks count their tokens
+    prompts="keys",
     grid="frames_last",
     video=True,
     model_types=("timesformer",),
@@ -159,10 +165,10 @@ _VITDET = replace(
     fc1=("mlp.fc1",),
     fc2=("mlp.fc2",),
     operations=("residual.conv1", "residual.conv2", "residual.conv3"),
-    heads=(),
+    reads_result=("residual",),
     stream="channels_first",
     stream_inside="channels_last",
-    prompts=None,
+    prompts="keys",
     grid="map",
     model_types=("vitdet",),
 )
@@ -182,11 +188,57 @@ _SAM = Architecture(
     fc1=("mlp.lin1",),
     fc2=("mlp.lin2",),
     drop_path=(),
-    heads=(),
     stream="channels_last",
-    prompts=None,
+    prompts="keys",
     grid="map",
     model_types=("sam", "sam_vision_model"),
+)
+_PERCEIVER = Architecture(
+    backbones=("PerceiverModel",),
+    blocks="encoder.self_attends",
+    patch_embedding=(
+        "input_preprocessor.convnet_1x1",
+        "input_preprocessor.convnet.conv",
+        "encoder.cross_attention.attention.self.key",  # it reads pixels with their positions
+    ),
+    embeddings="embeddings",
+    prefix_tokens=(),
+    norms=(),
+    norm1=("attention.self.layernorm1",),
+    query=("attention.self.query",),
+    key=("attention.self.key",),
+    value=("attention.self.value",),
+    output=("attention.output.dense",),
+    norm2=("layernorm",),
+    fc1=("mlp.dense1",),
+    fc2=("mlp.dense2",),
+    drop_path=(),
+    heads=(),
+    own_heads=("decoder.decoder.final_layer",),
+    grid=None,  # its tokens are no patches
+    model_types=("perceiver",),
+)
+_IMAGEGPT = Architecture(
+    backbones=("ImageGPTModel",),
+    blocks="h",
+    patch_embedding=(),  # its tokens are colours from a list
+    embeddings="",
+    prefix_tokens=(),
+    norms=("ln_f",),
+    norm1=("ln_1",),
+    query=("attn.c_attn",),
+    key=("attn.c_attn",),
+    value=("attn.c_attn",),
+    output=("attn.c_proj",),
+    norm2=("ln_2",),
+    fc1=("mlp.c_fc",),
+    fc2=("mlp.c_proj",),
+    drop_path=(),
+    heads=("score",),
+    softmax=False,  # each token sees those before it
+    prompts=None,
+    grid=None,
+    model_types=("imagegpt",),
 )
 
 PLAIN = (
@@ -208,4 +260,6 @@ PLAIN = (
     _TIMESFORMER,
     _VITDET,
     _SAM,
+    _PERCEIVER,
+    _IMAGEGPT,
 )

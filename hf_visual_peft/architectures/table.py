@@ -25,7 +25,8 @@ class Architecture:
         backbones: names of the backbone's classes, with their module (`"timm.models.resnet.ResNet"`) where the bare
             name would do for others, too; subclasses are recognised.
         blocks: the list or lists of blocks, in order; of several the modules in each count.
-        patch_embedding: the convolution or linear that turns pixels into tokens.
+        patch_embedding: the convolution or linear that turns pixels into tokens; of several names the first existing
+            one counts. Empty where there is none.
         embeddings: the module that returns the first block's input; or the modules, one for each list of blocks, that
             return the input of its first block. `""`: the backbone.
         prefix_tokens: optional; parameters of `embeddings` that are put before the patches (CLS, distillation,
@@ -60,10 +61,12 @@ class Architecture:
         reads_attention: module of the block whose input is the stream that attention reads; by default `norm1`, with
             `post_norm` the block (`""`).
         reads_mlp: the same of the MLP; by default `norm2`, with `post_norm` the first module of `fc1`.
+        reads_result: optional; module of the block whose input is the stream behind the MLP, where a block goes on.
         stream: how the block's input lies in memory. `"tokens"`: (batch, tokens, width); `"channels_last"`: (batch,
             height, width, channels); `"channels_first"`: (batch, channels, height, width).
         stream_inside: the same of the input of those modules where it has four dimensions; by default as `stream`.
         softmax: whether attention is softmax attention of projected tokens, as `nn.MultiheadAttention` has it.
+        equal_parts: whether queries, keys and values of a fused projection are of one size, in this order.
         prompts: how tokens can join those of a block. `"sequence"`: they are put into its input; `"keys"`: what its
             attention makes of them as keys and values is appended to its own, in every window. None: not at all.
         grid: how the patch tokens lie in the image. `"full"`: all cells of the patch embedding's output, row by row
@@ -76,11 +79,12 @@ class Architecture:
         video: whether the backbone takes videos.
         model_types: optional; `model_type` of the transformers configs of the backbones and of the models that hold
             one. For these peft's own `LNTuningConfig()` finds the norms; see `peft_defaults`.
+        remedy: optional; what to do where a block lacks a role, in place of the general advice.
     """
 
     backbones: Names
     blocks: str | Names
-    patch_embedding: str
+    patch_embedding: str | Names
     embeddings: str = "embeddings"
     prefix_tokens: Names = ("cls_token",)
     input_norms: Names = ()
@@ -109,13 +113,16 @@ class Architecture:
     post_norm: bool | str = False
     reads_attention: str | None = None
     reads_mlp: str | None = None
+    reads_result: Names = ()
     stream: Stream = "tokens"
     stream_inside: Stream | None = None
     softmax: bool = True
+    equal_parts: bool = True
     prompts: Literal["sequence", "keys"] | None = "sequence"
     grid: Literal["full", "frames_last", "given", "map", "units", "halved", "spatial_shapes", "masked"] | None = "full"
     video: bool = False
     model_types: Names = ()
+    remedy: str = ""
 
 
 _ARCHITECTURES: dict[str, Architecture] = {}

@@ -33,7 +33,8 @@ _EVA = replace(
     value=("attn.qkv", "attn.v_proj"),
     fc1=("mlp.fc1", "mlp.fc1_g", "mlp.fc1_x"),
     operations=("mlp.norm", "attn.norm"),
-    prompts=None,  # its rotary positions count the tokens
+    skipped_blocks=("EvaBlockPostNorm",),
+    prompts="keys",
 )
 _SWIN = replace(
     _VIT,
@@ -46,7 +47,7 @@ _SWIN = replace(
     between=("layers.*.downsample.norm", "layers.*.downsample.reduction"),
     own_heads=("head.fc",),
     stream="channels_last",
-    prompts=None,
+    prompts="keys",
     grid="map",
 )
 _MAXVIT = replace(
@@ -62,7 +63,7 @@ _MAXVIT = replace(
     skipped_blocks=("MbConvBlock", "ConvNeXtBlock"),
     own_heads=("head.fc",),
     stream="channels_last",
-    prompts=None,
+    prompts="keys",
     grid="map",
 )
 _EFFICIENTFORMER = replace(

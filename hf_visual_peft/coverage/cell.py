@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from ..backbone import find_backbone
 from ..calibration import calibrate
+from ..frozen_norms import freeze_norms
+from ..peft_methods import PeftMethod
 from ..registry import Method
 from .tiny import Size, TinyModel
 
@@ -29,6 +31,26 @@ STEP = 0.1  # length of a training step, whatever the gradient's: random models 
 # what fits models of 8 to 32 channels, for fields that a method has and for those that its usual setting names
 SMALL = {"r": 4, "n": 4, "channels": 6, "rule_std": 0.01}
 SMALL_WHERE_NAMED = {"groups": 2, "num_virtual_tokens": 2}
+# the same for methods of peft
+SMALL_OF_PEFT: dict[str, dict[str, Any]] = {
+    "adamss": {"r": 2, "num_subspaces": 2},
+    "boft": {"boft_block_size": 2},
+    "c3a": {"block_size": 2},
+    "frod": {"progressbar": False},
+    "fourierft": {"n_frequency": 8},
+    "gralora": {"r": 2, "gralora_k": 2},
+    "miss": {"r": 2},
+    "oft": {"oft_block_size": 2},
+    "psoft": {"r": 2},
+    "road": {"group_size": 2},
+    "shira": {"r": 2},
+    "supertuning": {"sparsity": 0.5},
+    "tinylora": {"init_weights": True},  # its random start is too large for random models
+    "vblora": {"r": 2, "num_vectors": 8, "vector_length": 2},
+    "waveft": {"n_frequency": 8},
+}
+# what their fields for a random start are called
+INITIAL_WEIGHTS = ("init_weights", "init_lora_weights", "init_ia3_weights")
 
 
 @dataclass(frozen=True)
@@ -77,6 +99,13 @@ def small_config(method: Method) -> Any:
     return method.config_cls(**chosen, init_weights=False)
 
 
+def small_config_of_peft(method: PeftMethod, model: nn.Module) -> Any:
+    """The same for a method of peft; where its config has no field for random numbers, with those it starts with."""
+    names = {field.name for field in dataclasses.fields(method.config_cls)}
+    random = {name: False for name in INITIAL_WEIGHTS if name in names}
+    return method.config(model, **(random | SMALL_OF_PEFT.get(method.name, {})))
+
+
 def first_sentence(message: str) -> str:
     """Up to the first full stop that ends a sentence, without it, on one line."""
     return re.split(r"\.(?=\s|$)", " ".join(message.split()), maxsplit=1)[0]
@@ -101,7 +130,7 @@ def tensors_of(output: Any) -> list[Tensor]:
 class _Subject:
     """A model with what it is called with, for one method: images, or videos where the method takes those."""
 
-    def __init__(self, tiny: TinyModel, method: Method, batch: int = 2) -> None:
+    def __init__(self, tiny: TinyModel, method: Method | PeftMethod, batch: int = 2) -> None:
         self.tiny = tiny
         self.batch = batch
         self.makes_videos = method.video and not tiny.video
@@ -115,11 +144,16 @@ class _Subject:
         return made
 
     def call(self, model: nn.Module, size: Size | None = None) -> list[Tensor]:
-        return tensors_of(self.tiny.call(model, self.arguments(size)))
+        return tensors_of(self.tiny.call(model, self._in_dtype_of(model, self.arguments(size))))
 
     @torch.no_grad()
     def outputs(self, model: nn.Module, size: Size | None = None) -> list[Tensor]:
         return self.call(model.eval(), size)
+
+    def _in_dtype_of(self, model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        cast = lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v  # noqa: E731
+        return {name: cast(value) for name, value in arguments.items()}
 
     @torch.no_grad()
     def outputs_of_base(self, base: nn.Module, size: Size | None = None) -> list[Tensor]:
@@ -145,7 +179,7 @@ def _mean_over_frames(base: nn.Module, batch: int) -> Iterator[None]:
             handle.remove()
 
 
-def run_cell(method: Method, tiny: TinyModel, base: nn.Module) -> Cell:
+def run_cell(method: Method | PeftMethod, tiny: TinyModel, base: nn.Module) -> Cell:
     """Adapt, train a step, switch off, save, load, merge, and take another image size.
 
     Args:
@@ -154,7 +188,8 @@ def run_cell(method: Method, tiny: TinyModel, base: nn.Module) -> Cell:
         base: a model of it that was never called, as `tiny.model()` makes one.
 
     Returns:
-        What came of it. Only a `ValueError` that `get_peft_model` or `calibrate` raises makes a cell not applicable.
+        What came of it. Only a `ValueError` that `get_peft_model` or `calibrate` raises makes a cell not applicable;
+        with a method of peft's, any exception of its code.
     """
     torch.manual_seed(2)
     stage = ["adapting"]
@@ -165,10 +200,12 @@ def run_cell(method: Method, tiny: TinyModel, base: nn.Module) -> Cell:
     except _Check as check:
         return Cell("fails", f"{stage[-1]}: {check}")
     except Exception as error:  # whatever breaks in any method must become a cell, and the others go on
+        if isinstance(method, PeftMethod):
+            return Cell("not applicable", f"peft, {stage[-1]}: {broken(error)}")
         return Cell("fails", f"{stage[-1]}: {broken(error)}")
 
 
-def _live(method: Method, tiny: TinyModel, base: nn.Module, stage: list[str]) -> str:
+def _live(method: Method | PeftMethod, tiny: TinyModel, base: nn.Module, stage: list[str]) -> str:
     """What a user does with an adapter; the restriction under which all of it works, empty where there is none."""
     subject = _Subject(tiny, method)
     model = _adapted(method, subject, base)
@@ -199,18 +236,25 @@ def _live(method: Method, tiny: TinyModel, base: nn.Module, stage: list[str]) ->
 
     if method.mergeable:
         stage.append("merging")
-        merged = model.merge_and_unload()
-        _require_close(subject.outputs(merged), trained)
+        restriction = "; ".join(filter(None, (restriction, _refused_merge(model, subject, method))))
     return restriction
 
 
-def _adapted(method: Method, subject: _Subject, base: nn.Module) -> PeftModel:
+def _adapted(method: Method | PeftMethod, subject: _Subject, base: nn.Module) -> PeftModel:
     """The model with a random adapter, which has chosen what it trains where its method chooses.
 
     Raises:
         _Refusal: the library says that the method has nothing to do on this model.
     """
     try:
+        if isinstance(method, PeftMethod):
+            try:
+                config = small_config_of_peft(method, base)
+            except (KeyError, TypeError, AttributeError) as error:  # of this library's code
+                raise _Check(broken(error)) from error
+            model = get_peft_model(copy.deepcopy(base), config)
+            freeze_norms(model)
+            return model
         model = get_peft_model(copy.deepcopy(base), small_config(method))
         if method.calibrated:
             batch = _Subject(subject.tiny, method, batch=4).arguments(None) | {"labels": torch.tensor([0, 1, 0, 1])}
@@ -220,7 +264,7 @@ def _adapted(method: Method, subject: _Subject, base: nn.Module) -> PeftModel:
     return model
 
 
-def _train_a_step(model: PeftModel, subject: _Subject, method: Method) -> None:
+def _train_a_step(model: PeftModel, subject: _Subject, method: Method | PeftMethod) -> None:
     """One step of SGD that changes the loss and the adapter, and no parameter that is frozen."""
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -244,7 +288,8 @@ def _train_a_step(model: PeftModel, subject: _Subject, method: Method) -> None:
     _require(bool(second.isfinite()), "the loss is not finite after a step")
     _require(bool(second != first), "a step does not change the loss")
     moved = [name for name, p in trained.items() if not torch.equal(p, started[name])]
-    own = moved if method.whole_modules else [name for name in moved if f".{method.name}_" in name]
+    prefix = method.prefix if isinstance(method, PeftMethod) else f"{method.name}_"
+    own = moved if method.whole_modules else [name for name in moved if f".{prefix}" in name]
     _require(bool(own), "a step moves no parameter of the adapter")
     current = dict(model.named_parameters())
     drifted = [name for name, value in frozen.items() if not torch.equal(current[name], value)]
@@ -266,6 +311,31 @@ def _refused_size(model: PeftModel, subject: _Subject, reference: nn.Module, siz
     _require([t.shape for t in found] == [t.shape for t in before], "the output has another shape than the base's")
     with model.disable_adapter():
         _require_equal(subject.outputs(model, size), before, "the base model's output")
+    return ""
+
+
+def _refused_merge(model: PeftModel, subject: _Subject, method: Method | PeftMethod) -> str:
+    """Why the adapter does not merge here, in its own words; empty where it does.
+
+    In double precision, where what is left of a difference is the algebra's: norms of small variance blow up rounding.
+
+    Raises:
+        _Check: the merged model computes something else.
+    """
+    if not isinstance(method, PeftMethod):  # some of which keep tensors that do not follow
+        model.double()
+    before = subject.outputs(model)
+    try:
+        merged = model.merge_and_unload()
+    except ValueError as error:
+        if not str(error).startswith("Cannot merge"):  # of a layer that merges elsewhere
+            raise
+        return f"not merged: {first_sentence(str(error))}"
+    except Exception as error:  # of peft's code, which cannot put back heads of several modules
+        if not isinstance(method, PeftMethod):
+            raise
+        return f"not merged: {broken(error)}"
+    _require_close(subject.outputs(merged), before)
     return ""
 
 

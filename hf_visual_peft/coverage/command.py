@@ -11,7 +11,9 @@ from ..hub import write_aside
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
-    parser.add_argument("--methods", type=_names, metavar="A,B", help="only these; all by default")
+    parser.add_argument(
+        "--methods", type=_names, metavar="A,B", help="only these, also of peft; all of ours by default"
+    )
     parser.add_argument("--architectures", type=_names, metavar="A,B", help="only these; all by default")
     parser.add_argument(
         "--fast", action="store_true", help="every method on six architectures, every architecture with four methods"

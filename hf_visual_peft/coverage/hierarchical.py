@@ -11,7 +11,7 @@ from typing import Any
 import transformers as tf
 from torch import nn
 
-from .tiny import LABELS, Size, TinyModel
+from .tiny import LABELS, Size, TinyModel, WithHead
 
 
 STILL: dict[str, Any] = {"drop_path_rate": 0.0}
@@ -55,7 +55,7 @@ def _sam2() -> nn.Module:
         fpn_hidden_size=8,
         fpn_top_down_levels=[1, 2],
     )
-    return tf.Sam2VisionModel(config)
+    return WithHead(tf.Sam2VisionModel(config), 32)
 
 
 HIERARCHICAL = (

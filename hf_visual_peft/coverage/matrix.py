@@ -10,7 +10,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 
 from tqdm.auto import tqdm
 
-from ..registry import get_method, list_methods
+from ..peft_methods import any_method
+from ..registry import list_methods
 from .cell import Cell, broken, run_cell
 from .models import MODELS
 
@@ -28,14 +29,14 @@ def choose_cells(
     """The methods to run by architecture, in the order of the catalogue.
 
     Args:
-        methods: names; all by default.
+        methods: names, of peft's methods, too; all of this library by default.
         architectures: names; all by default.
         fast: of these only the fast cut.
 
     Raises:
         ValueError: a name is unknown, or nothing is left to run.
     """
-    chosen = list(list_methods()) if methods is None else sorted({get_method(name).name for name in methods})
+    chosen = list(list_methods()) if methods is None else sorted({any_method(name).name for name in methods})
     rows = list(MODELS) if architectures is None else list(architectures)
     unknown = [name for name in rows if name not in MODELS]
     if unknown:
@@ -89,7 +90,7 @@ def run_row(row: str, names: Iterable[str]) -> dict[str, Cell]:
             base = tiny.model()
         except Exception as error:  # another version of a library than this catalogue knows; the other rows go on
             return {name: Cell("fails", f"building: {broken(error)}") for name in names}
-        return {name: run_cell(get_method(name), tiny, base) for name in names}
+        return {name: run_cell(any_method(name), tiny, base) for name in names}
 
 
 def _cores() -> int:

@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 from torch import nn
 
-from .tiny import LABELS, Size, TinyModel, images
+from .tiny import LABELS, Size, TinyModel, WithHead, images
 
 
 WIDTHS: dict[str, Any] = {
@@ -47,10 +47,6 @@ def _patches(batch: int, size: Size) -> dict[str, Any]:
     mask = (torch.arange(rows * columns) < shapes.prod(1, keepdim=True)).long()
     pixels = torch.randn(batch, rows * columns, 3 * 64, generator=torch.Generator().manual_seed(batch))
     return {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes}
-
-
-def _with_text(batch: int, size: Size) -> dict[str, Any]:
-    return images(batch, size) | {"input_ids": torch.tensor([[2, 3, 1]]).expand(batch, -1)}
 
 
 def _with_image_tokens(batch: int, size: Size) -> dict[str, Any]:
@@ -129,12 +125,14 @@ PLAIN = (
     ),
     _plain(
         "dinov3_vit",
-        lambda: tf.DINOv3ViTModel(tf.DINOv3ViTConfig(**PATCHED, num_register_tokens=4)),
+        lambda: WithHead(tf.DINOv3ViTModel(tf.DINOv3ViTConfig(**PATCHED, num_register_tokens=4)), 16),
         other_size=WIDER,
     ),
     _resizable("ijepa", lambda: tf.IJepaForImageClassification(tf.IJepaConfig(**PATCHED, **LABELS))),
     _resizable("vit_msn", lambda: tf.ViTMSNForImageClassification(tf.ViTMSNConfig(**PATCHED, **LABELS))),
-    _resizable("vit_mae", lambda: tf.ViTMAEModel(tf.ViTMAEConfig(**PATCHED, mask_ratio=0.5)), inputs=_masked),
+    _resizable(
+        "vit_mae", lambda: WithHead(tf.ViTMAEModel(tf.ViTMAEConfig(**PATCHED, mask_ratio=0.5)), 16), inputs=_masked
+    ),
     _resizable("clip", lambda: tf.CLIPForImageClassification(_two_towers(tf.CLIPConfig, **LABELS))),
     _resizable("metaclip_2", lambda: tf.MetaClip2ForImageClassification(_two_towers(tf.MetaClip2Config, **LABELS))),
     _resizable("siglip", lambda: tf.SiglipForImageClassification(_two_towers(tf.SiglipConfig, **LABELS))),
@@ -159,20 +157,24 @@ PLAIN = (
     ),
     _plain(
         "vitdet",
-        lambda: tf.VitDetModel(
-            tf.VitDetConfig(
-                hidden_size=16,
-                num_hidden_layers=3,
-                num_attention_heads=2,
-                image_size=32,
-                pretrain_image_size=32,
-                patch_size=8,
-                window_block_indices=[0, 1],
-                window_size=2,
-                residual_block_indices=[1],
-                use_relative_position_embeddings=True,
-                **STILL,
-            )
+        lambda: WithHead(
+            tf.VitDetModel(
+                tf.VitDetConfig(
+                    hidden_size=16,
+                    num_hidden_layers=3,
+                    num_attention_heads=2,
+                    image_size=32,
+                    pretrain_image_size=32,
+                    patch_size=8,
+                    window_block_indices=[0, 1],
+                    window_size=2,
+                    residual_block_indices=[1],
+                    use_relative_position_embeddings=True,
+                    **STILL,
+                )
+            ),
+            16,
+            channels_first=True,
         ),
         other_size=WIDER,
     ),
@@ -199,17 +201,21 @@ PLAIN = (
     ),
     _plain(
         "dpt",
-        lambda: tf.DPTModel(tf.DPTConfig(**PATCHED, backbone_out_indices=[0, 1, 2])),
+        lambda: WithHead(tf.DPTModel(tf.DPTConfig(**PATCHED, backbone_out_indices=[0, 1, 2])), 16),
         other_size=WIDER,
     ),
     _plain(
         "sam",
-        lambda: tf.SamVisionModel(
-            tf.SamVisionConfig(**PATCHED, window_size=2, global_attn_indexes=[2], output_channels=16, mlp_dim=32)
+        lambda: WithHead(
+            tf.SamVisionModel(
+                tf.SamVisionConfig(**PATCHED, window_size=2, global_attn_indexes=[2], output_channels=16, mlp_dim=32)
+            ),
+            16,
+            channels_first=True,
         ),
     ),
     # the vision tower alone: CLIPSegForImageSegmentation calls it without gradients, so nothing could train
-    _resizable("clipseg", lambda: tf.CLIPSegVisionModel(tf.CLIPSegVisionConfig(**PATCHED))),
-    _resizable("owlvit", lambda: tf.OwlViTForObjectDetection(_two_towers(tf.OwlViTConfig)), inputs=_with_text),
-    _resizable("blip_2", lambda: tf.Blip2VisionModel(tf.Blip2VisionConfig(**PATCHED))),
+    _resizable("clipseg", lambda: WithHead(tf.CLIPSegVisionModel(tf.CLIPSegVisionConfig(**PATCHED)), 16)),
+    _resizable("owlvit", lambda: WithHead(tf.OwlViTVisionModel(tf.OwlViTVisionConfig(**PATCHED)), 16)),
+    _resizable("blip_2", lambda: WithHead(tf.Blip2VisionModel(tf.Blip2VisionConfig(**PATCHED)), 16)),
 )

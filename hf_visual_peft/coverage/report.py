@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
+from ..peft_methods import PEFT_METHODS
 from ..tables import format_table
 from .cell import Cell
 from .matrix import Matrix
@@ -18,7 +20,7 @@ KINDS: dict[Kind, str] = {
     "hierarchical": "Hierarchical transformers",
     "convolutional": "Convolutional networks",
     "dense": "Segmentation, depth and detection",
-    "timm": "timm and OpenCLIP",
+    "timm": "timm, OpenCLIP and torchvision",
 }
 _SIGNS = {"works": "✓", "not applicable": "-", "skipped": "·", "fails": "✗"}
 _INTRODUCTION = f"""# Which method works on which architecture
@@ -84,20 +86,33 @@ def failures(matrix: Matrix) -> list[str]:
 def summary(matrix: Matrix) -> str:
     """How many cells of each kind of architecture work: a table."""
     rows = []
-    for kind, title in KINDS.items():
-        cells = [cell for row, found in matrix.items() if MODELS[row].kind == kind for cell in found.values()]
+    for (kind, title), of_peft in product(KINDS.items(), (False, True)):
+        cells = [
+            cell
+            for row, found in matrix.items()
+            if MODELS[row].kind == kind
+            for name, cell in found.items()
+            if (name in PEFT_METHODS) == of_peft
+        ]
         count = {status: sum(cell.status == status for cell in cells) for status in _SIGNS}
         ran = len(cells) - count["skipped"]
         if cells:
             share = f"{100 * count['works'] / ran:.1f} %" if ran else "-"
             architectures = sum(MODELS[row].kind == kind for row in matrix)
-            rows.append([title, str(architectures), *(str(number) for number in count.values()), share])
+            rows.append(
+                [
+                    f"{title}, methods of peft" if of_peft else title,
+                    str(architectures),
+                    *(str(number) for number in count.values()),
+                    share,
+                ]
+            )
     header = ["kind", "architectures", *_SIGNS, "works of those run"]
     return format_table(header, rows, right=header[1:])
 
 
 def to_markdown(matrix: Matrix) -> str:
-    """The page: shares by kind, one table a kind with methods as rows, and the reasons."""
+    """The page: shares by kind, for each kind a table with methods as rows, one with peft's, and the reasons."""
     reasons: dict[str, int] = {}
 
     def shown(cell: Cell | None) -> str:
@@ -111,8 +126,12 @@ def to_markdown(matrix: Matrix) -> str:
         rows = [row for row in matrix if MODELS[row].kind == kind]
         methods = sorted({name for row in rows for name in matrix[row]})
         if rows:
-            lines = [[name, *(shown(matrix[row].get(name)) for row in rows)] for name in methods]
-            parts.append(f"## {title}\n\n{format_table(['method', *rows], lines)}\n")
+            parts.append(f"## {title}\n")
+        for header, of_peft in (("method", False), ("method of peft", True)):
+            group = [name for name in methods if (name in PEFT_METHODS) == of_peft]
+            lines = [[name, *(shown(matrix[row].get(name)) for row in rows)] for name in group]
+            if lines:
+                parts.append(f"{format_table([header, *rows], lines)}\n")
     if reasons:
         listed = [f"{number}. {reason}" for reason, number in reasons.items()]
         parts.append("## Reasons\n\n" + "\n".join(listed) + "\n")

@@ -1,4 +1,4 @@
-"""Tiny models of timm, raw and through transformers, and the visual tower of OpenCLIP."""
+"""Tiny models of timm, raw and through transformers, of torchvision, and the visual tower of OpenCLIP."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import transformers as tf
 from torch import nn
 
+from ..split_attention import split_attention
 from .tiny import Size, TinyModel, images
 
 
@@ -59,7 +60,16 @@ def _wrapped(name: str, architecture: str, other: Size | None, **fields: Any) ->
 
 def _open_clip() -> nn.Module:
     tower = importlib.import_module("open_clip.transformer").VisionTransformer
-    return tower(image_size=32, patch_size=8, width=16, layers=3, heads=2, mlp_ratio=2.0, output_dim=8)
+    return split_attention(
+        tower(image_size=32, patch_size=8, width=16, layers=3, heads=2, mlp_ratio=2.0, output_dim=8)
+    )
+
+
+def _torchvision() -> nn.Module:
+    vit = importlib.import_module("torchvision.models.vision_transformer").VisionTransformer
+    return split_attention(
+        vit(image_size=32, patch_size=8, num_layers=3, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=3)
+    )
 
 
 TIMM = (
@@ -95,4 +105,5 @@ TIMM = (
     _raw("timm_convnext", "convnext_atto", WIDER, **CONVNEXT),
     _raw("timm_resnet", "resnet18", WIDER, layers=(1, 2, 1, 1), channels=(8, 8, 16, 16)),
     TinyModel("open_clip", "timm", _open_clip, positional=True, package="open_clip"),
+    TinyModel("torchvision_vit", "timm", _torchvision, positional=True, package="torchvision"),
 )

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from transformers.modeling_outputs import ImageClassifierOutput
 
 
 Kind = Literal["plain", "hierarchical", "convolutional", "dense", "timm"]
@@ -98,6 +99,28 @@ class TinyModel:
         if self.positional:
             return model(arguments["pixel_values"])
         return model(**arguments)
+
+
+class WithHead(nn.Module):
+    """A bare backbone and a classifier of the mean over its last output, as a user writes it.
+
+    Args:
+        backbone: whose output has a `last_hidden_state`.
+        channels: of that.
+        channels_first: whether it is (batch, channels, height, width), and not (batch, ..., channels).
+    """
+
+    def __init__(self, backbone: nn.Module, channels: int, channels_first: bool = False) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.classifier = nn.Linear(channels, LABELS["num_labels"])
+        self.channels_first = channels_first
+
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> ImageClassifierOutput:
+        """Logits of the images."""
+        features = self.backbone(pixel_values, **kwargs).last_hidden_state
+        features = features.flatten(2).mean(dim=2) if self.channels_first else features.flatten(1, -2).mean(dim=1)
+        return ImageClassifierOutput(logits=self.classifier(features))
 
 
 def by_name(*models: TinyModel) -> MappingProxyType[str, TinyModel]:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from transformers import logging as transformers_logging
 
 from ..backbone import find_backbone
+from ..peft_methods import PeftMethod
 from ..registry import Method
 
 
@@ -109,8 +110,10 @@ def keep_head_only(model: nn.Module) -> None:
         head.requires_grad_(True)
 
 
-def default_config(method: Method, model: nn.Module, image_size: int) -> PeftConfig:
+def default_config(method: Method | PeftMethod, model: nn.Module, image_size: int) -> PeftConfig:
     """A method's config with its defaults, fitted to the images where it belongs to one size of them."""
+    if isinstance(method, PeftMethod):
+        return method.config(model)
     names = {field.name for field in fields(method.config_cls)}
     config: Any = model.config
     patch = getattr(getattr(config, "vision_config", config), "patch_size", None)

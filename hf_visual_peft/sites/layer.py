@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .exchange import Exchange
+from .mixed import BASE, count_rows, run_parts
 
 
 RANDOM_STD = 0.05  # of what `init_weights=False` adds to every weight
@@ -156,10 +157,32 @@ class VisualTunerLayer(BaseTunerLayer):
             yield Equation(adapter_name, module, site, shared)
 
     def _active(self) -> Iterator[Equation]:
-        """The equations of the active adapters."""
+        """The equations of the active adapters, or of those that a mixed batch names."""
         if not self.disable_adapters:
-            for name in self.active_adapters:
+            mixed = self.exchange.mixed
+            for name in self.active_adapters if mixed is None else mixed.adapters:
                 yield from self.equations_of(name)
+
+    def _parts(self, args: tuple) -> dict[str, list[int]]:
+        """The rows of the first argument by the adapter that acts on them here; none if one way serves them all."""
+        mixed = self.exchange.mixed
+        if mixed is None or self.disable_adapters or not any(name in self.plans for name in mixed.adapters):
+            return {}
+        parts: dict[str, list[int]] = {}
+        for row, name in enumerate(mixed.of_rows(count_rows(self.base_layer, args), self.base_layer)):
+            parts.setdefault(name if name in self.plans else BASE, []).append(row)
+        return parts if len(parts) > 1 else {}
+
+    def _run_parts(
+        self, parts: dict[str, list[int]], run: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
+        """Call a function as `run_parts` does, with nothing but one adapter at work in each call."""
+
+        def alone(name: str, index: Tensor, *args: Any, **kwargs: Any) -> Any:
+            with self.exchange.mixing([name]):
+                return run(name, index, *args, **kwargs)
+
+        return run_parts(self.get_base_layer(), parts, alone, args, kwargs)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
         for parameter in base_layer.parameters():

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
 
 from ..backbone import is_pointwise, linear_sizes
 from .exchange import Exchange
@@ -77,6 +78,8 @@ class ModuleLayer(VisualTunerLayer, nn.Module):
             self.unmerge()
         if self.disable_adapters or self.merged:
             return self.base_layer(*args, **kwargs)
+        if parts := self._parts(args):
+            return self._run_parts(parts, lambda name, index, *a, **k: self.forward(*a, **k), args, kwargs)
         output = self._base_output(*args, **kwargs)
         dim = channel_dim(self.get_base_layer(), output.ndim)
         output = output.movedim(dim, -1)
@@ -146,17 +149,17 @@ class ModuleLayer(VisualTunerLayer, nn.Module):
     def _fold(self, weights: _Weights, equations: list[Equation]) -> _Weights:
         if weights.module is not self.get_base_layer():
             behind = [e for e in equations if _followers(e)]
-            weight, bias = weights.weight, weights.bias
+            weight, bias = _matrix(weights), weights.bias
             for _, equation, _, shared in reversed(behind):  # the last to act on the input is the next to the linear
                 fold: Any = equation.fold_input  # type: ignore[union-attr]
                 weight, bias = _fold_input(fold, weight, bias, shared)
-            return _Weights(weights.module, weight, bias)
+            return _Weights(weights.module, _laid_as_in(weights.module, weight, weights.weight), bias)
         new = _apply([e for e in equations if isinstance(e.site, WeightSite)], weights)
         weight, bias = _matrix(new), new.bias
         for _, equation, site, shared in equations:
             if not isinstance(site, WeightSite):
                 weight, bias = equation.fold(weight, bias, *shared)  # type: ignore[union-attr,operator]
-        return _Weights(weights.module, weight.view_as(weights.weight), bias)
+        return _Weights(weights.module, _laid_as_in(weights.module, weight, weights.weight), bias)
 
     def unmerge(self) -> None:
         """Put back weights and biases exactly as they were before the first merge."""
@@ -166,10 +169,10 @@ class ModuleLayer(VisualTunerLayer, nn.Module):
         for module, weight, bias in self._before_merge:
             base: Any = module
             base.weight.data = weight.to(base.weight)
-            if bias is None:
-                base.bias = None
-            else:
+            if bias is not None:
                 base.bias.data = bias.to(base.bias)
+            elif getattr(base, "bias", None) is not None:
+                base.bias = None
         self._before_merge = []
         self.merged_adapters.clear()
 
@@ -237,24 +240,31 @@ def _apply(equations: Iterable[Equation], weights: _Weights) -> _Weights:
     for _, equation, _, shared in equations:
         new_weight, new_bias = equation(weight, bias, *shared)  # type: ignore[misc]
         weight, bias = new_weight.to(weight.dtype), None if new_bias is None else new_bias.to(weight.dtype)
-    return _Weights(weights.module, weight.view(weights.weight.shape), bias)
+    return _Weights(weights.module, _laid_as_in(weights.module, weight, weights.weight), bias)
 
 
 def _matrix(weights: _Weights) -> Tensor:
-    """The weight as equations see it: (out, in) of a convolution of 1 x 1, else as it is."""
+    """The weight as equations see it: (out, in) of whatever is a linear, else as it is."""
+    if isinstance(weights.module, Conv1D):
+        return weights.weight.T
     return weights.weight.flatten(1) if is_pointwise(weights.module) else weights.weight
 
 
+def _laid_as_in(module: nn.Module, matrix: Tensor, before: Tensor) -> Tensor:
+    """A weight, as equations see it, as the module has it."""
+    return matrix.T.contiguous() if isinstance(module, Conv1D) else matrix.reshape(before.shape)
+
+
 def as_linear(module: nn.Module) -> nn.Module:
-    """What equations are made from: for a convolution of 1 x 1 the linear that it is; else the module itself."""
-    if not is_pointwise(module):
+    """What equations are made from: for a 1 x 1 convolution or a `Conv1D` the linear that it is; else the module."""
+    if not is_pointwise(module) and not isinstance(module, Conv1D):
         return module
     sizes = linear_sizes(module)
     assert sizes is not None
     linear = nn.Linear(sizes[1], sizes[0], device="meta")
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
-    linear.weight = nn.Parameter(weight.detach().flatten(1), requires_grad=False)
+    linear.weight = nn.Parameter(_matrix(_Weights(module, weight.detach(), None)), requires_grad=False)
     linear.bias = bias  # type: ignore[assignment]
     return linear
 
@@ -263,6 +273,8 @@ def output_channels(module: nn.Module) -> int | None:
     """Number of channels of a module's output; None for modules without."""
     if isinstance(module, nn.Linear):
         return module.out_features
+    if isinstance(module, Conv1D):
+        return module.nf
     if isinstance(module, nn.modules.conv._ConvNd):
         return module.out_channels
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -271,6 +283,9 @@ def output_channels(module: nn.Module) -> int | None:
         return module.num_channels
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
         return module.normalized_shape[0]
+    weight = getattr(module, "weight", None)
+    if type(module).__name__.endswith("Norm") and isinstance(weight, Tensor) and weight.ndim == 1:
+        return weight.shape[0]  # of a model's own
     return None
 
 
@@ -318,7 +333,7 @@ def _set(weights: _Weights) -> None:
     """
     base: Any = weights.module
     base.weight.data = weights.weight
-    if base.bias is not None:
+    if getattr(base, "bias", None) is not None:
         base.bias.data = weights.bias
     elif weights.bias is not None:
         if not isinstance(base, nn.Linear | nn.LayerNorm | nn.modules.conv._ConvNd):

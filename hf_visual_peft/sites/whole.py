@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .exchange import Exchange
 from .layer import Placement, Shared, Site, VisualTunerLayer
+from .mixed import BASE, check_samples_first, instead_of_forward
 from .module import is_quantised
 
 
@@ -55,6 +56,11 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
+def _state_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, and statistics of norms, which move while a copy trains."""
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
 class WholeLayer(VisualTunerLayer, nn.Module):
     """A module beside a copy of it for each adapter.
 
@@ -92,8 +98,8 @@ class WholeLayer(VisualTunerLayer, nn.Module):
         """
         assert equation is not None
         if self.merged:  # what was copied are the weights of another adapter
-            for name, parameter in equation.named_parameters():
-                parameter.data = self._before_merge[name].to(parameter, copy=True)
+            for name, tensor in _state_of(equation).items():
+                tensor.data = self._before_merge[name].to(tensor, copy=True)
         super().add_equation(adapter_name, prefix, slot, site, equation, init_weights, shared)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -104,6 +110,8 @@ class WholeLayer(VisualTunerLayer, nn.Module):
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if parts := self._parts(args):
+            return self._mixed_forward(parts, args, kwargs)
         copies = [] if self.merged else list(self._active())
         if len(copies) > 1:
             names = ", ".join(e.adapter for e in copies)
@@ -111,11 +119,34 @@ class WholeLayer(VisualTunerLayer, nn.Module):
         if not copies:
             return self.base_layer(*args, **kwargs)
         module: Any = copies[0].module
+        return self._in_dtype_of(module, module, *args, **kwargs)
+
+    def _in_dtype_of(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         dtype = next(module.parameters()).dtype
         if dtype == next(self.base_layer.parameters()).dtype or torch.is_autocast_enabled(args[0].device.type):
-            return module(*args, **kwargs)
-        output = module(*_cast(args, dtype), **_cast(kwargs, dtype))
+            return call(*args, **kwargs)
+        output = call(*_cast(args, dtype), **_cast(kwargs, dtype))
         return _cast(output, args[0].dtype)
+
+    def _mixed_forward(self, parts: dict[str, list[int]], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The module and copies of it, each for a part of the batch.
+
+        They run inside the hooks of the module, which so see the whole batch once: transformers records hidden states
+        there.
+        """
+        check_samples_first(self.base_layer, args[0])
+        base: Any = self.base_layer
+        forward = base.forward
+
+        def run(name: str, index: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if name == BASE:
+                return forward(*args, **kwargs)
+            ((_, module, _, _),) = self.equations_of(name)
+            assert module is not None
+            return self._in_dtype_of(module, module.forward, *args, **kwargs)
+
+        with instead_of_forward(base, lambda *args, **kwargs: self._run_parts(parts, run, args, kwargs)):
+            return base(*args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put the weights of the active copy into the module.
@@ -134,12 +165,12 @@ class WholeLayer(VisualTunerLayer, nn.Module):
             raise ValueError(f"Cannot merge {', '.join(self.merged_adapters + names)}: each is a whole module.")
         ((_, module, _, _),) = self.equations_of(names[0])
         assert module is not None
-        new = dict(module.named_parameters())
+        new = _state_of(module)
         if safe_merge and not all(value.isfinite().all() for value in new.values()):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
-        for name, parameter in self.base_layer.named_parameters():
-            self._before_merge[name] = parameter.data
-            parameter.data = new[name].data.to(parameter.dtype)
+        for name, tensor in _state_of(self.base_layer).items():
+            self._before_merge[name] = tensor.data
+            tensor.data = new[name].data.to(tensor.dtype)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -147,7 +178,7 @@ class WholeLayer(VisualTunerLayer, nn.Module):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        for name, parameter in self.base_layer.named_parameters():
-            parameter.data = self._before_merge[name].to(parameter)
+        for name, tensor in _state_of(self.base_layer).items():
+            tensor.data = self._before_merge[name].to(tensor)
         self._before_merge.clear()
         self.merged_adapters.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ...backbone import LINEAR_ROLES, VisionBackbone
-from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import LinearSite, Placement, drop_path
+from ...targets import TargetedConfig
 
 
 INIT_BOUND = 1e-3
@@ -24,23 +25,29 @@ class Consolidator(nn.Module):
         f(y, x) = y + DP(blockdiag(W_1 .. W_g) shuffle(x) + b)
 
     Group i maps its own part of the input to its own part of the output. `shuffle` deals the channels out to the
-    groups in turn. Weights and biases are drawn from U(-0.001, 0.001).
+    groups in turn. Weights and biases are drawn from U(-bound, bound).
 
     Args:
         linear: the linear, for its sizes.
-        groups: g.
+        groups: g; None for half the greatest common divisor of the sizes, or all of it where that is odd.
         shuffle: whether the channels are shuffled.
         drop_path: rate of the branch's stochastic depth.
+        bound: of weights and biases at the start.
     """
 
-    def __init__(self, linear: nn.Linear, groups: int, shuffle: bool, drop_path: float) -> None:
+    def __init__(
+        self, linear: nn.Linear, groups: int | None, shuffle: bool, drop_path: float, bound: float = INIT_BOUND
+    ) -> None:
         super().__init__()
+        if groups is None:
+            divisor = math.gcd(linear.in_features, linear.out_features)
+            groups = divisor if divisor % 2 else divisor // 2
         for name, size in (("in_features", linear.in_features), ("out_features", linear.out_features)):
             if size % groups:
                 raise ValueError(f"ConsolidatorConfig.groups is {groups}: must divide {name} {size} of {linear}.")
         shape = (groups, linear.out_features // groups, linear.in_features // groups)
-        self.weight = nn.Parameter(torch.empty(shape).uniform_(-INIT_BOUND, INIT_BOUND))
-        self.bias = nn.Parameter(torch.empty(linear.out_features).uniform_(-INIT_BOUND, INIT_BOUND))
+        self.weight = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(linear.out_features).uniform_(-bound, bound))
         self.shuffle = shuffle
         self.drop_path = drop_path
 
@@ -74,16 +81,18 @@ class Consolidator(nn.Module):
     identity_at_start=False,
 )
 @dataclass
-class ConsolidatorConfig(VisualPeftConfig):
+class ConsolidatorConfig(TargetedConfig):
     """Config of Consolidator, arXiv 2305.00603.
 
     A grouped linear beside every linear of the blocks. Near the identity at the start, not it. Where queries, keys and
     values are separate linears each has its own groups; the authors' code has one fused linear, whose groups connect
-    other channels; number of parameters and of connections are the same.
+    other channels; number of parameters and of connections are the same. With `target_modules` weights and biases are
+    zero at the start.
 
     Args:
         groups: g; must divide the sizes of all linears. By default half the width, so that a group reads two channels
-            of the stream, as the paper's 384 groups do on ViT-B.
+            of the stream, as the paper's 384 groups do on ViT-B; with `target_modules` half the greatest common
+            divisor of a linear's sizes, or all of it where that is odd.
         shuffle: deal the input channels out to the groups in turn instead of cutting them into pieces.
         drop_path: rate of the branch's stochastic depth, tuned per task in the paper.
     """
@@ -108,3 +117,7 @@ class ConsolidatorConfig(VisualPeftConfig):
         for block in backbone.blocks:
             for path in block.modules(LINEAR_ROLES):
                 yield Placement(path, "groups", LinearSite(), build)
+
+    def _at(self, path: str) -> Placement:
+        build = partial(Consolidator, groups=self.groups, shuffle=self.shuffle, drop_path=self.drop_path, bound=0.0)
+        return Placement(path, "groups", LinearSite(), build)

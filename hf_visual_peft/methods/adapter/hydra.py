@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ...backbone import VisionBackbone
-from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import LinearSite, Placement
+from ...targets import TargetedConfig
 
 
 class LowRank(nn.Module):
@@ -83,7 +83,7 @@ class Hydra(nn.Module):
     identity_at_start=True,
 )
 @dataclass
-class HydraConfig(VisualPeftConfig):
+class HydraConfig(TargetedConfig):
     """Config of Hydra, arXiv 2309.06922.
 
     At the output projection of attention and the last linear of the MLP: one low-rank branch reads the linear's input
@@ -109,7 +109,10 @@ class HydraConfig(VisualPeftConfig):
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """At the last linear of both sub-layers."""
         self._require_integer("r", 1, backbone.width, "the backbone's width")
-        build = partial(Hydra, r=self.r, scale=self.scale, dropout=self.dropout)
         for block in backbone.blocks:
             for path in (*block.roles["output"], *block.roles["fc2"]):
-                yield Placement(path, "branches", LinearSite(), build)
+                yield self._at(path)
+
+    def _at(self, path: str) -> Placement:
+        build = partial(Hydra, r=self.r, scale=self.scale, dropout=self.dropout)
+        return Placement(path, "branches", LinearSite(), build)

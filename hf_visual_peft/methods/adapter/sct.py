@@ -120,25 +120,27 @@ class SCTConfig(VisualPeftConfig):
             ValueError: a norm is not finite.
         """
         backbone, model = calibration.backbone, calibration.model
-        entrance_of = {block.path: block.entrances["mlp"] for block in backbone.blocks if "mlp" in block.entrances}
+        blocks = {block.path: block for block in backbone.blocks if "mlp" in block.entrances}
         table = backbone.architecture
         parts = []
         for path, part in calibration.equations("attention"):
-            if path not in entrance_of:
+            if path not in blocks:
                 raise ValueError(f"SCT cannot see the stream behind the attention of {path}, which has no MLP.")
-            parts.append((model.get_submodule(entrance_of[path]), part))
+            block = blocks[path]
+            parts.append((model.get_submodule(block.entrances["mlp"]), part, block.prefix_tokens))
         totals = [ClassNorms() for _ in parts]
         stream: dict[nn.Module, Tensor] = {}
         handles = [
-            norm.register_forward_pre_hook(lambda module, args: stream.update({module: args[0]})) for norm, _ in parts
+            norm.register_forward_pre_hook(lambda module, args: stream.update({module: args[0]}))
+            for norm, _, _ in parts
         ]
         try:
             for batch in calibration.batches():
                 labels = batch.pop("labels")
                 calibration.output(batch)
-                for (norm, _), total in zip(parts, totals, strict=True):
+                for (norm, _, prefix_tokens), total in zip(parts, totals, strict=True):
                     tokens = to_tokens(stream[norm], table.stream_inside or table.stream)
-                    patches = tokens[:, backbone.prefix_tokens :]
+                    patches = tokens[:, prefix_tokens:]
                     if "pixel_attention_mask" in batch:
                         patches = patches * batch["pixel_attention_mask"].to(patches).unsqueeze(-1)
                     # some blocks see an image as several sequences, one behind the other
@@ -149,6 +151,6 @@ class SCTConfig(VisualPeftConfig):
         means = [total.mean() for total in totals]
         if not all(mean.isfinite().all() for mean in means):
             raise ValueError("SCT: the norms of the token stream are not finite.")
-        for (_, part), mean in zip(parts, means, strict=True):
+        for (_, part, _), mean in zip(parts, means, strict=True):
             indices = mean.topk(len(part.salient.indices)).indices
             part.salient.choose(indices.sort().values)

@@ -71,7 +71,8 @@ class VPTConfig(VisualPeftConfig):
     Learned tokens join the sequence after all prefix tokens (CLS, distillation, registers), without position. *Deep*:
     every block gets its own, and what it makes of them is dropped. *Shallow*: one set enters before the first block
     and travels through all. Head, pooler and `hidden_states` see the backbone's own tokens; attention maps show the
-    prompts too.
+    prompts too. Attention that works in windows or on reduced keys gets deep prompts in every window, as further keys
+    and values; blocks whose attention pools the grid get none.
 
     The paper keeps the backbone's modules in eval mode while training; with dropout or stochastic depth in the
     backbone, call `.eval()` on it to do the same. Known differences in other code: the bound of the initialisation

@@ -99,7 +99,7 @@ class AttnScaleConfig(VisualPeftConfig):
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """At the logits of every attention, and behind both sub-layers."""
-        if backbone.architecture.grid != "full":
+        if backbone.architecture.grid != "full" or backbone.architecture.video:
             raise ValueError(
                 f"AttnScaleConfig: {backbone.class_name} has no fixed number of tokens to have factors for."
             )

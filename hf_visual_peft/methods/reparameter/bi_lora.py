@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...backbone import VisionBackbone
-from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import LinearSite, Placement
+from ...targets import TargetedConfig
 from ..adapter.bi_adaptformer import BITS, binary_pair
 from ..adapter.binary import packed_numbers
 
@@ -23,26 +23,38 @@ class BiLoRA(nn.Module):
 
         f(y, x) = y + s * q(B) q(A) x
 
+    Few bits make no zero. Where it must be the identity at the start a gate g, zero there, stands before s, and B is
+    drawn as A is. All updates that it gives there are without it, too: c q(B) = q(c B).
+
     Args:
         linear: the linear, for its sizes.
         r: rank.
         bits: of a weight.
         scale: s.
+        gated: whether there is g.
     """
 
-    def __init__(self, linear: nn.Linear, r: int, bits: int, scale: float) -> None:
+    def __init__(self, linear: nn.Linear, r: int, bits: int, scale: float, gated: bool = False) -> None:
         super().__init__()
         self.down, self.up = binary_pair(linear.in_features, linear.out_features, r, bits)
         self.scale = scale
+        self.gate = nn.Parameter(torch.zeros(1)) if gated else None
+        if gated:
+            nn.init.kaiming_uniform_(self.up.weight, a=5**0.5)
+            self.up.randomise()
+
+    def factor(self) -> Tensor | float:
+        """s, or g s."""
+        return self.scale if self.gate is None else self.gate * self.scale
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """(..., out_features), given also the linear's input (..., in_features)."""
-        return y + self.scale * F.linear(F.linear(x, self.down()), self.up())
+        return y + self.factor() * F.linear(F.linear(x, self.down()), self.up())
 
     @torch.no_grad()
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of a linear that computes the same as the linear with these and the update beside it."""
-        return weight + self.scale * (self.up().to(weight) @ self.down().to(weight)), bias
+        return weight + (self.factor() * (self.up() @ self.down())).to(weight), bias
 
 
 @register(
@@ -59,13 +71,14 @@ class BiLoRA(nn.Module):
     identity_at_start=False,
 )
 @dataclass
-class BiLoRAConfig(VisualPeftConfig):
+class BiLoRAConfig(TargetedConfig):
     """Config of Bi-LoRA, arXiv 2307.16867.
 
     LoRA on queries and values, trained so that its factors can be kept with 1, 2 or 4 bits a number; the file holds
     these bits. Near the identity at the start, not it. A fused projection is updated as a whole, keys included. What
     trains are full-precision parameters beside the bits; they are not saved, so training that goes on from a file
-    starts at the levels. The paper's images are not normalised.
+    starts at the levels. The paper's images are not normalised. With `target_modules` one more number a linear, a gate
+    that is zero at the start, makes it the identity there.
 
     Args:
         r: rank.
@@ -91,7 +104,11 @@ class BiLoRAConfig(VisualPeftConfig):
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """Beside the query and value projections of every block."""
         self._require_integer("r", 1, backbone.width, "the backbone's width")
-        build = partial(BiLoRA, r=self.r, bits=self.bits, scale=self.scale)
         for block in backbone.blocks:
             for path in dict.fromkeys((*block.roles["query"], *block.roles["value"])):
-                yield Placement(path, "update", LinearSite(), build)
+                yield self._at(path)
+
+    def _at(self, path: str) -> Placement:
+        gated = self.target_modules is not None
+        build = partial(BiLoRA, r=self.r, bits=self.bits, scale=self.scale, gated=gated)
+        return Placement(path, "update", LinearSite(), build)

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...backbone import LINEAR_ROLES, VisionBackbone
-from ...config import VisualPeftConfig
+from ...backbone import LINEAR_ROLES, VisionBackbone, linear_sizes
 from ...registry import Paper, register
 from ...sites import LinearSite, Placement, Shared
+from ...targets import TargetedConfig
 
 
 class Factors(nn.Module):
@@ -110,7 +110,7 @@ def slices(size: int, width: int) -> int:
     identity_at_start=True,
 )
 @dataclass
-class FacTConfig(VisualPeftConfig):
+class FacTConfig(TargetedConfig):
     """Config of factor-tuning (FacT), arXiv 2212.03145.
 
     The updates of all linears of all blocks, cut into slices of width x width, are one tensor, which is decomposed: U
@@ -120,6 +120,9 @@ class FacTConfig(VisualPeftConfig):
     Where the MLP's width is no multiple of the backbone's (gated MLPs), the last slice is cut; a fused projection is
     cut into slices whatever they stand for: both are our generalisation. The released code of the Tucker form reshapes
     the four S_k of an MLP's linear such that their columns interleave; here, as in the paper, each slice has its own.
+
+    With `target_modules` the smaller size of a linear is the width of its slices, linears of one width share U and V
+    (and C), and p_k start as if the linear were the only one.
 
     Args:
         variant: `"tt"` or `"tk"`.
@@ -148,7 +151,18 @@ class FacTConfig(VisualPeftConfig):
         if self.variant == "tk":
             sizes = (backbone.linears[path] for path in paths)
             columns = sum(slices(out, backbone.width) * slices(into, backbone.width) for out, into in sizes)
-        build = partial(FacT, width=backbone.width, r=self.r, scale=self.scale, dropout=self.dropout, columns=columns)
-        shared = Shared("factors", lambda: Factors(backbone.width, self.r, core=self.variant == "tk"))
         for path in paths:
-            yield Placement(path, "slices", LinearSite(), build, shared)
+            yield self._part(path, backbone.width, columns, "factors")
+
+    def placement_at(self, path: str, module: nn.Module) -> Placement:
+        """At one linear, whose smaller size is the width of its slices."""
+        self._check_target(path, module)
+        sizes = linear_sizes(module)
+        assert sizes is not None
+        columns = max(slices(size, min(sizes)) for size in sizes) if self.variant == "tk" else None
+        return self._part(path, min(sizes), columns, f"factors{min(sizes)}")
+
+    def _part(self, path: str, width: int, columns: int | None, name: str) -> Placement:
+        build = partial(FacT, width=width, r=self.r, scale=self.scale, dropout=self.dropout, columns=columns)
+        shared = Shared(name, lambda: Factors(width, self.r, core=self.variant == "tk"))
+        return Placement(path, "slices", LinearSite(), build, shared)

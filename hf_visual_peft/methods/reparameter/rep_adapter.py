@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ...backbone import Block, VisionBackbone
-from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import OutputSite, Placement
+from ...sites.input import InputSite, OnInput
+from ...targets import TargetedConfig
 
 
 class RepAdapter(nn.Module):
@@ -45,7 +46,6 @@ class RepAdapter(nn.Module):
         hidden = self.dropout(self.down(x)).unflatten(-1, (groups, size))
         return x + self.scale * (torch.einsum("...gi,goi->...go", hidden, self.up).flatten(-2) + self.bias)
 
-    @torch.no_grad()
     def fold_input(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weight and bias of a linear that computes the same as the linear with these and RepAdapter before it."""
         down, hidden_bias, shift = (p.to(weight) for p in (self.down.weight, self.down.bias, self.bias))
@@ -80,13 +80,13 @@ def norms_before(block: Block, sublayer: str) -> Iterator[tuple[str, OutputSite]
     identity_at_start=True,
 )
 @dataclass
-class RepAdapterConfig(VisualPeftConfig):
+class RepAdapterConfig(TargetedConfig):
     """Config of RepAdapter, arXiv 2302.08106.
 
     A bottleneck without activation between each norm and the sub-layer that reads it. It is affine, so it folds into
     the projections to queries, keys and values and into the first linear(s) of the MLP. Where these have no bias (keys
     of BEiT), merging gives them one. The released code merges the MLP's adapter only where it is grouped; here any
-    number of groups merges.
+    number of groups merges. With `target_modules` one stands before each of these linears and folds into it alone.
 
     Args:
         r: width of the bottleneck; a multiple of `groups`.
@@ -111,6 +111,8 @@ class RepAdapterConfig(VisualPeftConfig):
         self._require_number("scale")
         self._require_number("dropout", 0.0, below=1.0)
         self._require_some("sublayers", NORMS)
+        if self.target_modules is not None and len(self.sublayers) < len(NORMS):
+            self._fail("sublayers", "left out where target_modules is given")
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """On the output of the norms before the chosen sub-layers of every block."""
@@ -125,3 +127,12 @@ class RepAdapterConfig(VisualPeftConfig):
             for sublayer in self.sublayers:
                 for path, site in norms_before(block, sublayer):
                     yield Placement(path, sublayer, site, build)
+
+    def _at(self, path: str) -> Placement:
+        return Placement(path, "input", InputSite(), self._before)  # type: ignore[arg-type]
+
+    def _before(self, linear: nn.Linear) -> OnInput:
+        size = linear.in_features
+        if size % self.groups:
+            self._fail("groups", f"a divisor of in_features, which is {size} of {linear}")
+        return OnInput(RepAdapter(size, self.r, self.groups, self.scale, self.dropout))

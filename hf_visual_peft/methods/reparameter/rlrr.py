@@ -9,11 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ...backbone import LINEAR_ROLES, NORM_ROLES, OTHER_ROLES, VisionBackbone
-from ...config import VisualPeftConfig
+from ...backbone import LINEAR_ROLES, NORM_ROLES, OTHER_ROLES, VisionBackbone, linear_sizes
 from ...registry import Paper, register
-from ...sites import OutputSite, Placement, WeightSite, output_channels
-from .ssf import INIT_STD, SSF
+from ...sites import OutputSite, Placement, WeightSite
+from ...targets import ANY_CHANNELS, TargetedConfig
+from .ssf import INIT_STD, after
 
 
 class RLRR(nn.Module):
@@ -26,15 +26,19 @@ class RLRR(nn.Module):
 
     Args:
         linear: the linear, for its sizes.
+        identity: whether c_out is zero instead.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, identity: bool = False) -> None:
         super().__init__()
         self.scale_in = nn.Parameter(torch.empty(1, linear.in_features))
         self.scale_out = nn.Parameter(torch.empty(linear.out_features, 1))
         self.shift = nn.Parameter(torch.zeros(linear.out_features))
         nn.init.kaiming_uniform_(self.scale_in)
-        nn.init.kaiming_uniform_(self.scale_out)
+        if identity:
+            nn.init.zeros_(self.scale_out)
+        else:
+            nn.init.kaiming_uniform_(self.scale_out)
 
     def forward(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weight (out, in) and bias (out,) that take the place of these."""
@@ -53,39 +57,50 @@ class RLRR(nn.Module):
     identity_at_start=False,
 )
 @dataclass
-class RLRRConfig(VisualPeftConfig):
+class RLRRConfig(TargetedConfig):
     """Config of RLRR, arXiv 2403.19067.
 
     Each linear of the blocks is rescaled, entry by entry, by a matrix of rank one around 1, and its bias is shifted.
     A scale and a shift, as in SSF, follow the patch embedding and every norm. Not the identity at the start: the
     factors of the matrix are random, and large (c_out up to 2.4), as in the authors' code. Fused projections are one
     linear here; the authors have three. Where the projections have no bias (keys of BEiT), merging gives them one.
+    With `target_modules` c_out is zero at the start; convolutions get what norms get.
 
     Args:
-        init_std: standard deviation of scale (around 1) and shift (around 0) after norms and patch embedding.
+        init_std: standard deviation of scale (around 1) and shift (around 0) after norms and patch embedding; by
+            default 0.02, and 0 with `target_modules`.
     """
 
-    init_std: float = field(
-        default=INIT_STD,
-        metadata={"help": "Standard deviation of scale and shift after norms and patch embedding at the start."},
+    init_std: float | None = field(
+        default=None,
+        metadata={"help": "Standard deviation of scale and shift after norms; 0.02, or 0 with target_modules."},
     )
+
+    valid_targets = ANY_CHANNELS
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.init_std is None:
+            self.init_std = INIT_STD if self.target_modules is None else 0.0
         self._require_number("init_std", 0.0)
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """At every linear and norm and the patch embedding."""
         others = (path for block in backbone.blocks for path in block.modules((*NORM_ROLES, *OTHER_ROLES)))
         for path in (*backbone.outside, *others):
-            yield Placement(path, "output", OutputSite(), partial(_pair, init_std=self.init_std))
+            yield self._at(path)
         for block in backbone.blocks:
             for path in block.modules(LINEAR_ROLES):
                 yield Placement(path, "weight", WeightSite(), RLRR)  # type: ignore[arg-type]
 
+    def placement_at(self, path: str, module: nn.Module) -> Placement:
+        """At a linear as at those of the blocks, else as after a norm."""
+        self._check_target(path, module)
+        return self._at(path) if linear_sizes(module) is None else Placement(path, "weight", WeightSite(), _identity)
 
-def _pair(module: nn.Module, init_std: float) -> SSF:
-    channels = output_channels(module)
-    if channels is None:
-        raise ValueError(f"Cannot scale the output of {module}: valid are linears, convolutions and norms.")
-    return SSF(channels, init_std=init_std)
+    def _at(self, path: str) -> Placement:
+        return Placement(path, "output", OutputSite(), partial(after, init_std=self.init_std or 0.0))
+
+
+def _identity(linear: nn.Module) -> nn.Module:
+    return RLRR(linear, identity=True)  # type: ignore[arg-type]

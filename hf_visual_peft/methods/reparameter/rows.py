@@ -39,7 +39,7 @@ def projections(backbone: VisionBackbone, block: Block) -> dict[str, Rows]:
     found = {}
     for role, path in paths.items():
         sharing = [other for other, its in paths.items() if its == path]
-        if len(sharing) > 1 and not backbone.architecture.softmax:
+        if len(sharing) > 1 and not backbone.architecture.equal_parts:
             raise ValueError(f"{path} of {backbone.class_name} makes {', '.join(sharing)} of sizes that differ.")
         size = backbone.linears[path][0] // len(sharing)
         found[role] = Rows(path, sharing.index(role) * size, size)

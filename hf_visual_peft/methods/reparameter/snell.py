@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...backbone import LINEAR_ROLES, VisionBackbone
-from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import LinearSite, Placement, drop_path
+from ...targets import TargetedConfig
 
 
 COEFFICIENTS = (0.1, -0.1)  # of the two distances, fixed in the authors' code
@@ -40,6 +41,10 @@ class SNELL(nn.Module):
     A factor of two halves, (2, features, r / 2), for each side; drawn as `nn.Linear` draws, with a fan-in of
     features x r / 2. |d| in S passes no gradient. D is computed again in the backward pass, which saves its memory.
 
+    Where D is zero no gradient passes. Where it must be zero at the start a gate g, zero there, stands before it, and
+    the factors are drawn from N(0, 1). All updates that this gives there are without it, too: factors that are c times
+    as large make D larger by c^2 (or c), and halves that change places make it -D.
+
     Args:
         linear: the linear, for its sizes.
         r: numbers for each row and each column of the weight.
@@ -47,16 +52,28 @@ class SNELL(nn.Module):
         weighting: `"magnitude"`: kept entries are d |d|; `"mask"`: they are d.
         dropout: probability, on the input.
         drop_path: rate of the branch's stochastic depth.
+        gated: whether there is g.
     """
 
     def __init__(
-        self, linear: nn.Linear, r: int, sparsity: float, weighting: str, dropout: float, drop_path: float
+        self,
+        linear: nn.Linear,
+        r: int,
+        sparsity: float,
+        weighting: str,
+        dropout: float,
+        drop_path: float,
+        gated: bool = False,
     ) -> None:
         super().__init__()
         self.rows = nn.Parameter(torch.empty(2, linear.out_features, r // 2))
         self.columns = nn.Parameter(torch.empty(2, linear.in_features, r // 2))
         for factor in (self.rows, self.columns):
-            nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+            if gated:
+                nn.init.normal_(factor)
+            else:
+                nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+        self.gate = nn.Parameter(torch.zeros(1)) if gated else None
         self.sparsity = sparsity
         self.weighting = weighting
         self.dropout = nn.Dropout(dropout)
@@ -75,13 +92,14 @@ class SNELL(nn.Module):
         return F.linear(x, self.delta().to(x.dtype))
 
     def delta(self) -> Tensor:
-        """D, (out_features, in_features), in float32: small differences of distances."""
+        """D, or g D, (out_features, in_features), in float32: small differences of distances."""
         with torch.autocast(self.rows.device.type, enabled=False):
             distances = torch.cdist(self.rows.float(), self.columns.float())
             dense = COEFFICIENTS[0] * distances[0] + COEFFICIENTS[1] * distances[1]
         magnitudes = dense.detach().abs()
         kept = magnitudes > threshold(magnitudes, self.sparsity) if self.sparsity else torch.ones_like(dense).bool()
-        return dense * (magnitudes * kept if self.weighting == "magnitude" else kept)
+        delta = dense * (magnitudes * kept if self.weighting == "magnitude" else kept)
+        return delta if self.gate is None else self.gate.float() * delta
 
     @torch.no_grad()
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -100,7 +118,7 @@ class SNELL(nn.Module):
     identity_at_start=False,
 )
 @dataclass
-class SNELLConfig(VisualPeftConfig):
+class SNELLConfig(TargetedConfig):
     """Config of SNELL, arXiv 2411.01800.
 
     Beside every linear of the blocks a sparse update, whose entries are differences of distances between learned
@@ -108,13 +126,15 @@ class SNELLConfig(VisualPeftConfig):
     Small at the start, not zero. The authors' code multiplies the kept entries by their own magnitude, which passes
     no gradient, where one would expect 1; that is the default here, too, as it is what their results come from, and
     `weighting="mask"` is the other. At sparsity 0 that code drops the factor without saying; here it stays. There,
-    queries, keys and values share one dropout mask and CLS trains, too; here each has its own and CLS is frozen.
+    queries, keys and values share one dropout mask and CLS trains, too; here each has its own and CLS is frozen. With
+    `target_modules` one more number a linear, a gate that is zero at the start, makes it the identity there.
 
     Args:
         r: numbers for each row and each column of a weight, half of them for each of two distances; even.
         sparsity: share of the entries of each update that are zero; the authors tune it in 0 to 0.995.
         weighting: kept entries are multiplied by their magnitude (`"magnitude"`) or by 1 (`"mask"`).
-        dropout: probability of dropping a number of the input, except at the attention's output projection.
+        dropout: probability of dropping a number of the input, except at the attention's output
+            projection where that is found by its role.
         drop_path: rate of each branch's stochastic depth.
     """
 
@@ -139,11 +159,14 @@ class SNELLConfig(VisualPeftConfig):
         placed = set()
         for block in backbone.blocks:
             for role in LINEAR_ROLES:
-                dropout = 0.0 if role == "output" else self.dropout
                 for path in block.roles[role]:
                     if path not in placed:
                         placed.add(path)
-                        build = partial(SNELL, r=self.r, sparsity=self.sparsity, weighting=self.weighting)
-                        yield Placement(
-                            path, "delta", LinearSite(), partial(build, dropout=dropout, drop_path=self.drop_path)
-                        )
+                        yield self._with(path, dropout=0.0 if role == "output" else self.dropout)
+
+    def _at(self, path: str) -> Placement:
+        return self._with(path, dropout=self.dropout, gated=True)
+
+    def _with(self, path: str, **settings: Any) -> Placement:
+        build = partial(SNELL, r=self.r, sparsity=self.sparsity, weighting=self.weighting, drop_path=self.drop_path)
+        return Placement(path, "delta", LinearSite(), partial(build, **settings))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ...backbone import VisionBackbone
-from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import LinearSite, Placement
+from ...targets import TargetedConfig
 
 
 class AdapterBias(nn.Module):
@@ -56,7 +56,7 @@ class AdapterBias(nn.Module):
     identity_at_start=True,
 )
 @dataclass
-class AdapterBiasConfig(VisualPeftConfig):
+class AdapterBiasConfig(TargetedConfig):
     """Config of AdapterBias, arXiv 2205.00305.
 
     A shift v of the last linear of every MLP, weighted for each token by a linear of the MLP's hidden activation. It
@@ -68,4 +68,7 @@ class AdapterBiasConfig(VisualPeftConfig):
         """At the last linear of every MLP."""
         for block in backbone.blocks:
             for path in block.roles["fc2"]:
-                yield Placement(path, "shift", LinearSite(), AdapterBias)  # type: ignore[arg-type]
+                yield self._at(path)
+
+    def _at(self, path: str) -> Placement:
+        return Placement(path, "shift", LinearSite(), AdapterBias)  # type: ignore[arg-type]

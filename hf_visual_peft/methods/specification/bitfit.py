@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ...backbone import VisionBackbone
-from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import OutputSite, Placement, output_channels
+from ...targets import ANY_CHANNELS, TargetedConfig
 from .deltas import modules_of
 
 
@@ -38,6 +38,11 @@ class Shift(nn.Module):
         """(..., channels) to the same."""
         return y if self.shift is None else y + self.shift
 
+    def randomise(self) -> None:
+        """Draw the shift from N(0, 1): in the size of other random weights it would hardly be seen."""
+        if self.shift is not None:
+            nn.init.normal_(self.shift)
+
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of a module that computes the same as the module with these and the shift behind it."""
         return weight, bias if bias is None or self.shift is None else bias + self.shift.to(bias)
@@ -57,7 +62,7 @@ class Shift(nn.Module):
     identity_at_start=True,
 )
 @dataclass
-class BitFitConfig(VisualPeftConfig):
+class BitFitConfig(TargetedConfig):
     """Config of BitFit, arXiv 2106.10199.
 
     The biases of the backbone train: of patch embedding, linears and norms, inside the blocks and behind them. Each
@@ -66,7 +71,12 @@ class BitFitConfig(VisualPeftConfig):
     codes catch by their name, are no biases of this kind.
     """
 
+    valid_targets = ANY_CHANNELS
+
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """On the output of every module that may have a bias."""
         for path in (*backbone.outside, *modules_of(backbone)):
-            yield Placement(path, "bias", OutputSite(), Shift)
+            yield self._at(path)
+
+    def _at(self, path: str) -> Placement:
+        return Placement(path, "bias", OutputSite(), Shift)

@@ -75,7 +75,7 @@ def head_input(calibration: Calibration, inputs: dict[str, Tensor]) -> Tensor:
     seen: list[Any] = []
     if not backbone.heads:
         output = calibration.output(inputs)
-        seen.append(output if isinstance(output, Tensor) else output.last_hidden_state)
+        seen.append(output if isinstance(output, Tensor) else getattr(output, "last_hidden_state", None))
     else:
         head = calibration.model.get_submodule(backbone.heads[0])
         handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0] if args else None))

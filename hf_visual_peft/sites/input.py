@@ -1,0 +1,62 @@
+"""The site before a single linear."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .layer import Equation, call_equation
+from .module import ModuleLayer, WeightSite, _apply, _evaluate, _Weights, _weights_of, channel_dim
+
+
+@dataclass(frozen=True)
+class InputSite(WeightSite):
+    """The input of one linear. The equation is an `OnInput`."""
+
+
+class OnInput(nn.Module):
+    """An affine map on the input of a linear, which is one on its weight and bias, too.
+
+    Args:
+        equation: called with the input, (..., in_features), it returns what takes its place; has
+            `fold_input(weight, bias) -> (weight, bias)`.
+    """
+
+    def __init__(self, equation: nn.Module) -> None:
+        super().__init__()
+        self.equation = equation
+
+    def forward(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias that take the place of these."""
+        fold: Any = self.equation.fold_input
+        return fold(weight, bias)
+
+
+class InputLayer(ModuleLayer):
+    """A linear, or a convolution that is one, with equations on its input, too.
+
+    Of several adapters the last one is the first to act on the input, as when they are merged one after the other.
+    """
+
+    def _base_output(self, *args: Any, **kwargs: Any) -> Tensor:
+        equations = [e for e in self._active() if isinstance(e.site, WeightSite)]
+        on_input = [e for e in equations if isinstance(e.site, InputSite)]
+        if not on_input:
+            return super()._base_output(*args, **kwargs)
+        x, *rest = args
+        base = self.get_base_layer()
+        dim = channel_dim(base, x.ndim)
+        x = x.movedim(dim, -1)
+        for equation in reversed(on_input):
+            x = call_equation(self, equation.module.equation, x)  # type: ignore[union-attr,arg-type]
+        x = x.movedim(-1, dim)
+        on_weight = [e for e in equations if e not in on_input]
+        if not on_weight:
+            return self.base_layer(x, *rest, **kwargs)
+        new = _apply(on_weight, _weights_of(base))
+        return _evaluate(new.module, x, new.weight, new.bias)
+
+    def _fold(self, weights: _Weights, equations: list[Equation]) -> _Weights:
+        return super()._fold(weights, sorted(equations, key=lambda e: isinstance(e.site, InputSite)))

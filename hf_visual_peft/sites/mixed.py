@@ -1,0 +1,162 @@
+"""Batches whose samples go through different adapters."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+BASE = "__base__"  # peft's name for no adapter at all
+
+# Arguments of blocks, beside the first, with an entry for each sample, or one for all; and those without.
+_BY_SAMPLE = ("attention_mask",)
+_SHARED = ("position_embeddings", "relative_position_bias", "rope")
+_PLAIN = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class MixedBatch:
+    """Which adapter each sample of a batch goes through.
+
+    Attributes:
+        names: one for each sample; `BASE` where it goes through none.
+    """
+
+    names: tuple[str, ...]
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Each adapter once."""
+        return tuple(name for name in dict.fromkeys(self.names) if name != BASE)
+
+    def of_rows(self, count: int, where: nn.Module) -> list[str]:
+        """The adapter of each row of a tensor, in which a sample may have several rows: windows, or cells of patches.
+
+        Args:
+            count: rows. Those of a sample follow each other.
+            where: the module that gets the tensor.
+
+        Raises:
+            ValueError: the rows cannot be told apart by sample.
+        """
+        each, rest = divmod(count, len(self.names))
+        if rest or not each:
+            raise ValueError(
+                f"adapter_names has {len(self.names)} names, but {type(where).__name__} gets {count} rows: which "
+                "belong to which sample is not known. Use set_adapter and one batch for each adapter."
+            )
+        return [name for name in self.names for _ in range(each)]
+
+
+def count_rows(module: nn.Module, args: tuple) -> int:
+    """Rows of a module's first argument, a tensor or several of as many rows.
+
+    Raises:
+        ValueError: it is no such thing.
+    """
+    counts = {len(leaf) if isinstance(leaf, Tensor) else None for leaf in tree_leaves(args[:1])}
+    count = next(iter(counts), None)
+    if len(counts) != 1 or count is None:
+        raise ValueError(_unknown(module, "its first argument"))
+    return count
+
+
+def check_samples_first(module: nn.Module, x: Any) -> None:
+    """Refuse a linear outside the blocks whose input may have something before the samples, as stacked layers.
+
+    Args:
+        module: a linear, or one that starts with it; any other module passes.
+        x: its input.
+
+    Raises:
+        ValueError: it is one.
+    """
+    first = next(part for part in module.modules() if not any(part.children()))
+    if isinstance(first, nn.Linear) and isinstance(x, Tensor) and x.ndim > 3:
+        raise ValueError(_unknown(module, f"an input of {x.ndim} dimensions"))
+
+
+@contextmanager
+def instead_of_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Meanwhile a module does something else, inside its hooks.
+
+    Args:
+        module: the module.
+        forward: what it does.
+    """
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def run_parts(
+    module: nn.Module,
+    parts: Mapping[str, list[int]],
+    run: Callable[..., Any],
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run a module on parts of a batch and put the results together.
+
+    Args:
+        module: whose arguments these are.
+        parts: rows by adapter; all rows are in one.
+        run: called with the adapter, the index of its rows, and the part of all arguments.
+        args: of the module; the rows are those of the first.
+        kwargs: of the module.
+
+    Raises:
+        ValueError: whether an argument has an entry for each row is not known.
+    """
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    count = count_rows(module, args)
+    device = tree_leaves(args[0])[0].device
+    order = [row for rows in parts.values() for row in rows]
+    outputs = []
+    for name, rows in parts.items():
+        index = torch.tensor(rows, device=device)
+        rest = zip_longest(names[1 : len(args)], args[1:], fillvalue="")
+        outputs.append(
+            run(
+                name,
+                index,
+                tree_map(lambda leaf, index=index: leaf[index], args[0]),
+                *(_part(module, key, value, index, count) for key, value in rest),
+                **{key: _part(module, key, value, index, count) for key, value in kwargs.items()},
+            )
+        )
+    back = torch.tensor(order, device=device).argsort()
+
+    def together(*leaves: Any) -> Any:
+        return torch.cat(leaves)[back] if isinstance(leaves[0], Tensor) else leaves[0]
+
+    return tree_map(together, *outputs)
+
+
+def _part(module: nn.Module, name: str, value: Any, index: Tensor, count: int) -> Any:
+    if name in _SHARED or all(isinstance(leaf, _PLAIN) for leaf in tree_leaves(value)):
+        return value
+    if name in _BY_SAMPLE and isinstance(value, Tensor) and len(value) in (1, count):
+        return value if len(value) == 1 else value[index]
+    raise ValueError(_unknown(module, f"the argument {name!r}"))
+
+
+def _unknown(module: nn.Module, what: str) -> str:
+    return (
+        f"adapter_names: how the samples lie in {what} of {type(module).__name__} is not known, so the batch cannot "
+        "be split. Use set_adapter and one batch for each adapter."
+    )

@@ -1,0 +1,126 @@
+"""Explicit targets, as peft's own methods have them: single modules of any model, named and not found by role."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .backbone import linear_sizes, unwrapped
+from .config import VisualPeftConfig
+from .sites import Placement, VisualTunerLayer, output_channels
+
+
+LINEARS = "linears and convolutions of 1 x 1 without groups"
+ANY_CHANNELS = "linears, convolutions, and layer, group and batch norms"
+
+
+@dataclass
+class TargetedConfig(VisualPeftConfig):
+    """Base of the configs of methods whose equation can stand at a single module.
+
+    Args:
+        target_modules: names, a regular expression for full names, or `"all-linear"`, as in peft's own methods:
+            modules of any model. Overrides the roles; a fresh adapter is then the identity, as peft's own are, and
+            `modules_to_save=None` means none.
+        layers_pattern: with `target_modules` and `layers_to_transform`: name of the list of blocks.
+    """
+
+    target_modules: list[str] | str | None = field(  # type: ignore[misc]
+        default=None, metadata={"help": 'Names, a regular expression, or "all-linear"; default: by role.'}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of blocks, with target_modules and layers_to_transform."}
+    )
+
+    valid_targets: ClassVar[str] = LINEARS  # or ANY_CHANNELS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        targets: Any = self.target_modules
+        if isinstance(targets, str):
+            try:
+                re.compile(targets)
+            except re.error as error:
+                self._fail("target_modules", f"a regular expression where it is a string ({error})")
+            if self.layers_to_transform is not None:
+                self._fail("layers_to_transform", "None where target_modules is a string")
+        elif targets is not None:
+            if not isinstance(targets, list | tuple | set) or not all(isinstance(name, str) for name in targets):
+                self._fail("target_modules", 'None, names, a regular expression, or "all-linear"')
+            self.target_modules = set(targets)  # type: ignore[assignment]
+        if targets is not None and not targets:
+            self._fail("target_modules", "None or not empty")
+        if self.layers_pattern and not (targets and self.layers_to_transform):
+            self._fail("layers_pattern", "None where target_modules or layers_to_transform is None")
+
+    def placement_at(self, path: str, module: nn.Module) -> Placement:
+        """The method's equation at one module that `target_modules` names.
+
+        Args:
+            path: full name of the module.
+            module: the module.
+
+        Raises:
+            ValueError: the method cannot act on modules of this class.
+        """
+        self._check_target(path, module)
+        return self._at(path)
+
+    def _check_target(self, path: str, module: nn.Module) -> None:
+        valid = linear_sizes(module) if self.valid_targets == LINEARS else output_channels(module)
+        if valid is None or isinstance(module, nn.modules.conv._ConvTransposeNd):
+            raise ValueError(
+                f"{type(self).__name__}.target_modules: {path!r} is a {type(module).__name__}; valid are "
+                f"{self.valid_targets}."
+            )
+
+    def _at(self, path: str) -> Placement:
+        """The equation as it stands at the module of that name."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what stands at one module.")
+
+
+def find_targets(model: nn.Module, config: TargetedConfig) -> dict[str, nn.Module]:
+    """The modules that a config with `target_modules` names, by full name; `"all-linear"` becomes these names.
+
+    Args:
+        model: to be adapted.
+        config: of the method.
+
+    Raises:
+        ValueError: no target is in a block of `layers_to_transform`, or one is never called.
+    """
+    modules = dict(model.named_modules())
+    if str(config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        _maybe_include_all_linear_layers(config, model)  # which does not see linears in layers of ours
+        own = {path for path, module in modules.items() if isinstance(module, VisualTunerLayer)}
+        config.target_modules |= {path for path in own if isinstance(unwrapped(modules[path]), nn.Linear | Conv1D)}  # type: ignore
+    names: Any = config.target_modules
+    inside = tuple(f"{path}." for path, module in modules.items() if isinstance(module, BaseTunerLayer))
+    free = [path for path in modules if path and not path.startswith(inside)]  # peft passes over the others
+    for layer in config.layers or ():
+        only = replace(config, layers_to_transform=[layer])
+        if not any(check_target_module_exists(only, path) for path in free):
+            pattern = f" {config.layers_pattern!r}" if config.layers_pattern else ""
+            raise ValueError(
+                f"{type(config).__name__}.layers_to_transform has {layer}: no list of blocks{pattern} has any of "
+                f"{', '.join(sorted(names))} at that index."
+            )
+    targets = {path: unwrapped(modules[path]) for path in free if check_target_module_exists(config, path)}
+    for path in targets:
+        parent = modules[path.rpartition(".")[0]]
+        if isinstance(unwrapped(parent), nn.MultiheadAttention):
+            raise ValueError(
+                f"{type(config).__name__}.target_modules: {path!r} belongs to a MultiheadAttention, which uses its "
+                "weight without calling it. Leave it out by exclude_modules."
+            )
+    return targets
