@@ -27,7 +27,7 @@ docs: $(VENV)/.test
 	$(BIN)/hf-visual-peft methods --markdown > docs/methods.md.new
 	mv docs/methods.md.new docs/methods.md
 
-# every method on every architecture: about ten minutes on two cores
+# every method on every architecture: about five minutes on two cores
 coverage: $(VENV)/.test
 	$(BIN)/hf-visual-peft coverage --markdown docs/coverage.md --json docs/coverage.json
 

@@ -47,6 +47,7 @@ class Block:
         prefix_tokens: tokens before the patches.
         sublayers: where branches can be put, `"attention"` and `"mlp"`.
         post_norm: whether its norms follow the sub-layers.
+        window: rows and columns of its attention's windows; 0 where it has none, or nothing tells.
         entrances: full name of the module whose input is the stream as a sub-layer reads it; the block where the
             sub-layer has none of its own.
         rest: full names of the module whose input is the stream behind the last sub-layer, where the block goes on.
@@ -63,6 +64,7 @@ class Block:
     prefix_tokens: int = 0
     sublayers: tuple[str, ...] = ("attention", "mlp")
     post_norm: bool = False
+    window: int = 0
     entrances: Mapping[str, str] = field(default_factory=dict)
     rest: tuple[str, ...] = ()
     readers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -93,6 +95,7 @@ class VisionBackbone:
         patch_features: numbers that one patch has before it is embedded: channels x height x width.
         grid: rows and columns of patches of an image of the size in the backbone's config, None where it has none or
             the tokens of the blocks are not these.
+        times: grids in the sequence of a video of as many frames as the config tells; 1 for images.
         linears: output and input features of every linear and 1 x 1 convolution of the blocks, by its name.
         stage: which of several stages this is, None where the backbone has but one.
     """
@@ -112,6 +115,7 @@ class VisionBackbone:
     dense: bool
     patch_features: int
     grid: tuple[int, int] | None
+    times: int
     linears: Mapping[str, tuple[int, int]]
     stage: int | None = None
 
@@ -312,6 +316,7 @@ class _Resolver:
             if outside["patch_embedding"]
             else 0,
             grid=_native_grid(getattr(self.backbone, "config", None)) if table.grid == "full" else None,
+            times=_native_times(getattr(self.backbone, "config", None)) if table.video else 1,
             linears={
                 name: sizes
                 for block in blocks
@@ -398,6 +403,7 @@ class _Resolver:
             prefix_tokens=prefix_tokens,
             sublayers=sublayers,
             post_norm=bool(post_norm),
+            window=getattr(block, table.window, 0) if table.window else 0,
             entrances=self._entrances(path, roles, sublayers, bool(post_norm)),
             rest=self._existing(path, table.reads_result),
             readers={"attention": self._norm1_readers(path, roles), "mlp": roles["fc1"]},
@@ -532,8 +538,16 @@ def _count_prefix_tokens(embeddings: nn.Module, architecture: Architecture) -> i
 
 def _native_grid(config: object) -> tuple[int, int] | None:
     image, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    tubelet = getattr(config, "tubelet_size", None)
+    if patch is None and isinstance(tubelet, tuple | list):
+        patch = tubelet[1:]
     if image is None or patch is None:
         return None
     height, width = image if isinstance(image, tuple | list) else (image, image)
     rows, columns = patch if isinstance(patch, tuple | list) else (patch, patch)
     return height // rows, width // columns
+
+
+def _native_times(config: object) -> int:
+    tubelet = getattr(config, "tubelet_size", 1)
+    return getattr(config, "num_frames", 1) // (tubelet[0] if isinstance(tubelet, tuple | list) else tubelet)

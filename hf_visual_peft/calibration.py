@@ -73,14 +73,14 @@ class Calibration:
         count = 0
         for batch in tqdm(batches, total=total, desc="Calibrating", disable=not self.progress):
             found = batch if isinstance(batch, Mapping) else {}
-            if not all(isinstance(found.get(key), Tensor) for key in ("pixel_values", "labels")):
+            if not all(isinstance(found.get(key), Tensor) for key in (self.input_name, "labels")):
                 got = ", ".join(f"{key} ({type(value).__name__})" for key, value in found.items())
                 raise ValueError(
-                    f"dataloader: batch {count} must be a mapping with the tensors pixel_values and labels, got "
+                    f"dataloader: batch {count} must be a mapping with the tensors {self.input_name} and labels, got "
                     f"{got or type(batch).__name__}."
                 )
-            if not batch["pixel_values"].isfinite().all():
-                raise ValueError(f"dataloader: pixel_values of batch {count} are not finite (NaN or infinity).")
+            if not batch[self.input_name].isfinite().all():
+                raise ValueError(f"dataloader: {self.input_name} of batch {count} are not finite (NaN or infinity).")
             yield {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
             count += 1
         if count == 0:
@@ -88,9 +88,15 @@ class Calibration:
 
     def output(self, batch: Mapping[str, Tensor]) -> Any:
         """What the model makes of a batch; models that do not know `pixel_values` by name get them first."""
-        if "pixel_values" in inspect.signature(self.model.forward).parameters:
+        if self.input_name in inspect.signature(self.model.forward).parameters:
             return self.model(**batch)
         return self.model(batch["pixel_values"])
+
+    @property
+    def input_name(self) -> str:
+        """What a batch has the images in: `pixel_values`, or `input_ids` where the model takes colours as such."""
+        known = inspect.signature(self.model.forward).parameters
+        return "input_ids" if "input_ids" in known and "pixel_values" not in known else "pixel_values"
 
     def equations(self, name: str) -> Iterator[tuple[str, Any]]:
         """The adapter's equations in the slot of that name, with the full names of their modules."""

@@ -26,6 +26,7 @@ def _below(table: Architecture, name: str, backbones: tuple[str, ...], norms: tu
 
 _SWIN = Architecture(
     backbones=("SwinModel",),
+    window="window_size",
     blocks="encoder.layers.*.blocks",
     patch_embedding="embeddings.patch_embeddings.projection",
     prefix_tokens=(),
@@ -270,7 +271,7 @@ _MOBILEVITV2 = replace(
     softmax=False,  # one query for all positions
     equal_parts=False,
     prompts=None,
-    grid=None,  # rows are the cells within a patch, columns the patches
+    grid="unfolded",
     model_types=("mobilevitv2",),
 )
 _POOLFORMER = Architecture(

@@ -9,6 +9,7 @@ from ..peft_defaults import add_defaults
 
 
 Names = tuple[str, ...]
+GridKind = Literal["full", "frames_last", "given", "map", "units", "halved", "unfolded", "spatial_shapes", "masked"]
 Stream = Literal["tokens", "channels_last", "channels_first"]
 
 
@@ -66,6 +67,7 @@ class Architecture:
             height, width, channels); `"channels_first"`: (batch, channels, height, width).
         stream_inside: the same of the input of those modules where it has four dimensions; by default as `stream`.
         softmax: whether attention is softmax attention of projected tokens, as `nn.MultiheadAttention` has it.
+        window: optional; the block's attribute that tells rows and columns of its attention's windows.
         equal_parts: whether queries, keys and values of a fused projection are of one size, in this order.
         prompts: how tokens can join those of a block. `"sequence"`: they are put into its input; `"keys"`: what its
             attention makes of them as keys and values is appended to its own, in every window. None: not at all.
@@ -73,7 +75,8 @@ class Architecture:
             (frame by frame); `"frames_last"`: the same with the frames of each cell side by side; `"given"`: as told
             by the block's arguments `input_dimensions`, or `height` and `width`; `"map"`: as the stream lies;
             `"units"`: as told by the method `reroll` of the module that holds the lists; `"halved"`: cells of the
-            patch embedding's output, halved until they fit; `"spatial_shapes"`: as told by the embeddings' argument
+            patch embedding's output, halved until they fit; `"unfolded"`: the same of patches, whose cells are the
+            stream's rows and which are its columns; `"spatial_shapes"`: as told by the embeddings' argument
             of that name, padded at the end; `"masked"`: some cells, shuffled, as told by the embeddings' third output
             `ids_restore`. None: it is not known.
         video: whether the backbone takes videos.
@@ -117,9 +120,10 @@ class Architecture:
     stream: Stream = "tokens"
     stream_inside: Stream | None = None
     softmax: bool = True
+    window: str = ""
     equal_parts: bool = True
     prompts: Literal["sequence", "keys"] | None = "sequence"
-    grid: Literal["full", "frames_last", "given", "map", "units", "halved", "spatial_shapes", "masked"] | None = "full"
+    grid: GridKind | None = "full"
     video: bool = False
     model_types: Names = ()
     remedy: str = ""

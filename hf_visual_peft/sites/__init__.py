@@ -10,7 +10,7 @@ from .block import BlockLayer, BranchSite, TokenSite, drop_path
 from .exchange import Exchange
 from .grid import Grid, TokenLayout, to_tokens
 from .layer import Equation, Placement, Shared, Site, VisualTunerLayer
-from .module import LinearSite, ModuleLayer, OutputSite, WeightSite, as_linear, output_channels
+from .module import LinearSite, ModuleLayer, OutputSite, WeightSite, as_linear, as_matrix, output_channels
 from .whole import WholeLayer, WholeSite, whole_module
 
 
@@ -34,6 +34,7 @@ __all__ = [
     "WholeLayer",
     "WholeSite",
     "as_linear",
+    "as_matrix",
     "attention_of",
     "drop_path",
     "output_channels",

@@ -17,6 +17,7 @@ block pools, or has one sub-layer only, branches stand at the other alone.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -99,6 +100,8 @@ class _Pass:
     tokens: dict[str, Tensor]
     prefix: int
     before: Tensor | None = None  # the block's own stream before the sub-layer at work
+    images: int = 0  # where they belong to videos
+    inside: int = 1  # cells of a patch, where these are the rows of the stream
     joining: Tensor | None = None  # tokens that are not in the sequence, as attention reads them
     added: Tensor | None = None  # by all branches so far
     finished: bool = False  # whether the stream is behind the last sub-layer
@@ -297,7 +300,7 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         checkpoint = self.training and getattr(base, "gradient_checkpointing", False)
         # Tokens, grid and frames of this pass are arguments: when the function runs again in the backward pass, other
         # images may have been through the model.
-        new_pass = partial(_Pass, self.exchange.grid, self.exchange.frames)
+        new_pass = partial(_Pass, self.exchange.grid, self.exchange.frames, images=self.exchange.images)
         run = partial(self._run, new_pass, tuple(tokens), onward, checkpoint, kwargs)
         call = partial(base._gradient_checkpointing_func, run) if checkpoint else run
         output = call(hidden_states, *tokens.values(), *args)
@@ -392,6 +395,8 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         """How the tokens of the block's input lie in the image, as far as the embeddings, x or arguments tell."""
         if self._grid_kind == "map":
             return _map_grid(x, self._stream)
+        if self._grid_kind == "unfolded":
+            current.inside = x.shape[2]
         if self._grid_kind == "given":
             given = {name: args[i] if i < len(args) else kwargs[name] for name, i in self._size_positions.items()}
             return Grid(*given["input_dimensions"] if "input_dimensions" in given else given.values())
@@ -408,6 +413,8 @@ class BlockLayer(VisualTunerLayer, nn.Module):
             grid = _unit_grid(self._holder[0], self._group, tokens, grid)
         elif grid is not None and kind == "halved":
             grid = grid.halved_to(tokens.shape[1] - current.prefix)
+        elif grid is not None and kind == "unfolded":
+            grid = _unfolded_grid(grid, current.inside, tokens)
         elif grid is not None and kind == "frames_last":
             grid = replace(grid, times=(tokens.shape[1] - current.prefix) // grid.area, frames_last=True)
         return TokenLayout(current.prefix, grid, current.frames)
@@ -492,7 +499,13 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         assert branch.module is not None
         layout = (self._layout(current, x),) if site.needs_layout else ()
         attend = (self._attend,) if site.attends else ()
+        sequences = x.shape[0] // current.images if current.images and site.needs_layout else 1
+        if sequences > 1:  # of an image, one behind the other: those of one place follow each other in time
+            assert current.frames is not None
+            x = x.unflatten(0, (-1, current.frames, sequences)).transpose(1, 2).flatten(0, 2)
         delta = call_equation(self, branch.module, x, *layout, *attend, *branch.shared)
+        if sequences > 1:
+            delta = delta.unflatten(0, (-1, sequences, current.frames)).transpose(1, 2).flatten(0, 2)
         if site.drop_path:
             delta = drop_path(delta, self.drop_path_rate, self.training)
         current.added = delta if current.added is None else current.added + delta
@@ -575,6 +588,17 @@ def _holder_of_lists(backbone: VisionBackbone) -> str:
 def _map_grid(x: Tensor, stream: Stream) -> Grid:
     height, width = x.shape[2:] if stream == "channels_first" else x.shape[1:3]
     return Grid(height, width)
+
+
+def _unfolded_grid(grid: Grid, inside: int, tokens: Tensor) -> Grid:
+    """The grid of tokens that stand cell by cell of the patches, and of each cell patch by patch."""
+    patches, side = grid.halved_to(tokens.shape[1] // inside), math.isqrt(inside)
+    token = torch.arange(tokens.shape[1], device=tokens.device)
+    cell, patch = token // patches.area, token % patches.area
+    row = patch // patches.width * side + cell // side
+    column = patch % patches.width * side + cell % side
+    width = patches.width * side
+    return Grid(patches.height * side, width, (row * width + column).expand(tokens.shape[0], -1))
 
 
 def _unit_grid(holder: Any, group: int, x: Tensor, image: Grid | None) -> Grid:

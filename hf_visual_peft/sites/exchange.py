@@ -24,6 +24,7 @@ class Exchange:
         grid: of the images in the model just now, None before the first forward.
         handed_on: tokens on their way from block to block, by adapter.
         shared: modules that several layers use, by name and adapter; one of these layers registers it.
+        images: in the model just now, where they belong to videos.
         frames: images that belong together as a video, None where each stands for itself.
         mixed: adapters of the samples in the model just now, None where the active ones act on all.
         handles: the hooks that keep `grid` up to date.
@@ -33,6 +34,7 @@ class Exchange:
     grid: Grid | None = None
     handed_on: dict[str, Tensor] = field(default_factory=dict)
     shared: dict[tuple[str | None, str], nn.Module] = field(default_factory=dict)
+    images: int = 0
     frames: int | None = None
     mixed: MixedBatch | None = None
     handles: list[Any] = field(default_factory=list)
@@ -93,7 +95,7 @@ class Exchange:
                 f"pixel_values has shape {tuple(pixels.shape)}: a method for videos is active, which needs (batch, "
                 "frames, channels, height, width)."
             )
-        self.frames = pixels.shape[1]
+        self.images, self.frames = pixels.shape[0] * pixels.shape[1], pixels.shape[1]
         if "pixel_values" in kwargs:
             return args, {**kwargs, "pixel_values": pixels.flatten(0, 1)}
         return (pixels.flatten(0, 1), *args[1:]), kwargs

@@ -244,10 +244,14 @@ def _apply(equations: Iterable[Equation], weights: _Weights) -> _Weights:
 
 
 def _matrix(weights: _Weights) -> Tensor:
-    """The weight as equations see it: (out, in) of whatever is a linear, else as it is."""
-    if isinstance(weights.module, Conv1D):
-        return weights.weight.T
-    return weights.weight.flatten(1) if is_pointwise(weights.module) else weights.weight
+    return as_matrix(weights.module, weights.weight)
+
+
+def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
+    """A module's weight, or its gradient, as equations see it: (out, in) of whatever is a linear, else as it is."""
+    if isinstance(module, Conv1D) and weight.ndim == 2:
+        return weight.T
+    return weight.flatten(1) if is_pointwise(module) and weight.ndim > 2 else weight
 
 
 def _laid_as_in(module: nn.Module, matrix: Tensor, before: Tensor) -> Tensor:

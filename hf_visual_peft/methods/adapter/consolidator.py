@@ -113,9 +113,11 @@ class ConsolidatorConfig(TargetedConfig):
         groups = self.groups or backbone.width // 2
         if backbone.width % groups:
             self._fail("groups", f"a divisor of the backbone's width {backbone.width}")
-        build = partial(Consolidator, groups=groups, shuffle=self.shuffle, drop_path=self.drop_path)
         for block in backbone.blocks:
             for path in block.modules(LINEAR_ROLES):
+                fits = self.groups or not any(size % groups for size in backbone.linears[path])
+                own = groups if fits else None  # the linear's own, as with explicit targets
+                build = partial(Consolidator, groups=own, shuffle=self.shuffle, drop_path=self.drop_path)
                 yield Placement(path, "groups", LinearSite(), build)
 
     def _at(self, path: str) -> Placement:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -120,20 +121,21 @@ class SCTConfig(VisualPeftConfig):
             ValueError: a norm is not finite.
         """
         backbone, model = calibration.backbone, calibration.model
-        blocks = {block.path: block for block in backbone.blocks if "mlp" in block.entrances}
+        blocks = {block.path: block for block in backbone.blocks}
         table = backbone.architecture
-        parts = []
-        for path, part in calibration.equations("attention"):
-            if path not in blocks:
-                raise ValueError(f"SCT cannot see the stream behind the attention of {path}, which has no MLP.")
-            block = blocks[path]
-            parts.append((model.get_submodule(block.entrances["mlp"]), part, block.prefix_tokens))
-        totals = [ClassNorms() for _ in parts]
+        parts, handles = [], []
         stream: dict[nn.Module, Tensor] = {}
-        handles = [
-            norm.register_forward_pre_hook(lambda module, args: stream.update({module: args[0]}))
-            for norm, _, _ in parts
-        ]
+        for path, part in calibration.equations("attention"):
+            block = blocks[path]
+            module = model.get_submodule(block.entrances.get("mlp", path))
+            parts.append((module, part, block.prefix_tokens))
+            if "mlp" in block.entrances:
+                see: Any = lambda module, args: stream.update({module: args[0]})  # noqa: E731
+                handles.append(module.register_forward_pre_hook(see))
+            else:  # the block ends with its attention
+                see = lambda module, args, output: stream.update({module: output})  # noqa: E731
+                handles.append(module.register_forward_hook(see))
+        totals = [ClassNorms() for _ in parts]
         try:
             for batch in calibration.batches():
                 labels = batch.pop("labels")

@@ -23,7 +23,7 @@ def require_full_grid(config_name: str, backbone: VisionBackbone) -> None:
         raise ValueError(f"{config_name} needs a head that gives one answer for a video: this model's gives maps.")
     if backbone.architecture.video:
         raise ValueError(f"{config_name} is for models of images: {backbone.class_name} takes videos itself.")
-    if grid not in ("full", "given", "map", "units"):
+    if grid not in ("full", "given", "map", "units", "halved", "unfolded"):
         reasons = {
             "spatial_shapes": "whose images have grids of their own",
             "masked": "whose images are masked at random",

@@ -75,7 +75,8 @@ class AttnScaleConfig(VisualPeftConfig):
     Every attention gets a factor for each pair of tokens, and every sub-layer an offset. Certain from the abstract:
     "scaling parameters for each attention matrix", beside a domain-residual adapter. Our reading: the factors act on
     the logits, start at 1 and are the same for all heads unless told otherwise; the offsets are those of eTT (arXiv
-    2301.02419). The factors belong to one image size. Needs attention that transformers computes through its
+    2301.02419). The factors belong to one image size. In windows (Swin) a block has factors for the pairs of tokens of
+    a window, the same for all windows: our reading, too. Needs attention that transformers computes through its
     `AttentionInterface`, and then computes it in the plain way, without a fused kernel.
 
     Args:
@@ -99,22 +100,15 @@ class AttnScaleConfig(VisualPeftConfig):
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """At the logits of every attention, and behind both sub-layers."""
-        if backbone.architecture.grid != "full" or backbone.architecture.video:
-            raise ValueError(
-                f"AttnScaleConfig: {backbone.class_name} has no fixed number of tokens to have factors for."
-            )
-        if self.grid_size is None and backbone.grid is None:
-            self._fail("grid_size", f"given, as the config of {backbone.class_name} does not tell its image size")
-        rows, columns = (self.grid_size,) * 2 if self.grid_size is not None else backbone.grid or (0, 0)
         if backbone.num_heads is None:
             raise ValueError(f"AttnScaleConfig: the config of {backbone.class_name} has no num_attention_heads.")
-        tokens = backbone.prefix_tokens + rows * columns
+        tokens = self._tokens(backbone)
         heads = 1 if self.share_heads else backbone.num_heads
 
         def build(block: Block) -> Placement:
             def scale(module: nn.Module) -> nn.Module:
                 attention_of(module, block.roles["query"][0].removeprefix(f"{block.path}."))
-                return AttnScale(tokens, heads)
+                return AttnScale(tokens or block.window**2, heads)
 
             return Placement(block.path, "logits", LogitSite(), scale)
 
@@ -123,3 +117,18 @@ class AttnScaleConfig(VisualPeftConfig):
             for sublayer in ("attention", "mlp") if self.residual else ():
                 site = BranchSite(sublayer, reads="output")
                 yield Placement(block.path, sublayer, site, lambda _: Offset(backbone.width))
+
+    def _tokens(self, backbone: VisionBackbone) -> int:
+        """Tokens of a sequence; 0 where attention sees windows, which say themselves how large they are."""
+        if all(block.window for block in backbone.blocks):
+            if self.grid_size is not None:
+                self._fail("grid_size", f"None, as the windows of {backbone.class_name} have their own size")
+            return 0
+        if backbone.architecture.grid != "full":
+            raise ValueError(
+                f"AttnScaleConfig: {backbone.class_name} has no fixed number of tokens to have factors for."
+            )
+        if self.grid_size is None and backbone.grid is None:
+            self._fail("grid_size", f"given, as the config of {backbone.class_name} does not tell its image size")
+        rows, columns = (self.grid_size,) * 2 if self.grid_size is not None else backbone.grid or (0, 0)
+        return backbone.prefix_tokens + rows * columns * backbone.times

@@ -102,10 +102,10 @@ class BiLoRAConfig(TargetedConfig):
         return super().trained_numbers(name, shape) if packed is None else packed
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
-        """Beside the query and value projections of every block."""
+        """Beside the query and value projections of every block; of one without attention the MLP's linears."""
         self._require_integer("r", 1, backbone.width, "the backbone's width")
         for block in backbone.blocks:
-            for path in dict.fromkeys((*block.roles["query"], *block.roles["value"])):
+            for path in block.modules(("query", "value")) or block.modules(("fc1", "fc2")):
                 yield self._at(path)
 
     def _at(self, path: str) -> Placement:

@@ -15,7 +15,7 @@ from ...backbone import LINEAR_ROLES, VisionBackbone, unwrapped
 from ...calibration import Calibration
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
-from ...sites import Placement, WeightSite
+from ...sites import Placement, WeightSite, as_matrix
 from .deltas import Addend, Deltas, SparseAddend, modules_of, summed_gradients
 
 
@@ -145,14 +145,14 @@ class GPSConfig(VisualPeftConfig):
         Raises:
             ValueError: no batch has two images of one class, or a gradient is not finite.
         """
-        parts: dict[Any, GPS] = {
-            unwrapped(calibration.model.get_submodule(path)).weight: equation
-            for path, equation in calibration.equations("entries")
-        }
+        parts: dict[Any, tuple[nn.Module, GPS]] = {}
+        for path, equation in calibration.equations("entries"):
+            module = unwrapped(calibration.model.get_submodule(path))
+            parts[module.weight] = (module, equation)
         pairs = False
         with summed_gradients(list(parts), of=lambda gradient: gradient) as sums:
             for batch in calibration.batches():
-                labels, pixels = batch.pop("labels"), batch["pixel_values"]
+                labels, pixels = batch.pop("labels"), batch[calibration.input_name]
                 if pixels.ndim == 5 and not calibration.backbone.architecture.video:
                     labels = labels.repeat_interleave(pixels.shape[1])
                     batch["pixel_values"] = pixels.flatten(0, 1)
@@ -165,5 +165,5 @@ class GPSConfig(VisualPeftConfig):
             raise ValueError("dataloader: no batch has two images of one class, so there is nothing to contrast.")
         if not all(total.isfinite().all() for total in sums.values()):
             raise ValueError("GPS: gradients of the contrastive loss are not finite.")
-        for weight, equation in parts.items():
-            equation.choose(sums[weight])
+        for weight, (module, equation) in parts.items():
+            equation.choose(as_matrix(module, sums[weight]))

@@ -15,7 +15,7 @@ from ...backbone import VisionBackbone, unwrapped
 from ...calibration import Calibration
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
-from ...sites import LinearSite, Placement, WeightSite
+from ...sites import LinearSite, Placement, WeightSite, as_matrix
 from .deltas import summed_gradients
 from .spt_parts import LORA, WHOLE, SPTEntries, SPTLoRA, largest, named_modules, tensors_of
 
@@ -116,16 +116,18 @@ class SPTConfig(VisualPeftConfig):
             ValueError: there is no head, no entry is sensitive, or the budget is larger than the number of entries.
         """
         entries = dict(calibration.equations("entries"))
-        tensors = {}
+        tensors, modules = {}, {}
         for path, part in entries.items():
-            for kind, tensor in tensors_of(unwrapped(calibration.model.get_submodule(path))).items():
-                tensors[part.sizes[kind][1]] = tensor
+            module = unwrapped(calibration.model.get_submodule(path))
+            for kind, tensor in tensors_of(module).items():
+                tensors[part.sizes[kind][1]], modules[part.sizes[kind][1]] = tensor, module
         total = sum(tensor.numel() for tensor in tensors.values())
         budget = max(1, round(SHARE * total)) if self.budget is None else self.budget
         if budget > total:
             self._fail("budget", f"at most the {total} entries of the linears and norms of this model")
         sensitivity = self._sensitivity(calibration, tensors)
-        best, indices = largest(sensitivity, budget)
+        matrices = (as_matrix(module, found) for module, found in zip(modules.values(), sensitivity, strict=True))
+        best, indices = largest(matrices, budget)
         if not best.isfinite().all() or not best.any():
             raise ValueError("SPT: no gradient of the loss is finite and other than zero. Is the head's weight zero?")
         found = dict(zip(tensors, indices, strict=True))
