@@ -11,9 +11,10 @@ Importing this package registers its methods with peft; plain `peft` does the re
 from typing import TYPE_CHECKING
 
 from .architectures import Architecture, register_architecture, register_heads
-from .backbone import BackboneError, VisionBackbone, find_backbone
+from .backbone import BackboneError, VisionBackbone
 from .calibration import NotCalibratedError, calibrate
 from .config import VisualPeftConfig
+from .finding import find_backbone
 from .frozen_norms import freeze_norms, norms_with_statistics, thaw_norms
 from .interpolation import Interpolation, interpolate
 from .parameters import parameter_groups

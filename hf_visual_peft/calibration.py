@@ -17,8 +17,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .backbone import VisionBackbone, find_backbone
+from .backbone import VisionBackbone
 from .config import VisualPeftConfig
+from .finding import find_backbone
 from .sites import VisualTunerLayer
 
 

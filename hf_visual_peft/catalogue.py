@@ -266,7 +266,7 @@ def _vit_b16() -> VisionBackbone:
     import torch
     from transformers import ViTConfig, ViTForImageClassification
 
-    from .backbone import find_backbone
+    from .finding import find_backbone
 
     with torch.device("meta"):
         return find_backbone(ViTForImageClassification(ViTConfig()))

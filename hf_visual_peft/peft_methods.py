@@ -18,8 +18,9 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .backbone import LINEAR_ROLES, Block, VisionBackbone, find_backbone, unwrapped
+from .backbone import LINEAR_ROLES, Block, VisionBackbone, unwrapped
 from .config import VisualPeftConfig
+from .finding import find_backbone
 from .frozen_norms import keeps_statistics
 from .peft_defaults import CONVOLUTIONAL_METHODS, METHODS, attention_or_mlp
 from .registry import Method, get_method, list_methods

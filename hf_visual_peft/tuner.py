@@ -13,8 +13,9 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule,
 from peft.utils.other import ModulesToSaveWrapper, match_target_against_key
 from torch import Tensor, nn
 
-from .backbone import VisionBackbone, find_backbone, unwrapped
+from .backbone import VisionBackbone, unwrapped
 from .config import VisualPeftConfig
+from .finding import find_backbone
 from .frozen_norms import freeze_norms, move_statistics, norms_with_statistics
 from .key_renames import to_present_keys, to_present_names
 from .placing import placements_of

@@ -12,8 +12,7 @@ from hf_visual_peft import AttnScaleConfig, GPSConfig, STAdapterConfig
 from hf_visual_peft.coverage.models import MODELS
 from hf_visual_peft.methods.adapter.st_adapter import STAdapter
 from hf_visual_peft.methods.specification.gps import supervised_contrastive_loss
-from hf_visual_peft.sites.block import _unfolded_grid
-from hf_visual_peft.sites.grid import Grid
+from hf_visual_peft.sites.grid import Grid, unfolded_grid
 
 
 def test_mobilevitv2_lays_cells_of_patches_in_rows():
@@ -22,7 +21,7 @@ def test_mobilevitv2_lays_cells_of_patches_in_rows():
     maps = torch.arange(2 * 3 * 8 * 12.0).view(2, 3, 8, 12)
     patches, _ = layer.unfolding(maps)
     tokens = patches.flatten(2).transpose(1, 2)
-    grid = _unfolded_grid(Grid(16, 24), patches.shape[2], tokens)
+    grid = unfolded_grid(Grid(16, 24), patches.shape[2], tokens)
     assert (grid.height, grid.width) == (8, 12)
     assert torch.equal(grid.to_map(tokens), maps)
     assert torch.equal(grid.to_tokens(maps), tokens)

@@ -15,8 +15,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from ..backbone import find_backbone
 from ..calibration import calibrate
+from ..finding import find_backbone
 from ..frozen_norms import freeze_norms
 from ..peft_methods import PeftMethod
 from ..registry import Method
@@ -265,7 +265,7 @@ def _adapted(method: Method | PeftMethod, subject: _Subject, base: nn.Module) ->
 
 
 def _train_a_step(model: PeftModel, subject: _Subject, method: Method | PeftMethod) -> None:
-    """One step of SGD that changes the loss and the adapter, and no parameter that is frozen."""
+    """Two steps of SGD, which change the loss and the adapter, and no parameter that is frozen."""
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     _require(bool(trained), "nothing is trainable")
@@ -283,10 +283,15 @@ def _train_a_step(model: PeftModel, subject: _Subject, method: Method | PeftMeth
     gradients = [p.grad for p in trained.values() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients, error_if_nonfinite=True).item()
     _require(norm > 0, "no trainable parameter has a gradient")
-    torch.optim.SGD(trained.values(), lr=STEP / norm).step()
+    optimizer = torch.optim.SGD(trained.values(), lr=STEP / norm)
+    optimizer.step()
     second = loss()
     _require(bool(second.isfinite()), "the loss is not finite after a step")
     _require(bool(second != first), "a step does not change the loss")
+    optimizer.zero_grad()
+    second.backward()
+    torch.nn.utils.clip_grad_norm_(trained.values(), norm)  # so that it is no longer than the first
+    optimizer.step()
     moved = [name for name, p in trained.items() if not torch.equal(p, started[name])]
     prefix = method.prefix if isinstance(method, PeftMethod) else f"{method.name}_"
     own = moved if method.whole_modules else [name for name in moved if f".{prefix}" in name]

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers import logging as transformers_logging
 
-from ..backbone import find_backbone
+from ..finding import find_backbone
 from ..peft_methods import PeftMethod
 from ..registry import Method
 

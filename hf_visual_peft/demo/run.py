@@ -18,8 +18,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers.utils import logging as transformers_logging
 
-from ..backbone import find_backbone
 from ..calibration import calibrate
+from ..finding import find_backbone
 from ..frozen_norms import freeze_norms
 from ..hub import write_aside
 from ..peft_methods import PeftMethod, any_method

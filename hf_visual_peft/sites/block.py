@@ -12,12 +12,13 @@ whatever way the architecture writes them.
 Other blocks have the same points. Where the norms follow the sub-layers, or there are none, attention and MLP read the
 stream itself, and so do branches beside them. Where blocks hold maps, equations see their cells as tokens. Where a
 block pools, or has one sub-layer only, branches stand at the other alone.
+
+All of it is one forward pass, which is why this file is longer than others.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,8 +33,9 @@ from ..architectures import Stream
 from ..backbone import SUBLAYER_ROLES, Block, VisionBackbone
 from .attention import LogitSite, attention_of, change_attention, has_interface, leave_attention
 from .exchange import Exchange
-from .grid import Grid, TokenLayout, from_tokens, to_tokens
+from .grid import Grid, TokenLayout, from_tokens, map_grid, to_tokens, unfolded_grid, unit_grid
 from .layer import Equation, Site, VisualTunerLayer, call_equation
+from .masks import PositionBias, widen
 from .mixed import BASE
 from .prompted_attention import prompted_forward
 
@@ -163,7 +165,7 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         rates = (getattr(module, "drop_prob", None) for module in modules["drop_path"])
         self.drop_path_rate = next((rate for rate in rates if rate), 0.0)
         self._position_biases = [
-            _PositionBias(module, self.prefix_tokens)
+            PositionBias(module, self.prefix_tokens)
             for module in modules["position_bias"]
             if self._prompts == "sequence"
         ]
@@ -394,7 +396,7 @@ class BlockLayer(VisualTunerLayer, nn.Module):
     def _told_grid(self, current: _Pass, x: Tensor, args: tuple, kwargs: dict) -> Grid | None:
         """How the tokens of the block's input lie in the image, as far as the embeddings, x or arguments tell."""
         if self._grid_kind == "map":
-            return _map_grid(x, self._stream)
+            return map_grid(x, self._stream)
         if self._grid_kind == "unfolded":
             current.inside = x.shape[2]
         if self._grid_kind == "given":
@@ -410,11 +412,11 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         """
         kind, grid = self._grid_kind, current.grid
         if kind == "units":
-            grid = _unit_grid(self._holder[0], self._group, tokens, grid)
+            grid = unit_grid(self._holder[0], self._group, tokens, grid)
         elif grid is not None and kind == "halved":
             grid = grid.halved_to(tokens.shape[1] - current.prefix)
         elif grid is not None and kind == "unfolded":
-            grid = _unfolded_grid(grid, current.inside, tokens)
+            grid = unfolded_grid(grid, current.inside, tokens)
         elif grid is not None and kind == "frames_last":
             grid = replace(grid, times=(tokens.shape[1] - current.prefix) // grid.area, frames_last=True)
         return TokenLayout(current.prefix, grid, current.frames)
@@ -467,9 +469,9 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         positional = list(args)
         for name, position in self._mask_positions.items():
             if position < len(positional):
-                positional[position] = _widen(positional[position], name, self.prefix_tokens, length, count)
+                positional[position] = widen(positional[position], name, self.prefix_tokens, length, count)
             elif name in kwargs:
-                kwargs[name] = _widen(kwargs[name], name, self.prefix_tokens, length, count)
+                kwargs[name] = widen(kwargs[name], name, self.prefix_tokens, length, count)
         return tuple(positional), kwargs
 
     def _branches(self, sublayer: str, reads: Reads) -> Iterator[Equation]:
@@ -529,7 +531,7 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         """The stream at the entrance of a sub-layer, as tokens; a map tells the grid."""
         current = self._pass
         if current is not None and x.ndim == 4 and self._grid_kind == "map":
-            current.grid = _map_grid(x, self._stream_inside)
+            current.grid = map_grid(x, self._stream_inside)
         return to_tokens(x, self._stream_inside)
 
     def _after_norm(self, sublayer: str, module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -585,98 +587,9 @@ def _holder_of_lists(backbone: VisionBackbone) -> str:
     return ".".join(filter(None, (backbone.path, *inner)))
 
 
-def _map_grid(x: Tensor, stream: Stream) -> Grid:
-    height, width = x.shape[2:] if stream == "channels_first" else x.shape[1:3]
-    return Grid(height, width)
-
-
-def _unfolded_grid(grid: Grid, inside: int, tokens: Tensor) -> Grid:
-    """The grid of tokens that stand cell by cell of the patches, and of each cell patch by patch."""
-    patches, side = grid.halved_to(tokens.shape[1] // inside), math.isqrt(inside)
-    token = torch.arange(tokens.shape[1], device=tokens.device)
-    cell, patch = token // patches.area, token % patches.area
-    row = patch // patches.width * side + cell // side
-    column = patch % patches.width * side + cell % side
-    width = patches.width * side
-    return Grid(patches.height * side, width, (row * width + column).expand(tokens.shape[0], -1))
-
-
-def _unit_grid(holder: Any, group: int, x: Tensor, image: Grid | None) -> Grid:
-    """The grid of tokens that stand in the order of units, as told by the module that can put them into a map.
-
-    Raises:
-        ValueError: it cannot, for this number of tokens or this shape of the image.
-    """
-    tokens = torch.arange(x.shape[1], device=x.device).view(1, -1, 1)
-    unknown = f"{type(holder).__name__} knows the places of tokens for one image size only."
-    try:
-        cells = holder.reroll(tokens, stage_idx=group)
-    except RuntimeError as error:
-        raise ValueError(unknown) from error
-    _, height, width, _ = cells.shape
-    if image is not None and height * image.width != width * image.height:
-        raise ValueError(unknown)  # as many tokens in another shape: it would put them all the same
-    return Grid(height, width, cells.flatten().argsort().expand(x.shape[0], -1))
-
-
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
     """Stochastic depth: in training, zero whole samples of (batch, ...) at `rate` and scale up the others."""
     if rate == 0.0 or not training:
         return x
     keep = torch.rand(x.shape[0], *(1,) * (x.ndim - 1), device=x.device) >= rate
     return x * keep.to(x.dtype) / (1.0 - rate)
-
-
-def _widen(mask: Any, name: str, at: int, length: int, count: int) -> Any:
-    """Give a mask or bias on attention logits entries for inserted tokens.
-
-    All see them, and they see all that anyone sees: a key that is hidden from every token is padding. They have no
-    position, so no bias.
-
-    Args:
-        mask: (batch, keys), (..., queries, keys) or (..., 1, keys); boolean, or added to the logits; or None.
-        name: of the argument, for the error.
-        at: token before which to insert.
-        length: number of tokens, which marks the dimensions that count them.
-        count: entries to insert.
-    """
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor):
-        raise ValueError(f"{name}: a {type(mask).__name__} cannot be extended to inserted tokens; pass a tensor.")
-
-    def insert(new: Tensor, dim: int) -> Tensor:
-        shape = list(mask.shape)
-        shape[dim] = count
-        return torch.cat([mask.narrow(dim, 0, at), new.expand(shape), mask.narrow(dim, at, length - at)], dim=dim)
-
-    if mask.shape[-1] == length:
-        mask = insert(mask.new_zeros(()) if mask.is_floating_point() else mask.new_ones(()), -1)
-    if mask.ndim > 2 and mask.shape[-2] == length:
-        if mask.is_floating_point():
-            lowest = torch.finfo(mask.dtype).min
-            hidden = (mask <= lowest / 2).all(dim=-2, keepdim=True)
-            mask = insert(hidden.to(mask.dtype) * lowest, -2)
-        else:
-            mask = insert(mask.any(dim=-2, keepdim=True).to(mask.dtype), -2)
-    return mask
-
-
-class _PositionBias:
-    """Lets a module that makes a bias for the grid serve a sequence with inserted tokens, which get no bias."""
-
-    def __init__(self, module: nn.Module, prefix_tokens: int) -> None:
-        self.module = module
-        self.prefix_tokens = prefix_tokens
-        module.forward = self.forward
-
-    def remove(self) -> None:
-        del self.module.forward
-
-    def forward(
-        self, window_size: tuple[int, int], interpolate_pos_encoding: bool = False, dim_size: int | None = None
-    ) -> Tensor:
-        own = window_size[0] * window_size[1] + self.prefix_tokens
-        inserted = 0 if dim_size is None else dim_size - own
-        bias = type(self.module).forward(self.module, window_size, interpolate_pos_encoding, dim_size=own)
-        return _widen(bias, "bias", self.prefix_tokens, own, inserted) if inserted else bias

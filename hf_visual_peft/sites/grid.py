@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,3 +135,38 @@ class TokenLayout:
         if self.grid is None:
             raise ValueError("The patch grid is not known: call the whole model, not a block of it.")
         return self.grid
+
+
+def map_grid(x: Tensor, stream: Stream) -> Grid:
+    """The grid of tokens that lie as a map."""
+    height, width = x.shape[2:] if stream == "channels_first" else x.shape[1:3]
+    return Grid(height, width)
+
+
+def unfolded_grid(grid: Grid, inside: int, tokens: Tensor) -> Grid:
+    """The grid of tokens that stand cell by cell of the patches, and of each cell patch by patch."""
+    patches, side = grid.halved_to(tokens.shape[1] // inside), math.isqrt(inside)
+    token = torch.arange(tokens.shape[1], device=tokens.device)
+    cell, patch = token // patches.area, token % patches.area
+    row = patch // patches.width * side + cell // side
+    column = patch % patches.width * side + cell % side
+    width = patches.width * side
+    return Grid(patches.height * side, width, (row * width + column).expand(tokens.shape[0], -1))
+
+
+def unit_grid(holder: Any, group: int, x: Tensor, image: Grid | None) -> Grid:
+    """The grid of tokens that stand in the order of units, as told by the module that can put them into a map.
+
+    Raises:
+        ValueError: it cannot, for this number of tokens or this shape of the image.
+    """
+    tokens = torch.arange(x.shape[1], device=x.device).view(1, -1, 1)
+    unknown = f"{type(holder).__name__} knows the places of tokens for one image size only."
+    try:
+        cells = holder.reroll(tokens, stage_idx=group)
+    except RuntimeError as error:
+        raise ValueError(unknown) from error
+    _, height, width, _ = cells.shape
+    if image is not None and height * image.width != width * image.height:
+        raise ValueError(unknown)  # as many tokens in another shape: it would put them all the same
+    return Grid(height, width, cells.flatten().argsort().expand(x.shape[0], -1))

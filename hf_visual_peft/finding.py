@@ -1,0 +1,364 @@
+"""Find the vision backbone of a model and the modules in its roles."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .architectures import Architecture, architecture_of, heads_of, known_backbones
+from .backbone import (
+    BLOCK_ROLES,
+    NORM_ROLES,
+    OPTIONAL_BLOCK_ROLES,
+    SUBLAYER_ROLES,
+    BackboneError,
+    Block,
+    VisionBackbone,
+    linear_sizes,
+    unwrapped,
+)
+
+
+_SINGLE_ROLES = tuple(role for role in BLOCK_ROLES if role != "fc1")  # a gated MLP has two linears at its entrance
+
+
+def find_backbone(model: nn.Module) -> VisionBackbone:
+    """Find the one vision backbone in a model.
+
+    Args:
+        model: a backbone, or a model that holds one.
+
+    Raises:
+        BackboneError: none or several found, or a role of the table has no module; the message names the class, what
+            was looked for and the remedy.
+    """
+    found: list[tuple[str, nn.Module, Architecture]] = []
+    for path, module in model.named_modules():
+        architecture = architecture_of(type(module))
+        inside = any(path.startswith(f"{outer}.") or not outer for outer, _, _ in found)
+        if architecture is not None and not inside:
+            found.append((path, module, architecture))
+    if not found:
+        raise BackboneError(
+            f"{type(model).__name__} holds no vision backbone that hf_visual_peft knows. Looked for a module of class "
+            f"{', '.join(known_backbones())}. {_REMEDY}"
+        )
+    if len(found) > 1:
+        names = ", ".join(f"{path!r} ({type(module).__name__})" for path, module, _ in found)
+        raise BackboneError(
+            f"{type(model).__name__} holds several vision backbones: {names}. Apply the method to one of them."
+        )
+    return _Resolver(model, *found[0]).resolve()
+
+
+_REMEDY = (
+    "For another architecture, register a role table before get_peft_model: "
+    "hf_visual_peft.register_architecture(hf_visual_peft.Architecture(backbones=('MyViT',), blocks='blocks', "
+    "patch_embedding='patch_embed', ...))."
+)
+
+
+_OPERATIONS = (
+    nn.Linear,
+    Conv1D,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.modules.batchnorm._BatchNorm,
+)
+
+
+class _Resolver:
+    """Finds the modules of one backbone by its role table.
+
+    Args:
+        model: the whole model.
+        path: name of the backbone in it.
+        backbone: the backbone.
+        architecture: its table.
+    """
+
+    def __init__(self, model: nn.Module, path: str, backbone: nn.Module, architecture: Architecture) -> None:
+        self.model, self.path, self.backbone, self.table = model, path, backbone, architecture
+        self.class_name = type(backbone).__name__
+
+    def resolve(self) -> VisionBackbone:
+        """The whole backbone."""
+        table = self.table
+        lists = self._lists()
+        embeddings = self._required(self.path, (table.embeddings,), "embeddings")
+        blocks: list[Block] = []
+        for group, (list_path, names) in enumerate(lists):
+            start = embeddings[group] if len(embeddings) == len(lists) else embeddings[0]
+            prefix_tokens = _count_prefix_tokens(self._module(start), table)
+            for name in names:
+                blocks.append(self._block(len(blocks), _join(list_path, name), group, prefix_tokens))
+        heads, dense = self._heads()
+        outside: dict[str, Any] = {
+            "patch_embedding": self._patch_embedding(),
+            "input_norms": self._real(table.input_norms),
+            "final_norms": self._real(table.norms + (() if heads else table.pooled_norms))
+            + (self._existing(self._parent(), table.outer_norms) if self.path else ()),
+        }
+        used = {path for paths in outside.values() for path in paths} | {block.path for block in blocks} | set(heads)
+        used |= set(self._existing(self.path, table.pooled_norms)) if heads else set()
+        if table.between == "all":
+            between = self._operations(self.path, used)
+        else:
+            between = tuple(path for path in self._real(table.between) if path not in used)
+        between, between_norms = self._apart(between)
+        return VisionBackbone(
+            path=self.path,
+            class_name=self.class_name,
+            architecture=table,
+            blocks=tuple(blocks),
+            depth=len(blocks),
+            between=between,
+            between_norms=between_norms,
+            embeddings=embeddings,
+            heads=heads,
+            dense=dense,
+            patch_features=_weight(self.model, outside["patch_embedding"][0])[0].numel()
+            if outside["patch_embedding"]
+            else 0,
+            grid=_native_grid(getattr(self.backbone, "config", None)) if table.grid == "full" else None,
+            times=_native_times(getattr(self.backbone, "config", None)) if table.video else 1,
+            linears={
+                name: sizes
+                for block in blocks
+                for name in block.modules(BLOCK_ROLES)
+                if (sizes := linear_sizes(self._module(name))) is not None
+            },
+            **outside,
+        )
+
+    def _patch_embedding(self) -> tuple[str, ...]:
+        """The first that exists of those that the table names; none where it names none."""
+        names = self.table.patch_embedding
+        names = (names,) if isinstance(names, str) else names
+        return self._required(self.path, names, "patch_embedding")[:1] if names else ()
+
+    def _lists(self) -> list[tuple[str, list[str]]]:
+        """Names of the lists of blocks and of the blocks in each."""
+        found = []
+        lists = (self.table.blocks,) if isinstance(self.table.blocks, str) else self.table.blocks
+        several = len(lists) > 1 or "*" in lists[0]
+        for path in self._required(self.path, lists, "blocks"):
+            stack = self._module(path)
+            if not several and (not isinstance(stack, nn.ModuleList | nn.Sequential) or len(stack) == 0):
+                raise BackboneError(
+                    f"{self.class_name} does not fit its role table: {path!r} is a {type(stack).__name__} and not a "
+                    f"non-empty nn.ModuleList of blocks. {_REMEDY}"
+                )
+            skipped = self.table.skipped_blocks
+            names = [name for name, block in stack.named_children() if type(unwrapped(block)).__name__ not in skipped]
+            if names:
+                found.append((path, names))
+        if not found:
+            raise BackboneError(f"{self.class_name} does not fit its role table: it has no blocks. {_REMEDY}")
+        return found
+
+    def _block(self, index: int, path: str, group: int, prefix_tokens: int) -> Block:
+        table = self.table
+        block = self._module(path)
+        roles = {role: self._existing(path, getattr(table, role)) for role in (*BLOCK_ROLES, *OPTIONAL_BLOCK_ROLES)}
+        sublayers = table.sublayers
+        if table.halves:
+            sublayers = tuple(part for part in sublayers if any(roles[role] for role in SUBLAYER_ROLES[part]))
+            wanted = [role for part in sublayers for role in SUBLAYER_ROLES[part]] or BLOCK_ROLES
+        else:
+            wanted = BLOCK_ROLES
+        for role in wanted:
+            if getattr(table, role):
+                self._required(path, getattr(table, role), role)
+        for role in _SINGLE_ROLES:
+            if len(roles[role]) > 1:
+                raise BackboneError(
+                    f"{self.class_name} does not fit its role table: {path!r} has several modules for role {role!r}: "
+                    f"{', '.join(roles[role])}. {_REMEDY}"
+                )
+        if roles["query"] and getattr(self._module(roles["query"][0].rpartition(".")[0]), "q_bias", None) is not None:
+            raise BackboneError(
+                f"{self.class_name}: the attention of {path!r} has biases of its own and reads the weight of its "
+                "projection past the module, so nothing at the module would have an effect."
+            )
+        post_norm = getattr(block, table.post_norm) if isinstance(table.post_norm, str) else table.post_norm
+        widths = {role: self._out_features(roles[role]) for role in (*NORM_ROLES, "fc2", "output")}
+        if table.operations == "all":
+            roles["operations"] = self._operations(path, {p for paths in roles.values() for p in paths})
+        else:
+            roles["operations"] = tuple(
+                name for name in self._existing(path, table.operations) if isinstance(self._module(name), _OPERATIONS)
+            )
+        num_heads = self._num_heads(roles["query"])
+        # an attention that changes the width pools tokens, too: it is a way from one stage to the next
+        pools = widths["norm1"] and widths["norm2"] and widths["norm1"] != widths["norm2"]
+        if pools and "attention" in sublayers:
+            pooling = [path for role in SUBLAYER_ROLES["attention"] for path in roles[role]]
+            roles |= dict.fromkeys(SUBLAYER_ROLES["attention"], ())
+            roles["operations"] = tuple(dict.fromkeys((*pooling, *roles["operations"])))
+            sublayers = tuple(part for part in sublayers if part != "attention")
+        roles["operations"], roles["further_norms"] = self._apart(roles["operations"])
+        return Block(
+            index=index,
+            path=path,
+            roles=roles,
+            group=group,
+            width=next((widths[role] for role in ("norm2", "norm1", "fc2", "output") if widths[role]), None),
+            num_heads=num_heads,
+            prefix_tokens=prefix_tokens,
+            sublayers=sublayers,
+            post_norm=bool(post_norm),
+            window=getattr(block, table.window, 0) if table.window else 0,
+            entrances=self._entrances(path, roles, sublayers, bool(post_norm)),
+            rest=self._existing(path, table.reads_result),
+            readers={"attention": self._norm1_readers(path, roles), "mlp": roles["fc1"]},
+        )
+
+    def _entrances(
+        self, path: str, roles: Mapping[str, tuple[str, ...]], sublayers: Sequence[str], post_norm: bool
+    ) -> dict[str, str]:
+        given = {"attention": self.table.reads_attention, "mlp": self.table.reads_mlp}
+        found = {}
+        for sublayer in sublayers:
+            norm = roles[SUBLAYER_ROLES[sublayer][0]]
+            name = given[sublayer]
+            if name is not None:
+                found[sublayer] = _join(path, name)
+            elif norm and not post_norm:
+                found[sublayer] = norm[0]
+            else:
+                found[sublayer] = path if sublayer == "attention" else roles["fc1"][0]
+        return found
+
+    def _norm1_readers(self, path: str, roles: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+        if self.table.norm1_readers is not None:
+            return self._existing(path, self.table.norm1_readers)
+        reduction = self._existing(path, self.table.reduction)
+        return tuple(dict.fromkeys((*roles["query"], *(reduction or (*roles["key"], *roles["value"])))))
+
+    def _heads(self) -> tuple[tuple[str, ...], bool]:
+        """Task heads: those of the nearest model around the backbone that has any known, or of the backbone."""
+        outer = self.path
+        while outer:
+            outer = outer.rpartition(".")[0]
+            dense = heads_of(type(self._module(outer)))
+            heads = self._trainable(outer, dense or self.table.heads)
+            if heads:
+                return heads, bool(dense)
+        return self._trainable(self.path, self.table.own_heads), False
+
+    def _trainable(self, prefix: str, names: Sequence[str]) -> tuple[str, ...]:
+        paths = self._existing(prefix, names)
+        return tuple(path for path in paths if any(True for _ in self._module(path).parameters()))
+
+    def _parent(self) -> str:
+        return self.path.rpartition(".")[0]
+
+    def _module(self, path: str) -> nn.Module:
+        return unwrapped(self.model.get_submodule(path))
+
+    def _existing(self, prefix: str, names: Sequence[str]) -> tuple[str, ...]:
+        found = (path for name in names for path in _expand(self.model, prefix, name.split(".") if name else []))
+        return tuple(dict.fromkeys(path for path in found if isinstance(_lookup(self.model, path), nn.Module)))
+
+    def _required(self, prefix: str, names: Sequence[str], role: str) -> tuple[str, ...]:
+        paths = self._existing(prefix, names)
+        if not paths:
+            remedy = (self.table.remedy if role in BLOCK_ROLES else "") or _REMEDY
+            raise BackboneError(
+                f"{self.class_name} does not fit its role table: {prefix or 'the model'!r} has no {role!r} "
+                f"(looked for {', '.join(names)}). {remedy}"
+            )
+        return paths
+
+    def _real(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Those that are no `nn.Identity`, as options leave them where they leave something out."""
+        paths = self._existing(self.path, names)
+        return tuple(path for path in paths if not isinstance(self._module(path), nn.Identity))
+
+    def _operations(self, path: str, used: Collection[str]) -> tuple[str, ...]:
+        """Linears, convolutions and norms below a module, without those below what is used."""
+        if path in used:
+            return ()
+        module = self._module(path)
+        children = dict(module.named_children())
+        if not children:
+            return (path,) if isinstance(module, _OPERATIONS) and module.weight is not None else ()
+        return tuple(name for child in children for name in self._operations(_join(path, child), used))
+
+    def _apart(self, paths: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Linears and convolutions, and norms."""
+        norms = tuple(path for path in paths if _weight(self.model, path).ndim == 1)
+        return tuple(path for path in paths if path not in norms), norms
+
+    def _out_features(self, paths: tuple[str, ...]) -> int | None:
+        if not paths:
+            return None
+        sizes = linear_sizes(self._module(paths[0]))
+        return sizes[0] if sizes else _weight(self.model, paths[0]).shape[0]
+
+    def _num_heads(self, query: tuple[str, ...]) -> int | None:
+        names = ("num_attention_heads", "num_heads")
+        owners = [getattr(self.backbone, "config", None)]
+        if query:
+            owners = [self._module(query[0].rpartition(".")[0]), *owners]
+        found = (getattr(owner, name, None) for owner in owners for name in names)
+        return next((number for number in found if isinstance(number, int)), None)
+
+
+def _join(*names: str) -> str:
+    return ".".join(name for name in names if name)
+
+
+def _expand(model: nn.Module, prefix: str, names: Sequence[str]) -> Iterator[str]:
+    """Full names that a dotted name with wildcards stands for."""
+    if "*" not in names:
+        yield _join(prefix, *names)
+        return
+    first = names.index("*")
+    parent = _join(prefix, *names[:first])
+    module = _lookup(model, parent)
+    if isinstance(module, nn.Module):
+        for child, _ in unwrapped(module).named_children():
+            yield from _expand(model, _join(parent, child), names[first + 1 :])
+
+
+def _lookup(model: nn.Module, path: str) -> object:
+    target: object = model
+    for name in path.split(".") if path else ():
+        target = getattr(target, name, None)
+    return target
+
+
+def _weight(model: nn.Module, path: str) -> Tensor:
+    weight = unwrapped(model.get_submodule(path)).weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _count_prefix_tokens(embeddings: nn.Module, architecture: Architecture) -> int:
+    parameters = (getattr(embeddings, name, None) for name in architecture.prefix_tokens)
+    return sum(1 if p.ndim == 1 else p.shape[-2] for p in parameters if p is not None)
+
+
+def _native_grid(config: object) -> tuple[int, int] | None:
+    image, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    tubelet = getattr(config, "tubelet_size", None)
+    if patch is None and isinstance(tubelet, tuple | list):
+        patch = tubelet[1:]
+    if image is None or patch is None:
+        return None
+    height, width = image if isinstance(image, tuple | list) else (image, image)
+    rows, columns = patch if isinstance(patch, tuple | list) else (patch, patch)
+    return height // rows, width // columns
+
+
+def _native_times(config: object) -> int:
+    tubelet = getattr(config, "tubelet_size", 1)
+    return getattr(config, "num_frames", 1) // (tubelet[0] if isinstance(tubelet, tuple | list) else tubelet)

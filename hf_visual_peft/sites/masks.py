@@ -1,0 +1,65 @@
+"""Masks and biases on attention logits, for sequences with inserted tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def widen(mask: Any, name: str, at: int, length: int, count: int) -> Any:
+    """Give a mask or bias on attention logits entries for inserted tokens.
+
+    All see them, and they see all that anyone sees: a key that is hidden from every token is padding. They have no
+    position, so no bias.
+
+    Args:
+        mask: (batch, keys), (..., queries, keys) or (..., 1, keys); boolean, or added to the logits; or None.
+        name: of the argument, for the error.
+        at: token before which to insert.
+        length: number of tokens, which marks the dimensions that count them.
+        count: entries to insert.
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"{name}: a {type(mask).__name__} cannot be extended to inserted tokens; pass a tensor.")
+
+    def insert(new: Tensor, dim: int) -> Tensor:
+        shape = list(mask.shape)
+        shape[dim] = count
+        return torch.cat([mask.narrow(dim, 0, at), new.expand(shape), mask.narrow(dim, at, length - at)], dim=dim)
+
+    if mask.shape[-1] == length:
+        mask = insert(mask.new_zeros(()) if mask.is_floating_point() else mask.new_ones(()), -1)
+    if mask.ndim > 2 and mask.shape[-2] == length:
+        if mask.is_floating_point():
+            lowest = torch.finfo(mask.dtype).min
+            hidden = (mask <= lowest / 2).all(dim=-2, keepdim=True)
+            mask = insert(hidden.to(mask.dtype) * lowest, -2)
+        else:
+            mask = insert(mask.any(dim=-2, keepdim=True).to(mask.dtype), -2)
+    return mask
+
+
+class PositionBias:
+    """Lets a module that makes a bias for the grid serve a sequence with inserted tokens, which get no bias."""
+
+    def __init__(self, module: nn.Module, prefix_tokens: int) -> None:
+        self.module = module
+        self.prefix_tokens = prefix_tokens
+        module.forward = self.forward
+
+    def remove(self) -> None:
+        """Undo it."""
+        del self.module.forward
+
+    def forward(
+        self, window_size: tuple[int, int], interpolate_pos_encoding: bool = False, dim_size: int | None = None
+    ) -> Tensor:
+        """As the module's, with rows and columns of zeros for inserted tokens."""
+        own = window_size[0] * window_size[1] + self.prefix_tokens
+        inserted = 0 if dim_size is None else dim_size - own
+        bias = type(self.module).forward(self.module, window_size, interpolate_pos_encoding, dim_size=own)
+        return widen(bias, "bias", self.prefix_tokens, own, inserted) if inserted else bias
