@@ -18,7 +18,7 @@ peft knows no more than the model type, so that some things need naming in `targ
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -36,13 +36,24 @@ Targets = list[str] | str | None
 # methods of peft that act on Conv2d, too
 CONVOLUTIONAL_METHODS = frozenset({"ADALORA", "BOFT", "HIRA", "HRA", "IA3", "LOHA", "LOKR", "LORA", "OFT"})
 TIMM_WRAPPER = "timm_wrapper"
+# models that hold any backbone, by model type, with where it is; IA3, which reads names only, has no entry for them
+_HOLDERS = {
+    "upernet": r"backbone",
+    "maskformer": r"model\.pixel_level_module\.encoder",
+    "mask2former": r"model\.pixel_level_module\.encoder",
+    "detr": r"model\.backbone\.model",
+    "conditional_detr": r"model\.backbone\.model",
+    "deformable_detr": r"model\.backbone\.model",
+    "rt_detr": r"model\.backbone\.model",
+}
+_HELD = "held"  # in place of a model type: a backbone in one of these
 _FEEDFORWARD = "IA3 feedforward"  # beside its targets IA3 looks up which of them are in the MLP
 
 # Dense convolutions of the blocks, by model type, where a table says "all" and a name would have to tell them from
 # depthwise ones: patterns of what follows the list of blocks. (MobileNets read the convolutions' strides to pad as
 # TensorFlow does, and peft's layers have none.)
 _CONVOLUTIONS = {
-    "resnet": r"\d+\.(?:layer\.\d+|shortcut)\.convolution",
+    "resnet": r"\d+\.(?:layer\.\d+|shortcut(?:\.1)?)\.convolution",
     "regnet": r"\d+\.(?:layer\.[023]\.convolution|layer\.2\.attention\.[02]|shortcut\.convolution)",
     "bit": r"\d+\.(?:conv\d|downsample\.conv)",
     "efficientnet": r"\d+\.(?:expansion\.expand_conv|squeeze_excite\.(?:reduce|expand)|projection\.project_conv)",
@@ -50,10 +61,12 @@ _CONVOLUTIONS = {
     "pp_lcnet": r"\d+\.(?:pointwise_convolution\.convolution|squeeze_excitation_module\.convolutions\.[02])",
     "textnet": r"\d+\.(?:main|vertical|horizontal)_conv",
 }
-# norms between lists of blocks, by model type, where a table says "all" of what lies there or has an `nn.Identity`
+# norms between lists of blocks, by model type or class, where a table says "all" of what lies there or has an
+# `nn.Identity`
 _NORMS_BETWEEN = {
     "convnext": (r"encoder\.stages\.\d+\.downsampling_layer\.0",),
     "convnextv2": (r"encoder\.stages\.\d+\.downsampling_layer\.0",),
+    "ConvNextBackbone": (r"encoder\.stages\.\d+\.downsampling_layer\.0",),
     "dinov3_convnext": (r"model\.stages\.[1-9]\d*\.downsample_layers\.0",),  # in the first stage a convolution
     "mobilevit": (r"encoder\.layer\.\d+\.layernorm",),
     "mobilevitv2": (r"encoder\.layer\.\d+\.layernorm",),
@@ -69,6 +82,7 @@ _AMBIGUOUS = _NAMED_ALIKE | {
 
 _added: dict[tuple[str, str], Targets] = {}
 _timm: dict[str, Architecture] = {}
+_held: dict[str, dict[str, None]] = {}  # patterns by method
 
 
 def add_defaults(architecture: Architecture) -> None:
@@ -79,14 +93,31 @@ def add_defaults(architecture: Architecture) -> None:
             models all have the type of transformers' wrapper around them, whose entry is that of all their tables.
     """
     for model_type in architecture.model_types:
-        for method, (mapping, targets) in _MAPPINGS.items():
-            _add(method, mapping, model_type, targets(architecture, model_type))
+        for method, mapping, targets in _targets_by_method(architecture, model_type):
+            _add(method, mapping, model_type, targets)
+    if any(name.endswith("Backbone") for name in architecture.backbones):
+        for method, mapping, found in _targets_by_method(architecture, _HELD):
+            patterns = _held.setdefault(method, {})
+            if isinstance(found, str) and found not in patterns:
+                patterns[found] = None
+                for holder, path in _HOLDERS.items():
+                    _add(method, mapping, holder, rf"{path}\.{_one_of(patterns)}")
     names = [name for name in architecture.backbones if name.startswith("timm.")]
     if names:
         _timm.update(dict.fromkeys(names, architecture))
         tables = [replace(table, model_types=(TIMM_WRAPPER,)) for table in _timm.values()]
-        for method, (mapping, targets) in _MAPPINGS.items():
-            _add(method, mapping, TIMM_WRAPPER, _union([targets(table, TIMM_WRAPPER) for table in tables]))
+        for together in zip(*(_targets_by_method(table, TIMM_WRAPPER) for table in tables), strict=True):
+            method, mapping, _ = together[0]
+            _add(method, mapping, TIMM_WRAPPER, _union([targets for _, _, targets in together]))
+
+
+def _targets_by_method(architecture: Architecture, model_type: str) -> Iterator[tuple[str, dict[str, Any], Targets]]:
+    """Each method of peft with its dictionary and what belongs there; most have the same, which is found once."""
+    known: dict[Any, Targets] = {}
+    for method, (mapping, find) in _MAPPINGS.items():
+        if find not in known:
+            known[find] = find(architecture, model_type)
+        yield method, mapping, known[find]
 
 
 def _add(method: str, mapping: dict[str, Any], model_type: str, targets: Targets) -> None:
@@ -121,8 +152,9 @@ def linears_of(architecture: Architecture, model_type: str, convolutional: bool 
         if names:
             usable = tuple(name for name in names if convolutional or not _is_convolution(name))
             return _targets(architecture, model_type, usable)
-    if convolutional and model_type in _CONVOLUTIONS:
-        return _pattern(architecture, _CONVOLUTIONS[model_type])
+    known = next((name for name in (model_type, *architecture.model_types) if name in _CONVOLUTIONS), None)
+    if convolutional and known:
+        return _pattern(architecture, _CONVOLUTIONS[known], model_type)
     return None
 
 
@@ -196,8 +228,11 @@ def norms_of(architecture: Architecture, model_type: str = "") -> str | None:
     in_block += [name for name in operations if _is_norm(name)]
     inside = rf"{_one_of(map(_escape, _lists(architecture)))}\.\w+\.{_one_of(map(_escape, in_block))}"
     near = [_escape(name) for name in (*architecture.input_norms, *architecture.norms[-1:])]
-    near += _NORMS_BETWEEN.get(model_type, [_escape(name) for name in between if _is_norm(name)])
+    known = next((name for name in (model_type, *architecture.backbones) if name in _NORMS_BETWEEN), "")
+    near += _NORMS_BETWEEN.get(known, [_escape(name) for name in between if _is_norm(name)])
     anywhere = _one_of((inside, *dict.fromkeys(near)))
+    if model_type == _HELD:
+        return anywhere
     whole = "".join(f"|{_escape(name)}" for name in (*architecture.pooled_norms, *architecture.outer_norms))
     return rf"(?!(?:.*\.)?text_model\.)(?:.*\.)?{anywhere}{whole}"
 
@@ -210,13 +245,15 @@ def _targets(architecture: Architecture, model_type: str, names: tuple[str, ...]
     tables = (getattr(architecture, role) for role in roles)
     others = {name for table in tables if isinstance(table, tuple) for name in table} - set(names)
     double = any(other.endswith(f".{name}") for other in others for name in names)
-    if double or model_type in (*_AMBIGUOUS, TIMM_WRAPPER) or any("*" in name for name in names):
-        return _pattern(architecture, rf"\w+\.{_one_of(map(_escape, names))}")
+    if double or model_type in (*_AMBIGUOUS, TIMM_WRAPPER, _HELD) or any("*" in name for name in names):
+        return _pattern(architecture, rf"\w+\.{_one_of(map(_escape, names))}", model_type)
     return list(names)
 
 
-def _pattern(architecture: Architecture, rest: str) -> str:
+def _pattern(architecture: Architecture, rest: str, model_type: str) -> str:
     inside = rf"{_one_of(map(_escape, _lists(architecture)))}\.{rest}"
+    if model_type == _HELD:
+        return inside
     if TIMM_WRAPPER in architecture.model_types:
         return rf"(?:.*\.)?timm_model\.{inside}"
     return rf"(?!(?:.*\.)?text_model\.)(?:.*\.)?{inside}"

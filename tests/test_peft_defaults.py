@@ -13,10 +13,17 @@ import torch
 import transformers as tf
 from families import FAMILIES, _two_towers, output_of
 from peft import IA3Config, LNTuningConfig, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA
 from torch import nn
 
-from hf_visual_peft import Architecture, find_backbone, peft_defaults, register_architecture
+from hf_visual_peft import (
+    Architecture,
+    find_backbone,
+    peft_defaults,
+    register_architecture,
+    with_visual_targets,
+)
 from hf_visual_peft.architectures import table
 from hf_visual_peft.coverage.models import MODELS
 
@@ -288,3 +295,23 @@ def test_costs_no_time_to_speak_of():
     for one in tables.values():
         peft_defaults.add_defaults(one)
     assert time.perf_counter() - start < 0.1  # importing peft takes seconds
+
+
+@pytest.mark.parametrize("config_cls", [LoraConfig, LNTuningConfig])
+@pytest.mark.parametrize(
+    "name", ["upernet_swin", "upernet_convnext", "mask2former_swin", "maskformer_swin", "detr_resnet"]
+)
+def test_backbones_that_others_hold(name, config_cls):
+    """A model type that says nothing of the backbone: the pattern finds what the roles of the model tell."""
+
+    def adapted(config):
+        model = get_peft_model(MODELS[name].build(), config).get_base_model()
+        return {path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+    if name == "detr_resnet" and config_cls is LNTuningConfig:
+        with pytest.raises(ValueError, match="not found in the base model"):  # there are batch norms alone
+            adapted(config_cls())
+        return
+    exact = adapted(with_visual_targets(config_cls(), MODELS[name].build()))
+    assert exact
+    assert adapted(config_cls()) == exact
