@@ -27,10 +27,10 @@ _INTRODUCTION = f"""# Which method works on which architecture
 
 Written by `{COMMAND}`; do not edit.
 
-Every cell is a tiny random model with a random adapter of the method. *Works* means that training changes the loss and
-nothing frozen, that after two steps `disable_adapter` gives the base model's output to the bit and the saved adapter on
-a fresh base the same output to the bit, that merging, where the method can be merged, keeps the output, and that the
-model takes images of another size where its backbone does.
+Every cell is a tiny random model with a random adapter of the method. *Works* means that training changes the loss
+and nothing frozen, that after two steps `disable_adapter` gives the base model's output to the bit and the saved
+adapter on a fresh base the same output to the bit, that merging, where the method can be merged, keeps the output,
+and that the model takes images of another size where its backbone does.
 """
 _LEGEND = (
     "✓ works, - not applicable, · skipped for want of a package, ✗ fails. A number is that of the reason or, where a "
