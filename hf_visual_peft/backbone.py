@@ -123,6 +123,10 @@ class VisionBackbone:
         blocks = tuple(block for block in self.blocks if block.index in layers)
         return replace(self, blocks=blocks, **_NOTHING_OUTSIDE)
 
+    def modules(self, roles: Sequence[str] = ALL_ROLES) -> list[str]:
+        """Full names of the modules of all blocks in some roles; see `Block.modules`."""
+        return [path for block in self.blocks for path in block.modules(roles)]
+
     def stages(self, whole: VisionBackbone) -> tuple[VisionBackbone, ...]:
         """The parts of the backbone whose blocks are alike: of one width, with as many heads.
 

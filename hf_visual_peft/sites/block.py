@@ -108,8 +108,8 @@ class _Pass:
     added: Tensor | None = None  # by all branches so far
     finished: bool = False  # whether the stream is behind the last sub-layer
 
-    def with_added(self, stream: Tensor) -> Tensor:
-        return stream if self.added is None else stream + self.added
+    def with_added(self, x: Tensor, stream: Stream = "tokens") -> Tensor:
+        return x if self.added is None else x + from_tokens(self.added, x, stream)
 
 
 class BlockLayer(VisualTunerLayer, nn.Module):
@@ -157,7 +157,6 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         self._attention: tuple[tuple[nn.Module, ...], ...] = tuple(
             modules[role][:1] for role in SUBLAYER_ROLES["attention"]
         )
-        # a tuple, as above
         self._holder: tuple[nn.Module, ...] = (
             (model.get_submodule(_holder_of_lists(backbone)),) if table.grid == "units" else ()
         )
@@ -363,7 +362,7 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         for branch in self._branches("attention", "input"):
             self._add(current, branch, to_tokens(hidden_states, self._stream))
         # Here, and only here, what is added reaches everything after it by itself.
-        hidden_states, current.added = self._with_added(current, hidden_states, self._stream), None
+        hidden_states, current.added = current.with_added(hidden_states, self._stream), None
         for sublayer in self._reads_block:
             stream = to_tokens(hidden_states, self._stream)
             current.before = stream
@@ -437,9 +436,6 @@ class BlockLayer(VisualTunerLayer, nn.Module):
             yield
         finally:
             self._pass = current
-
-    def _with_added(self, current: _Pass, x: Tensor, stream: Stream) -> Tensor:
-        return x if current.added is None else x + from_tokens(current.added, x, stream)
 
     def _join(self, tokens: Tensor, current: _Pass) -> None:
         current.joining = self._normed("attention", tokens)
@@ -551,7 +547,7 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         if "attention" in self._sublayers:
             self._behind("attention", current, stream)
         current.before = stream
-        return None if current.added is None else (self._with_added(current, args[0], self._stream_inside), *args[1:])
+        return None if current.added is None else (current.with_added(args[0], self._stream_inside), *args[1:])
 
     def _before_rest(self, module: nn.Module, args: tuple) -> tuple | None:
         """Behind the last sub-layer of a block that goes on there."""
@@ -563,7 +559,7 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         for sublayer in self._sublayers[-1:]:
             self._behind(sublayer, current, to_tokens(stream, self._stream))
         current.finished = True
-        return self._with_added(current, stream, self._stream)
+        return current.with_added(stream, self._stream)
 
     def _before_sublayer(self, sublayer: str, module: nn.Module, args: tuple) -> tuple | None:
         """At the entrance of a sub-layer without a norm there."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .layer import Equation, call_equation
-from .module import ModuleLayer, WeightSite, _apply, _evaluate, _Weights, _weights_of, channel_dim
+from .module import ModuleLayer, WeightSite, _apply, _evaluate, _Weights, _weights_of, channel_dim, moved
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class InputLayer(ModuleLayer):
         x, *rest = args
         base = self.get_base_layer()
         dim = channel_dim(base, x.ndim)
-        x = x.movedim(dim, -1)
+        x = moved(x, dim, -1)
         for equation in reversed(on_input):
             x = call_equation(self, equation.module.equation, x)  # type: ignore[union-attr,arg-type]
-        x = x.movedim(-1, dim)
+        x = moved(x, -1, dim)
         on_weight = [e for e in equations if e not in on_input]
         if not on_weight:
             return self.base_layer(x, *rest, **kwargs)

@@ -82,12 +82,12 @@ class ModuleLayer(VisualTunerLayer, nn.Module):
             return self._run_parts(parts, lambda name, index, *a, **k: self.forward(*a, **k), args, kwargs)
         output = self._base_output(*args, **kwargs)
         dim = channel_dim(self.get_base_layer(), output.ndim)
-        output = output.movedim(dim, -1)
+        output = moved(output, dim, -1)
         for _, equation, site, shared in self._active():
             if not isinstance(site, WeightSite):
-                read = (args[0].movedim(dim, -1),) if isinstance(site, LinearSite) else ()
+                read = (moved(args[0], dim, -1),) if isinstance(site, LinearSite) else ()
                 output = call_equation(self, equation, output, *read, *shared)  # type: ignore[arg-type]
-        return output.movedim(-1, dim)
+        return moved(output, -1, dim)
 
     def _base_output(self, *args: Any, **kwargs: Any) -> Tensor:
         equations = [e for e in self._active() if isinstance(e.site, WeightSite)]
@@ -218,6 +218,11 @@ def is_quantised(module: nn.Module) -> bool:
     return isinstance(weight, Tensor) and (
         not weight.is_floating_point() or type(weight).__module__.startswith("torchao.")
     )
+
+
+def moved(x: Tensor, source: int, to: int) -> Tensor:
+    """`movedim`, without a view, and a node in the graph, where the dimension is in its place already."""
+    return x if source == to else x.movedim(source, to)
 
 
 def _weights_of(module: nn.Module) -> _Weights:

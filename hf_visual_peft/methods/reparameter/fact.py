@@ -146,7 +146,7 @@ class FacTConfig(TargetedConfig):
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """At every linear of every block."""
         self._require_integer("r", 1, backbone.width, "the backbone's width")
-        paths = [path for block in backbone.blocks for path in block.modules(LINEAR_ROLES)]
+        paths = backbone.modules(LINEAR_ROLES)
         columns = None
         if self.variant == "tk":
             sizes = (backbone.linears[path] for path in paths)

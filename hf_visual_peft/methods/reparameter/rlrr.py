@@ -86,12 +86,10 @@ class RLRRConfig(TargetedConfig):
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """At every linear and norm and the patch embedding."""
-        others = (path for block in backbone.blocks for path in block.modules((*NORM_ROLES, *OTHER_ROLES)))
-        for path in (*backbone.outside, *others):
+        for path in (*backbone.outside, *backbone.modules((*NORM_ROLES, *OTHER_ROLES))):
             yield self._at(path)
-        for block in backbone.blocks:
-            for path in block.modules(LINEAR_ROLES):
-                yield Placement(path, "weight", WeightSite(), RLRR)  # type: ignore[arg-type]
+        for path in backbone.modules(LINEAR_ROLES):
+            yield Placement(path, "weight", WeightSite(), RLRR)  # type: ignore[arg-type]
 
     def placement_at(self, path: str, module: nn.Module) -> Placement:
         """At a linear as at those of the blocks, else as after a norm."""

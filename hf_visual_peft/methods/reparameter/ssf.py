@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ...backbone import ALL_ROLES, VisionBackbone
+from ...backbone import VisionBackbone
 from ...registry import Paper, register
 from ...sites import OutputSite, Placement, output_channels
 from ...targets import ANY_CHANNELS, TargetedConfig
@@ -100,7 +100,7 @@ class SSFConfig(TargetedConfig):
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """After every operation of the backbone."""
-        for path in (*backbone.outside, *(path for block in backbone.blocks for path in block.modules(ALL_ROLES))):
+        for path in (*backbone.outside, *backbone.modules()):
             yield self._at(path)
 
     def _at(self, path: str) -> Placement:

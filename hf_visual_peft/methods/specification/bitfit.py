@@ -12,7 +12,6 @@ from ...backbone import VisionBackbone
 from ...registry import Paper, register
 from ...sites import OutputSite, Placement, output_channels
 from ...targets import ANY_CHANNELS, TargetedConfig
-from .deltas import modules_of
 
 
 class Shift(nn.Module):
@@ -75,7 +74,7 @@ class BitFitConfig(TargetedConfig):
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """On the output of every module that may have a bias."""
-        for path in (*backbone.outside, *modules_of(backbone)):
+        for path in (*backbone.outside, *backbone.modules()):
             yield self._at(path)
 
     def _at(self, path: str) -> Placement:

@@ -14,16 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...backbone import ALL_ROLES, VisionBackbone
 from ...calibration import NotCalibratedError
 
 
 UNSET = -1  # index of an entry that is not chosen yet
-
-
-def modules_of(backbone: VisionBackbone, roles: Sequence[str] = ALL_ROLES) -> list[str]:
-    """Full names of the modules of all blocks in some roles; see `Block.modules`."""
-    return [path for block in backbone.blocks for path in block.modules(roles)]
 
 
 class Chosen(nn.Module):

@@ -13,7 +13,7 @@ from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import OutputSite, Placement, WeightSite
 from .bitfit import Shift
-from .deltas import Addend, Deltas, modules_of
+from .deltas import Addend, Deltas
 
 
 class ScaledShift(nn.Module):
@@ -73,11 +73,11 @@ class DiffFitConfig(VisualPeftConfig):
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """On every linear, norm and patch embedding."""
-        for path in (*backbone.norms, *modules_of(backbone, (*NORM_ROLES, "further_norms"))):
+        for path in (*backbone.norms, *backbone.modules((*NORM_ROLES, "further_norms"))):
             yield Placement(path, "norm", WeightSite(), norm_deltas)
-        last = modules_of(backbone, ("output", "fc2"))
+        last = backbone.modules(("output", "fc2"))
         for path in last:
             yield Placement(path, "scale", OutputSite(), ScaledShift)  # type: ignore[arg-type]
-        others = modules_of(backbone, ("query", "key", "value", "fc1", "operations"))
+        others = backbone.modules(("query", "key", "value", "fc1", "operations"))
         for path in (*backbone.patch_embedding, *backbone.between, *others):
             yield Placement(path, "bias", OutputSite(), Shift)

@@ -16,7 +16,7 @@ from ...calibration import Calibration
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import Placement, WeightSite, as_matrix
-from .deltas import Addend, Deltas, SparseAddend, modules_of, summed_gradients
+from .deltas import Addend, Deltas, SparseAddend, summed_gradients
 
 
 TEMPERATURE = 0.07  # of the authors' code
@@ -135,7 +135,7 @@ class GPSConfig(VisualPeftConfig):
         for path in (
             *backbone.patch_embedding,
             *backbone.between,
-            *modules_of(backbone, (*LINEAR_ROLES, "operations")),
+            *backbone.modules((*LINEAR_ROLES, "operations")),
         ):
             yield Placement(path, "entries", WeightSite(), partial(GPS, k=self.k))
 
