@@ -28,9 +28,12 @@ class OutputSite(Site):
         followers: full names of the linears and convolutions that read the output, where the equation merges into
             them and not into the module. It then has `fold_input(weight, bias, *shared) -> (weight, bias)` in place of
             `fold`. Empty where it is not known what reads the output, or cannot be told.
+        channelwise: whether the equation is `scale * x + shift`, with these two parameters of its own, a number for
+            each channel. A layer norm then does it with its own weight and bias, which keeps no further activations.
     """
 
     followers: tuple[str, ...] | None = None
+    channelwise: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class ModuleLayer(VisualTunerLayer, nn.Module):
             return self.base_layer(*args, **kwargs)
         if parts := self._parts(args):
             return self._run_parts(parts, lambda name, index, *a, **k: self.forward(*a, **k), args, kwargs)
+        if self._norm_does_it():
+            return evaluate_changed(self.get_base_layer(), self._active(), args[0])
         output = self._base_output(*args, **kwargs)
         dim = channel_dim(self.get_base_layer(), output.ndim)
         output = moved(output, dim, -1)
@@ -89,13 +94,20 @@ class ModuleLayer(VisualTunerLayer, nn.Module):
                 output = call_equation(self, equation, output, *read, *shared)  # type: ignore[arg-type]
         return moved(output, -1, dim)
 
+    def _norm_does_it(self) -> bool:
+        """Whether only scales and shifts act here, in the precision of a layer norm that can do them by itself."""
+        norm, equations = self.get_base_layer(), list(self._active())
+        if type(norm) is not nn.LayerNorm or norm.weight is None or not equations:
+            return False
+        if norm._forward_pre_hooks or norm._forward_hooks or "forward" in norm.__dict__:  # which want to be called
+            return False
+        return all(_is_channelwise(e) and e.module.scale.dtype == norm.weight.dtype for e in equations)  # type: ignore[union-attr]
+
     def _base_output(self, *args: Any, **kwargs: Any) -> Tensor:
         equations = [e for e in self._active() if isinstance(e.site, WeightSite)]
         if not equations:
             return self.base_layer(*args, **kwargs)
-        weights = _weights_of(self.get_base_layer())
-        new = _apply(equations, weights)
-        return _evaluate(weights.module, args[0], new.weight, new.bias)
+        return evaluate_changed(self.get_base_layer(), equations, args[0])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters into weight and bias of the module, or of the linears that follow it.
@@ -181,6 +193,10 @@ def _followers(equation: Equation) -> tuple[str, ...] | None:
     return getattr(equation.site, "followers", None)
 
 
+def _is_channelwise(equation: Equation) -> bool:
+    return isinstance(equation.site, OutputSite) and equation.site.channelwise
+
+
 def _fold_input(
     fold: Callable[..., tuple[Tensor, Tensor | None]], weight: Tensor, bias: Tensor | None, shared: tuple
 ) -> tuple[Tensor, Tensor | None]:
@@ -242,8 +258,13 @@ def _weights_of(module: nn.Module) -> _Weights:
 def _apply(equations: Iterable[Equation], weights: _Weights) -> _Weights:
     """Weight and bias after equations that change them, in the dtype they have."""
     weight, bias = _matrix(weights), weights.bias
-    for _, equation, _, shared in equations:
-        new_weight, new_bias = equation(weight, bias, *shared)  # type: ignore[misc]
+    for each in equations:
+        if _is_channelwise(each):  # at a norm
+            equation: Any = each.module
+            scale, shift = equation.scale, equation.shift
+            new_weight, new_bias = weight * scale, shift if bias is None else bias * scale + shift
+        else:
+            new_weight, new_bias = each.module(weight, bias, *each.shared)  # type: ignore[misc]
         weight, bias = new_weight.to(weight.dtype), None if new_bias is None else new_bias.to(weight.dtype)
     return _Weights(weights.module, _laid_as_in(weights.module, weight, weights.weight), bias)
 
@@ -315,6 +336,18 @@ def channel_dim(module: nn.Module, ndim: int) -> int:
         maps = getattr(module, "data_format", "") == "channels_first" or type(module).__name__ == "LayerNorm2d"
         return -3 if maps else -1
     return -1
+
+
+def evaluate_changed(module: nn.Module, equations: Iterable[Equation], x: Tensor) -> Tensor:
+    """A module's output with weight and bias as equations change them.
+
+    Args:
+        module: it stays as it is.
+        equations: they are called with both, and return both.
+        x: the module's input.
+    """
+    new = _apply(equations, _weights_of(module))
+    return _evaluate(module, x, new.weight, new.bias)
 
 
 def _evaluate(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...backbone import VisionBackbone
@@ -27,9 +28,9 @@ class LowRank(nn.Module):
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features)."""
-        return self.up(self.dropout(self.down(x)))
+    def hidden(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., r)."""
+        return self.dropout(self.down(x))
 
     def matrix(self) -> tuple[Tensor, Tensor]:
         """The same as one weight (out, in) and bias (out,)."""
@@ -56,7 +57,11 @@ class Hydra(nn.Module):
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """(..., out_features), given also the linear's input (..., in_features)."""
-        return y + self.scale * (self.parallel(x) + self.sequential(y))
+        beside, behind = self.parallel, self.sequential
+        # both branches in one product, s on its small matrices: each sum of its own would be a pass over the output
+        hidden = torch.cat([beside.hidden(x), behind.hidden(y)], dim=-1)
+        weight = self.scale * torch.cat([beside.up.weight, behind.up.weight], dim=1)
+        return y + F.linear(hidden, weight, self.scale * (beside.up.bias + behind.up.bias))
 
     @torch.no_grad()
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

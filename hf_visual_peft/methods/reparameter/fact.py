@@ -81,10 +81,16 @@ class FacT(nn.Module):
     def forward(self, y: Tensor, x: Tensor, factors: Factors) -> Tensor:
         """(..., out_features), given also the linear's input (..., in_features)."""
         width = factors.u.in_features
-        x = F.pad(x, (0, self.inputs * width - x.shape[-1])).unflatten(-1, (self.inputs, width))
-        hidden = self.dropout(F.linear(factors.u(x).flatten(-2), self.middle(factors.core)))
-        update = factors.v(hidden.unflatten(-1, (self.outputs, -1))).flatten(-2)
-        return y + self.scale * update[..., : y.shape[-1]]
+        if missing := self.inputs * width - x.shape[-1]:
+            x = F.pad(x, (0, missing))
+        read = factors.u(x.unflatten(-1, (self.inputs, width))).flatten(-2)
+        hidden = self.dropout(F.linear(read, self.middle(factors.core)))
+        hidden, v = hidden.unflatten(-1, (self.outputs, -1)), factors.v.weight
+        if self.outputs * width > y.shape[-1]:
+            return y + F.linear(hidden, self.scale * v).flatten(-2)[..., : y.shape[-1]]
+        # product, factor and sum in one pass over the output
+        total = torch.addmm(y.reshape(-1, width), hidden.flatten(0, -2), v.T, alpha=self.scale)
+        return total.view(y.shape)
 
     @torch.no_grad()
     def fold(self, weight: Tensor, bias: Tensor | None, factors: Factors) -> tuple[Tensor, Tensor | None]:

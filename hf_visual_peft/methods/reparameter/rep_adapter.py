@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...backbone import Block, VisionBackbone
@@ -42,9 +43,9 @@ class RepAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) to the same."""
-        groups, _, size = self.up.shape
-        hidden = self.dropout(self.down(x)).unflatten(-1, (groups, size))
-        return x + self.scale * (torch.einsum("...gi,goi->...go", hidden, self.up).flatten(-2) + self.bias)
+        # the groups as one matrix, most of it zeros: less work than a product for each
+        dense = self.scale * torch.block_diag(*self.up)
+        return x + F.linear(self.dropout(self.down(x)), dense, self.scale * self.bias)
 
     def fold_input(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weight and bias of a linear that computes the same as the linear with these and RepAdapter before it."""

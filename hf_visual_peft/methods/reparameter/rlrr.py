@@ -97,7 +97,7 @@ class RLRRConfig(TargetedConfig):
         return self._at(path) if linear_sizes(module) is None else Placement(path, "weight", WeightSite(), _identity)
 
     def _at(self, path: str) -> Placement:
-        return Placement(path, "output", OutputSite(), partial(after, init_std=self.init_std or 0.0))
+        return Placement(path, "output", OutputSite(channelwise=True), partial(after, init_std=self.init_std or 0.0))
 
 
 def _identity(linear: nn.Module) -> nn.Module:

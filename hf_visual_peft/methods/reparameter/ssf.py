@@ -5,17 +5,61 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from ...backbone import VisionBackbone
+from ...backbone import LINEAR_ROLES, VisionBackbone
 from ...registry import Paper, register
 from ...sites import OutputSite, Placement, output_channels
 from ...targets import ANY_CHANNELS, TargetedConfig
 
 
 INIT_STD = 0.02  # of the paper
+SMALLEST = 0.1  # scale that is divided by, where no shift is larger than 1
+
+
+class ScaleAndShift(torch.autograd.Function):
+    """`scale * x + shift`, which keeps its output for the backward pass, and not x.
+
+    What follows often keeps the same tensor, as attention does with queries, keys and values, and GELU with its input:
+    then nothing is added to what is in memory. The gradient of scale is sum(g x) = (sum(g y) - shift sum(g)) / scale.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """(..., channels) to the same."""
+        return (x * scale).add_(shift)  # rounds as the formula does, which takes its place where nothing is kept
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        """Keep what the backward pass needs."""
+        ctx.save_for_backward(output, *inputs[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of x, scale and shift."""
+        output, scale, shift = ctx.saved_tensors
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        of_shift = rows.sum(dim=0)
+        of_scale = ((rows * output.reshape(rows.shape)).sum(dim=0) - shift * of_shift) / scale
+        return gradient * scale, of_scale, of_shift
+
+
+def is_recoverable(x: Tensor, scale: Tensor, shift: Tensor) -> bool:
+    """Whether x can be told from `scale * x + shift` with nearly all its digits.
+
+    It cannot where a scale is close to zero or the shift much larger, nor in half precision. A compiler decides by
+    itself what it keeps.
+    """
+    if torch.compiler.is_compiling() or x.is_meta or x.dtype.itemsize < 4 or not x.dtype == scale.dtype == shift.dtype:
+        return False
+    return bool((scale.abs() >= SMALLEST * shift.abs().clamp(min=1.0)).all())
 
 
 class SSF(nn.Module):
@@ -26,17 +70,21 @@ class SSF(nn.Module):
     Args:
         channels: of x.
         init_std: standard deviation of both at the start.
+        recover: whether x may be recovered from y in the backward pass; what follows must leave y as it is.
     """
 
-    def __init__(self, channels: int, init_std: float) -> None:
+    def __init__(self, channels: int, init_std: float, recover: bool = False) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(channels))
         self.shift = nn.Parameter(torch.zeros(channels))
+        self.recover = recover
         nn.init.normal_(self.scale, mean=1.0, std=init_std)
         nn.init.normal_(self.shift, std=init_std)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., channels) to the same."""
+        if self.recover and torch.is_grad_enabled() and is_recoverable(x, self.scale, self.shift):
+            return ScaleAndShift.apply(x, self.scale, self.shift)
         return x * self.scale + self.shift
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -49,8 +97,13 @@ class SSF(nn.Module):
         return new_weight.to(weight.dtype), new_bias.to(weight.dtype)
 
 
-def after(module: nn.Module, init_std: float) -> SSF:
+def after(module: nn.Module, init_std: float, recover: bool = False) -> SSF:
     """Scale and shift for the output of a module.
+
+    Args:
+        module: any that has channels.
+        init_std: as of `SSF`.
+        recover: as of `SSF`; it is done at linears only.
 
     Raises:
         ValueError: it is not known which channels it has.
@@ -58,7 +111,7 @@ def after(module: nn.Module, init_std: float) -> SSF:
     channels = output_channels(module)
     if channels is None:
         raise ValueError(f"Cannot scale the output of {module}: valid are {ANY_CHANNELS}.")
-    return SSF(channels, init_std)
+    return SSF(channels, init_std, recover and isinstance(module, nn.Linear))
 
 
 @register(
@@ -100,8 +153,11 @@ class SSFConfig(TargetedConfig):
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """After every operation of the backbone."""
+        # other modules may be followed by what changes their output in place, as in convolutional networks
+        recovered = set(backbone.modules(LINEAR_ROLES))
         for path in (*backbone.outside, *backbone.modules()):
-            yield self._at(path)
+            yield self._at(path, path in recovered)
 
-    def _at(self, path: str) -> Placement:
-        return Placement(path, "output", OutputSite(), partial(after, init_std=self.init_std or 0.0))
+    def _at(self, path: str, recover: bool = False) -> Placement:
+        build = partial(after, init_std=self.init_std or 0.0, recover=recover)
+        return Placement(path, "output", OutputSite(channelwise=True), build)
