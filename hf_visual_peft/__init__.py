@@ -19,6 +19,7 @@ from .frozen_norms import freeze_norms, norms_with_statistics, thaw_norms
 from .interpolation import Interpolation, interpolate
 from .parameters import parameter_groups
 from .peft_methods import with_visual_targets
+from .pyramid import feature_pyramid
 from .registry import get_method, list_methods, load_methods
 from .split_attention import SplitAttention, merge_attention, split_attention
 
@@ -37,6 +38,7 @@ __all__ = [
     "VisionBackbone",
     "VisualPeftConfig",
     "calibrate",
+    "feature_pyramid",
     "find_backbone",
     "freeze_norms",
     "get_method",

@@ -44,6 +44,7 @@ class Block:
         prefix_tokens: tokens before the patches.
         sublayers: where branches can be put, `"attention"` and `"mlp"`.
         post_norm: whether its norms follow the sub-layers.
+        pools: whether its attention changes width and number of tokens, so that what comes to it is not of its stage.
         window: rows and columns of its attention's windows; 0 where it has none, or nothing tells.
         entrances: full name of the module whose input is the stream as a sub-layer reads it; the block where the
             sub-layer has none of its own.
@@ -61,6 +62,7 @@ class Block:
     prefix_tokens: int = 0
     sublayers: tuple[str, ...] = ("attention", "mlp")
     post_norm: bool = False
+    pools: bool = False
     window: int = 0
     entrances: Mapping[str, str] = field(default_factory=dict)
     rest: tuple[str, ...] = ()
@@ -88,13 +90,18 @@ class VisionBackbone:
         final_norms: names of the norms behind the blocks.
         embeddings: names of the modules that return the first block's input, of all blocks or of each list.
         heads: names of the task heads in the model.
+        head_sizes: output and input features of those that are linears.
         dense: whether these belong to a model that answers for places in the image, not for the image.
+        last_block_read: whether these read what the last block returns.
         patch_features: numbers that one patch has before it is embedded: channels x height x width.
+        image_channels: channels of the images, 0 where patches do not come as images.
         grid: rows and columns of patches of an image of the size in the backbone's config, None where it has none or
             the tokens of the blocks are not these.
         times: grids in the sequence of a video of as many frames as the config tells; 1 for images.
         linears: output and input features of every linear and 1 x 1 convolution of the blocks, by its name.
         stage: which of several stages this is, None where the backbone has but one.
+        width_before: channels of the stage before among those that a method sees, None where there is none.
+        width_after: the same of the stage after.
     """
 
     path: str
@@ -111,10 +118,15 @@ class VisionBackbone:
     heads: tuple[str, ...]
     dense: bool
     patch_features: int
+    image_channels: int
     grid: tuple[int, int] | None
     times: int
     linears: Mapping[str, tuple[int, int]]
+    head_sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    last_block_read: bool = True
     stage: int | None = None
+    width_before: int | None = None
+    width_after: int | None = None
 
     def select(self, layers: Sequence[int] | None) -> VisionBackbone:
         """The backbone as a method sees it that acts on some blocks only: nothing outside them, either."""
@@ -151,7 +163,11 @@ class VisionBackbone:
         before = {name: getattr(self, name) for name in _NOTHING_OUTSIDE if name != "final_norms"}
         stages[0] = replace(stages[0], **before)
         stages[-1] = replace(stages[-1], final_norms=self.final_norms)
-        return tuple(stages)
+        widths = [None, *(stage.blocks[0].width for stage in stages), None]
+        return tuple(
+            replace(stage, width_before=before, width_after=after)
+            for stage, before, after in zip(stages, widths[:-2], widths[2:], strict=True)
+        )
 
     @property
     def norms(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -93,6 +94,28 @@ class Calibration:
             return self.model(**batch)
         return self.model(batch["pixel_values"])
 
+    def loss(self, batch: dict[str, Tensor], purpose: str) -> Tensor:
+        """Cross entropy of the model's answers to a batch, whose labels it takes out.
+
+        Args:
+            batch: as `batches` gives it.
+            purpose: who measures what by it, for errors.
+
+        Raises:
+            ValueError: there is no head, it gives no (batch, classes) logits, or it has no such labels.
+        """
+        name = type(self.model).__name__
+        if not self.backbone.heads:
+            raise ValueError(f"{purpose} by a classifier's loss: {name} has no head.")
+        labels = batch.pop("labels")
+        output = self.output(batch)
+        logits = getattr(output, "logits", output)
+        if not isinstance(logits, Tensor) or logits.shape[:-1] != labels.shape:
+            raise ValueError(f"{purpose} by a classifier's loss: {name} gives no (batch, classes) logits.")
+        if not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[-1]:
+            raise ValueError(f"dataloader: labels must be from 0 to {logits.shape[-1] - 1}.")
+        return F.cross_entropy(logits.float(), labels)
+
     @property
     def input_name(self) -> str:
         """What a batch has the images in: `pixel_values`, or `input_ids` where the model takes colours as such."""
@@ -139,7 +162,7 @@ def calibrate(
     if max_batches is not None and (type(max_batches) is not int or max_batches < 1):
         raise ValueError(f"max_batches is {max_batches!r}: must be None or an integer of at least 1.")
     config = configs[adapter_name]
-    if not isinstance(config, VisualPeftConfig) or type(config).choose is VisualPeftConfig.choose:
+    if not isinstance(config, VisualPeftConfig) or not config.chooses_from_data:
         raise ValueError(f"{type(config).__name__} chooses nothing from data: train it without calibration.")
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = {

@@ -113,7 +113,7 @@ class SavedAdapter:
             heads = tuple(getattr(config, "modules_to_save", None) or ())
             if isinstance(config, VisualPeftConfig):
                 sizes = {key: config.trained_numbers(key, tuple(shape)) for key, shape in shapes.items()}
-                heads += (config.copied_head,) if config.copied_head else ()
+                heads += tuple(filter(None, (config.copied_head, config.widened_head)))
             else:
                 sizes = {key: math.prod(shape) for key, shape in shapes.items()}
             in_head = [key for key in shapes if any(f".{name}." in key for name in heads)]

@@ -12,7 +12,7 @@ from typing import Any
 from .backbone import BLOCK_ROLES, VisionBackbone
 from .peft_methods import PEFT_METHODS
 from .registry import Method, Paper, list_methods
-from .sites import BranchSite, LinearSite, OutputSite, Placement, Site, TokenSite, WeightSite, WholeSite
+from .sites import BranchSite, LinearSite, NormSite, OutputSite, Placement, Site, TokenSite, WeightSite, WholeSite
 from .tables import format_table
 from .targets import TargetedConfig
 
@@ -22,13 +22,14 @@ _GRADIENTS = {
     "partial": "through a part of the backbone",
     "none": "not through the backbone",
 }
-_ACTIVATIONS = {"full": "whole backbone", "partial": "last blocks", "none": "none"}
+_ACTIVATIONS = {"full": "whole backbone", "partial": "a part", "none": "none"}
 _BRANCHES = {
     "input": "before {}, on the stream",
     "normed": "beside {}, on the output of its norm",
     "stream": "beside {}, on the stream before its norm",
     "output": "after {}, on what the sub-layer adds",
     "sum": "after {}, on the stream",
+    "block": "beside the block, on the stream before it",
 }
 _SUBLAYERS = {"attention": "attention", "mlp": "the MLP"}
 _BLOCK = "the block"
@@ -43,7 +44,7 @@ Written by `make docs` from what the methods declare (`hf-visual-peft methods --
 ([arXiv 2402.02242](https://arxiv.org/abs/2402.02242)), *visual tuning* that in "Visual Tuning"
 ([arXiv 2305.06061](https://arxiv.org/abs/2305.06061)). *Parameters* train on ViT-B/16 at 224 px, the head not counted;
 the tests count them. *Activations* are those of the backbone that training keeps for the backward pass: of the whole
-backbone, of its last blocks, or none. A method that *merges* folds into the weights of the backbone; one that is the
+backbone, of a part of it, or none. A method that *merges* folds into the weights of the backbone; one that is the
 *identity* changes no output before it is trained. Sites are those on ViT-B/16 with the config's defaults.
 """
 
@@ -58,7 +59,7 @@ def methods_table() -> str:
         nature = (_yes(method.mergeable), _GRADIENTS[method.gradients])
         for number, (setting, count) in enumerate(method.counts):
             first = number == 0
-            row = (f"{count:,}", _setting(setting), *(nature if first else ("",) * 2))
+            row = (_count(method, count), _setting(setting), *(nature if first else ("",) * 2))
             rows.append((*(about if first else ("",) * 3), *row))
     return format_table(header, rows, right=("trainable on ViT-B/16",))
 
@@ -96,6 +97,7 @@ def methods_json() -> str:
             },
             "equation": method.equation,
             "trainable_on_vit_b16": [{"fields": setting, "parameters": count} for setting, count in method.counts],
+            "further_head_inputs": method.head_inputs,
             "mergeable": method.mergeable,
             "gradients_through_backbone": method.gradients,
             "identity_at_start": method.identity_at_start,
@@ -125,7 +127,7 @@ def methods_markdown() -> str:
                 method.category,
                 method.visual_tuning,
                 f"[{_source(method.paper) if method.paper.arxiv else method.paper.venue}]({method.paper.url})",
-                f"{count:,}",
+                _count(method, count),
                 _setting(setting),
                 _yes(method.mergeable),
                 _yes(method.identity_at_start),
@@ -140,6 +142,8 @@ def methods_markdown() -> str:
 def _section(method: Method, backbone: VisionBackbone) -> str:
     paragraphs = inspect.cleandoc(method.config_cls.__doc__ or "").split("\n\n")
     counts = "; ".join(f"{count:,} ({_setting(setting)})" for setting, count in method.counts)
+    if method.head_inputs:
+        counts += f", and {method.head_inputs:,} further inputs of the head for each class"
     own = method.config_cls.__annotations__
     settings = [f"`{field.name}` ({field.default!r})" for field in fields(method.config_cls) if field.name in own]
     items = [
@@ -200,6 +204,8 @@ def _kind(site: Site, names: Mapping[str, str]) -> str:
             return ", ".join([_BRANCHES[site.reads], *(words for true, words in about if true)])
         case TokenSite():
             return "tokens after the prefix tokens" + (", from the block before" if site.takes else "")
+        case NormSite():
+            return f"weight and bias of {names[site.path]}"
         case OutputSite():
             into = _join(list(dict.fromkeys(names[path] for path in site.followers or ())))
             return "output of {}" + (f", merging into {into}" if into else "")
@@ -270,6 +276,11 @@ def _vit_b16() -> VisionBackbone:
 
     with torch.device("meta"):
         return find_backbone(ViTForImageClassification(ViTConfig()))
+
+
+def _count(method: Method, count: int) -> str:
+    """Parameters without the head, and what makes that wider, by class."""
+    return f"{count:,}" + (f" + {method.head_inputs:,} a class" if method.head_inputs else "")
 
 
 def _source(paper: Paper) -> str:

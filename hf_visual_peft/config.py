@@ -6,11 +6,13 @@ import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+
+from .registry import get_method
 
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ class VisualPeftConfig(PeftConfig):
     unknown_fields: ClassVar[list[str]] = []
     whole_modules: ClassVar[bool] = False  # whether the method trains copies of modules, and no equations
     copied_head: ClassVar[str] = ""  # where the head is one of them: name under which its copy is saved
+    widened_head: ClassVar[str] = ""  # the part of its equations that makes the head wider
     per_stage: ClassVar[bool] = True  # whether the method sees blocks of one width at a time, or all
     video: ClassVar[bool] = False  # whether the method takes videos, (batch, frames, channels, height, width)
 
@@ -141,6 +144,22 @@ class VisualPeftConfig(PeftConfig):
     def choose(self, calibration: Calibration) -> None:
         """Choose from data what to train, in methods that do; called by `hf_visual_peft.calibrate`."""
         raise NotImplementedError(f"{type(self).__name__} chooses nothing from data.")
+
+    @property
+    def gradients(self) -> Literal["full", "partial", "none"]:
+        """How far gradients cross the backbone with these fields; of most methods one answer for all."""
+        return get_method(self.method_type).gradients
+
+    @property
+    def chooses_from_data(self) -> bool:
+        """Whether `hf_visual_peft.calibrate` must be called before training."""
+        return type(self).choose is not VisualPeftConfig.choose
+
+    def initialise(self, adapter: Calibration) -> None:
+        """Set first weights that come of the backbone's own, in methods that have such; without data.
+
+        Called when the adapter is put in, unless `init_weights` is False. Weights may be on the meta device.
+        """
 
     @property
     def layers(self) -> list[int] | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .architectures import Architecture, architecture_of, heads_of, known_backbones
+from .architectures import WITHOUT_LAST_BLOCK, Architecture, architecture_of, heads_of, known_backbones
 from .backbone import (
     BLOCK_ROLES,
     NORM_ROLES,
@@ -112,6 +114,8 @@ class _Resolver:
         else:
             between = tuple(path for path in self._real(table.between) if path not in used)
         between, between_norms = self._apart(between)
+        embedding = outside["patch_embedding"]
+        patch = tuple(_weight(self.model, embedding[0]).shape[1:]) if embedding else (0,)
         return VisionBackbone(
             path=self.path,
             class_name=self.class_name,
@@ -122,10 +126,15 @@ class _Resolver:
             between_norms=between_norms,
             embeddings=embeddings,
             heads=heads,
+            head_sizes={
+                path: (head.out_features, head.in_features)
+                for path in heads
+                if isinstance(head := _original(self._module(path)), nn.Linear)
+            },
             dense=dense,
-            patch_features=_weight(self.model, outside["patch_embedding"][0])[0].numel()
-            if outside["patch_embedding"]
-            else 0,
+            last_block_read=type(self._module(self._parent())).__name__ not in WITHOUT_LAST_BLOCK,
+            patch_features=math.prod(patch),
+            image_channels=patch[0] if len(patch) > 1 else 0,
             grid=_native_grid(getattr(self.backbone, "config", None)) if table.grid == "full" else None,
             times=_native_times(getattr(self.backbone, "config", None)) if table.video else 1,
             linears={
@@ -197,7 +206,7 @@ class _Resolver:
             )
         num_heads = self._num_heads(roles["query"])
         # an attention that changes the width pools tokens, too: it is a way from one stage to the next
-        pools = widths["norm1"] and widths["norm2"] and widths["norm1"] != widths["norm2"]
+        pools = bool(widths["norm1"] and widths["norm2"] and widths["norm1"] != widths["norm2"])
         if pools and "attention" in sublayers:
             pooling = [path for role in SUBLAYER_ROLES["attention"] for path in roles[role]]
             roles |= dict.fromkeys(SUBLAYER_ROLES["attention"], ())
@@ -214,6 +223,7 @@ class _Resolver:
             prefix_tokens=prefix_tokens,
             sublayers=sublayers,
             post_norm=bool(post_norm),
+            pools=pools,
             window=getattr(block, table.window, 0) if table.window else 0,
             entrances=self._entrances(path, roles, sublayers, bool(post_norm)),
             rest=self._existing(path, table.reads_result),
@@ -310,6 +320,11 @@ class _Resolver:
             owners = [self._module(query[0].rpartition(".")[0]), *owners]
         found = (getattr(owner, name, None) for owner in owners for name in names)
         return next((number for number in found if isinstance(number, int)), None)
+
+
+def _original(module: nn.Module) -> nn.Module:
+    """The module itself where adapters train copies of it."""
+    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
 
 
 def _join(*names: str) -> str:

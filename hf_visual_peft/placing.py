@@ -8,7 +8,7 @@ from dataclasses import replace
 from .backbone import BackboneError, NoTokensError, VisionBackbone
 from .config import VisualPeftConfig
 from .registry import list_methods
-from .sites import BranchSite, LogitSite, Placement, TokenSite
+from .sites import BranchSite, LogitSite, Placement, SideSite, TokenSite
 
 
 def placements_of(config: VisualPeftConfig, selected: VisionBackbone, whole: VisionBackbone) -> list[Placement]:
@@ -37,7 +37,60 @@ def placements_of(config: VisualPeftConfig, selected: VisionBackbone, whole: Vis
             f"{type(config).__name__}: {whole.class_name} has none of the modules that it acts on. "
             f"{_advice(config, whole)}"
         )
+    if any(isinstance(placement.site, SideSite) for placement in placements):
+        return _side_placements(config, placements, whole)
     return placements
+
+
+def _side_placements(config: VisualPeftConfig, placements: list[Placement], whole: VisionBackbone) -> list[Placement]:
+    """The pieces of a network beside the backbone, and what hands its state on at blocks that have none.
+
+    Raises:
+        ValueError: the network ends before the last stage, or how tokens of stages lie in the image is not known.
+    """
+    name = f"{type(config).__name__} does not fit {whole.class_name}"
+    pieces = {p.path: p for p in placements if isinstance(p.site, SideSite)}
+    paths = [block.path for block in whole.blocks]
+    last = next(path for path in reversed(paths) if path in pieces)
+    stages = whole.stages(whole)
+    one_grid = len(stages) == len({block.group for block in whole.blocks}) == 1
+    site = pieces[last].site
+    assert isinstance(site, SideSite)
+    if site.ends and last not in {block.path for block in stages[-1].blocks}:
+        raise ValueError(
+            f"{type(config).__name__}.layers_to_transform is {config.layers!r}: the network must end in the last "
+            f"stage of {whole.class_name}, blocks {', '.join(str(block.index) for block in stages[-1].blocks)}."
+        )
+    if site.ends and not whole.last_block_read:
+        raise ValueError(f"{name}: the model around it does not read the last block, where the network's result goes.")
+    placed = [p for p in placements if not isinstance(p.site, SideSite)]
+    begun = False
+    for index, path in enumerate(paths):
+        piece = pieces.get(path)
+        following = next((pieces[later] for later in paths[index:] if later in pieces), None)
+        model = (following or pieces[last]).site
+        assert isinstance(model, SideSite)
+        frozen = model.frozen if following else model.ends or model.heads is not None
+        layout = model.needs_layout or (model.aligned and not one_grid)
+        if layout and whole.architecture.grid is None:
+            raise ValueError(f"{name}: how its tokens lie in the image is not known.")
+        final = path == paths[-1]
+        site = replace(
+            model,
+            frozen=frozen,
+            needs_layout=layout,
+            takes=begun,
+            hands_on=(not final or model.heads is not None or model.keeps) and (begun or piece is not None),
+            keeps=final and model.keeps,
+            heads=model.heads if final else None,
+            exits=final and model.ends,
+        )
+        begun = begun or piece is not None
+        if piece is not None:
+            placed.append(replace(piece, site=site))
+        elif frozen or site.takes:
+            placed.append(Placement(path, "passage", site, None))
+    return placed
 
 
 def _advice(config: VisualPeftConfig, whole: VisionBackbone) -> str:
@@ -63,6 +116,10 @@ def _placements(config: VisualPeftConfig, selected: VisionBackbone, whole: Visio
                 if needed not in sublayers[placement.path]:
                     continue
                 _check_block_site(config, whole, site)
+            if isinstance(site, SideSite) and site.needs_pixels and whole.architecture.grid == "spatial_shapes":
+                raise ValueError(
+                    f"{type(config).__name__} does not fit {whole.class_name}: it is not given images, but patches."
+                )
             if placement.shared is not None and stage.stage is not None:
                 shared = replace(placement.shared, name=f"{placement.shared.name}_stage{stage.stage}")
                 placement = replace(placement, shared=shared)

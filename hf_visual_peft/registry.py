@@ -94,6 +94,8 @@ class Method:
         gradients: how far gradients cross the backbone: through all of it, a part, or not at all.
         identity_at_start: whether a fresh adapter leaves the backbone's output as it was.
         calibrated: whether the method chooses from data, by `hf_visual_peft.calibrate`, before it can train.
+        head_inputs: further inputs of the task head on ViT-B/16-224 with the first of the counts. Each class has as
+            many numbers more, which the counts leave out, as they do the head.
     """
 
     name: str
@@ -108,6 +110,7 @@ class Method:
     gradients: Literal["full", "partial", "none"]
     identity_at_start: bool
     calibrated: bool
+    head_inputs: int = 0
 
     @property
     def video(self) -> bool:
@@ -158,6 +161,7 @@ def register(
     identity_at_start: bool,
     gradients: Literal["full", "partial", "none"] = "full",
     calibrated: bool = False,
+    head_inputs: int = 0,
 ) -> Callable[[ConfigT], ConfigT]:
     """Make a config class a peft method: `get_peft_model`, saving, loading and transformers then know it.
 
@@ -200,6 +204,7 @@ def register(
             gradients=gradients,
             identity_at_start=identity_at_start,
             calibrated=calibrated,
+            head_inputs=head_inputs,
         )
         return config_cls
 

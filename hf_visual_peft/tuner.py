@@ -14,9 +14,10 @@ from peft.utils.other import ModulesToSaveWrapper, match_target_against_key
 from torch import Tensor, nn
 
 from .backbone import VisionBackbone, unwrapped
+from .calibration import Calibration
 from .config import VisualPeftConfig
 from .finding import find_backbone
-from .frozen_norms import freeze_norms, move_statistics, norms_with_statistics
+from .frozen_norms import freeze_norms, keeps_statistics, move_statistics, norms_with_statistics
 from .key_renames import to_present_keys, to_present_names
 from .placing import placements_of
 from .sites import (
@@ -26,8 +27,10 @@ from .sites import (
     LinearSite,
     LogitSite,
     ModuleLayer,
+    NormSite,
     OutputSite,
     Placement,
+    SideSite,
     Site,
     TokenSite,
     VisualTunerLayer,
@@ -38,6 +41,8 @@ from .sites import (
 )
 from .sites.input import InputLayer, InputSite
 from .sites.mixed import BASE, check_samples_first, count_rows, instead_of_forward, run_parts
+from .sites.side import modules_before
+from .switching import concerned, switch
 from .targets import TargetedConfig, find_targets
 
 
@@ -82,6 +87,7 @@ class VisualTuner(BaseTuner):
                 move_statistics(model, adapter_name, adapter_name in self.active_adapters, acted_on, copied)
             if self._backbone is not None and config.video:
                 self._exchange.watch_frames(model, self._backbone)
+            self._exchange.unwatch_heads()  # copies of heads shall not have the hooks
             super().inject_adapter(
                 model,
                 adapter_name,
@@ -90,8 +96,34 @@ class VisualTuner(BaseTuner):
                 state_dict=state_dict if config.target_modules is not None else None,
             )
             freeze_norms(self)
+            self._watch_heads(model)
+            if config.init_weights and self._backbone is not None:
+                config.initialise(self._opened(model, adapter_name))
         finally:
             self._forget_plan()
+
+    def _watch_heads(self, model: nn.Module) -> None:
+        layers = [module for module in model.modules() if isinstance(module, VisualTunerLayer)]
+        sites = [site for layer in layers for plan in layer.plans.values() for _, site, _ in plan]
+        uses = [site.heads for site in sites if isinstance(site, SideSite) and site.heads is not None]
+        self._exchange.watch_heads(model, list(dict.fromkeys(path for use in uses for path, _ in use.outputs)))
+
+    def _opened(self, model: nn.Module, adapter_name: str) -> Calibration:
+        """An adapter for its method to look into, without data."""
+        assert self._backbone is not None
+        named = ((path.removesuffix(".base_layer"), module) for path, module in model.named_modules())
+        layers = {p: m for p, m in named if isinstance(m, VisualTunerLayer) and adapter_name in m.plans}
+        return Calibration(model, self._backbone, adapter_name, layers, None, dataloader=(), progress=False)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """As peft's, which raises parameters only; running statistics must have the dtype of theirs."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        layers = [module for module in self.model.modules() if isinstance(module, VisualTunerLayer)]
+        equations = [e.module for layer in layers for e in layer.equations_of(adapter_name) if e.module is not None]
+        for norm in [module for equation in equations for module in equation.modules() if keeps_statistics(module)]:
+            for name, buffer in norm.named_buffers(recurse=False):
+                if buffer.is_floating_point():
+                    setattr(norm, name, buffer.to(next(norm.parameters(), buffer).dtype))
 
     def _forget_plan(self) -> None:
         self._placements: dict[str, list[Placement]] = {}
@@ -127,8 +159,14 @@ class VisualTuner(BaseTuner):
             )
         trained = 0
         for placement in placements_of(config, selected, backbone):
-            if _is_excluded(config, placement.path):
-                self._excluded.add(placement.path)
+            passage = isinstance(placement.site, SideSite) and placement.build is None
+            if passage and placement.path in self._excluded:  # all but the way through it
+                self._excluded.remove(placement.path)
+                children = model.get_submodule(placement.path).named_children()
+                self._excluded.update(f"{placement.path}.{name}" for name, _ in children)
+            acts_on = placement.site.path if isinstance(placement.site, NormSite) else placement.path
+            if not passage and _is_excluded(config, acts_on):
+                self._excluded.add(acts_on)
             else:
                 trained += self._place(model, placement)
         self._check_trained(trained, config, backbone.class_name)
@@ -225,20 +263,30 @@ class VisualTuner(BaseTuner):
                 peft_config.init_weights,
                 placement.shared,
             )
-            self._connect(layer, placement.site)
+            self._connect(layer, current_key, placement.site)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, requires_grad=False)
 
-    def _connect(self, layer: VisualTunerLayer, site: Site) -> None:
-        if isinstance(site, BranchSite) and site.needs_layout:
+    def _connect(self, layer: VisualTunerLayer, path: str, site: Site) -> None:
+        if isinstance(site, BranchSite | SideSite) and site.needs_layout:
             assert self._backbone is not None
             self._exchange.watch_grid(self.model, self._backbone)
+        if isinstance(layer, BlockLayer) and isinstance(site, SideSite):
+            assert self._backbone is not None
+            if site.needs_pixels:
+                self._exchange.watch_pixels(self.model, self._backbone)
+            if site.asks:
+                layer.watch_queries()
+            first = path == self._backbone.blocks[0].path
+            layer.watch_side(modules_before(self.model, self._backbone) if first else ())
         if isinstance(layer, BlockLayer) and isinstance(site, LogitSite):
             layer.watch_attention()
         if isinstance(layer, BlockLayer) and isinstance(site, TokenSite):
             layer.watch_tokens()
+        if isinstance(layer, BlockLayer) and isinstance(site, NormSite):
+            layer.watch_norm(site.path, unwrapped(self.model.get_submodule(site.path)))
         if isinstance(layer, ModuleLayer) and isinstance(site, OutputSite):
             for path in site.followers or ():
                 layer.followers[path] = unwrapped(self.model.get_submodule(path))
@@ -252,6 +300,11 @@ class VisualTuner(BaseTuner):
         setattr(parent, child_name, new_module)
         if isinstance(child, BlockLayer):
             child.detach()
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As peft's, in a time that does not grow with the number of adapters."""
+        switch(self.model, adapter_name, inference_mode, self.tuner_layer_cls)
+        self.active_adapter = adapter_name
 
     def unload(self) -> nn.Module:
         """Take all adapter layers out; the model is then the very base again, its head included.
@@ -297,7 +350,7 @@ class VisualTuner(BaseTuner):
             yield
             return
         self._check_mixed(names, args, kwargs)
-        wrappers = [module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper)]
+        wrappers = [module for module in concerned(self.model, names) if isinstance(module, ModulesToSaveWrapper)]
         with ExitStack() as stack:
             stack.enter_context(self._exchange.mixing(names))
             for wrapper in wrappers:
@@ -317,7 +370,7 @@ class VisualTuner(BaseTuner):
         if samples is None:
             raise ValueError("adapter_names: no tensor among the model's arguments tells the number of inputs.")
         _check_length(names, len(samples))
-        layers = [module for module in self.model.modules() if isinstance(module, VisualTunerLayer)]
+        layers = [module for module in concerned(self.model, names) if isinstance(module, VisualTunerLayer)]
         if any(layer.merged for layer in layers):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 import hf_visual_peft
+from hf_visual_peft.sites import BlockLayer
 
 
 CORE = ("vit", "beit", "dinov2_registers")
@@ -53,9 +54,11 @@ def _unfit(method, family):
     """Why a method has nothing to do on a family."""
     if method.video and family.name in ("siglip2", "vit_mae"):
         return "videos need images of one grid"
+    if method.name in ("hst", "sidetuning", "vitadapter") and family.name == "siglip2":
+        return "it is given patches, not images"
     if method.name == "attnscale" and family.name in ("siglip2", "vit_mae", "data2vec", "data2vec_shared_bias"):
         return "no fixed number of tokens, or attention that its factors cannot reach"
-    if method.name == "linearprobe" and family.classifier is None:
+    if (method.name == "linearprobe" or method.head_inputs) and family.classifier is None:
         return "there is no head"
     return None
 
@@ -128,7 +131,7 @@ def test_count_on_vit_b16(method, fields, count):
         vit = ViTForImageClassification(ViTConfig(num_labels=7))
     model = get_peft_model(vit, method.config_cls(**fields))
     names = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    assert sum(n for name, n in names.items() if "classifier" not in name) == count
+    assert sum(n for name, n in names.items() if "classifier" not in name) == count + 7 * method.head_inputs
     assert sum(n for name, n in names.items() if "classifier" in name) == 7 * 769
 
 
@@ -372,7 +375,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(method, fields, family,
         if function is not None and not isinstance(block, BaseTunerLayer):
             block._gradient_checkpointing_func = lambda *a, f=function: calls.append(1) or f(*a)
     again = gradients()
-    assert len(calls) == 2 * DEPTH
+    bypassed = sum(isinstance(module, BlockLayer) and module.bypassed for module in model.modules())
+    assert len(calls) == 2 * (DEPTH - bypassed)  # what a bypassed block computes is not kept anyway
     assert plain.keys() <= again.keys()
     for name, gradient in plain.items():
         torch.testing.assert_close(again[name], gradient, rtol=1e-5, atol=1e-6 * gradient.abs().max().item())
@@ -442,7 +446,8 @@ def test_layers_to_transform_and_exclude_modules(method, fields, family):
         return all(not name.startswith(f"base_model.model.{block.path}.") for name in names for block in blocks)
 
     first, second, third = hf_visual_peft.find_backbone(family.model()).blocks
-    assert not outside(touched(), first)
+    everything = touched()
+    assert not outside(everything, first) or not outside(everything, third)  # some methods stand at the end only
     only = touched(layers_to_transform=1)
     assert only
     assert all(name.startswith(f"base_model.model.{second.path}.") for name in only)
@@ -461,6 +466,8 @@ def test_modules_to_save(method, fields, family):
 
     assert len(trained(None)) == 2
     assert trained([]) == set()
+    if method.head_inputs:  # it has nothing to do without a head
+        return
     bare = get_peft_model(family.backbone(), method.config_cls(**fields))
     assert not bare.peft_config["default"].modules_to_save
 

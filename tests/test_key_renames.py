@@ -57,6 +57,8 @@ SMALL = {
     "compacter": {"r": 4, "n": 2},
     "efft": {"r": 4},
     "kadaptation": {"n": 2},
+    "e3va": {"r": 4},
+    "last": {"r": 4},
     "lorand": {"r": 4, "rank": 2},
     "mona": {"r": 4},
     "mosa": {"r": 4},

@@ -98,6 +98,8 @@ _CONVNEXT = replace(
     fc1=("pwconv1",),
     fc2=("pwconv2",),
     drop_path=("drop_path",),
+    stream="channels_first",
+    grid="map",
     model_types=("convnext", "convnextv2"),
 )
 _CONVNEXT_BACKBONE = replace(

@@ -7,6 +7,9 @@ boxes): their own transformers are pretrained, and who wants to train them names
 # by their parts: peft finds modules by how their names end, and many a name ends in "neck" or "head"
 _DPT = ("neck.reassemble_stage", "neck.convs.*", "neck.fusion_stage", "head.head")
 
+# transformers counts the blocks that these read from the embeddings' output on: the last block is none of them
+WITHOUT_LAST_BLOCK = ("BeitForSemanticSegmentation",)
+
 HEADS = {
     "SegformerForSemanticSegmentation": ("decode_head",),
     "UperNetForSemanticSegmentation": ("decode_head", "auxiliary_head"),

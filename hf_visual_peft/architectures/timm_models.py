@@ -96,6 +96,8 @@ _CONVNEXT = replace(
     drop_path=("drop_path",),
     heads=(),
     own_heads=("head.fc",),
+    stream="channels_first",
+    grid="map",
     model_types=(),
 )
 _RESNET = replace(

@@ -6,11 +6,13 @@ any module that trains as a whole.
 """
 
 from .attention import LogitSite, attention_of
-from .block import BlockLayer, BranchSite, TokenSite, drop_path
+from .block import BlockLayer, drop_path
+from .block_sites import BranchSite, NormSite, TokenSite
 from .exchange import Exchange
 from .grid import Grid, TokenLayout, to_tokens
 from .layer import Equation, Placement, Shared, Site, VisualTunerLayer
 from .module import LinearSite, ModuleLayer, OutputSite, WeightSite, as_linear, as_matrix, output_channels
+from .side import SideSite, Tap, resized
 from .whole import WholeLayer, WholeSite, whole_module
 
 
@@ -23,10 +25,13 @@ __all__ = [
     "LinearSite",
     "LogitSite",
     "ModuleLayer",
+    "NormSite",
     "OutputSite",
     "Placement",
     "Shared",
+    "SideSite",
     "Site",
+    "Tap",
     "TokenLayout",
     "TokenSite",
     "VisualTunerLayer",
@@ -38,6 +43,7 @@ __all__ = [
     "attention_of",
     "drop_path",
     "output_channels",
+    "resized",
     "to_tokens",
     "whole_module",
 ]

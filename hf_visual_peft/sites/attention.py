@@ -60,6 +60,7 @@ def change_attention(
     module: nn.Module,
     change: Callable[[], Callable[[Tensor], Tensor] | None],
     join: Callable[[Tensor], tuple[Tensor, Tensor] | None],
+    see: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, bool]],
 ) -> None:
     """Let functions change the logits, or the keys and values, of an attention module from now on.
 
@@ -68,20 +69,22 @@ def change_attention(
         change: asked in every forward for a function of the logits; None leaves them to the module's implementation.
         join: called in every forward with the keys, (batch, heads, tokens, channels); returns further keys and
             values, which no mask hides, or None.
+        see: called first with the keys and the values; returns those that count, and whether they stand in for the
+            queries' own. Then nothing else changes, and no weights are returned.
     """
     if _CHANGES in vars(module):
         return
     own: Any = module.config
     config = copy.copy(own)
     config._attn_implementation = IMPLEMENTATION
-    vars(module)[_CHANGES] = (change, join, own)
+    vars(module)[_CHANGES] = (change, join, see, own)
     module.config = config
 
 
 def leave_attention(module: nn.Module) -> None:
     """Undo `change_attention`."""
     if _CHANGES in vars(module):
-        module.config = vars(module).pop(_CHANGES)[2]
+        module.config = vars(module).pop(_CHANGES)[3]
 
 
 def _attention(
@@ -95,18 +98,20 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls in place of the module's own attention function; arguments are those it gives."""
-    wanted, join, config = vars(module)[_CHANGES]
-    joining = join(key)
+    wanted, join, see, config = vars(module)[_CHANGES]
+    key, value, elsewhere = see(key, value)
+    joining = None if elsewhere else join(key)
     if joining is not None:
         key, value = torch.cat([key, joining[0]], dim=2), torch.cat([value, joining[1]], dim=2)
         if attention_mask is not None:
             shown = 1.0 if attention_mask.dtype == torch.bool or attention_mask.ndim == 2 else 0.0
             attention_mask = nn.functional.pad(attention_mask, (0, joining[0].shape[2]), value=shown)
-    change = wanted()
+    change = None if elsewhere else wanted()
     if change is None:
         modelling: Any = sys.modules[type(module).__module__]
         plain = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, modelling.eager_attention_forward)
-        return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        output, weights = plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        return output, None if elsewhere else weights
     logits = change(query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling))
     if attention_mask is not None and attention_mask.ndim == 2:  # as flash attention has it: (batch, keys)
         attention_mask = attention_mask[:, None, None, :].bool()

@@ -13,31 +13,34 @@ Other blocks have the same points. Where the norms follow the sub-layers, or the
 stream itself, and so do branches beside them. Where blocks hold maps, equations see their cells as tokens. Where a
 block pools, or has one sub-layer only, branches stand at the other alone.
 
-All of it is one forward pass, which is why this file is longer than others.
+What it does to attention stands in `block_attention`, what it does for networks beside the block in `block_side`.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..architectures import Stream
 from ..backbone import SUBLAYER_ROLES, Block, VisionBackbone
-from .attention import LogitSite, attention_of, change_attention, has_interface, leave_attention
+from .block_attention import AttentionLayer
+from .block_side import BypassedLayer, key_of
+from .block_sites import BranchSite, NormSite, Pass, Reads, TokenSite
 from .exchange import Exchange
-from .grid import Grid, TokenLayout, from_tokens, map_grid, to_tokens, unfolded_grid, unit_grid
-from .layer import Equation, Site, VisualTunerLayer, call_equation
+from .grid import Grid, TokenLayout, map_grid, to_tokens, unfolded_grid, unit_grid
+from .layer import Equation, call_equation
 from .masks import PositionBias, widen
 from .mixed import BASE
-from .prompted_attention import prompted_forward
+from .module import evaluate_changed
+from .side import SideSite
+from .weights import changed_forward
 
 
 # Arguments of blocks that have one entry, or a row and a column, for each token.
@@ -46,73 +49,7 @@ _MASKS = ("attention_mask", "relative_position_bias")
 _SIZES = ("input_dimensions", "height", "width")
 
 
-Reads = Literal["input", "normed", "stream", "output", "sum"]
-
-
-@dataclass(frozen=True)
-class BranchSite(Site):
-    """A branch at attention or MLP, added to the token stream after the sub-layer.
-
-    The equation is called with (batch, tokens, width) and returns the same shape. Branches before the sub-layer
-    (`"input"`) are part of what those beside it read (`"normed"`, `"stream"`), and these come before those that follow
-    it (`"output"`, then `"sum"`).
-
-    Attributes:
-        sublayer: which of the two.
-        reads: the branch's input. `"input"`: the stream as it comes to the block, which the branch changes for the
-            attention, too; `"normed"`: the output of the norm before the sub-layer; `"stream"`: the stream before that
-            norm; `"output"`: what the sub-layer adds to the stream, after layer scale and stochastic depth; `"sum"`:
-            the stream after the sub-layer, with all branches before this one.
-        drop_path: whether the branch is dropped at the block's stochastic depth rate, independently of the sub-layer.
-        needs_layout: whether the equation is called with a `TokenLayout` as second argument.
-        attends: whether the equation is then called with a function, too, that applies the block's first norm and its
-            attention to any (batch, tokens, width), without masks, position biases and layer scale.
-    """
-
-    sublayer: Literal["attention", "mlp"]
-    reads: Reads
-    drop_path: bool = False
-    needs_layout: bool = False
-    attends: bool = False
-
-
-@dataclass(frozen=True)
-class TokenSite(Site):
-    """Tokens put into the sequence after the prefix tokens and taken out again after the block.
-
-    From outside, a block has the backbone's own tokens only. The equation is called with the batch size and returns
-    (batch, tokens, width). Where attention does not take a sequence as it comes to the block, the tokens join it
-    there as further keys and values (`Architecture.prompts`), those of all windows, and none leave the block.
-
-    Attributes:
-        takes: whether the tokens are those that the block before handed on, and not new ones.
-        hands_on: whether the block after gets the tokens as this block leaves them.
-    """
-
-    takes: bool = False
-    hands_on: bool = False
-
-
-@dataclass
-class _Pass:
-    """One pass through one block: what comes in, and what the equations add on the way."""
-
-    grid: Grid | None
-    frames: int | None
-    tokens: dict[str, Tensor]
-    prefix: int
-    before: Tensor | None = None  # the block's own stream before the sub-layer at work
-    images: int = 0  # where they belong to videos
-    inside: int = 1  # cells of a patch, where these are the rows of the stream
-    joining: Tensor | None = None  # tokens that are not in the sequence, as attention reads them
-    added: Tensor | None = None  # by all branches so far
-    finished: bool = False  # whether the stream is behind the last sub-layer
-
-    def with_added(self, x: Tensor, stream: Stream = "tokens") -> Tensor:
-        return x if self.added is None else x + from_tokens(self.added, x, stream)
-
-
-class BlockLayer(VisualTunerLayer, nn.Module):
+class BlockLayer(AttentionLayer, BypassedLayer, nn.Module):
     """A transformer block with equations inside and around it.
 
     The block keeps its class and its hooks, and what the hooks see (transformers records hidden states there) is the
@@ -139,11 +76,10 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         self._grid_kind, self._prompts, self._group = table.grid, table.prompts, block.group
         self._stream, self._stream_inside = table.stream, table.stream_inside or table.stream
         self._query = block.roles["query"][0].removeprefix(f"{block.path}.") if block.roles["query"] else ""
-        self._watched: tuple[nn.Module] | None = None  # the attention module that equations act in
-        self._appending = False
-        self._prompted: tuple[nn.Module, ...] = ()  # the attention module whose forward takes further tokens
-        self._prompted_before: Callable[..., Any] | None = None
-        self._pass: _Pass | None = None
+        self._init_attention()
+        self._init_side()
+        self._changed_norms: tuple[str, ...] = ()  # whose weight and bias equations may change
+        self._pass: Pass | None = None
         self._block_returns_tuple = False
         names = list(inspect.signature(type(base_layer).forward).parameters)[2:]
         self._mask_positions = {name: position for position, name in enumerate(names) if name in _MASKS}
@@ -186,72 +122,6 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         for path in block.rest:
             self._handles.append(model.get_submodule(path).register_forward_pre_hook(self._before_rest))
 
-    def watch_attention(self) -> None:
-        """Let equations change the logits of the block's attention, or its keys and values, from now on."""
-        if self._watched is None:
-            self._watched = (attention_of(self.base_layer, self._query),)
-            change_attention(self._watched[0], self._logit_change, self._joining_heads)
-
-    def watch_tokens(self) -> None:
-        """Let tokens join the block's attention as further keys and values, where they are not in the sequence."""
-        if self._prompts != "keys" or self._appending:
-            return
-        if has_interface(self.base_layer, self._query):
-            self.watch_attention()
-            return
-        self._appending = True
-        attention = self.base_layer.get_submodule(self._query.rpartition(".")[0])
-        if prompted_forward(attention) is not None:
-            self._prompted = (attention,)
-            self._prompted_before = attention.__dict__.get("forward")
-            attention.forward = self._prompted_forward
-            return
-        _, _, keys, values, _ = self._attention
-        if keys == values:
-            raise ValueError(
-                f"{type(attention).__name__} makes queries, keys and values in one module and computes attention in a "
-                "way of its own: no tokens can join those of its attention. Set Architecture.prompts to None."
-            )
-        for module in dict.fromkeys((*keys, *values)):
-            self._handles.append(module.register_forward_hook(self._append))
-
-    def _prompted_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the attention module does instead of its own forward."""
-        (attention,) = self._prompted
-        if self._pass is not None and self._pass.joining is not None:
-            forward = prompted_forward(attention)
-            assert forward is not None
-            return forward(attention, self._pass.joining, *args, **kwargs)
-        return (self._prompted_before or partial(type(attention).forward, attention))(*args, **kwargs)
-
-    def _joining_heads(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Keys and values of the tokens that join, as heads (batch, heads, tokens, channels) like the block's own."""
-        current = self._pass
-        if current is None or current.joining is None:
-            return None
-        _, _, (key,), (value,), _ = self._attention
-        joining, heads = current.joining, like.shape[1]
-        windows = like.shape[0] // joining.shape[0]
-        with self._unwatched():
-            projected = key(joining).chunk(3, dim=-1)[1:] if key is value else (key(joining), value(joining))
-            found = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in projected)
-            keys, values = (tensor.repeat_interleave(windows, dim=0) for tensor in found)
-        return keys, values
-
-    def _logit_change(self) -> Callable[[Tensor], Tensor] | None:
-        equations = [e for e in self._active() if isinstance(e.site, LogitSite)]
-        if not equations or self._pass is None:
-            return None
-        layout = TokenLayout(self._pass.prefix, self._pass.grid, self._pass.frames)
-
-        def change(logits: Tensor) -> Tensor:
-            for _, equation, _, shared in equations:
-                assert equation is not None
-                logits = call_equation(self, equation, logits, layout, *shared)
-            return logits
-
-        return change
-
     def detach(self) -> nn.Module:
         """Undo everything that was done to the block and return it."""
         del self.base_layer.forward
@@ -261,12 +131,8 @@ class BlockLayer(VisualTunerLayer, nn.Module):
             handle.remove()
         for bias in self._position_biases:
             bias.remove()
-        for module in self._watched or ():
-            leave_attention(module)
-        for module in self._prompted:
-            del module.forward
-            if self._prompted_before is not None:
-                module.forward = self._prompted_before
+        self._detach_attention()
+        self._detach_side()
         self.exchange.unwatch()
         return self.base_layer
 
@@ -292,28 +158,42 @@ class BlockLayer(VisualTunerLayer, nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the block's, (batch, tokens, width) first."""
+        exchange = self.exchange
+        exchange.for_heads.clear()  # of a pass that did not reach the heads
         if not any(True for _ in self._active()):
             return self.base_layer(hidden_states, *args, **kwargs)
-        sites = {e.adapter: e.site for e in self._active() if isinstance(e.site, TokenSite)}
-        tokens = {name: self.exchange.handed_on.pop(name) for name, site in sites.items() if site.takes}
+        sites = {key_of(e): e.site for e in self._active() if isinstance(e.site, TokenSite | SideSite)}
+        tokens = {name: exchange.handed_on.pop(name) for name, site in sites.items() if site.takes}
+        layouts = {name: exchange.layouts.pop(name) for name in tokens if name in exchange.layouts}
         onward = tuple(name for name, site in sites.items() if site.hands_on)
         base: Any = self.base_layer
-        checkpoint = self.training and getattr(base, "gradient_checkpointing", False)
+        # a block that is bypassed keeps nothing that could be computed again
+        checkpoint = self.training and getattr(base, "gradient_checkpointing", False) and not self.bypassed
         # Tokens, grid and frames of this pass are arguments: when the function runs again in the backward pass, other
         # images may have been through the model.
-        new_pass = partial(_Pass, self.exchange.grid, self.exchange.frames, images=self.exchange.images)
+        new_pass = partial(
+            Pass, exchange.grid, exchange.frames, images=exchange.images, layouts=layouts, pixels=exchange.pixels
+        )
         run = partial(self._run, new_pass, tuple(tokens), onward, checkpoint, kwargs)
         call = partial(base._gradient_checkpointing_func, run) if checkpoint else run
         output = call(hidden_states, *tokens.values(), *args)
+        exchange.layouts.update((name, layouts[name]) for name in onward if name in layouts)
         if onward:
-            self.exchange.handed_on.update(zip(onward, output[-len(onward) :], strict=True))
+            exchange.handed_on.update(zip(onward, output[-len(onward) :], strict=True))
+            for e in self._active():
+                if isinstance(e.site, SideSite) and e.site.heads is not None and e.site.hands_on:
+                    exchange.leave_to_heads(e.adapter, exchange.handed_on.pop(key_of(e)), e.site.heads)
+                elif isinstance(e.site, SideSite) and e.site.keeps:
+                    state = exchange.handed_on.pop(key_of(e))
+                    if exchange.collected is not None:
+                        exchange.collected[e.adapter] = state
             output = output[: -len(onward)]
             return output if self._block_returns_tuple else output[0]
         return output
 
     def _run(
         self,
-        new_pass: Callable[[dict[str, Tensor], int], _Pass],
+        new_pass: Callable[[dict[str, Tensor], int], Pass],
         taken: tuple[str, ...],
         onward: tuple[str, ...],
         checkpoint: bool,
@@ -346,7 +226,9 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         # Inside the hooks, which see the whole batch, and before tokens make sequences of different lengths.
         if parts := self._parts((hidden_states,)):
             return self._run_parts(parts, partial(self._part_forward, current), (hidden_states, *args), kwargs)
+        forward = changed_forward(self.base_layer, forward, self._active())
         current.grid = self._told_grid(current, hidden_states, args, kwargs)
+        hidden_states = before = self._enter(current, hidden_states)
         names = self._insert(hidden_states, current)
         inserted = 0
         if self._prompts == "sequence":
@@ -363,11 +245,17 @@ class BlockLayer(VisualTunerLayer, nn.Module):
             self._add(current, branch, to_tokens(hidden_states, self._stream))
         # Here, and only here, what is added reaches everything after it by itself.
         hidden_states, current.added = current.with_added(hidden_states, self._stream), None
+        current.entered = to_tokens(hidden_states, self._stream)
         for sublayer in self._reads_block:
             stream = to_tokens(hidden_states, self._stream)
             current.before = stream
             self._beside(sublayer, current, stream, self._normed(sublayer, stream))
-        output = forward(hidden_states, *args, **kwargs)
+        with torch.no_grad() if self.bypassed else nullcontext():
+            if self._queries is not None and any(isinstance(e.site, SideSite) and e.site.asks for e in self._active()):
+                output, ask = self._queries.run(forward, hidden_states, args, kwargs)
+                current.ask = partial(self._ask, ask)
+            else:
+                output = forward(hidden_states, *args, **kwargs)
         self._block_returns_tuple = isinstance(output, tuple)
         stream = output[0] if self._block_returns_tuple else output
         if not current.finished:
@@ -379,20 +267,43 @@ class BlockLayer(VisualTunerLayer, nn.Module):
                 current.tokens[name] = stream[:, start:stop]
                 start = stop
             stream = torch.cat([stream[:, : self.prefix_tokens], stream[:, start:]], dim=1)
+            current.prefix -= inserted
+        stream = self._beside_block(current, before, stream)
         return (stream, *output[1:]) if self._block_returns_tuple else stream
 
     def _part_forward(
-        self, whole: _Pass, name: str, index: Tensor, hidden_states: Tensor, *args: Any, **kwargs: Any
+        self, whole: Pass, name: str, index: Tensor, hidden_states: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         """The samples of one adapter in a batch that mixes several."""
         grid = None if whole.grid is None else whole.grid.of_samples(index)
-        self._pass = None if name == BASE else replace(whole, grid=grid)
+        pixels = None if whole.pixels is None else whole.pixels[index]
+        self._pass = None if name == BASE else replace(whole, grid=grid, pixels=pixels)
         try:
             return self._adapted_forward(hidden_states, *args, **kwargs)
         finally:
             self._pass = whole
 
-    def _told_grid(self, current: _Pass, x: Tensor, args: tuple, kwargs: dict) -> Grid | None:
+    def watch_norm(self, path: str, norm: nn.Module) -> None:
+        """Let equations change weight and bias of a norm of the block from now on.
+
+        Args:
+            path: the norm's full name, as sites have it.
+            norm: the norm.
+        """
+        if path not in self._changed_norms:
+            self._changed_norms += (path,)
+            hook = partial(self._after_changed_norm, path)
+            # before all others, which see the norm's new output
+            self._handles.append(norm.register_forward_hook(hook, prepend=True))
+
+    def _after_changed_norm(self, path: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        equations = [e for e in self._active() if isinstance(e.site, NormSite) and e.site.path == path]
+        if self._pass is None or not equations:
+            return None
+        with self._unwatched():  # norms of a model's own run once more for it
+            return evaluate_changed(module, equations, args[0])
+
+    def _told_grid(self, current: Pass, x: Tensor, args: tuple, kwargs: dict) -> Grid | None:
         """How the tokens of the block's input lie in the image, as far as the embeddings, x or arguments tell."""
         if self._grid_kind == "map":
             return map_grid(x, self._stream)
@@ -403,7 +314,7 @@ class BlockLayer(VisualTunerLayer, nn.Module):
             return Grid(*given["input_dimensions"] if "input_dimensions" in given else given.values())
         return current.grid
 
-    def _layout(self, current: _Pass, tokens: Tensor) -> TokenLayout:
+    def _layout(self, current: Pass, tokens: Tensor) -> TokenLayout:
         """How these tokens lie in the image.
 
         Raises:
@@ -420,35 +331,7 @@ class BlockLayer(VisualTunerLayer, nn.Module):
             grid = replace(grid, times=(tokens.shape[1] - current.prefix) // grid.area, frames_last=True)
         return TokenLayout(current.prefix, grid, current.frames)
 
-    def _normed(self, sublayer: str, stream: Tensor) -> Tensor:
-        """What a sub-layer reads that takes its input from the block and not from a norm at its entrance."""
-        norm = self._attention[0] if sublayer == "attention" else ()
-        if self._post_norm or len(norm) == 0:
-            return stream
-        with self._unwatched():
-            return norm[0](stream)
-
-    @contextmanager
-    def _unwatched(self) -> Iterator[None]:
-        """Modules of the block work on other tokens than the block's own meanwhile; hooks are for these only."""
-        current, self._pass = self._pass, None
-        try:
-            yield
-        finally:
-            self._pass = current
-
-    def _join(self, tokens: Tensor, current: _Pass) -> None:
-        current.joining = self._normed("attention", tokens)
-
-    def _append(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        """Keys or values, with those of the tokens that join behind them."""
-        current = self._pass
-        if current is None or current.joining is None:
-            return None
-        with self._unwatched():
-            return torch.cat([output, module(current.joining)], dim=1)
-
-    def _insert(self, hidden_states: Tensor, current: _Pass) -> list[str]:
+    def _insert(self, hidden_states: Tensor, current: Pass) -> list[str]:
         """Make the tokens that this block starts with; the names of all adapters that have tokens here."""
         names = []
         for name, equation, site, shared in self._active():
@@ -476,22 +359,25 @@ class BlockLayer(VisualTunerLayer, nn.Module):
             if isinstance(site, BranchSite) and site.sublayer == sublayer and site.reads == reads:
                 yield equation
 
-    def _beside(self, sublayer: str, current: _Pass, stream: Tensor, normed: Tensor) -> None:
+    def _beside(self, sublayer: str, current: Pass, stream: Tensor, normed: Tensor) -> None:
         """Branches beside a sub-layer, which all see the stream as it comes to it."""
         for branch in self._branches(sublayer, "normed"):
             self._add(current, branch, normed)
         for branch in self._branches(sublayer, "stream"):
             self._add(current, branch, stream)
 
-    def _behind(self, sublayer: str, current: _Pass, stream: Tensor) -> None:
+    def _behind(self, sublayer: str, current: Pass, stream: Tensor) -> None:
         """Branches that follow a sub-layer; `stream` is the block's own, without what the branches added."""
-        assert current.before is not None
         for branch in self._branches(sublayer, "output"):
+            assert current.before is not None
             self._add(current, branch, stream - current.before)
+        for branch in self._branches(sublayer, "block"):
+            assert current.entered is not None
+            self._add(current, branch, current.entered)
         for branch in self._branches(sublayer, "sum"):
             self._add(current, branch, current.with_added(stream))
 
-    def _add(self, current: _Pass, branch: Equation, x: Tensor) -> None:
+    def _add(self, current: Pass, branch: Equation, x: Tensor) -> None:
         site = branch.site
         assert isinstance(site, BranchSite)
         assert branch.module is not None
@@ -546,6 +432,7 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         stream = self._seen(args[0])
         if "attention" in self._sublayers:
             self._behind("attention", current, stream)
+            current.between = current.with_added(stream)
         current.before = stream
         return None if current.added is None else (current.with_added(args[0], self._stream_inside), *args[1:])
 
@@ -554,7 +441,7 @@ class BlockLayer(VisualTunerLayer, nn.Module):
         current = self._pass
         return None if current is None else (self._finish(current, args[0]), *args[1:])
 
-    def _finish(self, current: _Pass, stream: Tensor) -> Tensor:
+    def _finish(self, current: Pass, stream: Tensor) -> Tensor:
         """The stream behind the last sub-layer, with all that branches add."""
         for sublayer in self._sublayers[-1:]:
             self._behind(sublayer, current, to_tokens(stream, self._stream))

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import VisionBackbone
-from .grid import Grid
+from .grid import Grid, TokenLayout
+from .heads import HeadPart, HeadUse, HeadWatch
 from .mixed import MixedBatch
 
 
@@ -22,23 +23,35 @@ class Exchange:
 
     Attributes:
         grid: of the images in the model just now, None before the first forward.
-        handed_on: tokens on their way from block to block, by adapter.
+        handed_on: tokens, or the state of a side network, on their way from block to block, by adapter.
+        layouts: of the tokens that these states stand on.
+        pixels: the images in the model just now, where something reads them.
+        collected: states that side networks keep behind the last block, by adapter; None where nobody asks.
+        for_heads: what adapters have for the task heads just now, by head and adapter.
         shared: modules that several layers use, by name and adapter; one of these layers registers it.
         images: in the model just now, where they belong to videos.
         frames: images that belong together as a video, None where each stands for itself.
         mixed: adapters of the samples in the model just now, None where the active ones act on all.
         handles: the hooks that keep `grid` up to date.
         frame_handles: the hooks that keep `frames` up to date.
+        pixel_handles: the hook that keeps `pixels` up to date.
+        head_handles: the hooks at the heads.
     """
 
     grid: Grid | None = None
     handed_on: dict[str, Tensor] = field(default_factory=dict)
+    layouts: dict[str, TokenLayout] = field(default_factory=dict)
+    pixels: Tensor | None = None
+    collected: dict[str, Tensor] | None = None
+    for_heads: dict[str, dict[str, HeadPart]] = field(default_factory=dict)
     shared: dict[tuple[str | None, str], nn.Module] = field(default_factory=dict)
     images: int = 0
     frames: int | None = None
     mixed: MixedBatch | None = None
     handles: list[Any] = field(default_factory=list)
     frame_handles: list[Any] = field(default_factory=list)
+    pixel_handles: list[Any] = field(default_factory=list)
+    head_handles: list[Any] = field(default_factory=list)
 
     def watch_grid(self, model: nn.Module, backbone: VisionBackbone) -> None:
         """Read the grid off the embeddings in every forward from now on."""
@@ -53,6 +66,45 @@ class Exchange:
         if backbone.architecture.grid == "masked":
             hook = _RestoreIds(self, backbone.prefix_tokens)
             self.handles.append(embeddings.register_forward_hook(hook))
+
+    def watch_pixels(self, model: nn.Module, backbone: VisionBackbone) -> None:
+        """Keep what goes into the patch embedding from now on: images, (batch, channels, height, width)."""
+        if not self.pixel_handles:
+            patch_embedding = model.get_submodule(backbone.patch_embedding[0])
+            self.pixel_handles.append(patch_embedding.register_forward_pre_hook(self._from_pixels))
+
+    def watch_heads(self, model: nn.Module, heads: Sequence[str]) -> None:
+        """Let side networks add to what heads return from now on.
+
+        Args:
+            model: in which they are, with the copies that adapters train of them.
+            heads: their names.
+        """
+        for path in heads:
+            head, watch = model.get_submodule(path), HeadWatch(self, path)
+            self.head_handles.append(head.register_forward_pre_hook(watch.before))
+            self.head_handles.append(head.register_forward_hook(watch.after))
+
+    def unwatch_heads(self) -> None:
+        """Undo it."""
+        for handle in self.head_handles:
+            handle.remove()
+        self.head_handles.clear()
+
+    def leave_to_heads(self, adapter: str, state: Tensor, use: HeadUse) -> None:
+        """Put the logits of an adapter where the heads find them."""
+        sizes = [size for _, size in use.outputs]
+        for (path, _), logits in zip(use.outputs, state.split(sizes, dim=1), strict=True):
+            self.for_heads.setdefault(path, {})[adapter] = HeadPart(logits, use.normalised)
+
+    @contextmanager
+    def collecting(self) -> Iterator[dict[str, Tensor]]:
+        """Meanwhile collect the states that side networks keep behind the last block, by adapter."""
+        self.collected = {}
+        try:
+            yield self.collected
+        finally:
+            self.collected = None
 
     def watch_frames(self, model: nn.Module, backbone: VisionBackbone) -> None:
         """Let the model take videos from now on: their frames go through it as images, the head sees their mean.
@@ -82,11 +134,12 @@ class Exchange:
 
     def unwatch(self) -> None:
         """Remove all hooks."""
-        for handle in (*self.handles, *self.frame_handles):
-            handle.remove()
-        self.handles.clear()
-        self.frame_handles.clear()
-        self.grid = self.frames = None
+        for handles in (self.handles, self.frame_handles, self.pixel_handles):
+            for handle in handles:
+                handle.remove()
+            handles.clear()
+        self.unwatch_heads()
+        self.grid = self.frames = self.pixels = None
 
     def _split_frames(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         pixels = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
@@ -99,6 +152,9 @@ class Exchange:
         if "pixel_values" in kwargs:
             return args, {**kwargs, "pixel_values": pixels.flatten(0, 1)}
         return (pixels.flatten(0, 1), *args[1:]), kwargs
+
+    def _from_pixels(self, module: nn.Module, args: tuple) -> None:
+        self.pixels = args[0]
 
     def _from_patch_embedding(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         times = output.shape[2] if output.ndim == 5 else 1

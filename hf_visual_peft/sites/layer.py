@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import _set_layer_requires_grad
 from torch import Tensor, nn
 
 from .exchange import Exchange
@@ -91,6 +92,7 @@ class VisualTunerLayer(BaseTunerLayer):
         self.adapter_layer_names: tuple[str, ...] = ()
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
+        self._may_train: set[str] = set()  # adapters whose gradients may be on
         self.plans: dict[str, tuple[tuple[str, Site, str | None], ...]] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -138,7 +140,27 @@ class VisualTunerLayer(BaseTunerLayer):
                 self.adapter_layer_names = (*self.adapter_layer_names, attribute)
             getattr(self, attribute)[adapter_name] = equation
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        self._may_train.add(adapter_name)
         self.set_adapter(self.active_adapters)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As peft's, without a look at adapters that were not active and will not be: there may be a thousand."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for attribute in self.adapter_layer_names:
+            slot = getattr(self, attribute)
+            for name in self._may_train.union(names):
+                if name in slot:
+                    _set_layer_requires_grad(slot[name], name in names and not inference_mode)
+        self._may_train = set(names)
+        self._freeze_non_trainable_peft_weights(names)
+        self._active_adapter = names
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """As peft's."""
+        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        if requires_grad:
+            self._may_train |= names
+        super().set_requires_grad(names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from the layer."""

@@ -43,12 +43,30 @@ def widen(mask: Any, name: str, at: int, length: int, count: int) -> Any:
     return mask
 
 
+def for_queries(mask: Any, name: str) -> Any:
+    """The mask or bias for further queries, which see all that anyone sees and have no position, so no bias.
+
+    Args:
+        mask: as `widen` has it.
+        name: of the argument, for the error.
+    """
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"{name}: a {type(mask).__name__} cannot be extended to further queries; pass a tensor.")
+    if mask.ndim == 2 or mask.shape[-2] == 1:
+        return mask
+    if not mask.is_floating_point():
+        return mask.any(dim=-2, keepdim=True).to(mask.dtype)
+    lowest = torch.finfo(mask.dtype).min
+    return (mask <= lowest / 2).all(dim=-2, keepdim=True).to(mask.dtype) * lowest
+
+
 class PositionBias:
     """Lets a module that makes a bias for the grid serve a sequence with inserted tokens, which get no bias."""
 
     def __init__(self, module: nn.Module, prefix_tokens: int) -> None:
         self.module = module
         self.prefix_tokens = prefix_tokens
+        self.asked = False  # whether further queries are at work, which are no part of the sequence
         module.forward = self.forward
 
     def remove(self) -> None:
@@ -60,6 +78,8 @@ class PositionBias:
     ) -> Tensor:
         """As the module's, with rows and columns of zeros for inserted tokens."""
         own = window_size[0] * window_size[1] + self.prefix_tokens
+        if self.asked:
+            return next(self.module.parameters()).new_zeros(1, 1, 1, own)
         inserted = 0 if dim_size is None else dim_size - own
         bias = type(self.module).forward(self.module, window_size, interpolate_pos_encoding, dim_size=own)
         return widen(bias, "bias", self.prefix_tokens, own, inserted) if inserted else bias

@@ -8,7 +8,6 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...backbone import VisionBackbone, unwrapped
@@ -154,21 +153,7 @@ class SPTConfig(VisualPeftConfig):
         return LORA if matrix and count >= self.r * sum(tensor.shape[:2]) / self.alpha else count
 
     def _sensitivity(self, calibration: Calibration, tensors: Mapping[str, nn.Parameter]) -> list[Tensor]:
-        if not calibration.backbone.heads:
-            raise ValueError(
-                f"SPT measures sensitivity by a classifier's loss: {type(calibration.model).__name__} has no head."
-            )
         with summed_gradients(list(tensors.values()), of=torch.square) as sums:
             for batch in calibration.batches(default_max=BATCHES):
-                labels = batch.pop("labels")
-                output = calibration.output(batch)
-                logits = getattr(output, "logits", output)
-                if not isinstance(logits, Tensor) or logits.shape[:-1] != labels.shape:
-                    raise ValueError(
-                        "SPT measures sensitivity by a classifier's loss: "
-                        f"{type(calibration.model).__name__} gives no (batch, classes) logits."
-                    )
-                if not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[-1]:
-                    raise ValueError(f"dataloader: labels must be from 0 to {logits.shape[-1] - 1}.")
-                F.cross_entropy(logits.float(), labels).backward()
+                calibration.loss(batch, "SPT measures sensitivity").backward()
         return [sums[tensor] for tensor in tensors.values()]

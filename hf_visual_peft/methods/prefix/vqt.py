@@ -1,0 +1,159 @@
+"""Visual query tuning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...backbone import VisionBackbone
+from ...config import VisualPeftConfig
+from ...registry import Paper, register
+from ...sites import Placement, SideSite, Tap
+from ...sites.heads import HeadUse
+from ...sites.queries import takes_queries
+from ..prompt.vpt import MAX_VIRTUAL_TOKENS
+
+
+class QueryTokens(nn.Module):
+    """Learned queries of one block, and the columns of the classifier that read what the block makes of them.
+
+        z = Block(dropout(Q); keys and values of x);  logits <- logits + W z / |z|
+
+    Q ~ U(-v, v), v = sqrt(6 / (patch_features + width)); z are all outputs as one vector, and W is He-normal over the
+    classes, without a bias: the head has it.
+
+    Args:
+        num_virtual_tokens: queries.
+        width: channels of the block's stream.
+        patch_features: numbers in one patch, channels x height x width.
+        classes: logits of each head.
+        dropout: probability, for each number of each image.
+        normalize: whether z comes to unit length.
+    """
+
+    def __init__(
+        self,
+        num_virtual_tokens: int,
+        width: int,
+        patch_features: int,
+        classes: Sequence[int],
+        dropout: float,
+        normalize: bool,
+    ) -> None:
+        super().__init__()
+        bound = math.sqrt(6.0 / (patch_features + width))
+        self.queries = nn.Parameter(torch.empty(num_virtual_tokens, width).uniform_(-bound, bound))
+        self.dropout = nn.Dropout(dropout)
+        self.normalize = normalize
+        self.head_columns = nn.ModuleList(nn.Linear(num_virtual_tokens * width, n, bias=False) for n in classes)
+        for linear in self.head_columns.parameters():
+            nn.init.kaiming_normal_(linear, mode="fan_out")
+
+    def forward(self, logits: Tensor | None, tap: Tap) -> tuple[Tensor, None]:
+        """Logits of the blocks before, (batch, classes of all heads) or None, to those with this block."""
+        assert tap.behind is not None
+        assert tap.ask is not None
+        features = tap.ask(self.dropout(self.queries.expand(len(tap.behind), -1, -1))).flatten(1)
+        if self.normalize:
+            features = F.normalize(features, dim=1)
+        new = torch.cat([linear(features) for linear in self.head_columns], dim=1)
+        return new if logits is None else logits + new, None
+
+
+@register(
+    name="vqt",
+    paper=Paper(
+        "Visual Query Tuning: Towards Effective Usage of Intermediate Representations for Parameter and Memory "
+        "Efficient Transfer Learning",
+        "CVPR 2023",
+        "2212.03220",
+    ),
+    visual_tuning="prompt: vision-driven",
+    equation="z_i = Block_i(Q_i; K, V of x_i); logits = W [x_cls; z_1; ...; z_L] + b",
+    counts=(({"num_virtual_tokens": 1}, 9_216),),
+    head_inputs=9_216,
+    mergeable=False,
+    identity_at_start=False,
+    gradients="partial",
+)
+@dataclass
+class VQTConfig(VisualPeftConfig):
+    """Config of visual query tuning (VQT), arXiv 2212.03220.
+
+    In every block, learned tokens go through attention and MLP beside the block's own. They see the keys and values of
+    these; nobody sees theirs. So the features are those of the backbone, which runs without gradients, and training
+    keeps what the way of the few queries through a block needs: the block's keys and values, and activations of the
+    queries. What the blocks make of them are further inputs of the head, which becomes wider, for each class by as
+    many numbers as there are in the queries, on ViT-B/16 with one query 768 x 12 = 9,216, beside its own 768. Most of
+    what trains is in the head: with 100 classes 921,600 numbers more, and 9,216 in the queries. These columns are kept
+    in the blocks; what they give block by block adds up to what one linear on all features gives.
+
+    As in the authors' code the outputs of a block are brought to unit length as one vector, and so is what the head
+    reads. Their bias of -4.6 at the start, their choice of features by a group lasso after training, and the variants
+    that pool outputs are left out.
+
+    Models need linear heads for the image as a whole, and attention of all tokens to all by a plain softmax, outside
+    windows. Queries have no position: no rotation and no position bias.
+
+    Args:
+        num_virtual_tokens: queries a block, 1 in the paper.
+        dropout: probability of dropping a number of a query; 0.1 in the authors' scripts.
+        normalize: whether the head reads everything at unit length.
+    """
+
+    widened_head: ClassVar[str] = "head_columns"
+
+    num_virtual_tokens: int = field(default=1, metadata={"help": "Queries a block."})
+    dropout: float = field(default=0.1, metadata={"help": "Probability of dropping a number of a query."})
+    normalize: bool = field(default=True, metadata={"help": "Whether the head reads everything at unit length."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_integer("num_virtual_tokens", 1, MAX_VIRTUAL_TOKENS)
+        self._require_number("dropout", 0.0, below=1.0)
+        self._require_choice("normalize", (True, False))
+
+    def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
+        """Queries beside every block."""
+        name, sizes, width = f"VQTConfig does not fit {backbone.class_name}", backbone.head_sizes, backbone.width
+        if not backbone.heads:
+            raise ValueError(
+                f"{name}: it has no task head here to read the queries' outputs. Load it with one, for example by "
+                "AutoModelForImageClassification."
+            )
+        if backbone.dense or not all(path in sizes for path in backbone.heads):
+            raise ValueError(
+                f"{name}: its task head, {', '.join(backbone.heads)}, is no linear on features of the image."
+            )
+        outputs = tuple((path, sizes[path][0]) for path in backbone.heads)
+        prompts = backbone.architecture.prompts
+        for block in backbone.blocks:
+            query = (*block.roles["query"], "")[0].removeprefix(f"{block.path}.")
+            site = SideSite(ends=False, aligned=False, asks=True, heads=HeadUse(outputs, self.normalize))
+            build = partial(self._build, name, query, prompts, width, backbone.patch_features, outputs)
+            yield Placement(block.path, "queries", site, build)
+
+    def _build(
+        self,
+        name: str,
+        query: str,
+        prompts: str | None,
+        width: int,
+        patch_features: int,
+        outputs: Sequence[tuple[str, int]],
+        block: nn.Module,
+    ) -> QueryTokens:
+        if not takes_queries(block, query, prompts):
+            raise ValueError(
+                f"{name}: {type(block).__name__} has no attention by a plain softmax over all tokens, which further "
+                "queries could join."
+            )
+        classes = [size for _, size in outputs]
+        return QueryTokens(self.num_virtual_tokens, width, patch_features, classes, self.dropout, self.normalize)

@@ -1,0 +1,1 @@
+"""Side tuning: networks beside a backbone, fed with what it computes."""

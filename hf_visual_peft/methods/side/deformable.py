@@ -1,0 +1,95 @@
+"""Multi-scale deformable attention, arXiv 2010.04159, in plain torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+Sizes = Sequence[tuple[int, int]]  # rows and columns of maps
+
+
+def centres(sizes: Sizes, like: Tensor) -> Tensor:
+    """Where the cells of maps lie, (cells, 2): x and y from 0 to 1, map by map and row by row."""
+    found = []
+    for height, width in sizes:
+        y = (torch.arange(height, device=like.device, dtype=like.dtype) + 0.5) / height
+        x = (torch.arange(width, device=like.device, dtype=like.dtype) + 0.5) / width
+        found.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1))
+    return torch.cat(found)
+
+
+class DeformableAttention(nn.Module):
+    """Each query looks at a few points of each map, which it chooses itself.
+
+        out = W_o [ sum_{l,k} a_hlk V_h^l(p + o_hlk / size_l) ]_h + b_o
+        o = W_p q + b_p;  a = softmax_{l,k}(W_a q + b_a)
+
+    V^l(p) is the value map of level l at p, bilinear between cells and zero outside the map. At the start the points
+    of head h go 1 to `points` cells into the direction 2 pi h / heads, all equally weighted.
+
+    Args:
+        width: channels of queries, values and output.
+        num_heads: a divisor of `value_width`.
+        levels: maps that queries look at.
+        points: of each head in each map.
+        value_width: channels of V.
+    """
+
+    def __init__(self, width: int, num_heads: int, levels: int, points: int, value_width: int) -> None:
+        super().__init__()
+        self.num_heads, self.levels, self.points = num_heads, levels, points
+        self.offsets = nn.Linear(width, num_heads * levels * points * 2)
+        self.weights = nn.Linear(width, num_heads * levels * points)
+        self.to_value = nn.Linear(width, value_width)
+        self.from_value = nn.Linear(value_width, width)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """As described above; values and output Xavier-uniform, biases zero."""
+        for linear in (self.offsets, self.weights, self.to_value, self.from_value):
+            nn.init.zeros_(linear.bias)
+            nn.init.zeros_(linear.weight)
+        nn.init.xavier_uniform_(self.to_value.weight)
+        nn.init.xavier_uniform_(self.from_value.weight)
+        angles = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
+        directions = torch.stack([angles.cos(), angles.sin()], dim=-1)
+        directions = directions / directions.abs().amax(dim=-1, keepdim=True)
+        steps = torch.arange(1, self.points + 1).view(-1, 1)
+        start = (directions[:, None, None] * steps).expand(-1, self.levels, -1, -1)
+        self.offsets.bias.copy_(start.flatten())
+
+    def forward(self, queries: Tensor, places: Tensor, values: Tensor, sizes: Sizes) -> Tensor:
+        """What the queries find.
+
+        Args:
+            queries: (batch, queries, width).
+            places: p of each, (queries, 2), as of `centres`.
+            values: tokens of all maps, one behind the other, (batch, tokens, width).
+            sizes: of the maps.
+
+        Returns:
+            (batch, queries, width).
+        """
+        heads, values = self.num_heads, self.to_value(values)
+        shape = (heads, self.levels, self.points)
+        offsets = self.offsets(queries).unflatten(-1, (*shape, 2))
+        weights = self.weights(queries).unflatten(-1, (heads, -1)).softmax(dim=-1).unflatten(-1, shape[1:])
+        precise = torch.promote_types(values.dtype, torch.float32)  # cells and halves of them need it
+        found = []
+        for level, part in enumerate(values.split([height * width for height, width in sizes], dim=1)):
+            height, width = sizes[level]
+            maps = part.transpose(1, 2).unflatten(1, (heads, -1)).flatten(0, 1).unflatten(-1, (height, width))
+            size = torch.tensor([width, height], device=places.device)
+            points = places[:, None, None] + offsets[..., level, :, :] / size
+            points = (2 * points - 1).transpose(1, 2).flatten(0, 1)  # (batch x heads, queries, points, 2)
+            sampled = F.grid_sample(maps.to(precise), points.to(precise), padding_mode="zeros", align_corners=False)
+            weight = weights[..., level, :].transpose(1, 2).flatten(0, 1).unsqueeze(1)
+            found.append((sampled * weight).sum(dim=-1))  # (batch x heads, channels, queries)
+        mixed = torch.stack(found).sum(dim=0).unflatten(0, (-1, heads)).flatten(1, 2).transpose(1, 2)
+        return self.from_value(mixed.to(values.dtype))

@@ -1,0 +1,287 @@
+"""Hierarchical side-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...backbone import NORM_ROLES, Block, VisionBackbone
+from ...config import VisualPeftConfig
+from ...registry import Paper, register
+from ...sites import NormSite, Placement, Shared, SideSite, Tap, TokenSite
+from ..specification.difffit import norm_deltas
+
+
+EPS = 1e-6
+INIT_STD = 0.02
+
+
+class MetaTokens(nn.Module):
+    """Learned tokens, the same for every image, Xavier-uniform.
+
+    Args:
+        num_virtual_tokens: how many.
+        width: of the backbone.
+    """
+
+    def __init__(self, num_virtual_tokens: int, width: int) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.empty(1, num_virtual_tokens, width))
+        nn.init.xavier_uniform_(self.tokens)
+
+    def forward(self, batch_size: int) -> Tensor:
+        """Tokens of shape (batch, num_virtual_tokens, width)."""
+        return self.tokens.expand(batch_size, -1, -1)
+
+
+class Stem(nn.Sequential):
+    """Images to maps of a quarter of their height and width.
+
+    Args:
+        image_channels: of the images.
+        dim: of the maps.
+    """
+
+    def __init__(self, image_channels: int, dim: int) -> None:
+        super().__init__(
+            nn.Conv2d(image_channels, dim, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(dim),
+            nn.ReLU(),
+            nn.Conv2d(dim, dim, 2, stride=2),
+        )
+
+
+class SideBlock(nn.Module):
+    """A block of the side network, pre-norm.
+
+        s <- s + MHA(q = LN1 s, kv = t);  s <- s + f;  s <- s + W_2 GELU(W_1 LN2 s + b_1) + b_2
+
+    t are the meta tokens and the mean of f, the features of the backbone; all have the width of s.
+
+    Args:
+        dim: that width, a multiple of `num_heads`.
+        num_heads: of the attention.
+        mlp_ratio: width of the MLP over `dim`.
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim, EPS), nn.LayerNorm(dim, EPS)
+        self.query, self.key, self.value, self.proj = (nn.Linear(dim, dim) for _ in range(4))
+        self.fc1 = nn.Linear(dim, int(mlp_ratio * dim))
+        self.fc2 = nn.Linear(int(mlp_ratio * dim), dim)
+
+    def forward(self, s: Tensor, tokens: Tensor, features: Tensor) -> Tensor:
+        """S (batch, places, dim), t (batch, tokens, dim) and f (batch, places, dim) to the new s."""
+        projected = self.query(self.norm1(s)), self.key(tokens), self.value(tokens)
+        heads = (each.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for each in projected)
+        s = s + self.proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)) + features
+        return s + self.fc2(F.gelu(self.fc1(self.norm2(s))))
+
+
+class Rung(nn.Module):
+    """One piece of the side network, beside one block.
+
+    It takes maps over; where a stage starts, from the stem or through a convolution of stride 2. The bridge brings
+    the block's patch tokens, resized to the maps, and its meta tokens to their width. What leaves the last piece goes
+    back to the backbone's width and grid; prefix tokens get the mean.
+
+    Args:
+        width: of the backbone.
+        dim: channels of the maps.
+        num_heads: of the attention in the side block.
+        mlp_ratio: of the side block.
+        image_channels: of the images that the stem reads; None where there is none.
+        enters_from: channels of the maps of the stage before, None where no stage starts.
+        stage_ends: whether a norm ends the stage here.
+        ends: whether the network does.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        image_channels: int | None,
+        enters_from: int | None,
+        stage_ends: bool,
+        ends: bool,
+    ) -> None:
+        super().__init__()
+        self.enter: nn.Module | None = None
+        if image_channels is not None:
+            self.enter = Stem(image_channels, dim)
+        elif enters_from is not None:
+            self.enter = nn.Conv2d(enters_from, dim, 3, stride=2, padding=1)
+        self.enter_norm = None if self.enter is None else nn.LayerNorm(dim, EPS)
+        self.token_norm = nn.LayerNorm(dim)
+        self.block = SideBlock(dim, num_heads, mlp_ratio)
+        self.norm = nn.LayerNorm(dim, EPS) if stage_ends else None
+        self.up = nn.Linear(dim, width) if ends else None
+        self.apply(init_weights)
+
+    def forward(self, maps: Tensor | None, tap: Tap, bridge: nn.Module) -> tuple[Tensor, None]:
+        """Maps (batch, channels, height, width), None at the start, to new ones or to (batch, tokens, width)."""
+        x, layout, tokens = tap.behind, tap.layout, tap.tokens
+        assert x is not None
+        assert layout is not None
+        assert tokens is not None
+        if self.enter is not None:
+            maps = self.enter(tap.pixels if maps is None else maps)
+        assert maps is not None
+        size = maps.shape[2:]
+        s = maps.flatten(2).transpose(1, 2)
+        if self.enter_norm is not None:
+            s = self.enter_norm(s)
+        # The bridge first: it is the same before and after resizing, and there are fewer tokens before.
+        _, features = layout.split(bridge(x))
+        grid = features.shape[2:]
+        features = F.interpolate(features, size, mode="bilinear").flatten(2).transpose(1, 2)
+        # A part of the stream as it lies would be rounded by whether the bridge trains.
+        tokens = self.token_norm(bridge(tokens.contiguous()))
+        tokens = torch.cat([tokens, features.mean(dim=1, keepdim=True)], dim=1)
+        s = self.block(s, tokens, features)
+        if self.norm is not None:
+            s = self.norm(s)
+        maps = s.transpose(1, 2).unflatten(2, size)
+        if self.up is None:
+            return maps, None
+        prefix = s.mean(dim=1, keepdim=True).expand(-1, layout.prefix, -1)
+        return self.up(layout.join(prefix, F.interpolate(maps, grid, mode="bilinear"))), None
+
+
+def init_weights(module: nn.Module) -> None:
+    """Draw the weights of linears and convolutions as the authors do, and make biases zero."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=INIT_STD)
+    elif isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    else:
+        return
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def _rung(*args: Any) -> nn.Module:
+    """A piece; the last argument, the block, tells nothing that it needs."""
+    return Rung(*args[:-1])
+
+
+def _deltas(name: str, block: nn.Module) -> nn.Module:
+    """Addends to weight and bias of a block's norm."""
+    return norm_deltas(block.get_submodule(name))
+
+
+@register(
+    name="hst",
+    paper=Paper("Hierarchical Side-Tuning for Vision Transformers", "arXiv 2023", "2310.05393"),
+    visual_tuning="adapter: mix",
+    equation="s <- SideBlock(s; [LN W_k m_l; mean f_l], f_l), f_l = W_k resize(x_l), stages k of s as in a pyramid",
+    counts=(({"num_virtual_tokens": 1}, 820_904),),
+    mergeable=False,
+    identity_at_start=False,
+)
+@dataclass
+class HSTConfig(VisualPeftConfig):
+    """Config of hierarchical side-tuning (HST), arXiv 2310.05393.
+
+    A pyramid beside a plain vision transformer: a convolutional stem on the image, then stages at strides 4, 8, 16 and
+    32, each beside as many blocks. Every block gets meta tokens of its own; what it makes of them, and its patch
+    tokens, go through the stage's bridge, a linear, into the side block beside it. The norms of the blocks train, too,
+    as addends to weight and bias that start at zero. Gradients cross the backbone.
+
+    The authors' head reads the mean of the last maps behind a batch norm without weights. Here the model keeps its
+    head, whatever it pools: a linear brings the maps back to the backbone's width, resized to its grid, the mean to
+    its prefix tokens, and the final norm of the model stands for the batch norm. On ViT-B/16 that linear has
+    72 x 768 + 768 = 56,064 of the 820,904 parameters. The other 764,840 are those of the authors' code: bridges
+    166,104, side blocks 462,312, stem and convolutions with their norms 88,616, meta tokens 9,216, their norms 1,296,
+    norms of stages 432 and of the backbone's blocks 36,864. The authors' head adds 73 for each class, which makes
+    0.77 M with VTAB-1k's 50 classes on average and 0.78 M, the figure in tables, with FGVC's 235.
+
+    Blocks are cut into stages evenly; fewer blocks than stages leave the last stages out. The backbone must be one of
+    a single stage, through whose blocks tokens can go.
+
+    Args:
+        dims: channels of the stages' maps.
+        num_heads: heads of their attention, which divide the channels.
+        mlp_ratio: width of the MLP of side blocks over that of their maps.
+        num_virtual_tokens: meta tokens a block.
+    """
+
+    dims: tuple[int, ...] = field(default=(32, 48, 64, 72), metadata={"help": "Channels of the stages' maps."})
+    num_heads: tuple[int, ...] = field(default=(2, 4, 8, 12), metadata={"help": "Heads of the stages' attention."})
+    mlp_ratio: float = field(default=4.0, metadata={"help": "Width of the side blocks' MLP over that of their maps."})
+    num_virtual_tokens: int = field(default=1, metadata={"help": "Meta tokens a block."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("dims", "num_heads"):
+            value: Any = getattr(self, name)
+            if not isinstance(value, list | tuple) or not value or any(type(n) is not int or n < 1 for n in value):
+                self._fail(name, "a number of at least 1 for each stage")
+            setattr(self, name, tuple(value))
+        if len(self.num_heads) != len(self.dims):
+            self._fail("num_heads", f"one number for each of the {len(self.dims)} dims")
+        if any(dim % heads for dim, heads in zip(self.dims, self.num_heads, strict=True)):
+            self._fail("num_heads", f"numbers that divide the dims {self.dims!r}")
+        self._require_number("mlp_ratio", 1 / min(self.dims))
+        self._require_integer("num_virtual_tokens", 1)
+
+    def trained_numbers(self, name: str, shape: tuple[int, ...]) -> int:
+        """None stand behind running statistics."""
+        statistics = name.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")
+        return 0 if statistics else super().trained_numbers(name, shape)
+
+    def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
+        """Meta tokens, norms and a piece of the side network at every block."""
+        table = backbone.architecture
+        if backbone.stage is not None or table.prompts != "sequence" or table.grid is None or table.video:
+            raise ValueError(
+                f"HSTConfig does not fit {backbone.class_name}: it needs blocks of one width for images, whose tokens "
+                "lie in a known grid and through which further tokens go."
+            )
+        blocks = backbone.blocks
+        stages = min(len(self.dims), len(blocks))
+        stage_of = [index * stages // len(blocks) for index in range(len(blocks))]
+
+        def tokens(_: nn.Module) -> nn.Module:
+            return MetaTokens(self.num_virtual_tokens, backbone.width)
+
+        for index, (block, stage) in enumerate(zip(blocks, stage_of, strict=True)):
+            first, last = index == 0, index == len(blocks) - 1
+            starts = first or stage_of[index - 1] != stage
+            build = partial(
+                _rung,
+                backbone.width,
+                self.dims[stage],
+                self.num_heads[stage],
+                self.mlp_ratio,
+                backbone.image_channels if first else None,
+                self.dims[stage - 1] if starts and not first else None,
+                last or stage_of[index + 1] != stage,
+                last,
+            )
+            yield Placement(block.path, "tokens", TokenSite(), tokens)
+            yield from self._norms(block)
+            site = SideSite(frozen=False, aligned=False, needs_layout=True, needs_pixels=first)
+            bridge = Shared(f"bridge{stage}", partial(self._bridge, backbone.width, self.dims[stage]))
+            yield Placement(block.path, "rung", site, build, bridge)
+
+    @staticmethod
+    def _bridge(width: int, dim: int) -> nn.Module:
+        return nn.Linear(width, dim).apply(init_weights)
+
+    @staticmethod
+    def _norms(block: Block) -> Iterator[Placement]:
+        for index, path in enumerate(block.modules((*NORM_ROLES, "further_norms"))):
+            name = path.removeprefix(f"{block.path}.")
+            slot = f"norm{index + 1}"
+            yield Placement(block.path, slot, NormSite(path), partial(_deltas, name))

@@ -1,0 +1,129 @@
+"""Side-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...backbone import VisionBackbone
+from ...config import VisualPeftConfig
+from ...registry import Paper, register
+from ...sites import Placement, SideSite, Tap
+
+
+class SideTuning(nn.Module):
+    """A small convolutional network on the images, blended with the backbone.
+
+        R = sigmoid(a) B(x) + (1 - sigmoid(a)) S(x)
+
+    S halves rows and columns `depth` times, each time by a 3 x 3 convolution without bias, a group norm of one group
+    and a ReLU, averages what is there over each cell of the patch grid and maps it to the stream's width. Tokens
+    before the patches get the mean over all cells. a is 0 at the start.
+
+    Args:
+        image_channels: of the images.
+        channels: of the convolutions.
+        depth: how many there are.
+        width: of the stream.
+        learned: whether a is learned; else it stays 0.
+    """
+
+    def __init__(self, image_channels: int, channels: int, depth: int, width: int, learned: bool) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for index in range(depth):
+            before = channels if index else image_channels
+            layers.append(nn.Conv2d(before, channels, 3, stride=2, padding=1, bias=False))
+            layers.append(nn.GroupNorm(1, channels))
+            layers.append(nn.ReLU())
+        self.features = nn.Sequential(*layers)
+        self.proj = nn.Conv2d(channels, width, 1, bias=False)
+        self.alpha = nn.Parameter(torch.zeros(1)) if learned else None
+
+    def side(self, tap: Tap) -> Tensor:
+        """S(x), (batch, tokens, width)."""
+        assert tap.behind is not None
+        assert tap.pixels is not None
+        assert tap.layout is not None
+        pixels, grid = tap.pixels, tap.layout.grid
+        if grid is None:
+            raise ValueError("The patch grid is not known: call the whole model, not a block of it.")
+        if pixels.ndim == 5:  # a video, (batch, channels, frames, height, width): the mean of what makes one grid
+            pixels = pixels.unflatten(2, (grid.times, -1)).mean(dim=3).transpose(1, 2).flatten(0, 1)
+        maps = self.proj(F.adaptive_avg_pool2d(self.features(pixels), (grid.height, grid.width)))
+        sequences = tap.behind.shape[0] * grid.times // maps.shape[0]
+        if sequences > 1:  # of an image, one behind the other, with a token of every cell in each
+            maps = maps.repeat_interleave(sequences, dim=0)
+        mean = maps.mean(dim=(2, 3)).unflatten(0, (-1, grid.times)).mean(dim=1, keepdim=True)
+        return tap.layout.join(mean.expand(-1, tap.layout.prefix, -1), maps)
+
+    def forward(self, state: Tensor | None, tap: Tap) -> tuple[Tensor, None]:
+        """R, (batch, tokens, width); there is no state before."""
+        assert tap.behind is not None
+        side = self.side(tap).to(tap.behind.dtype)  # autocast leaves the stream in float32
+        if self.alpha is None:
+            return (tap.behind + side) / 2, None
+        return torch.lerp(side, tap.behind, torch.sigmoid(self.alpha).to(side.dtype)), None
+
+
+@register(
+    name="sidetuning",
+    paper=Paper(
+        "Side-Tuning: A Baseline for Network Adaptation via Additive Side Networks", "ECCV 2020", "1912.13503"
+    ),
+    visual_tuning="adapter: mix",
+    equation="R = sigmoid(a) B(x) + (1 - sigmoid(a)) S(x)",
+    counts=(({}, 161_985), ({"merge": "half"}, 161_984)),
+    mergeable=False,
+    identity_at_start=False,
+    gradients="none",
+)
+@dataclass
+class SideTuningConfig(VisualPeftConfig):
+    """Config of side-tuning, arXiv 1912.13503.
+
+    A small network S on the images beside the backbone B: a blend of both takes the place of what the last block
+    returns, and goes on to the final norm and the head. No gradient crosses the backbone. With `layers_to_transform`,
+    B is what the last of these blocks returns.
+
+    In VPT's version S is AlexNet with weights of ImageNet, as one vector for CLS. Here S is a small convolutional
+    network that starts at random and lies on the patch grid, so that it serves any token, stage and size of image;
+    its norms have no running statistics. On C image channels it has 9 C c + 9 (D - 1) c^2 + 2 D c + c d numbers (c
+    channels, depth D, d the backbone's width), and a is one more: 161,985 on ViT-B/16. The paper's other merges, by
+    a product, an MLP or FiLM, are not here, nor is concatenation, which needs a wider head. Where the patch embedding
+    is the last convolution of a stem, as in LeViT, S reads what that reads.
+
+    Args:
+        channels: of S.
+        depth: convolutions of S, each of which halves rows and columns; 4 make cells of 16 x 16 pixels.
+        merge: `"alpha"`: a is learned; `"half"`: R is the mean of B and S.
+    """
+
+    channels: int = field(default=64, metadata={"help": "Channels of the side network."})
+    depth: int = field(default=4, metadata={"help": "Convolutions of the side network, each of stride 2."})
+    merge: str = field(
+        default="alpha", metadata={"help": "'alpha': the blend is learned; 'half': the mean of backbone and side."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_integer("channels", 1)
+        self._require_integer("depth", 1)
+        self._require_choice("merge", ("alpha", "half"))
+
+    def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
+        """Behind the last block."""
+        if backbone.width_after is not None:
+            return
+        if not backbone.image_channels:
+            raise ValueError(f"SideTuningConfig does not fit {backbone.class_name}: it is not given images.")
+        width = backbone.width
+        site = SideSite(needs_layout=True, needs_pixels=True)
+        yield Placement(backbone.blocks[-1].path, "side", site, lambda _: self._build(backbone.image_channels, width))
+
+    def _build(self, image_channels: int, width: int) -> SideTuning:
+        return SideTuning(image_channels, self.channels, self.depth, width, self.merge == "alpha")

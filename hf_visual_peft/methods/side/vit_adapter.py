@@ -1,0 +1,184 @@
+"""ViT-Adapter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import Tensor, nn
+
+from ...backbone import VisionBackbone
+from ...config import VisualPeftConfig
+from ...registry import Paper, register
+from ...sites import Placement, SideSite
+from ...sites.weights import BlockWeightSite, trainable_names
+from ..specification.deltas import Addend
+from .interaction import Extractor, Injector, Interaction
+from .spatial_prior import Pyramid, SpatialPrior
+
+
+class BlockDeltas(nn.Module):
+    """What is added to every parameter of a block, zero at the start: the same as training the block.
+
+    Args:
+        block: the block.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        names = trainable_names(block)
+        self.addends = nn.ModuleDict({_key(name): Addend(block.get_parameter(name).numel()) for name in names})
+
+    def forward(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The block's parameters by name, to those that take their place."""
+        keys = {name: _key(name) for name in parameters}
+        return {name: self.addends[key](parameters[name]) for name, key in keys.items() if key in self.addends}
+
+
+def _interaction(
+    prior: Callable[[], SpatialPrior] | None,
+    injector: Callable[[], Injector] | None,
+    extractors: Sequence[Callable[[], Extractor]],
+    gathers: bool,
+    pyramid: Callable[[], Pyramid] | None,
+    block: nn.Module,
+) -> Interaction:
+    """As `Interaction`, of what makes its parts."""
+    return Interaction(
+        prior and prior(), injector and injector(), [make() for make in extractors], gathers, pyramid and pyramid()
+    )
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "__")
+
+
+@register(
+    name="vitadapter",
+    paper=Paper("Vision Transformer Adapter for Dense Predictions", "ICLR 2023", "2205.08534"),
+    visual_tuning="adapter: mix",
+    equation="c = convs(pixels); around each group of blocks: x <- x + gamma MSDA(x; c), c <- ConvFFN(c + MSDA(c; x))",
+    counts=(({"interactions": 4}, 8_252_144),),
+    mergeable=False,
+    identity_at_start=True,
+    gradients="full",
+)
+@dataclass
+class ViTAdapterConfig(VisualPeftConfig):
+    """Config of ViT-Adapter, arXiv 2205.08534.
+
+    Convolutions read the image beside a plain backbone and make tokens c at 1/8, 1/16 and 1/32 of its size. Before
+    each of four groups of blocks patches take up from c by multi-scale deformable attention (injector), behind it c
+    takes up from the patches (extractor). With `pyramid` the tokens become four maps in the end, from 1/4 to 1/32, for
+    a head that segments or detects: `hf_visual_peft.feature_pyramid(model, pixel_values=...)` returns them. For the
+    model's own head the stream with all injections goes on as ever; what would serve the maps alone, the extractors
+    behind the last group and all that makes the maps, is then left out, as it would get no gradient.
+
+    On ViT-B/16 the convolutions have 1,531,712 parameters, with the linears to c and the level embeddings, an injector
+    927,024 and an extractor 1,004,112: with 4 injectors and 3 extractors 8,252,144. With `pyramid` 3 extractors,
+    49,920 for the map at 1/4, 2,360,064 to double that at 1/8 and 6,144 in norms more: 13,680,608.
+
+    The paper trains the backbone, too. Here it is frozen by default, as with all methods; `train_backbone` trains all
+    that is in its blocks, 85,054,464 numbers more, in the form of differences that start at zero. Embeddings and the
+    final norm stay frozen.
+
+    What else differs from the paper: Prefix tokens stay, because heads
+    read the CLS token; injections do not change them, and extractors do not read them. Norms of the convolutions and
+    of the maps are group norms of 32 groups with as many parameters as the authors' batch norms over all devices,
+    whose statistics would depend on the batch and belong to no adapter. Deformable attention is `F.grid_sample`, in
+    float32. Images of any size and patches of any size work; sizes of maps are rounded up. Hierarchical backbones have
+    a pyramid of their own and are refused, as are videos.
+
+    Args:
+        interactions: groups of blocks, as equal as can be; at most the number of blocks.
+        num_heads: of the deformable attention; None: as many as the backbone's, as far as they divide its width.
+        num_points: points that a head looks at in each map.
+        deform_ratio: channels of the attention's values over those of the stream.
+        channels: of the first convolutions.
+        ffn_ratio: channels in the ConvFFN over those of the stream.
+        extra_extractors: further extractors behind the last group, with `pyramid`.
+        drop_path: probability at which a ConvFFN is dropped for a sample.
+        pyramid: whether the four maps are made.
+        train_backbone: whether the blocks train, too.
+    """
+
+    interactions: int = field(default=4, metadata={"help": "Groups of blocks."})
+    num_heads: int | None = field(
+        default=None, metadata={"help": "Heads of the deformable attention; default: those of the backbone."}
+    )
+    num_points: int = field(default=4, metadata={"help": "Points that a head looks at in each map."})
+    deform_ratio: float = field(
+        default=0.5, metadata={"help": "Channels of the attention's values over those of the stream."}
+    )
+    channels: int = field(default=64, metadata={"help": "Channels of the first convolutions."})
+    ffn_ratio: float = field(default=0.25, metadata={"help": "Channels in the ConvFFN over those of the stream."})
+    extra_extractors: int = field(
+        default=2, metadata={"help": "Further extractors behind the last group, with `pyramid`."}
+    )
+    drop_path: float = field(default=0.0, metadata={"help": "Probability of dropping a ConvFFN for a sample."})
+    pyramid: bool = field(default=False, metadata={"help": "Whether four maps are made, for heads of your own."})
+    train_backbone: bool = field(default=False, metadata={"help": "Whether the backbone's blocks train, too."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("interactions", "num_points", "channels"):
+            self._require_integer(name, 1)
+        self._require_integer("extra_extractors", 0)
+        if self.num_heads is not None:
+            self._require_integer("num_heads", 1)
+        for name in ("deform_ratio", "ffn_ratio"):
+            self._require_number(name, 0.0)
+            if getattr(self, name) == 0:
+                self._fail(name, "a finite number above 0")
+        self._require_number("drop_path", 0.0, below=1.0)
+        for name in ("pyramid", "train_backbone"):
+            self._require_choice(name, (True, False))
+
+    def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
+        """Injectors before groups of blocks, extractors behind them."""
+        width, name = backbone.width, f"ViTAdapterConfig does not fit {backbone.class_name}"
+        if backbone.stage is not None or len({block.group for block in backbone.blocks}) > 1:
+            raise ValueError(f"{name}: it is hierarchical and has a pyramid of features of its own.")
+        if backbone.architecture.video:
+            raise ValueError(f"{name}: it reads videos, and the convolutions read images.")
+        if not backbone.image_channels:
+            raise ValueError(f"{name}: it is not given images, which the convolutions read.")
+        value_width, hidden = max(1, int(width * self.deform_ratio)), max(1, int(width * self.ffn_ratio))
+        heads = self.num_heads or math.gcd(backbone.num_heads or 1, value_width)
+        if value_width % heads:
+            self._fail("num_heads", f"a divisor of {value_width}, the channels of the attention's values")
+        injector = partial(Injector, width, heads, self.num_points, value_width)
+        extractor = partial(Extractor, width, heads, self.num_points, value_width, hidden, self.drop_path)
+        prior = partial(SpatialPrior, backbone.image_channels, self.channels, width, self.pyramid)
+        blocks = backbone.blocks
+        groups = min(self.interactions, len(blocks))
+        starts = [len(blocks) * group // groups for group in range(groups)]
+        for index, block in enumerate(blocks):
+            last = index == len(blocks) - 1
+            begins, ends = index in starts, last or index + 1 in starts
+            if self.train_backbone:
+                yield Placement(block.path, "block", BlockWeightSite(), BlockDeltas)
+            if not begins and not (ends and (self.pyramid or not last)):
+                continue
+            number = self.pyramid * (1 + self.extra_extractors) if last else int(ends)
+            makes_maps = last and self.pyramid
+            build = partial(
+                _interaction,
+                prior if index == 0 else None,
+                injector if begins else None,
+                [extractor] * number,
+                ends and self.pyramid,
+                partial(Pyramid, width, groups) if makes_maps else None,
+            )
+            site = SideSite(
+                frozen=False,
+                ends=False,
+                aligned=False,
+                needs_layout=True,
+                needs_pixels=True,
+                enters=begins,
+                keeps=self.pyramid,
+            )
+            yield Placement(block.path, "interaction", site, build)

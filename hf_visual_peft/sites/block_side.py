@@ -1,0 +1,135 @@
+"""What a block layer does for networks beside its block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..architectures import GridKind, Stream
+from .block_sites import Pass
+from .grid import TokenLayout, from_tokens, map_grid, to_tokens
+from .layer import Equation, VisualTunerLayer
+from .side import SideSite, StaysInEval, Tap, call_piece, resized
+
+
+class BypassedLayer(VisualTunerLayer):
+    """The part of `BlockLayer` that lets side networks read the block, and bypasses it where only they are active."""
+
+    _stream: Stream
+    _grid_kind: GridKind | None
+
+    def _init_side(self) -> None:
+        self._before_blocks: tuple[nn.Module, ...] = ()  # that are in eval mode where the blocks are
+
+    def _layout(self, current: Pass, tokens: Tensor) -> TokenLayout:
+        raise NotImplementedError
+
+    @property
+    def bypassed(self) -> bool:
+        """Whether all that is active here are networks beside the block, and no gradient crosses it."""
+        sites = [equation.site for equation in self._active()]
+        return bool(sites) and all(isinstance(site, SideSite) and site.frozen for site in sites)
+
+    def train(self, mode: bool = True) -> Any:
+        """As ever; but the block itself stays in eval mode where it is bypassed."""
+        super().train(mode)
+        self.base_layer.train(mode and not self.bypassed)
+        return self
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As peft's; a block that is bypassed from now on goes into eval mode."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._leave_training()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """As peft's; the same."""
+        super().enable_adapters(enabled)
+        self._leave_training()
+
+    def _leave_training(self) -> None:
+        if self.bypassed:
+            self.base_layer.eval()
+            for module in self._before_blocks:
+                module.eval()
+
+    def watch_side(self, before_blocks: Sequence[nn.Module]) -> None:
+        """Keep modules before the blocks in eval mode, too, while this block is bypassed."""
+        self._before_blocks = tuple(before_blocks)
+        for module in before_blocks:
+            module.train = StaysInEval(module, self)  # type: ignore[method-assign]
+        self.set_adapter(self.active_adapters)
+
+    def _enter(self, current: Pass, x: Tensor) -> Tensor:
+        """Let side networks read and change the stream at the entrance of the block."""
+        stream = to_tokens(x, self._stream)
+        changed = stream
+        for piece in self._active():
+            site = piece.site
+            if not isinstance(site, SideSite) or not site.enters or piece.module is None:
+                continue
+            layout = self._layout(current, stream) if site.needs_layout else None
+            tap = Tap(before=stream, layout=layout, pixels=current.pixels if site.needs_pixels else None)
+            state, added = call_piece(self, piece, current.tokens.get(key_of(piece)), tap, enter=True)
+            current.tokens[key_of(piece)] = state
+            changed = changed if added is None else changed + added
+        return x if changed is stream else from_tokens(changed, x, self._stream)
+
+    def _beside_block(self, current: Pass, before: Tensor, stream: Tensor) -> Tensor:
+        """Let side networks go on by what they read of the block; what then leaves it.
+
+        The results of several that take the place of the block's output add up, as does what is added to it.
+        """
+        pieces = [equation for equation in self._active() if isinstance(equation.site, SideSite)]
+        if not pieces:
+            return stream
+        y = to_tokens(stream, self._stream)
+        layout: TokenLayout | None = None
+        results: list[Tensor] = []
+        additions: list[Tensor] = []
+        for piece in pieces:
+            key, site = key_of(piece), piece.site
+            assert isinstance(site, SideSite)
+            state = current.tokens.get(key)
+            if site.needs_layout or (site.aligned and state is not None and state.shape[1] != y.shape[1]):
+                layout = layout or self._layout_behind(current, stream, y)
+            if layout is not None and site.aligned and state is not None and state.shape[1] != y.shape[1]:
+                state = resized(state, current.layouts[key], layout)
+            if piece.module is not None:
+                x = to_tokens(before, self._stream) if "before" in site.reads else None
+                between = current.between if "between" in site.reads else None
+                behind = y if "behind" in site.reads else None
+                pixels = current.pixels if site.needs_pixels else None
+                tokens = current.tokens.get(piece.adapter)
+                tap = Tap(x, between, behind, layout if site.needs_layout else None, pixels, tokens, current.ask)
+                state, added = call_piece(self, piece, state, tap)
+                additions += [] if added is None else [added]
+            if state is not None:
+                current.tokens[key] = state
+            if site.needs_layout:
+                assert layout is not None
+                current.layouts[key] = layout
+            if site.exits:
+                assert state is not None
+                (additions if site.adds else results).append(state.to(y.dtype))
+        result = y if not results else torch.stack(results).sum(dim=0) if len(results) > 1 else results[0]
+        for added in additions:
+            result = result + added
+        return stream if result is y else from_tokens(result, stream, self._stream)
+
+    def _layout_behind(self, current: Pass, stream: Tensor, tokens: Tensor) -> TokenLayout:
+        """How the tokens that leave the block lie in the image."""
+        if self._grid_kind == "map":
+            current.grid = map_grid(stream, self._stream)
+        return self._layout(current, tokens)
+
+    def _detach_side(self) -> None:
+        for module in self._before_blocks:
+            del module.train
+
+
+def key_of(equation: Equation) -> str:
+    """Under which name tokens, or the state of a side network, go from block to block."""
+    return f"{equation.adapter} (side)" if isinstance(equation.site, SideSite) else equation.adapter

@@ -1,0 +1,90 @@
+"""What side networks add to the logits of a model's task heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+if TYPE_CHECKING:
+    from .exchange import Exchange
+
+
+@dataclass(frozen=True)
+class HeadUse:
+    """How the state of a side network reaches the task heads.
+
+    Attributes:
+        outputs: logits of each head, by its name in the model; the state's columns in this order.
+        normalised: whether the heads read what the model gives them at unit length.
+    """
+
+    outputs: tuple[tuple[str, int], ...]
+    normalised: bool
+
+
+@dataclass(frozen=True)
+class HeadPart:
+    """What an adapter has for a head.
+
+    Attributes:
+        logits: (samples, classes), to be added to the head's.
+        normalised: whether the head reads its input at unit length.
+    """
+
+    logits: Tensor
+    normalised: bool
+
+
+@dataclass
+class HeadWatch:
+    """The hooks at a head, around all copies of it.
+
+    Attributes:
+        exchange: of the model that the head belongs to.
+        path: name of the head in it.
+    """
+
+    exchange: Exchange
+    path: str
+
+    def before(self, module: nn.Module, args: tuple) -> tuple | None:
+        """Bring the input of the head, (samples, ..., features), to unit length for the adapters that want it."""
+        x = args[0]
+        parts = self.exchange.for_heads.get(self.path, {})
+        wanting = [name for name, part in parts.items() if part.normalised]
+        if not wanting:
+            return None
+        normed = F.normalize(x, dim=-1).to(x.dtype)
+        if self.exchange.mixed is not None:
+            rows = torch.cat([self._rows(name, x, module) for name in wanting])
+            normed = x.index_copy(0, rows, normed[rows])
+        return (normed, *args[1:])
+
+    def after(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        """Add the logits."""
+        parts = self.exchange.for_heads.pop(self.path, {})
+        for name, part in parts.items():
+            logits = part.logits.to(output.dtype)
+            if self.exchange.frames:
+                logits = logits.unflatten(0, (-1, self.exchange.frames)).mean(dim=1)
+            logits = logits.view(logits.shape[0], *[1] * (output.ndim - 2), logits.shape[1])
+            if self.exchange.mixed is None:
+                output = output + logits
+            else:
+                output = output.index_add(0, self._rows(name, output, module), logits)
+        return output if parts else None
+
+    def _rows(self, name: str, x: Tensor, module: nn.Module) -> Tensor:
+        """Those of an adapter, in a batch that mixes several."""
+        assert self.exchange.mixed is not None
+        names = self.exchange.mixed.of_rows(len(x), module)
+        return torch.tensor([row for row, owner in enumerate(names) if owner == name], device=x.device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HeadWatch:
+        # peft copies a head to train it: the copy serves the same model, as `_FrameMean` does
+        return HeadWatch(memo.get(id(self.exchange), self.exchange), self.path)

@@ -1,0 +1,166 @@
+"""The site of networks beside the backbone: what they read at a block, and how they go on to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..backbone import VisionBackbone
+from .grid import TokenLayout
+from .heads import HeadUse
+from .layer import Site
+
+
+if TYPE_CHECKING:
+    from .layer import Equation, VisualTunerLayer
+
+
+@dataclass(frozen=True)
+class SideSite(Site):
+    """A piece of a network beside the backbone, behind a block.
+
+    The equation is called with its state, as the piece at the block before has left it (None in the first piece), and
+    a `Tap` of the block. It returns the new state and what is to be added to the block's output, or None. All blocks
+    of the backbone take part: those without a piece only hand the state on.
+
+    Attributes:
+        reads: which streams the tap holds: those before the block, between its attention and its MLP, and behind it.
+        frozen: whether no gradient crosses the block. It then runs without being recorded and in eval mode.
+        ends: whether the state behind the method's last piece takes the place of what the backbone's last block
+            returns; it is (batch, tokens, width) like that.
+        adds: whether, where it `ends`, that state is added to what the last block returns instead.
+        aligned: whether the state has one row for each token, (batch, tokens, channels). Where blocks have fewer
+            tokens than those before, it comes to them averaged over the cells that became one.
+        needs_layout: whether the tap tells how the tokens lie in the image.
+        needs_pixels: whether it holds the images.
+        asks: whether it holds a function that takes further tokens through the block.
+        enters: whether the equation has a method `enter`, too, which is called before the block in the same way: with
+            the state, and a tap that holds the stream before the block. What it adds is added to that stream.
+        keeps: whether the state behind the last block is kept for who asks for it (`Exchange.collecting`).
+        heads: how the state behind the last block reaches the task heads, if it does.
+        takes: whether there is a state to take; the core sets this and the next two.
+        hands_on: whether a block follows.
+        exits: whether the state is the backbone's result here.
+    """
+
+    reads: tuple[Literal["before", "between", "behind"], ...] = ("behind",)
+    frozen: bool = True
+    ends: bool = True
+    adds: bool = False
+    aligned: bool = True
+    needs_layout: bool = False
+    needs_pixels: bool = False
+    asks: bool = False
+    enters: bool = False
+    keeps: bool = False
+    heads: HeadUse | None = None
+    takes: bool = False
+    hands_on: bool = False
+    exits: bool = False
+
+
+@dataclass(frozen=True)
+class Tap:
+    """What a side network sees of a block.
+
+    Attributes:
+        before: the stream as it comes to the block, (batch, tokens, width), if the site reads it.
+        between: the stream between attention and MLP.
+        behind: the stream as it leaves the block.
+        layout: how the tokens behind the block lie in the image, if the site needs it.
+        pixels: the images, (batch, channels, height, width), if the site needs them.
+        tokens: what the block has made of the tokens that the adapter put into it (`TokenSite`), (batch, tokens,
+            width).
+        ask: what the block makes of further tokens, (batch, tokens, width) to the same, if the site asks. They see the
+            block's own tokens only, and these do not see them.
+    """
+
+    before: Tensor | None = None
+    between: Tensor | None = None
+    behind: Tensor | None = None
+    layout: TokenLayout | None = None
+    pixels: Tensor | None = None
+    tokens: Tensor | None = None
+    ask: Callable[[Tensor], Tensor] | None = None
+
+
+def resized(state: Tensor, before: TokenLayout, now: TokenLayout) -> Tensor:
+    """The state of a side network on the tokens of another stage: averages over the cells that became one.
+
+    Args:
+        state: (batch, tokens, channels) on the tokens of `before`.
+        before: how these lie in the image.
+        now: how the new ones do. Prefix tokens that are new get the mean over all cells.
+    """
+    assert now.grid is not None
+    prefix, maps = before.split(state)
+    pooled = F.adaptive_avg_pool2d(maps, (now.grid.height, now.grid.width))
+    if now.prefix > before.prefix:
+        mean = maps.mean(dim=(2, 3)).unflatten(0, (state.shape[0], -1)).mean(dim=1, keepdim=True)
+        prefix = torch.cat([prefix, mean.expand(-1, now.prefix - before.prefix, -1)], dim=1)
+    return now.join(prefix[:, : now.prefix], pooled)
+
+
+def call_piece(
+    layer: VisualTunerLayer, equation: Equation, state: Tensor | None, tap: Tap, enter: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Evaluate a piece in its own dtype.
+
+    Args:
+        layer: whose `cast_input_dtype_enabled` says whether the input is cast.
+        equation: the piece.
+        state: of the side network.
+        tap: of the block.
+        enter: whether it is at the entrance of the block.
+
+    Returns:
+        The new state, in the piece's dtype, and what is added to the block's output, in that of the stream.
+    """
+    module: Any = equation.module
+    streams = [x for x in (tap.behind, tap.before) if x is not None]
+    if not torch.is_autocast_enabled(streams[0].device.type):
+        modules = (module, *(part for part in equation.shared if isinstance(part, nn.Module)))
+        dtype = next((p.dtype for each in modules for p in each.parameters()), streams[0].dtype)
+
+        def cast(x: Tensor | None) -> Tensor | None:
+            return None if x is None else layer._cast_input_dtype(x, dtype)
+
+        state = cast(state)
+        pixels, tokens = cast(tap.pixels), cast(tap.tokens)
+        tap = Tap(cast(tap.before), cast(tap.between), cast(tap.behind), tap.layout, pixels, tokens, tap.ask)
+    state, added = (module.enter if enter else module)(state, tap, *equation.shared)
+    assert state is not None
+    return state, None if added is None else added.to(streams[0].dtype)
+
+
+def modules_before(model: nn.Module, backbone: VisionBackbone) -> list[nn.Module]:
+    """The modules of a backbone that it has before its first block, as embeddings and dropouts."""
+    found: list[nn.Module] = []
+    parent = model.get_submodule(backbone.path)
+    for step in backbone.blocks[0].path.removeprefix(f"{backbone.path}.").split("."):
+        for name, child in parent.named_children():
+            if name == step:
+                break
+            found.append(child)
+        parent = parent.get_submodule(step)
+    return found
+
+
+class StaysInEval:
+    """What stands in place of the method `train` of modules before the blocks while no gradient crosses these.
+
+    As an object, and no closure, it is copied and pickled with the module.
+    """
+
+    def __init__(self, module: nn.Module, layer: Any) -> None:
+        self.module = module
+        self.layer = layer
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        """As the module's own `train`, but for the mode."""
+        return type(self.module).train(self.module, mode and not self.layer.bypassed)

@@ -1,0 +1,69 @@
+"""The site that is every parameter of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .layer import Equation, Site
+from .module import is_quantised
+
+
+class BlockWeightSite(Site):
+    """All parameters of a block.
+
+    The equation is called with them, a dictionary by name, and returns a dictionary of what takes their place.
+    """
+
+
+class _Call(nn.Module):
+    """A block whose forward is another function, as `functional_call` wants it."""
+
+    def __init__(self, block: nn.Module, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.block = block
+        self._run = forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the block's."""
+        return self._run(*args, **kwargs)
+
+
+def changed_forward(
+    block: nn.Module, forward: Callable[..., Any], equations: Iterable[Equation]
+) -> Callable[..., Any]:
+    """A block's forward, with the parameters that equations make of its own.
+
+    Args:
+        block: the block.
+        forward: its forward.
+        equations: the active ones at the block; those of other sites do nothing here.
+    """
+    own: dict[str, Tensor] = dict(block.named_parameters())
+    changed: dict[str, Tensor] = {}
+    for equation in equations:
+        if isinstance(equation.site, BlockWeightSite):
+            assert equation.module is not None
+            changed |= equation.module(own | changed)
+    if not changed:
+        return forward
+    call, parameters = _Call(block, forward), {f"block.{name}": tensor for name, tensor in changed.items()}
+    return lambda *args, **kwargs: functional_call(call, parameters, args, kwargs)
+
+
+def trainable_names(block: nn.Module) -> list[str]:
+    """Names of a block's parameters.
+
+    Raises:
+        ValueError: one is quantised.
+    """
+    for name, part in block.named_modules():
+        if is_quantised(part):
+            raise ValueError(
+                f"Cannot train {type(block).__name__}: the weight of its {name} is quantised. Leave the backbone "
+                "frozen."
+            )
+    return [name for name, _ in block.named_parameters()]

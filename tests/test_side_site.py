@@ -1,0 +1,177 @@
+"""Networks beside a backbone: what crosses the blocks, what is kept, and how state goes from block to block."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import FAMILIES, images
+from peft import get_peft_model
+from torch import nn
+from transformers import (
+    BeitConfig,
+    BeitForSemanticSegmentation,
+    SwinConfig,
+    SwinForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from hf_visual_peft import LSTConfig
+from hf_visual_peft.sites import BlockLayer, Grid, SideSite, TokenLayout, resized
+
+
+def vit(**kwargs):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes |= {"image_size": 32, "patch_size": 8, "num_labels": 3}
+    return ViTForImageClassification(ViTConfig(**sizes | kwargs))
+
+
+def swin():
+    torch.manual_seed(0)
+    return SwinForImageClassification(
+        SwinConfig(image_size=32, patch_size=2, embed_dim=8, depths=[1, 2, 1], num_heads=[1, 2, 2], window_size=2)
+    )
+
+
+def kept(model, inputs):
+    """Channels and size of the activations that a training step keeps, each once, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found = {}
+
+    def pack(tensor):
+        found.setdefault(tensor.untyped_storage().data_ptr(), tensor)  # the dictionary holds on to them
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(**inputs).logits
+    assert output.requires_grad
+    return sorted((t.shape[-1], t.numel()) for pointer, t in found.items() if pointer not in own)
+
+
+def test_backbone_runs_in_eval_mode_while_the_side_network_trains():
+    model = vit(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5).train()
+    assert not torch.equal(model(**images(2)).logits, model(**images(2)).logits)
+    model = get_peft_model(model, LSTConfig(r=2))
+    for _ in range(2):
+        assert torch.equal(model(**images(2)).logits, model(**images(2)).logits)
+        model.train()
+    base = model.base_model.model
+    layers = [module for module in model.modules() if isinstance(module, BlockLayer)]
+    assert len(layers) == 3
+    assert not base.vit.embeddings.training
+    assert all(layer.training and not layer.base_layer.training for layer in layers)
+    with model.disable_adapter():
+        model.train()
+        assert base.vit.embeddings.training
+        assert all(layer.base_layer.training for layer in layers)
+    assert not any(layer.base_layer.training for layer in layers)
+    base = model.unload().train()
+    assert all(module.training for module in base.modules())
+    assert not torch.equal(base(**images(2)).logits, base(**images(2)).logits)
+
+
+def test_no_activation_of_a_bypassed_backbone_is_kept():
+    plain = kept(get_peft_model(vit(), LSTConfig(r=2)).train(), images(2))
+    assert plain
+    wider = get_peft_model(vit(intermediate_size=128), LSTConfig(r=2)).train()
+    assert kept(wider, images(2)) == plain
+    # of 16 channels: what trained linears read, that is what the embeddings and the three blocks return; what the
+    # frozen norm behind the blocks reads; and the pooled token, which the head reads
+    stream = 2 * 17 * 16
+    of_backbone = [size for channels, size in plain if channels == 16]
+    assert sorted(of_backbone) == [2 * 16] + [stream] * 5
+    everything = [size for channels, size in kept(vit().train(), images(2)) if channels == 16]
+    assert sum(everything) > 2 * sum(of_backbone)
+
+
+def test_no_gradient_crosses_the_blocks():
+    model = get_peft_model(vit(), LSTConfig(r=2)).train()
+    model.enable_input_require_grads()
+    pixels = images(2)["pixel_values"].requires_grad_()
+    model(pixel_values=pixels).logits.sum().backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained
+    assert all(p.grad is not None for p in trained)
+    base = model.base_model.model
+    assert all(p.grad is None for p in base.vit.layers[0].base_layer.parameters())
+
+
+def test_result_is_what_the_last_block_returns():
+    model = get_peft_model(vit(), LSTConfig(r=2, layers_to_transform=[0])).eval()
+    layers = [module for module in model.modules() if isinstance(module, BlockLayer)]
+    assert [len(layer.adapter_layer_names) for layer in layers] == [1, 0, 0]
+    sites = [site for layer in layers for (_, site, _) in layer.plans["default"]]
+    assert all(isinstance(site, SideSite) for site in sites)
+    assert [(s.takes, s.hands_on, s.exits) for s in sites] == [
+        (False, True, False),
+        (True, True, False),
+        (True, False, True),
+    ]
+    seen = []
+    layers[0].lst_rung["default"].register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    states = model(**images(2), output_hidden_states=True).hidden_states
+    assert torch.equal(states[-1], seen[0])
+    with model.disable_adapter():
+        plain = model(**images(2), output_hidden_states=True).hidden_states
+    assert all(torch.equal(a, b) for a, b in zip(states[:-1], plain[:-1], strict=True))
+
+
+def test_results_of_several_networks_add_up():
+    model = get_peft_model(vit(), LSTConfig(r=2, modules_to_save=[])).eval()
+    model.add_adapter("second", LSTConfig(r=4, modules_to_save=[]))
+    results = []
+    for names in (["default"], ["second"], ["default", "second"]):
+        model.base_model.set_adapter(names)
+        results.append(model.eval()(**images(2), output_hidden_states=True).hidden_states[-1])
+    torch.testing.assert_close(results[2], results[0] + results[1])
+
+
+@pytest.mark.parametrize("prefix", [(1, 1), (0, 1), (2, 1)])
+def test_state_is_averaged_over_cells_that_became_one(prefix):
+    before, now = TokenLayout(prefix[0], Grid(4, 6)), TokenLayout(prefix[1], Grid(2, 3))
+    state = torch.randn(2, prefix[0] + 24, 5)
+    result = resized(state, before, now)
+    assert result.shape == (2, prefix[1] + 6, 5)
+    cells = state[:, prefix[0] :].view(2, 2, 2, 3, 2, 5).mean(dim=(2, 4)).flatten(1, 2)
+    torch.testing.assert_close(result[:, prefix[1] :], cells)
+    expected = state[:, :1] if prefix[0] else state.mean(dim=1, keepdim=True)
+    torch.testing.assert_close(result[:, : prefix[1]], expected)
+
+
+def test_state_crosses_the_stages_of_a_hierarchical_backbone():
+    model = get_peft_model(swin(), LSTConfig(r=2)).eval()
+    seen = []
+    for module in model.modules():
+        if isinstance(module, BlockLayer):
+            rung = module.lst_rung["default"]
+            rung.register_forward_hook(lambda module, args, output: seen.append((args[0], output[0])))
+    model(**images(2))
+    assert [out.shape for _, out in seen] == [(2, 256, 4), (2, 64, 8), (2, 64, 8), (2, 16, 32)]
+    maps = seen[0][1].transpose(1, 2).unflatten(2, (16, 16))
+    pooled = nn.functional.avg_pool2d(maps, 2).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(seen[1][0], pooled)
+    assert seen[2][0] is seen[1][1]
+
+
+def test_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"layers_to_transform is \[0, 1\]: the network must end in the last stage"):
+        get_peft_model(swin(), LSTConfig(r=2, layers_to_transform=[0, 1]))
+    beit = BeitConfig(
+        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8,
+        out_indices=[1, 2, 3, 4], auxiliary_num_convs=0,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="does not read the last block"):
+        get_peft_model(BeitForSemanticSegmentation(beit), LSTConfig(r=2))
+
+
+@pytest.mark.parametrize("name", ["vit", "beit", "dinov2_registers", "data2vec"])
+def test_bypassed_blocks_run_without_being_recorded(name):
+    model = get_peft_model(FAMILIES[name].model(), LSTConfig(r=2)).train()
+    recorded = []
+    for block in [module for module in model.modules() if isinstance(module, BlockLayer)]:
+        linear = next(m for m in block.base_layer.modules() if isinstance(m, nn.Linear))
+        linear.register_forward_hook(lambda module, args, output: recorded.append(torch.is_grad_enabled()))
+    model(**FAMILIES[name].inputs(2))
+    assert recorded
+    assert not any(recorded)
