@@ -14,6 +14,7 @@ from .architectures import Architecture, register_architecture, register_heads
 from .backbone import BackboneError, VisionBackbone
 from .calibration import NotCalibratedError, calibrate
 from .config import VisualPeftConfig
+from .feature_cache import CachedFeatures, FeatureCache
 from .finding import find_backbone
 from .frozen_norms import freeze_norms, norms_with_statistics, thaw_norms
 from .interpolation import Interpolation, interpolate
@@ -32,6 +33,8 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "Architecture",
     "BackboneError",
+    "CachedFeatures",
+    "FeatureCache",
     "Interpolation",
     "NotCalibratedError",
     "SplitAttention",

@@ -6,8 +6,8 @@
 Everything is a flag; `--config` reads flags from a YAML file, and those on the command line win. `--method` takes any
 method that `hf-visual-peft methods` lists, of this library or of peft, with the fields of its config as flags
 (`--help --method vpt` lists them), `linear` for a linear probe and `full` for fine-tuning. The script is flat from
-top to bottom, with images in `image_data.py` and saving in `checkpoints.py` beside it: copy the three and change what
-you need.
+top to bottom, with images in `image_data.py`, saving in `checkpoints.py` and features in `cached_features.py` beside
+it: copy the four and change what you need.
 
 The epoch to keep is chosen on a validation split (`--select best`) or is the last one; the test split is used once,
 at the end. `--output_dir` then holds the adapter with its head (loadable by `PeftModel.from_pretrained`), the image
@@ -40,6 +40,7 @@ import yaml
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, LoggerType, set_seed
+from cached_features import cache_features, check_augmentation
 from checkpoints import Checkpoints, Progress, load_trainable, publish, saved_state, trainable_state
 from huggingface_hub import HfApi
 from image_data import CROPS, SPLITS, load_processor, prepare_data
@@ -59,7 +60,8 @@ TRACKERS = sorted(LoggerType.list())
 SCHEDULES = ("cosine", "cosine_with_restarts", "linear", "polynomial", "constant", "constant_with_warmup")
 # flags that may change when a run resumes
 FREE = """config output_dir overwrite_output_dir resume_from_checkpoint checkpointing_steps save_total_limit
-    logging_steps report_to push_to_hub hub_model_id hub_private_repo hub_token dataloader_num_workers check_images"""
+    logging_steps report_to push_to_hub hub_model_id hub_private_repo hub_token dataloader_num_workers check_images
+    cache_features"""
 
 
 # ----------------------------------------------------------------------------------------------------- arguments
@@ -136,6 +138,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max_grad_norm", type=real, default=0.0, help="0: no clipping")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: that of `accelerate launch`")
     add("--gradient_checkpointing", **switch)
+    add("--cache_features", help="folder for features of the frozen backbone, computed once for all epochs and runs")
+    add("--cache_dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of these features")
+    add("--cache_views", type=positive, help="fixed augmentations of each training image among these features")
     add("--dataloader_num_workers", type=natural, default=0)
     add("--seed", type=natural, default=42)
     add("--top_k", type=positive, help="k of the top-k accuracy; default: 5 where there are more classes")
@@ -182,12 +187,6 @@ def method_config(method: str) -> tuple[type[PeftConfig] | None, dict[str, Any]]
         ours, peft = ", ".join(hf_visual_peft.list_methods()), ", ".join(PEFT_METHODS)
         raise ValueError(f"--method {method}: choose one of {ours}, linear, full, or of peft's: {peft}.") from None
     return found.config_cls, dict(found.chosen) if isinstance(found, PeftMethod) else {}
-
-
-def chooses_from_data(method: str) -> bool:
-    """Whether a method needs calibration."""
-    ours = hf_visual_peft.list_methods().get(method.lower())
-    return ours is not None and ours.calibrated
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, PeftConfig | None]:
@@ -247,6 +246,7 @@ def check(args: argparse.Namespace) -> None:
             "takes single images: leave --clip_frames out" if args.clip_frames else "takes videos: give --clip_frames"
         )
         raise ValueError(f"--method {args.method} {wanted}")
+    check_augmentation(args)
     if args.push_to_hub and (args.method in ("linear", "full") or not args.hub_model_id):
         raise ValueError("--push_to_hub needs --hub_model_id, and an adapter: a --method other than linear and full")
     left = [path.name for path in earlier_output(args.output_dir)]
@@ -319,6 +319,7 @@ def check_sharded(accelerator: Accelerator, args: argparse.Namespace) -> None:
         "--checkpointing_steps other than no": args.checkpointing_steps != "no",  # they would hold the whole model
         "--resume_from_checkpoint": args.resume_from_checkpoint,
         "--push_to_hub": args.push_to_hub,
+        "--cache_features": args.cache_features,
         "--method full": args.method == "full",
         "--select other than last": kind == DistributedType.DEEPSPEED and args.select != "last",
     }
@@ -380,7 +381,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with accelerator.main_process_first():  # the others find what it has cached
         data, names, skipped = prepare_data(args, processor)
     model = load_model(args, config, names)
-    if config is not None and chooses_from_data(args.method):
+    if isinstance(config, hf_visual_peft.VisualPeftConfig) and config.chooses_from_data:
         # every process reads the same batches, so that all choose the same; a run that resumes chooses again
         sampler = torch.Generator().manual_seed(args.seed)
         size = args.per_device_train_batch_size
@@ -390,6 +391,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             seed=args.seed,
             progress=accelerator.is_local_main_process,
         )
+    inputs = {"interpolate_pos_encoding": True} if args.interpolate_pos_encoding else {}
+    if args.cache_features:
+        data = cache_features(accelerator, model, data, args, inputs)
     set_seed(args.seed, device_specific=True)  # dropout differs between processes
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = sum(parameter.numel() for parameter in trainable)
@@ -403,7 +407,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             raise ValueError(f"--top_k {args.top_k}: there are {len(names)} classes.")
         scores.append(TopKAccuracy(k=args.top_k or 5, keep_in_memory=True))
     metrics = evaluate.combine(scores)
-    inputs = {"interpolate_pos_encoding": True} if args.interpolate_pos_encoding else {}
 
     if accelerator.distributed_type == DistributedType.DEEPSPEED:  # the loaders are prepared before the model
         deepspeed = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -418,6 +421,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             num_workers=args.dataloader_num_workers,
             pin_memory=accelerator.device.type == "cuda",
             generator=torch.Generator().manual_seed(args.seed),  # its draws must not shift those of dropout
+            collate_fn=getattr(images, "collate", None),
         )
         loaders[split] = accelerator.prepare(loader)
     groups = hf_visual_peft.parameter_groups(model, args.weight_decay)

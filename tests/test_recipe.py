@@ -426,7 +426,13 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, monkeypatch, e
 
 
 @pytest.mark.parametrize(
-    ("method", "fields"), [("sct", ["--channels", 8]), ("gps", []), ("biadaptformer", ["--bits", 4])]
+    ("method", "fields"),
+    [
+        ("sct", ["--channels", 8]),
+        ("gps", []),
+        ("lst", ["--r", 4, "--init", "fisher"]),
+        ("biadaptformer", ["--bits", 4]),
+    ],
 )
 def test_methods_with_more_to_their_state_than_weights_resume_exactly(method, fields, run, monkeypatch):
     """What was chosen from data stays chosen, and a quantised weight goes on from its full precision."""

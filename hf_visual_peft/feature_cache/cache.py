@@ -1,0 +1,293 @@
+"""Features of frozen backbones, computed once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, default_collate
+
+from .calls import CallPoint, Forward, replaced
+from .dataset import FEATURES, CachedFeatures
+from .filling import Filler, is_whole
+from .finding import ROWS, BorderFinder
+from .fingerprint import describe, digest, key_of
+from .replay import Border, leaves_of, recomputing
+from .storage import DTYPES, Layout, Shards, check_space, open_folder, size
+
+
+_LOOKED_AT = 8  # samples that are read twice, to find random augmentation
+
+
+class FeatureCache:
+    """What the frozen part of a model makes of images, computed once and read from disk in every further epoch.
+
+        cache = FeatureCache(model, "features")  # after get_peft_model
+        train = cache.cached(train_images)
+        loader = DataLoader(train, batch_size=32, shuffle=True, collate_fn=train.collate)
+        for batch in loader:
+            loss = model(**batch).loss
+
+    Batches hold `cached_features` in the place of `pixel_values`; the model takes either. What is stored are the
+    tensors at the border between what is frozen and what trains, which is found by watching the model: for a linear
+    probe the input of the head, for side networks the token stream behind each block that they read, for a method on
+    the last blocks the input of the first of these. Everything behind the border runs as ever, so that gradients, loss
+    and accuracy are those of training on images. (The frozen part is evaluated in eval mode: its own dropout and
+    stochastic depth are off. `hidden_states` and attentions of it are NaN in a run from features.) Its weights must
+    stay as they are for as long as features of them are in use.
+
+    A cache lies in a folder of its own below `folder`, named by a fingerprint of everything its features depend on:
+    frozen weights, model, images and their transform, views, dtype, versions of the libraries. Runs that differ in
+    anything else, as learning rates, seeds, widths of the side network, share it. Its files are checked against their
+    checksums once, when it is opened; damaged ones are computed again.
+
+    Args:
+        model: as it will be trained, on the device where features are to be computed. It stays usable without.
+        folder: for all caches.
+        dtype: of the features on disk, `"float32"`, `"float16"` or `"bfloat16"`; the model gets them in its own.
+        targets: names in a sample of what the model does not make features of; it is kept beside these.
+        arguments: further arguments of the model, as `{"interpolate_pos_encoding": True}`.
+        batch_size: images a batch while filling.
+        num_workers: processes that read images while filling.
+        read_only: whether an incomplete or damaged cache is an error.
+        progress: whether to show a bar while filling.
+
+    Raises:
+        ValueError: an argument is none of its choices.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        folder: str | Path,
+        *,
+        dtype: str = "float32",
+        targets: Sequence[str] = ("labels",),
+        arguments: Mapping[str, Any] | None = None,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        read_only: bool = False,
+        progress: bool = True,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}.")
+        if type(batch_size) is not int or batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size!r}: must be an integer of at least 1.")
+        self.model, self.folder, self.dtype = model, Path(folder), dtype
+        self.targets, self.arguments = tuple(targets), dict(arguments or {})
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.read_only, self.progress = read_only, progress
+        self._border: Border | None = None
+        self._active: Any = None
+        self._running = ExitStack()
+        self._recomputing: list[Any] = []
+        self._frozen_parameters: list[nn.Parameter] = []
+        self._handles = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, always_call=True),
+        ]
+        get_base: Any = getattr(model, "get_base_model", None)
+        base = model if get_base is None else get_base()
+        # models that do not know `pixel_values` by name get images first
+        self._by_name = set(inspect.signature(base.forward).parameters)
+
+    def close(self) -> None:
+        """Take the hooks off the model, which then takes images only."""
+        for handle in self._handles:
+            handle.remove()
+
+    def cached(
+        self, data: Dataset[Any] | Sequence[Dataset[Any]], *, name: str = "features", key: Any = None
+    ) -> CachedFeatures:
+        """The features of a data set, from disk if they are there, else computed now.
+
+        Args:
+            data: gives samples by number, mappings with the model's inputs (channels, height, width) and targets; or
+                several data sets of the same length, the views of every image by different augmentation. Epoch
+                `e` then sees view `e` modulo their number.
+            name: that the cache's folder starts with, as `"train"`.
+            key: what tells these images and their transform from others: numbers, texts, arrays, lists and mappings
+                of them. A `datasets.Dataset` needs none: its fingerprint covers rows, format and transform.
+
+        Returns:
+            A data set with `cached_features` and the targets.
+
+        Raises:
+            ValueError: the data are unfit or random, nothing tells them from others, the model has no border, or what
+                lies in the folder is no cache of these features.
+            OSError: the disk is too small or full, or the folder cannot be written.
+        """
+        views: list[Any] = list(data) if isinstance(data, list | tuple) else [data]
+        if not views or len({len(view) for view in views}) != 1 or len(views[0]) == 0:
+            raise ValueError(
+                f"data has views of {[len(view) for view in views]} samples: as many in each, at least 1."
+            )
+        key = [key_of(view) for view in views] if key is None else key
+        inputs, others = self._look_at(views)
+        with self._frozen():
+            if self._border is None:
+                self._border = self._find(inputs)
+            self._check_inputs(self._border, inputs)
+            layout = self._layout(self._border, key, len(views), len(views[0]), others)
+            folder = self.folder / f"{name}-{layout.fingerprint[:16]}"
+            shards, missing = self._open(folder, layout)
+            if missing:
+                rows = sum(len(shards.layout.rows_of(shard)) for shard in missing)
+                text = f"Caching {name} features, {size(layout.row_bytes)} an image, {size(rows * layout.row_bytes)}"
+                compute = partial(self._compute, self._border)
+                filler = Filler(shards, views, compute, self.batch_size, self.num_workers, self.progress)
+                filler.fill(missing, text)
+        return CachedFeatures(shards)
+
+    def _look_at(self, views: Sequence[Any]) -> tuple[dict[str, Tensor], dict[str, tuple[str, list[int]]]]:
+        """Some samples as a batch of inputs, and what else they hold."""
+        for view in views:
+            for index in range(min(_LOOKED_AT, len(view))):
+                one, other = view[index], view[index]
+                if not isinstance(one, Mapping) or not set(one) - set(self.targets):
+                    raise ValueError(f"data: sample {index} must be a mapping with inputs of the model, got {one!r}.")
+                for name in one:
+                    if not torch.equal(torch.as_tensor(one[name]), torch.as_tensor(other[name])):
+                        raise ValueError(
+                            f"data: {name} of sample {index} is another each time it is read. Features of random "
+                            "augmentation cannot be cached: leave it out, or pass several data sets with fixed "
+                            "augmentation, one for each view."
+                        )
+        view = views[0]
+        batch = default_collate([view[index % len(view)] for index in range(ROWS[0])])
+        others = {
+            name: (str(batch[name].dtype).removeprefix("torch."), list(batch[name].shape[1:]))
+            for name in sorted(batch)
+            if name in self.targets
+        }
+        return {name: value for name, value in batch.items() if name not in self.targets}, others
+
+    def _find(self, inputs: Mapping[str, Tensor]) -> Border:
+        device = self._device
+        finder = BorderFinder(self.model, self._run, device)
+        border = finder.find({name: value.to(device) for name, value in inputs.items()})
+        self._recomputing = recomputing(self.model, border)
+        self._frozen_parameters = [parameter for point in border.cuts for parameter in point.module.parameters()]
+        self._active = getattr(self.model, "active_adapters", None)
+        return border
+
+    def _check_inputs(self, border: Border, inputs: Mapping[str, Tensor]) -> None:
+        found = {name: tuple(value.shape[1:]) for name, value in inputs.items()}
+        known = {name: leaf.sample for name, leaf in border.inputs.items()}
+        if found != known:
+            raise ValueError(f"data: samples have {found}, and those before had {known}. One cache takes one kind.")
+
+    def _layout(
+        self, border: Border, key: Any, views: int, images: int, others: dict[str, tuple[str, list[int]]]
+    ) -> Layout:
+        parts = describe(
+            self.model,
+            border,
+            key=key,
+            dtype=DTYPES[self.dtype],
+            views=views,
+            arguments=self.arguments,
+            device=self._device,
+        )
+        shapes = {name: list(shape) for name, shape in border.shapes.items()}
+        return Layout(digest(parts), parts, views * images, views, self.dtype, shapes, others)
+
+    def _open(self, folder: Path, layout: Layout) -> tuple[Shards, list[int]]:
+        """The files there are, and the numbers of those that are missing."""
+        if not (folder / "manifest.json").exists() and not self.read_only:
+            check_space(folder, layout.rows, layout)  # before anything is written
+        shards = open_folder(folder, layout, self.read_only)
+        missing = [shard for shard in range(shards.layout.shards) if not is_whole(shards, shard, self.read_only)]
+        if missing and self.read_only:
+            raise FileNotFoundError(
+                f"{folder} lacks {len(missing)} of {shards.layout.shards} files of features, and read_only is set."
+            )
+        check_space(folder, sum(len(shards.layout.rows_of(shard)) for shard in missing), shards.layout)
+        return shards, missing
+
+    def _compute(self, border: Border, batch: Mapping[str, Any]) -> list[Tensor]:
+        """The features of a batch of samples, (batch, numbers) each."""
+        found: dict[str, Tensor] = {}
+        inputs = {name: value.to(self._device) for name, value in batch.items() if name in border.inputs}
+        calls: dict[CallPoint, int] = {}
+
+        def watched(point: CallPoint, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+            if point in border.readers:
+                found[str(border.readers[point].key)] = args[0]
+                return forward(*args, **kwargs)
+            output = forward(*args, **kwargs)
+            number = calls.get(point, 0)
+            calls[point] = number + 1
+            for leaf, value in zip(border.cuts[point][number].leaves, leaves_of(point.seen(output))[0], strict=True):
+                if getattr(leaf, "key", None) in border.shapes:
+                    found[leaf.key] = value
+            return output
+
+        points = (*border.cuts, *border.readers)
+        with torch.no_grad(), replaced({point: partial(watched, point, point.forward) for point in points}):
+            self._run(inputs)
+        found |= {name: value for name, value in inputs.items() if name in border.shapes}
+        dtype = DTYPES[self.dtype]
+        for name, shape in border.shapes.items():
+            if tuple(found[name].shape[1:]) != shape:
+                raise ValueError(f"{name} has the shape {tuple(found[name].shape[1:])}, and {shape} before.")
+        return [found[name].to(dtype).flatten(1) for name in border.shapes]
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _run(self, inputs: Mapping[str, Tensor]) -> Any:
+        args, kwargs = self._as_called(inputs)
+        return self.model(*args, **kwargs, **self.arguments)
+
+    def _as_called(self, inputs: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        known = any(name in self._by_name for name in inputs)
+        return ((), dict(inputs)) if known else (tuple(inputs.values()), {})
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """Meanwhile the model is in eval mode; the caller's random numbers go on as if nothing had happened."""
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
+                yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        """The hook that lets the model take features."""
+        features = kwargs.get(FEATURES)
+        if features is None:
+            return None
+        border = self._border
+        if border is None or set(features) != set(border.shapes):
+            known = "none yet: call cached()" if border is None else ", ".join(border.shapes)
+            raise ValueError(f"{FEATURES} has {', '.join(features)}; this model's are {known}.")
+        if getattr(self.model, "active_adapters", None) != self._active:
+            raise ValueError(
+                f"{FEATURES} were found with the adapters {self._active} active: make a FeatureCache for each choice."
+            )
+        if any(parameter.requires_grad for parameter in self._frozen_parameters):
+            raise ValueError("Something trains now that was frozen when the features were computed: use images.")
+        if any(layer.gradient_checkpointing and layer.training for layer in self._recomputing):
+            raise ValueError("Switch gradient checkpointing off: it would run the model again without the features.")
+        device, rows = self._device, len(next(iter(features.values())))
+        features = {name: value.to(device) for name, value in features.items()}
+        arguments = border.arguments(features, rows, device)
+        self._running.enter_context(border.replay(features, arguments, rows, device))
+        called, named = self._as_called(arguments)
+        others = {name: value for name, value in kwargs.items() if name != FEATURES}
+        return (*called, *args), {**others, **named}
+
+    def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """The hook that takes features out again, also after an error."""
+        self._running.close()

@@ -1,0 +1,98 @@
+"""Where calls of a model's modules can be watched and replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from ..sites import BlockLayer
+
+
+Forward = Callable[..., Any]
+
+
+@dataclass(frozen=True, eq=False)
+class CallPoint:
+    """The place where a module's forward can be replaced.
+
+    Attributes:
+        path: name of the module in the base model, without what adapters put around it.
+        module: the module.
+        holder: the object whose attribute the forward is.
+        attribute: its name.
+    """
+
+    path: str
+    module: nn.Module
+    holder: nn.Module
+    attribute: str
+
+    @property
+    def forward(self) -> Forward:
+        """The forward as it is now."""
+        given = self.holder.__dict__.get(self.attribute)
+        return given or partial(type(self.module).forward, self.module)
+
+    def seen(self, output: Any) -> Any:
+        """What is known after a call: its output, and of a block what its layer has seen inside for side networks."""
+        if self.attribute == "forward" or not isinstance(self.holder, BlockLayer):
+            return output
+        current = self.holder._pass
+        return output, None if current is None else current.between
+
+    def shown(self, seen: Any) -> Any:
+        """The output of a call that did not take place, of which `seen` tells."""
+        if self.attribute == "forward" or not isinstance(self.holder, BlockLayer):
+            return seen
+        output, between = seen
+        if self.holder._pass is not None:
+            self.holder._pass.between = between
+        return output
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything in the module trains."""
+        return any(parameter.requires_grad for parameter in self.module.parameters())
+
+
+def call_points(model: nn.Module) -> list[CallPoint]:
+    """Those of all modules below the model itself.
+
+    Inside the forward that a `BlockLayer` gives its block, the block's own is called: that one is replaced, so that
+    the equations around it still run.
+    """
+    layers = {id(m.base_layer): m for m in model.modules() if isinstance(m, BlockLayer)}
+    points = []
+    for path, module in model.named_modules():
+        if not path:
+            continue
+        layer = layers.get(id(module))
+        holder, attribute = (module, "forward") if layer is None else (layer, "_forward_before")
+        points.append(CallPoint(base_path(path), module, holder, attribute))
+    return points
+
+
+def base_path(path: str) -> str:
+    """The name that a module of an adapted model has in the base model."""
+    return path.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+@contextmanager
+def replaced(forwards: Mapping[CallPoint, Forward]) -> Iterator[None]:
+    """Meanwhile some modules have other forwards."""
+    before = {point: point.holder.__dict__.get(point.attribute) for point in forwards}
+    try:
+        for point, forward in forwards.items():
+            setattr(point.holder, point.attribute, forward)
+        yield
+    finally:
+        for point, earlier in before.items():
+            if earlier is None and point.attribute == "forward":
+                point.holder.__dict__.pop(point.attribute, None)
+            else:
+                setattr(point.holder, point.attribute, earlier)

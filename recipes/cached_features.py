@@ -1,0 +1,85 @@
+"""Features of the frozen backbone in the place of images, computed once for all epochs and runs."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from accelerate import Accelerator
+from image_data import Images
+from torch import nn
+
+from hf_visual_peft import CachedFeatures, FeatureCache
+
+
+def check_augmentation(args: argparse.Namespace) -> None:
+    """Raise an error for flags that do not go with cached features."""
+    if not args.cache_features:
+        if args.cache_views:
+            raise ValueError("--cache_views needs --cache_features")
+        return
+    random = args.train_crop != "none" or args.horizontal_flip > 0 or bool(args.clip_frames)
+    if random and not args.cache_views:
+        raise ValueError(
+            "--cache_features reads every image once, and training would change it at random in every epoch: give "
+            "--cache_views N for N fixed augmentations of each training image, of which epoch e sees number e modulo "
+            "N, or --train_crop none --horizontal_flip 0 for none"
+        )
+    if not random and (args.cache_views or 1) > 1:
+        raise ValueError(f"--cache_views {args.cache_views}: without --train_crop and --horizontal_flip all are equal")
+
+
+def key_of(images: Images) -> dict[str, Any]:
+    """What tells these images, labels and their preparation from others."""
+    args = images.args
+    key = {
+        "data": images.data._fingerprint,
+        "labels": images.ids,
+        "processor": images.processor,
+        "size": args.image_size,
+        "clip_frames": args.clip_frames,
+    }
+    if images.split == "train" and args.cache_views:
+        names = ("train_crop", "crop_scale", "horizontal_flip", "seed")
+        key["augmentation"] = {name: getattr(args, name) for name in names}
+    return key
+
+
+def cache_features(
+    accelerator: Accelerator,
+    model: nn.Module,
+    data: Mapping[str, Images],
+    args: argparse.Namespace,
+    inputs: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The features of each split, `CachedFeatures`; on every process, which divide what is missing among them.
+
+    Args:
+        accelerator: of the run.
+        model: before it is prepared.
+        data: images of each split.
+        args: of the recipe.
+        inputs: further arguments of the model.
+    """
+    cache = FeatureCache(
+        model.to(accelerator.device),
+        args.cache_features,
+        dtype=args.cache_dtype,
+        arguments=inputs,
+        batch_size=args.per_device_eval_batch_size,
+        num_workers=args.dataloader_num_workers,
+        progress=accelerator.is_local_main_process,
+    )
+    found: dict[str, CachedFeatures] = {}
+    for split, images in data.items():
+        views = []
+        for epoch in range((args.cache_views or 1) if split == "train" else 1):
+            view = copy.copy(images)
+            view.epoch = epoch
+            views.append(view)
+        with accelerator.autocast():  # as in training
+            found[split] = cache.cached(views, name=split, key=key_of(images))
+        accelerator.print(f"Features of {split}: {found[split]}")
+    return found
