@@ -29,7 +29,7 @@ def placements_of(config: VisualPeftConfig, selected: VisionBackbone, whole: Vis
         ValueError: a field does not fit the backbone, or the method does not.
     """
     try:
-        placements = list(_placements(config, selected, whole))
+        placements = _all_placements(config, selected, whole)
     except NoTokensError as error:
         raise NoTokensError(f"{type(config).__name__}: {error} {_advice(config, whole)}") from error
     if not placements:
@@ -37,6 +37,11 @@ def placements_of(config: VisualPeftConfig, selected: VisionBackbone, whole: Vis
             f"{type(config).__name__}: {whole.class_name} has none of the modules that it acts on. "
             f"{_advice(config, whole)}"
         )
+    return placements
+
+
+def _all_placements(config: VisualPeftConfig, selected: VisionBackbone, whole: VisionBackbone) -> list[Placement]:
+    placements = list(_placements(config, selected, whole))
     if any(isinstance(placement.site, SideSite) for placement in placements):
         return _side_placements(config, placements, whole)
     return placements
@@ -98,7 +103,7 @@ def _advice(config: VisualPeftConfig, whole: VisionBackbone) -> str:
     for name, method in list_methods().items():
         try:
             # to the end: what the last block cannot do is an error, too
-            found = method.config_cls is not type(config) and list(_placements(method.config_cls(), whole, whole))
+            found = method.config_cls is not type(config) and _all_placements(method.config_cls(), whole, whole)
         except ValueError:
             continue
         if found:

@@ -111,6 +111,7 @@ def test_accelerate_reads_every_config(file, kind, processes):
 
 def test_the_recipe_refuses_what_shards_do_not_allow():
     flags = {"checkpointing_steps": "no", "resume_from_checkpoint": None, "push_to_hub": False, "method": "ssf"}
+    flags |= {"cache_features": None}
 
     def check(kind, **changed):
         args = SimpleNamespace(**flags | {"select": "best"} | changed)

@@ -383,7 +383,7 @@ def test_names():
     assert any_method("DoRA") is PEFT_METHODS["dora"]
     assert any_method("VPT") is hf_visual_peft.get_method("vpt")
     with pytest.raises(
-        ValueError, match=r"Unknown method 'vtp': choose one of .*vpt, or of peft's adamss, .*waveft\."
+        ValueError, match=r"Unknown method 'vtp': choose one of .*vqt, or of peft's adamss, .*waveft\."
     ):
         any_method("vtp")
 

@@ -134,6 +134,8 @@ class VQTConfig(VisualPeftConfig):
             )
         outputs = tuple((path, sizes[path][0]) for path in backbone.heads)
         prompts = backbone.architecture.prompts
+        if not all(block.roles["query"] for block in backbone.blocks):
+            raise ValueError(f"{name}: not all of its blocks have attention that queries could join.")
         for block in backbone.blocks:
             query = (*block.roles["query"], "")[0].removeprefix(f"{block.path}.")
             site = SideSite(ends=False, aligned=False, asks=True, heads=HeadUse(outputs, self.normalize))
