@@ -66,13 +66,14 @@ def _unfit(method, family):
 VARIANTS = list(_variants())
 
 
-def _pairs(families, adds_layers=False, others=()):
-    """Every method on some families, and of each kind of method one on others."""
+def _pairs(families, adds_layers=False, others=(), on_others=OF_EACH_KIND):
+    """Every variant of every method on some families, and the first variant of some methods on others."""
+    first = {method.name: fields for method, fields, _ in reversed(VARIANTS)}
     return [
         pytest.param(method, fields, video(family) if method.video else family, id=f"{name}-{family.name}")
         for method, fields, name in VARIANTS
         if not (adds_layers and method.whole_modules)
-        for family in (*families, *(others if method.name in OF_EACH_KIND else ()))
+        for family in (*families, *(others if method.name in on_others and fields == first[method.name] else ()))
         if _unfit(method, family) is None
     ]
 
@@ -85,7 +86,10 @@ on_core_families = pytest.mark.parametrize(("method", "fields", "family"), _pair
 with_layers_on_core_families = pytest.mark.parametrize(("method", "fields", "family"), _pairs(core, adds_layers=True))
 rest = [family for name, family in FAMILIES.items() if name not in CORE]
 on_core_and_each_kind_on_all = pytest.mark.parametrize(("method", "fields", "family"), _pairs(core, others=rest))
-on_all_families = pytest.mark.parametrize(("method", "fields", "family"), _pairs(list(FAMILIES.values())))
+every_name = [method.name for method, _, _ in VARIANTS]
+on_all_families = pytest.mark.parametrize(
+    ("method", "fields", "family"), _pairs(core, others=rest, on_others=every_name)
+)
 
 
 def random_config(method, fields):

@@ -127,7 +127,7 @@ def test_the_same_output_twice_in_training():
 
 @pytest.mark.parametrize(
     ("width", "backbone_heads", "fields", "heads"),
-    [(768, 12, {}, 6), (384, 6, {}, 3), (160, 10, {}, 1), (768, 12, {"num_heads": 12}, 12), (768, 2, {}, 2)],
+    [(768, 12, {}, 3), (384, 6, {}, 1), (160, 10, {}, 1), (768, 12, {"num_heads": 12}, 12), (768, 2, {}, 2)],
 )
 def test_heads(width, backbone_heads, fields, heads):
     with torch.device("meta"):

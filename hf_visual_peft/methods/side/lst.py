@@ -19,9 +19,7 @@ from ..specification.deltas import Chosen, summed_gradients
 from .pruning import best_stream, parts_of, pruned, why_not
 
 
-HEAD_CHANNELS = (
-    16  # least number, where the config does not tell the heads: with less, attention takes most of the time
-)
+HEAD_CHANNELS = 32  # least number, where the config does not tell the heads: attention on thin ones takes its time
 SAMPLES = 1024  # images of the Fisher information, of the authors' code
 
 
@@ -139,7 +137,7 @@ class LSTConfig(VisualPeftConfig):
 
     On ViT-B/16 at r=8: 12 side blocks, 13 linears to them and one from them have 2,376,288 numbers, the norm at the
     end 192, the gates 12. The authors' code is for text, and its side blocks have as many heads as the backbone's:
-    8 channels each there, on which attention is slow; here heads have at least 16 by default. Their variants with
+    8 channels each there, on which attention is slow; here heads have at least 32 by default. Their variants with
     scheduled gates, with pooling in place of the linears, and with these behind the side blocks are not here.
 
     Side blocks can start as parts of the backbone's blocks, those with the greatest importance: squares of the
@@ -149,8 +147,8 @@ class LSTConfig(VisualPeftConfig):
 
     Args:
         r: the side network's width is the backbone's over r, rounded down.
-        num_heads: of side blocks; by default as many as have 16 channels or more each and divide the width, yet no
-            more than the backbone's.
+        num_heads: of side blocks; by default as many as have 32 channels or more each and divide the width, one at
+            least, yet no more than the backbone's.
         mlp_ratio: width of the MLP of side blocks over that of their stream.
         gate: whether each block's stream and the side network's are mixed by a gate; else they are added.
         temperature: T of the gates.
@@ -160,7 +158,7 @@ class LSTConfig(VisualPeftConfig):
 
     r: int = field(default=8, metadata={"help": "Width of the backbone over that of the side network."})
     num_heads: int | None = field(
-        default=None, metadata={"help": "Heads of side blocks; by default as many as have 16 channels or more."}
+        default=None, metadata={"help": "Heads of side blocks; by default as many as have 32 channels or more."}
     )
     mlp_ratio: float = field(
         default=4.0, metadata={"help": "Width of the side blocks' MLP over that of their stream."}
