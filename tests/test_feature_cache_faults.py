@@ -316,3 +316,14 @@ def test_a_file_that_became_shorter_while_reading(tmp_path):
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(OSError, match="has become shorter"):
         features(cached)
+
+
+def test_more_files_than_a_process_may_have_open(tmp_path, reference, monkeypatch):
+    monkeypatch.setattr(storage, "_OPEN_FILES", 2)
+    cached = fill(tmp_path)
+    assert same(features(cached), reference)
+    links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert sum(link.startswith(str(tmp_path)) for link in links) == 2
+    rows = [0, 9, 5, 0, 7]  # there and back
+    found = batch_of(cached, *rows)["cached_features"]
+    assert same(found, {name: value[rows] for name, value in reference.items()})

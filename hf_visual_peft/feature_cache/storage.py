@@ -38,6 +38,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 _SHARD_BYTES = 128 * 2**20
 _SHARD_ROWS = 512  # so that little is lost where rows are small
 _CHUNK = 8 * 2**20
+_OPEN_FILES = 64  # at a time in each thread; systems allow a process from 256 on
 _METADATA = "hf_visual_peft"
 
 
@@ -111,7 +112,7 @@ class Shards:
     layout: Layout
     starts: dict[int, int] = field(default_factory=dict)
     others: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    _files: dict[tuple[int, int, int], BinaryIO] = field(default_factory=dict)
+    _files: dict[tuple[int, int], dict[int, BinaryIO]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
@@ -223,10 +224,12 @@ class Shards:
 
     def _open(self, shard: int) -> BinaryIO:
         # a process of its own, or a thread, has a place in the file of its own
-        key = (os.getpid(), threading.get_ident(), shard)
-        if key not in self._files:
-            self._files[key] = self.path(shard).open("rb", buffering=0)
-        return self._files[key]
+        files = self._files.setdefault((os.getpid(), threading.get_ident()), {})
+        file = files.pop(shard, None) or self.path(shard).open("rb", buffering=0)
+        files[shard] = file  # behind the others: the first is the one that was read the longest ago
+        if len(files) > _OPEN_FILES:
+            files.pop(next(iter(files))).close()
+        return file
 
 
 def open_folder(folder: Path, layout: Layout, read_only: bool) -> Shards:
