@@ -287,6 +287,10 @@ are not told apart, and the task says little about others.
 
 # of methods that are below the linear probe here
 EXPLANATIONS = {
+    "lst": (
+        "LST's result takes the place of what the backbone returns: its side network has to learn from nothing what "
+        "the others find in place, which takes it more steps."
+    ),
     "mona": (
         "Mona starts with PyTorch's own initialisation, as its authors' code does: every adapter adds random numbers "
         "to the stream, as large as the stream is, and the few steps here do not undo that; lower rates (1e-4, 3e-4) "
