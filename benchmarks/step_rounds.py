@@ -207,7 +207,7 @@ def count_kept(model: nn.Module) -> Iterator[Callable[[], int]]:
     alive: weakref.WeakSet[_Kept] = weakref.WeakSet()
 
     def pack(tensor: Tensor) -> _Kept:
-        kept = _Kept(tensor)
+        kept = _Kept(tensor.detach())  # with its graph it would hold the node that holds it, for ever
         alive.add(kept)
         return kept
 
