@@ -192,7 +192,8 @@ def contestant(name: str, model_name: str, setup: Setup) -> Contestant:
     method = hf_visual_peft.list_methods().get(name)
     if method is not None and method.calibrated:
         pixels, labels = example(setup)
-        hf_visual_peft.calibrate(model, [{"pixel_values": pixels, "labels": labels}], progress=False)
+        some = {"pixel_values": pixels, "labels": torch.arange(len(labels)) % 2}  # GPS looks for two of one class
+        hf_visual_peft.calibrate(model, [some], progress=False)
     return Contestant(name, model, frames=frames_of(name, setup))
 
 

@@ -16,6 +16,7 @@ from ...sites import LinearSite, Placement
 from ...targets import TargetedConfig
 from ..adapter.bi_adaptformer import BITS, binary_pair
 from ..adapter.binary import packed_numbers
+from .products import plus_product
 
 
 class BiLoRA(nn.Module):
@@ -49,7 +50,7 @@ class BiLoRA(nn.Module):
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """(..., out_features), given also the linear's input (..., in_features)."""
-        return y + self.factor() * F.linear(F.linear(x, self.down()), self.up())
+        return plus_product(y, self.factor() * F.linear(x, self.down()), self.up().T)
 
     @torch.no_grad()
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -13,6 +13,7 @@ from ...backbone import Block, VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import LinearSite, Placement, Shared
+from .products import plus_product
 from .rows import Rows, projections
 
 
@@ -56,7 +57,8 @@ class EFFT(nn.Module):
     def forward(self, y: Tensor, x: Tensor, factors: Factors) -> Tensor:
         """(..., out_features), given also the linear's input (..., in_features)."""
         first, core, last = map(self.dropout, self.chain(factors))
-        return y + self.rows.pad(self.scale * (x @ first @ core @ last), y.shape[-1], dim=-1)
+        # the small matrices first: each thin product with the tokens is a pass over them
+        return plus_product(y, x @ (first @ core), self.rows.pad(last, y.shape[-1], dim=-1), self.scale)
 
     @torch.no_grad()
     def fold(self, weight: Tensor, bias: Tensor | None, factors: Factors) -> tuple[Tensor, Tensor | None]:

@@ -14,6 +14,7 @@ from ...backbone import LINEAR_ROLES, VisionBackbone, linear_sizes
 from ...registry import Paper, register
 from ...sites import LinearSite, Placement, Shared
 from ...targets import TargetedConfig
+from .products import plus_product
 
 
 class Factors(nn.Module):
@@ -88,9 +89,7 @@ class FacT(nn.Module):
         hidden, v = hidden.unflatten(-1, (self.outputs, -1)), factors.v.weight
         if self.outputs * width > y.shape[-1]:
             return y + F.linear(hidden, self.scale * v).flatten(-2)[..., : y.shape[-1]]
-        # product, factor and sum in one pass over the output
-        total = torch.addmm(y.reshape(-1, width), hidden.flatten(0, -2), v.T, alpha=self.scale)
-        return total.view(y.shape)
+        return plus_product(y.unflatten(-1, (self.outputs, width)), hidden, v.T, self.scale).flatten(-2)
 
     @torch.no_grad()
     def fold(self, weight: Tensor, bias: Tensor | None, factors: Factors) -> tuple[Tensor, Tensor | None]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...backbone import VisionBackbone
@@ -85,7 +86,7 @@ class KAdaptation(nn.Module):
 
     def forward(self, y: Tensor, x: Tensor, rules: Rules) -> Tensor:
         """(..., out_features), given also the linear's input (..., in_features)."""
-        update = self.scale * (x @ self.dropout(self.matrix(rules))) + rules.bias[self.block]
+        update = F.linear(x, self.scale * self.dropout(self.matrix(rules)).T, rules.bias[self.block])
         return y + self.rows.pad(update, y.shape[-1], dim=-1)
 
     @torch.no_grad()

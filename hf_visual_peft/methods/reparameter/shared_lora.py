@@ -13,6 +13,7 @@ from ...backbone import VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import LinearSite, Placement, Shared
+from .products import plus_product
 
 
 class SharedLoRA(nn.Module):
@@ -38,7 +39,7 @@ class SharedLoRA(nn.Module):
 
     def forward(self, y: Tensor, x: Tensor, down: nn.Linear) -> Tensor:
         """(..., out_features), given also the linear's input (..., in_features) and A."""
-        return y + self.scale * self.up(down(self.dropout(x)))
+        return plus_product(y, down(self.dropout(x)), self.up.weight.T, self.scale)
 
     @torch.no_grad()
     def fold(self, weight: Tensor, bias: Tensor | None, down: nn.Linear) -> tuple[Tensor, Tensor | None]:
