@@ -11,8 +11,6 @@ results file: a run that was killed goes on where it stopped, and the page is wr
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable
@@ -23,6 +21,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from lines import append_lines, read_lines
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader
@@ -145,25 +144,12 @@ def _saved_bytes(model: nn.Module) -> int:
 
 def read_results(path: Path, protocol: Protocol) -> list[Run]:
     """Runs of this protocol; a last line that was cut off is left out."""
-    runs = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            run = Run(**json.loads(line))
-        except json.JSONDecodeError:
-            continue
-        if run.protocol == asdict(protocol):
-            runs.append(run)
-    return runs
+    return [run for line in read_lines(path) if (run := Run(**line)).protocol == asdict(protocol)]
 
 
 def append_result(path: Path, run: Run) -> None:
     """Write one run behind the others, and out to the disk."""
-    with path.open("a", encoding="utf-8") as file:
-        if file.tell() and not path.read_bytes().endswith(b"\n"):
-            file.write("\n")
-        file.write(json.dumps(asdict(run)) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    append_lines(path, [asdict(run)])
 
 
 def measure(

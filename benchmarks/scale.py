@@ -9,13 +9,12 @@ written anew after every size. `--quick` leaves the large sizes out, `--parts` c
 from __future__ import annotations
 
 import argparse
-import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from lines import append_lines, read_lines
 from scale_page import page
 from scale_parts import (
     LORA,
@@ -117,25 +116,12 @@ def images(case: str, count: int, threads: int) -> dict:
 
 def read_points(path: Path, setup: Setup) -> list[Point]:
     """Points of this setup; a last line that was cut off is left out."""
-    points = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            point = Point(**json.loads(line))
-        except json.JSONDecodeError:
-            continue
-        if point.setup == asdict(setup):
-            points.append(point)
-    return points
+    return [point for line in read_lines(path) if (point := Point(**line)).setup == asdict(setup)]
 
 
 def append_points(path: Path, points: Iterable[Point]) -> None:
     """Write points behind the others, and out to the disk."""
-    with path.open("a", encoding="utf-8") as file:
-        if file.tell() and not path.read_bytes().endswith(b"\n"):
-            file.write("\n")
-        file.writelines(json.dumps(asdict(point)) + "\n" for point in points)
-        file.flush()
-        os.fsync(file.fileno())
+    append_lines(path, map(asdict, points))
 
 
 def measure(wanted: Iterable[Task], results: Path, setup: Setup, save: Callable[[], None]) -> None:

@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import gc
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lines import append_lines, read_lines
 from peft import PeftConfig, get_peft_model
 from step_page import write_page
 from step_rounds import (
@@ -131,11 +131,7 @@ def key_of(line: Line) -> tuple:
 def read_results(path: Path) -> dict[tuple, Line]:
     """The last line of each; one that was cut off is left out."""
     found = {}
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            fields = json.loads(text)
-        except json.JSONDecodeError:
-            continue
+    for fields in read_lines(path):
         line = KINDS[fields["kind"]](**fields)
         found[key_of(line)] = line
     return found
@@ -143,12 +139,7 @@ def read_results(path: Path) -> dict[tuple, Line]:
 
 def append_result(path: Path, line: Line) -> None:
     """Write one line behind the others, and out to the disk."""
-    with path.open("a", encoding="utf-8") as file:
-        if file.tell() and not path.read_bytes().endswith(b"\n"):
-            file.write("\n")
-        file.write(json.dumps(dataclasses.asdict(line)) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    append_lines(path, [dataclasses.asdict(line)])
 
 
 def all_methods() -> list[str]:
