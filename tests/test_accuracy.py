@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
+import accuracy
 import pytest
 from families import FAMILIES
 from peft import LNTuningConfig, LoraConfig
 
 import hf_visual_peft
 
-
-spec = importlib.util.spec_from_file_location("accuracy", Path(__file__).parents[1] / "benchmarks" / "accuracy.py")
-accuracy = importlib.util.module_from_spec(spec)
-sys.modules["accuracy"] = accuracy
-spec.loader.exec_module(accuracy)
 
 SEEDS = [0, 1, 2]
 

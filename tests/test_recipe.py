@@ -13,7 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import accelerate.tracking
+import checkpoints
 import datasets
+import image_classification
+import image_data
 import numpy as np
 import pytest
 import torch
@@ -42,12 +45,6 @@ from hf_visual_peft.targets import TargetedConfig
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-sys.path.insert(0, str(RECIPES))
-
-import checkpoints  # noqa: E402
-import image_classification  # noqa: E402
-import image_data  # noqa: E402
-
 
 SIZE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 LABELS = {"num_labels": 3, "id2label": {0: "blue", 1: "green", 2: "red"}}

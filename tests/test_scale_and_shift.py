@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model
+from step_rounds import count_kept
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from transformers import ViTConfig, ViTModel
 
 from hf_visual_peft import BitFitConfig, RLRRConfig, SSFConfig
 from hf_visual_peft.methods.reparameter.ssf import SSF, ScaleAndShift, is_recoverable
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from step_rounds import count_kept
 
 
 WIDTH, MLP, BLOCKS, TOKENS, BATCH = 16, 64, 2, 5, 3

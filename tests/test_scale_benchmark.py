@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import scale
+import scale_page
+import scale_parts
 import torch
 
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "benchmarks"))
-
-import scale  # noqa: E402
-import scale_page  # noqa: E402
-import scale_parts  # noqa: E402
-
 
 TINY = scale_parts.Size("tiny", 64, 4, 2, patch=8)
 SETUP = scale_parts.Setup(threads=1, rounds=1)

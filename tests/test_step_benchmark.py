@@ -7,6 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import step
+import step_page
+import step_rounds
 import torch
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
@@ -15,11 +18,6 @@ import hf_visual_peft
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-import step  # noqa: E402
-import step_page  # noqa: E402
-import step_rounds  # noqa: E402
-
 
 SETUP = step_rounds.Setup(batch=2, rounds=3, torch="2.15.0", cores=2)
 SHARED = asdict(SETUP)
