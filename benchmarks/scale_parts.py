@@ -26,7 +26,6 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torch.nn.functional as F
 from peft import PeftConfig, PeftModel, get_peft_model
 from PIL import Image
 from torch import Tensor, nn
@@ -47,10 +46,21 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "recipes")]
 
 from image_data import decode, prepare_data  # noqa: E402
-from step_rounds import ACTIVATIONS, FORWARD, FULL, Contestant, count_kept, ratio, train_once  # noqa: E402
+from step_rounds import (  # noqa: E402
+    ACTIVATIONS,
+    FORWARD,
+    FULL,
+    LABELS,
+    Contestant,
+    example,
+    kept_bytes,
+    ratio,
+    start_gradients_behind,
+    take_turns,
+    train_once,
+)
 
 
-LABELS = 10
 FIELDS: dict[str, dict[str, Any]] = {"vpt": {"num_virtual_tokens": 10}, "adaptformer": {}, "ssf": {}, "lst": {}}
 LORA = "peft-lora"
 METHODS = (*FIELDS, LORA)
@@ -151,27 +161,8 @@ def adapted(name: str, model: nn.Module) -> nn.Module:
     if name == FULL:
         return model.requires_grad_(True)
     if name == ACTIVATIONS:
-        embeddings = model.get_submodule(hf_visual_peft.find_backbone(model).embeddings[0])
-        embeddings.register_forward_hook(
-            lambda module, args, output: output.requires_grad_() if torch.is_grad_enabled() else None
-        )
+        start_gradients_behind(model.get_submodule(hf_visual_peft.find_backbone(model).embeddings[0]))
     return model if name in (FORWARD, ACTIVATIONS) else get_peft_model(model, config_of(name, model))
-
-
-def example(batch: int, image_size: int) -> tuple[Tensor, Tensor]:
-    """Images and labels of one step."""
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(batch, 3, image_size, image_size, generator=generator)
-    return pixels, torch.randint(LABELS, (batch,), generator=generator)
-
-
-def kept_bytes(model: nn.Module, pixels: Tensor, labels: Tensor) -> int:
-    """Bytes that the forward pass leaves for the backward pass, beside the model."""
-    with count_kept(model) as kept:
-        loss = F.cross_entropy(model(pixels).logits, labels)
-        found = kept()
-    del loss
-    return found
 
 
 def step_cost(size: Size, image_size: int, batch: int, setup: Setup) -> dict[str, Any]:
@@ -181,22 +172,13 @@ def step_cost(size: Size, image_size: int, batch: int, setup: Setup) -> dict[str
         `seconds` of the floor of activations, and of every contestant `step`, its time relative to that floor, and
         `bytes`, what it keeps for the backward pass.
     """
-    pixels, labels = example(batch, image_size)
-    order = [
+    inputs = example(batch, image_size)
+    contestants = [
         Contestant(name, adapted(name, size.build(image_size)), trains=name != FORWARD)
         for name in (FORWARD, ACTIVATIONS, *METHODS)
     ]
-    found: dict[str, Any] = {
-        contestant.name: {"bytes": kept_bytes(contestant.model, pixels, labels)} for contestant in order
-    }
-    shuffle = random.Random(0).shuffle
-    turns: dict[str, list] = {contestant.name: [] for contestant in order}
-    for number in range(setup.rounds + 1):  # the first does not count
-        shuffle(order)
-        for contestant in order:
-            taken = train_once(contestant, pixels, labels)
-            if number:
-                turns[contestant.name].append(taken)
+    found: dict[str, Any] = {each.name: {"bytes": kept_bytes(each, inputs)} for each in contestants}
+    turns = take_turns(contestants, train_once, inputs, setup.rounds, warmup=1)
     for name, cost in found.items():
         cost["step"] = ratio(turns, name, ACTIVATIONS)
     return {"seconds": statistics.median(turn.step for turn in turns[ACTIVATIONS]), **found}
@@ -204,14 +186,14 @@ def step_cost(size: Size, image_size: int, batch: int, setup: Setup) -> dict[str
 
 def model_memory(size: Size, image_size: int) -> dict[str, Any]:
     """Numbers in a backbone and in each adapter, and bytes that one image keeps for the backward pass."""
-    pixels, labels = example(1, image_size)
+    inputs = example(1, image_size)
     found: dict[str, Any] = {}
     for name in (*METHODS, FULL):
         model = adapted(name, size.build_empty(image_size))
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if name == FULL:
             found["parameters"] = trained
-        found[name] = {"trained": trained, "bytes": kept_bytes(model, pixels, labels)}
+        found[name] = {"trained": trained, "bytes": kept_bytes(Contestant(name, model), inputs)}
         del model
         gc.collect()
     return found
@@ -222,16 +204,16 @@ def peak_memory(name: str, size: Size, image_size: int, batch: int) -> dict[str,
     before = own_memory()
     model = adapted(name, size.build(image_size))
     contestant = Contestant(name, model)
-    pixels, labels = example(batch, image_size)
+    inputs = example(batch, image_size)
     reset_peak()
     for _ in range(2):  # the optimizer takes its memory in the first
-        train_once(contestant, pixels, labels)
+        train_once(contestant, *inputs)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {
         "peak": read_peak() - before,
         "weights": 4 * sum(p.numel() for p in model.parameters()),
         "training": 12 * trained,  # gradients, and two moments of AdamW
-        "kept": kept_bytes(model, pixels, labels),
+        "kept": kept_bytes(contestant, inputs),
     }
 
 

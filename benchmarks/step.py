@@ -182,7 +182,7 @@ def contestant(name: str, model_name: str, setup: Setup) -> Contestant:
     model = get_peft_model(base, config_of(name, base))
     method = hf_visual_peft.list_methods().get(name)
     if method is not None and method.calibrated:
-        pixels, labels = example(setup)
+        pixels, labels = example(setup.batch, device=setup.device)
         some = {"pixel_values": pixels, "labels": torch.arange(len(labels)) % 2}  # GPS looks for two of one class
         hf_visual_peft.calibrate(model, [some], progress=False)
     return Contestant(name, model, frames=frames_of(name, setup))
@@ -196,19 +196,20 @@ def measure_group(model_name: str, names: Iterable[str], setup: Setup) -> list[R
         names: of the methods, `"full"` and peft's among them; the floors are always measured, too.
         setup: how.
     """
+    inputs = example(setup.batch, device=setup.device)
     both = floors(model_name, setup.device)
     group = [contestant(name, model_name, setup) for name in names if name not in (FORWARD, ACTIVATIONS)]
     everyone = [*both, *(each.model.train() and each for each in group)]
-    turns = take_turns(everyone, train_once, setup)
-    kept = {each.name: kept_bytes(each, setup) for each in everyone}
+    turns = take_turns(everyone, train_once, inputs, setup.rounds)
+    kept = {each.name: kept_bytes(each, inputs) for each in everyone}
     sizes = {each.name: _trained(each.model) for each in group}
     adapters = {each.name: _measure_adapter(each.model) for each in group if each.name != FULL}
     for each in group:
         each.model.eval()
         each.trains, each.optimizer = False, None
-    inference = take_turns([both[0], *group], infer_once, setup)
+    inference = take_turns([both[0], *group], infer_once, inputs, setup.rounds)
     merged = [Contestant(each.name, each.model.merge_and_unload()) for each in group if merges(each.name)]  # type: ignore[operator]
-    merged_turns = take_turns([both[0], *merged], infer_once, setup) if merged else {}
+    merged_turns = take_turns([both[0], *merged], infer_once, inputs, setup.rounds) if merged else {}
     seconds = sorted(turn.step for turn in turns[ACTIVATIONS])[setup.rounds // 2]
     results = [
         Result(

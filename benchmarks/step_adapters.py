@@ -25,6 +25,7 @@ from step_rounds import (
     Contestant,
     Setup,
     build_model,
+    example,
     floors,
     infer_once,
     kept_bytes,
@@ -53,11 +54,12 @@ def adapted(model_name: str, device: str) -> Any:
 def measure(model_name: str, setup: Setup) -> dict[str, Any]:
     """The fields of a result, but for the names."""
     torch.set_num_threads(setup.threads)
+    inputs = example(setup.batch, device=setup.device)
     both = floors(model_name, setup.device)
     model = adapted(model_name, setup.device)
     ours = Contestant("adapters", model.train())
-    turns = take_turns([*both, ours], train_once, setup)
-    kept = kept_bytes(ours, setup)
+    turns = take_turns([*both, ours], train_once, inputs, setup.rounds)
+    kept = kept_bytes(ours, inputs)
     trained = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "classifier" not in n)
     with tempfile.TemporaryDirectory() as folder:
         model.save_adapter(folder, "default")
@@ -65,7 +67,7 @@ def measure(model_name: str, setup: Setup) -> dict[str, Any]:
         load = median_ms(lambda: model.load_adapter(folder, load_as="third"), lambda: model.delete_adapter("third"))
     switch = median_ms(lambda: model.train_adapter("second"), lambda: model.train_adapter("default"), times=15)
     model.eval()
-    inference = take_turns([both[0], ours], infer_once, setup)
+    inference = take_turns([both[0], ours], infer_once, inputs, setup.rounds)
     return {
         "setup": asdict(setup),
         "setting": {"config": "seq_bn", "r": R, "adapters": adapters.__version__},

@@ -29,6 +29,7 @@ MODELS: dict[str, dict[str, int]] = {
 TITLES = {"vit_s": "ViT-S/16", "vit_b": "ViT-B/16", "vit_l": "ViT-L/16"}
 IMAGE_SIZE, LABELS = 224, 10
 FORWARD, ACTIVATIONS, FULL = "forward", "activations", "full"  # the two floors, and all weights
+Inputs = tuple[Tensor, Tensor]  # images and labels
 
 
 @dataclass(frozen=True)
@@ -104,21 +105,26 @@ def floors(name: str, device: str) -> list[Contestant]:
     only, from the loss to the output of the embeddings: what every method pays that acts from the first block on.
     """
     forward, activations = (build_model(name).to(device).requires_grad_(False) for _ in range(2))
-    embeddings = activations.get_submodule("vit.embeddings")
+    start_gradients_behind(activations.get_submodule("vit.embeddings"))
+    return [Contestant(FORWARD, forward, trains=False), Contestant(ACTIVATIONS, activations)]
+
+
+def start_gradients_behind(embeddings: nn.Module) -> None:
+    """Let the output of frozen embeddings ask for a gradient, as it would if something before it trained."""
 
     def start_here(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return output.requires_grad_(torch.is_grad_enabled())
 
     embeddings.register_forward_hook(start_here)
-    return [Contestant(FORWARD, forward, trains=False), Contestant(ACTIVATIONS, activations)]
 
 
-def example(setup: Setup) -> tuple[Tensor, Tensor]:
-    """Images and labels of one step."""
+def example(batch: int, image_size: int | None = None, device: str = "cpu") -> Inputs:
+    """Images, of 224 px if nothing else is said, and labels of one step."""
+    side = IMAGE_SIZE if image_size is None else image_size
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(setup.batch, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
-    labels = torch.randint(LABELS, (setup.batch,), generator=generator)
-    return pixels.to(setup.device), labels.to(setup.device)
+    pixels = torch.randn(batch, 3, side, side, generator=generator)
+    labels = torch.randint(LABELS, (batch,), generator=generator)
+    return pixels.to(device), labels.to(device)
 
 
 def train_once(contestant: Contestant, pixels: Tensor, labels: Tensor) -> Turn:
@@ -156,7 +162,8 @@ def _now(tensor: Tensor) -> float:
 def take_turns(
     contestants: Iterable[Contestant],
     turn: Callable[[Contestant, Tensor, Tensor], Turn],
-    setup: Setup,
+    inputs: Inputs,
+    rounds: int,
     warmup: int = 2,
 ) -> dict[str, list[Turn]]:
     """Let each contestant have one turn a round, in an order that changes from round to round.
@@ -164,19 +171,19 @@ def take_turns(
     Args:
         contestants: all of them in memory.
         turn: what to do.
-        setup: how many rounds, and on what.
-        warmup: further rounds, before those that count.
+        inputs: images and labels of every turn.
+        rounds: how many count.
+        warmup: further rounds, before those.
 
     Returns:
         The turns of each, round by round.
     """
-    pixels, labels = example(setup)
     order, shuffle = list(contestants), random.Random(0).shuffle
     turns: dict[str, list[Turn]] = {contestant.name: [] for contestant in order}
-    for number in range(warmup + setup.rounds):
+    for number in range(warmup + rounds):
         shuffle(order)
         for contestant in order:
-            taken = turn(contestant, pixels, labels)
+            taken = turn(contestant, *inputs)
             if number >= warmup:
                 turns[contestant.name].append(taken)
     return turns
@@ -220,15 +227,15 @@ def count_kept(model: nn.Module) -> Iterator[Callable[[], int]]:
         yield total
 
 
-def kept_bytes(contestant: Contestant, setup: Setup) -> int:
+def kept_bytes(contestant: Contestant, inputs: Inputs) -> int:
     """Bytes that a training step needs beside the model.
 
     On a CPU what the forward pass leaves for the backward pass; on a GPU the most that was allocated at a time.
     """
-    pixels, labels = contestant.inputs(*example(setup))
+    pixels, labels = contestant.inputs(*inputs)
     model = contestant.model
-    if setup.device == "cuda":
-        train_once(contestant, *example(setup))
+    if pixels.is_cuda:
+        train_once(contestant, *inputs)
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         with torch.set_grad_enabled(contestant.trains):

@@ -65,7 +65,7 @@ def test_kept_memory_is_counted_once_and_without_parameters():
 
 def test_floor_of_activations(small):
     forward, activations = step_rounds.floors("vit_s", "cpu")
-    pixels, labels = step_rounds.example(SETUP)
+    pixels, labels = step_rounds.example(SETUP.batch)
     seen = []
     embeddings = activations.model.get_submodule("vit.embeddings")
     embeddings.register_forward_hook(lambda module, args, output: seen.append(output))
@@ -73,7 +73,8 @@ def test_floor_of_activations(small):
     step_rounds.train_once(forward, pixels, labels)
     assert seen[0].grad.abs().sum() > 0
     assert all(p.grad is None for each in (forward, activations) for p in each.model.parameters())
-    assert step_rounds.kept_bytes(forward, SETUP) == 0 < step_rounds.kept_bytes(activations, SETUP)
+    inputs = (pixels, labels)
+    assert step_rounds.kept_bytes(forward, inputs) == 0 < step_rounds.kept_bytes(activations, inputs)
 
 
 def test_everybody_has_one_turn_a_round_and_ratios_are_of_one_round():
@@ -84,7 +85,8 @@ def test_everybody_has_one_turn_a_round_and_ratios_are_of_one_round():
         return step_rounds.Turn(len(taken), 0.5)
 
     names = ["a", "b", "c"]
-    turns = step_rounds.take_turns([step_rounds.Contestant(n, nn.Linear(1, 1)) for n in names], turn, SETUP, warmup=1)
+    contestants = [step_rounds.Contestant(n, nn.Linear(1, 1)) for n in names]
+    turns = step_rounds.take_turns(contestants, turn, step_rounds.example(2), rounds=3, warmup=1)
     assert all(sorted(taken[start : start + 3]) == names for start in range(0, 12, 3))
     assert len(taken) == 12
     assert [len(turns[name]) for name in names] == [3, 3, 3]
