@@ -230,10 +230,15 @@ def _require_foldable(module: nn.Module) -> None:
 def is_quantised(module: nn.Module) -> bool:
     """Whether the weight of a module is a quantised one of torchao or bitsandbytes."""
     weight = getattr(module, "weight", None)
-    # those of torchao call themselves floating-point
-    return isinstance(weight, Tensor) and (
-        not weight.is_floating_point() or type(weight).__module__.startswith("torchao.")
-    )
+    return isinstance(weight, Tensor) and is_quantised_weight(weight)
+
+
+def is_quantised_weight(weight: Tensor) -> bool:
+    """Whether a weight is a quantised one of torchao or bitsandbytes."""
+    if not weight.is_floating_point():
+        return True
+    # Those of torchao call themselves floating-point. `torch.compile` of torch 2.14 cannot trace the look at the name.
+    return type(weight) not in (Tensor, nn.Parameter) and type(weight).__module__.startswith("torchao.")
 
 
 def moved(x: Tensor, source: int, to: int) -> Tensor:

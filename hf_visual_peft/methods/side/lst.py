@@ -15,6 +15,7 @@ from ...calibration import Calibration
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import Placement, SideSite, Tap
+from ...sites.module import is_quantised_weight
 from ..specification.deltas import Chosen, summed_gradients
 from .pruning import best_stream, parts_of, pruned, why_not
 
@@ -219,10 +220,7 @@ class LSTConfig(VisualPeftConfig):
         of_backbone: nn.Module,
         ends: bool,
     ) -> Rung:
-        quantised = (
-            not p.is_floating_point() or type(p).__module__.startswith("torchao.") for p in of_backbone.parameters()
-        )
-        if self.init != "random" and any(quantised):
+        if self.init != "random" and any(map(is_quantised_weight, of_backbone.parameters())):
             self._fail(
                 "init", f"'random' for {type(of_backbone).__name__}: it is quantised, and no part of it can train"
             )

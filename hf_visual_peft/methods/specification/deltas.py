@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...calibration import NotCalibratedError
+from ...sites.module import is_quantised_weight
 
 
 UNSET = -1  # index of an entry that is not chosen yet
@@ -159,7 +160,7 @@ def summed_gradients(
         of: the function.
     """
     for parameter in parameters:
-        if not parameter.is_floating_point() or type(parameter).__module__.startswith("torchao."):
+        if is_quantised_weight(parameter):
             raise ValueError(
                 f"Cannot choose by gradients: a weight of shape {tuple(parameter.shape)} is quantised and has none. "
                 "Choose on the backbone in floating point, and load the adapter beside the quantised one."
