@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
+from equations import adapted, assert_equal, both, weights_of
 from families import DEPTH, FAMILIES, WIDTH, images, output_of
 from peft import get_peft_model
-from test_methods import adapted, assert_equal, both, weights_of
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_visual_peft import AttnScaleConfig

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from equations import adapted, assert_equal, both, weights_of
 from families import DEPTH, FAMILIES, WIDTH, output_of
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_methods import adapted, assert_equal, both, weights_of
 
 from hf_visual_peft import CompacterConfig, LoRandConfig, MonaConfig, MoSAConfig, SNFConfig
 from hf_visual_peft.methods.adapter.mona import Mona

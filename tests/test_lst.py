@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from equations import adapted, assert_equal, both, weights_of
 from families import DEPTH, FAMILIES, WIDTH, images
 from peft import PeftModel, get_peft_model
 from plain_swin import pieces_of, pooled, run_swin, swin_with, tiny_swin
-from test_methods import adapted, assert_equal, both, weights_of
-from test_side_site import kept, vit
+from side_networks import kept, vit
 from transformers import Dinov2Config, Dinov2Model, Swinv2Config, Swinv2Model, ViTConfig, ViTForImageClassification
 
 from hf_visual_peft import LSTConfig, NotCalibratedError, calibrate, find_backbone, get_method

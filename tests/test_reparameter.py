@@ -11,9 +11,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from equations import adapted, assert_equal, both, linears_of
 from families import DEPTH, FAMILIES, WIDTH
 from peft import get_peft_model
-from test_methods import adapted, assert_equal, both, linears_of
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 

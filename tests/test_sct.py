@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from equations import assert_equal, both, weights_of
 from families import DEPTH, FAMILIES, WIDTH, images, output_of
 from peft import PeftModel, get_peft_model
 from plain import plain_parts
-from test_methods import assert_equal, both, weights_of
 
 from hf_visual_peft import NotCalibratedError, SCTConfig, calibrate
 from hf_visual_peft.methods.adapter.sct import SCT

@@ -6,11 +6,11 @@ import dataclasses
 
 import pytest
 import torch
+from equations import assert_equal
 from families import DEPTH, FAMILIES, WIDTH, output_of
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_backbone import OWN, OwnClassifier
-from test_methods import assert_equal
 from test_reparameter import kronecker
 from torch import nn
 

@@ -6,25 +6,17 @@ import pytest
 import torch
 from families import FAMILIES, images
 from peft import get_peft_model
+from side_networks import kept, vit
 from torch import nn
 from transformers import (
     BeitConfig,
     BeitForSemanticSegmentation,
     SwinConfig,
     SwinForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
 )
 
 from hf_visual_peft import LSTConfig
 from hf_visual_peft.sites import BlockLayer, Grid, SideSite, TokenLayout, resized
-
-
-def vit(**kwargs):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
-    sizes |= {"image_size": 32, "patch_size": 8, "num_labels": 3}
-    return ViTForImageClassification(ViTConfig(**sizes | kwargs))
 
 
 def swin():
@@ -32,21 +24,6 @@ def swin():
     return SwinForImageClassification(
         SwinConfig(image_size=32, patch_size=2, embed_dim=8, depths=[1, 2, 1], num_heads=[1, 2, 2], window_size=2)
     )
-
-
-def kept(model, inputs):
-    """Channels and size of the activations that a training step keeps, each once, parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    found = {}
-
-    def pack(tensor):
-        found.setdefault(tensor.untyped_storage().data_ptr(), tensor)  # the dictionary holds on to them
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(**inputs).logits
-    assert output.requires_grad
-    return sorted((t.shape[-1], t.numel()) for pointer, t in found.items() if pointer not in own)
 
 
 def test_backbone_runs_in_eval_mode_while_the_side_network_trains():

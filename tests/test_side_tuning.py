@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from equations import adapted, assert_equal, both, weights_of
 from families import FAMILIES, PATCH, images
 from peft import get_peft_model
 from plain_swin import pieces_of, run_swin, swin_with
-from test_methods import adapted, assert_equal, both, weights_of
-from test_side_site import kept, vit
+from side_networks import kept, vit
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_visual_peft import SideTuningConfig

@@ -10,11 +10,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from equations import LINEARS, assert_equal, both, linears_of
 from families import DEPTH, FAMILIES, PATCH, WIDTH, images, output_of
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from plain import plain_parts
 from safetensors.torch import load_file, save_file
-from test_methods import LINEARS, assert_equal, both, linears_of
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_visual_peft import (

@@ -9,10 +9,10 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from equations import assert_equal, both, weights_of
 from families import DEPTH, FAMILIES, PATCH, SIZE, WIDTH
 from peft import PeftModel, get_peft_model
 from plain import plain_parts
-from test_methods import assert_equal, both, weights_of
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_visual_peft import AIMConfig, STAdapterConfig, find_backbone

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
+from equations import LINEARS, OUTPUTS, assert_equal, both, linears_of
 from families import DEPTH, FAMILIES, output_of
 from peft import get_peft_model
-from test_methods import LINEARS, OUTPUTS, assert_equal, both, linears_of
 
 from hf_visual_peft import RLRRConfig, SNELLConfig
 from hf_visual_peft.methods.reparameter.snell import SNELL, threshold

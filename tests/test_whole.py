@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from equations import assert_equal
 from families import DEPTH, FAMILIES, output_of
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_methods import assert_equal
 
 from hf_visual_peft import LinearProbeConfig, PartialConfig
 
