@@ -1,28 +1,20 @@
 """The recipe on cached features."""
 
 import pytest
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from test_recipe import _cpu_and_caches, image_classification, photos, vit  # noqa: F401 - fixtures
 
 
 PLAIN = ("--train_crop", "none", "--horizontal_flip", "0")
 
 
 @pytest.fixture
-def run(vit, photos, tmp_path):  # noqa: F811
+def trained(run):
+    """Results and weights of a run."""
+
     def call(*flags, method="linear", output="out"):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        folder = tmp_path / output
-        arguments = [
-            "--model_name_or_path", vit, "--method", method, "--output_dir", str(folder),
-            "--train_dir", str(photos / "train"), "--validation_dir", str(photos / "validation"),
-            "--test_dir", str(photos / "test"), "--num_train_epochs", "3", "--per_device_train_batch_size", "4",
-            "--learning_rate", "0.01", "--checkpointing_steps", "no", *flags,
-        ]  # fmt: skip
-        results = image_classification.main(arguments)
-        del results["train_runtime"], results["command"]
-        (weights,) = folder.glob("*model.safetensors")
+        done = run("--num_train_epochs", 3, "--checkpointing_steps", "no", *flags, method=method, output=output)
+        results = {k: v for k, v in done.results.items() if k not in ("train_runtime", "command")}
+        (weights,) = done.output.glob("*model.safetensors")
         return results, load_file(weights)
 
     return call
@@ -36,31 +28,31 @@ def assert_equal(one, other):
 
 
 @pytest.mark.parametrize(("method", "flags"), [("linear", ()), ("linearprobe", ()), ("lst", ("--r", "2"))])
-def test_the_same_results_as_without(method, flags, run, tmp_path):
+def test_the_same_results_as_without(method, flags, trained, tmp_path):
     cached = ("--cache_features", str(tmp_path / "features"))
-    expected = run(*PLAIN, *flags, method=method, output="plain")
-    assert_equal(run(*PLAIN, *flags, *cached, method=method, output="first"), expected)
+    expected = trained(*PLAIN, *flags, method=method, output="plain")
+    assert_equal(trained(*PLAIN, *flags, *cached, method=method, output="first"), expected)
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("features/*/*.safetensors")}
     assert len(times) == 3  # one file a split
-    assert_equal(run(*PLAIN, *flags, *cached, method=method, output="second"), expected)
+    assert_equal(trained(*PLAIN, *flags, *cached, method=method, output="second"), expected)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("features/*/*.safetensors")} == times
 
 
-def test_as_many_views_as_epochs_give_the_same_results_as_augmentation(run, tmp_path):
+def test_as_many_views_as_epochs_give_the_same_results_as_augmentation(trained, tmp_path):
     cached = ("--cache_features", str(tmp_path / "features"))
-    expected = run(output="plain")
-    assert_equal(run(*cached, "--cache_views", "3", output="views"), expected)
-    one = run(*cached, "--cache_views", "1", output="one")
+    expected = trained(output="plain")
+    assert_equal(trained(*cached, "--cache_views", "3", output="views"), expected)
+    one = trained(*cached, "--cache_views", "1", output="one")
     assert not one[1]["classifier.weight"].allclose(expected[1]["classifier.weight"], atol=1e-6)
     assert len(list(tmp_path.glob("features/train-*"))) == 2
     assert len(list(tmp_path.glob("features/test-*"))) == 1
 
 
-def test_runs_of_a_sweep_share_features(run, tmp_path):
+def test_runs_of_a_sweep_share_features(trained, tmp_path):
     cached = (*PLAIN, "--cache_features", str(tmp_path / "features"))
     for index, flags in enumerate([("--seed", "1"), ("--learning_rate", "0.1"), ("--weight_decay", "0")]):
-        run(*cached, *flags, output=str(index))
-    run(*cached, method="linearprobe", output="probe")
+        trained(*cached, *flags, output=str(index))
+    trained(*cached, method="linearprobe", output="probe")
     assert len(list(tmp_path.glob("features/*"))) == 3
 
 
@@ -73,12 +65,12 @@ def test_runs_of_a_sweep_share_features(run, tmp_path):
         (("--cache_views", "2"), "--cache_views needs --cache_features"),
     ],
 )
-def test_flags_that_do_not_go_together(flags, message, run, capsys):
+def test_flags_that_do_not_go_together(flags, message, trained, capsys):
     with pytest.raises(SystemExit):
-        run(*flags)
+        trained(*flags)
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_methods_that_change_every_block_are_refused(run, tmp_path):
+def test_methods_that_change_every_block_are_refused(trained, tmp_path):
     with pytest.raises(ValueError, match="No block of the backbone is frozen"):
-        run(*PLAIN, "--cache_features", str(tmp_path / "features"), method="bitfit")
+        trained(*PLAIN, "--cache_features", str(tmp_path / "features"), method="bitfit")
