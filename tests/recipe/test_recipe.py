@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import arguments
 import checkpoints
 import image_classification
 import image_data
@@ -103,11 +104,11 @@ def test_command_line_wins_over_the_file(tmp_path):
         "--output_dir",
         str(tmp_path / "o"),
     ]
-    args, config = image_classification.parse_args(words)
+    args, config = arguments.parse_args(words)
     assert (config.r, tuple(config.sublayers), args.learning_rate) == (3, ("attention",), 0.01)
     assert args.gradient_checkpointing
     more = [*words, "--r", "5", "--learning_rate", "0.5", "--gradient_checkpointing", "false", "--dropout", "0"]
-    args, config = image_classification.parse_args(more)
+    args, config = arguments.parse_args(more)
     assert (config.r, config.dropout, args.learning_rate, args.gradient_checkpointing) == (5, 0, 0.5, False)
 
 
@@ -225,7 +226,7 @@ def test_hold_out_takes_the_same_share_of_each_class():
     ],
 )
 def test_bad_flags_end_before_anything_is_loaded(run, capsys, monkeypatch, flags, message):
-    monkeypatch.setattr(image_classification, "get_available_trackers", list)
+    monkeypatch.setattr(arguments, "get_available_trackers", list)
     monkeypatch.setattr(image_classification, "load_processor", lambda args: pytest.fail("loaded"))
     assert message in fails(capsys, run, *flags)
 

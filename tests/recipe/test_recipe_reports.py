@@ -8,6 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import accelerate.tracking
+import arguments
 import image_classification
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
@@ -38,7 +39,7 @@ def test_trackers_get_the_curves_and_no_secret(run, monkeypatch):
             logged.append((step, values))
 
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "tensorboard", Recorder)
-    for module in (accelerate.tracking, image_classification):
+    for module in (accelerate.tracking, arguments):
         monkeypatch.setattr(module, "get_available_trackers", lambda: [LoggerType.TENSORBOARD, "tensorboard"])
     done = run("--report_to", "tensorboard", "--logging_steps", 3, "--hub_token", "hf_secret")
     assert [step for step, values in logged if "train_loss" in values] == [3, 6, 9, 12]
