@@ -1,4 +1,4 @@
-"""Adapt a pretrained vision transformer to an image data set by one parameter-efficient method.
+r"""Adapt a pretrained vision transformer to an image data set by one parameter-efficient method.
 
     accelerate launch recipes/image_classification.py --config recipes/configs/vpt.yaml \
         --model_name_or_path google/vit-base-patch16-224-in21k --dataset_name beans --output_dir out/vpt
