@@ -252,7 +252,7 @@ class VisualTuner(BaseTuner):
             layer = self._new_block_layer(target, current_key)
         for placement in placements:
             equation = placement.build(as_linear(layer.get_base_layer())) if placement.build else None
-            if equation is not None and not layer.get_base_layer().training:
+            if equation is not None and not layer.training:
                 equation.eval()  # in the mode of the model, also where it joins other adapters
             layer.add_equation(
                 adapter_name,
@@ -273,6 +273,9 @@ class VisualTuner(BaseTuner):
         if isinstance(site, BranchSite | SideSite) and site.needs_layout:
             assert self._backbone is not None
             self._exchange.watch_grid(self.model, self._backbone)
+        if isinstance(layer, BlockLayer) and isinstance(site, TokenSite | SideSite):
+            assert self._backbone is not None
+            self._exchange.watch_stages(self.model, self._backbone)
         if isinstance(layer, BlockLayer) and isinstance(site, SideSite):
             assert self._backbone is not None
             if site.needs_pixels:

@@ -15,7 +15,15 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from written_blocks import BACKBONES, MODELS_OF, rewritten
 
-from hf_visual_peft import AdapterPlusConfig, AdaptFormerConfig, ConvpassConfig, HoulsbyConfig, MonaConfig
+from hf_visual_peft import (
+    AdapterPlusConfig,
+    AdaptFormerConfig,
+    ConvpassConfig,
+    DTLConfig,
+    HoulsbyConfig,
+    LSTConfig,
+    MonaConfig,
+)
 from hf_visual_peft.coverage.cell import tensors_of
 from hf_visual_peft.methods.adapter.convpass import Convpass
 
@@ -143,3 +151,39 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
         found.append([p.grad for n, p in model.named_parameters() if ".convpass_" in n])
     assert_close(found[1], found[0])
     assert calls[1] >= 2 * calls[0] > 0
+
+
+CHECKPOINTED = [
+    "swin",
+    "swinv2",
+    "hiera",
+    "pvt_v2",
+    "segformer",
+    "focalnet",
+    "swiftformer",
+    "mobilevit",
+    "mobilevitv2",
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("config", [LSTConfig(r=2, init_weights=False), DTLConfig(add_from=0, init_weights=False)])
+@pytest.mark.parametrize("name", CHECKPOINTED)
+def test_states_of_side_networks_survive_checkpoints(name, config):
+    """Also where transformers puts checkpoints around stages: what went from block to block is gone by then."""
+    tiny = MODELS_OF[name]
+    first, second = tiny.arguments(2), tiny.arguments(2)
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny.model(), config).train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout | nn.BatchNorm2d):
+                module.eval()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        outputs = [x for given in (first, second) for x in tensors_of(tiny.call(model, given)) if x.requires_grad]
+        sum(output.square().sum() for output in outputs).backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(found[1]) == len(found[0]) > 0
+    assert_close(found[1], found[0])

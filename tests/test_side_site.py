@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from families import FAMILIES, images
@@ -15,7 +17,16 @@ from transformers import (
     SwinForImageClassification,
 )
 
-from hf_visual_peft import LSTConfig
+from hf_visual_peft import (
+    DTLConfig,
+    E3VAConfig,
+    LSTConfig,
+    ResTuningConfig,
+    SideTuningConfig,
+    VPTConfig,
+    VQTConfig,
+)
+from hf_visual_peft.coverage.models import MODELS
 from hf_visual_peft.sites import BlockLayer, Grid, SideSite, TokenLayout, resized
 
 
@@ -152,3 +163,102 @@ def test_bypassed_blocks_run_without_being_recorded(name):
     model(**FAMILIES[name].inputs(2))
     assert recorded
     assert not any(recorded)
+
+
+def modes(model):
+    """Whether the blocks, and the embeddings, train."""
+    blocks = [module.base_layer for module in model.modules() if isinstance(module, BlockLayer)]
+    return {module.training for module in (*blocks, model.get_base_model().vit.embeddings)}
+
+
+def test_the_backbone_trains_again_where_nothing_bypasses_it():
+    model = get_peft_model(vit(), ResTuningConfig(modules_to_save=[])).train()
+    model.add_adapter("inside", ResTuningConfig(bypass=False, modules_to_save=[]))
+    assert modes(model) == {False}
+    model.set_adapter("inside")
+    assert modes(model) == {True}
+    model.set_adapter("default")
+    assert modes(model) == {False}
+    with model.disable_adapter():
+        assert modes(model) == {True}
+    assert modes(model) == {False}
+    model.delete_adapter("default")
+    assert model.active_adapters == ["inside"]
+    assert modes(model) == {True}
+    assert modes(model.eval()) == {False}
+    model.add_adapter("bypass", ResTuningConfig(modules_to_save=[]))
+    model.set_adapter("bypass")
+    model.set_adapter("inside")
+    assert modes(model) == {False}, "the whole model is in eval mode"
+
+
+def test_what_is_put_into_eval_mode_by_hand_stays_there():
+    model = get_peft_model(vit(), ResTuningConfig(bypass=False, modules_to_save=[])).train()
+    layer = next(module for module in model.modules() if isinstance(module, BlockLayer))
+    layer.base_layer.mlp.eval()
+    model.add_adapter("other", ResTuningConfig(bypass=False, modules_to_save=[]))
+    model.set_adapter("other")
+    assert not layer.base_layer.mlp.training
+
+
+def test_unloading_gives_the_backbone_its_mode_back():
+    model = get_peft_model(vit(), LSTConfig(r=2)).train()
+    assert all(module.training for module in model.unload().modules())
+
+
+def test_a_second_adapter_trains_though_the_backbone_is_bypassed():
+    model = get_peft_model(vit(), VQTConfig(modules_to_save=[])).train()
+    model.add_adapter("second", VQTConfig(modules_to_save=[], dropout=0.5))
+    model.set_adapter("second")
+    drops = [m for name, m in model.named_modules() if "second" in name and isinstance(m, nn.Dropout)]
+    assert drops
+    assert all(drop.training for drop in drops)
+
+
+def test_layers_take_the_mode_of_the_model():
+    model = get_peft_model(vit().eval(), LSTConfig(r=2))
+    layers = [module for module in model.modules() if isinstance(module, BlockLayer)]
+    assert not any(layer.training for layer in layers)
+
+
+@pytest.mark.parametrize("config", [LSTConfig(r=2), SideTuningConfig(channels=4), VQTConfig()])
+def test_nothing_of_a_pass_is_copied_or_saved(config, tmp_path):
+    model = get_peft_model(vit(), config)
+    torch.save(model, tmp_path / "before")
+    pixels = torch.randn(64, 3, 32, 32, requires_grad=True) * 1.0  # no leaf, which could not be copied
+    model.get_base_model().vit(pixel_values=pixels)  # without the head: its part of the logits is left
+    torch.save(model, tmp_path / "after")
+    assert (tmp_path / "after").stat().st_size < (tmp_path / "before").stat().st_size + 5000
+    copied = copy.deepcopy(model).eval()
+    torch.testing.assert_close(copied(**images(2)).logits, model.eval()(**images(2)).logits)
+
+
+def test_a_block_alone_says_what_is_missing():
+    model = get_peft_model(vit(), LSTConfig(r=2))
+    with pytest.raises(ValueError, match="call the whole model, not a block of it"):
+        model.get_base_model().vit.layers[1](torch.randn(1, 17, 16))
+
+
+def test_checkpoints_around_blocks_of_timm_are_refused():
+    model = get_peft_model(MODELS["timm_vit"].model(), DTLConfig(add_from=0)).train()
+    pixels = images(2)["pixel_values"]
+    model.get_base_model().set_grad_checkpointing(True)
+    loss = model(pixels).sum()
+    with pytest.raises(ValueError, match=r"checkpointing around several modules .* `set_grad_checkpointing\(False\)`"):
+        loss.backward()
+    model.get_base_model().set_grad_checkpointing(False)
+    model(pixels).sum().backward()
+
+
+def test_prompts_are_cut_out_of_all_that_side_networks_read():
+    """The stream between attention and MLP has the prompts' tokens, too, while the block runs."""
+    model = vit()
+    model.add_adapter(E3VAConfig(r=4, rank=2, modules_to_save=[]), "side")
+    model.add_adapter(VPTConfig(num_virtual_tokens=2, modules_to_save=[]), "prompts")
+    model.set_adapter(["side", "prompts"])
+    shapes = []
+    for module in model.modules():
+        if isinstance(module, BlockLayer):
+            module.e3va_piece["side"].register_forward_pre_hook(lambda _, args: shapes.append(args[1].between.shape))
+    model(**images(2))
+    assert shapes == [(2, 17, 16)] * 3

@@ -19,7 +19,7 @@ What it does to attention stands in `block_attention`, what it does for networks
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -163,7 +163,8 @@ class BlockLayer(AttentionLayer, BypassedLayer, nn.Module):
         if not any(True for _ in self._active()):
             return self.base_layer(hidden_states, *args, **kwargs)
         sites = {key_of(e): e.site for e in self._active() if isinstance(e.site, TokenSite | SideSite)}
-        tokens = {name: exchange.handed_on.pop(name) for name, site in sites.items() if site.takes}
+        self._require_whole_pass(sites.values())
+        tokens = {name: self._taken(name) for name, site in sites.items() if site.takes}
         layouts = {name: exchange.layouts.pop(name) for name in tokens if name in exchange.layouts}
         onward = tuple(name for name, site in sites.items() if site.hands_on)
         base: Any = self.base_layer
@@ -171,13 +172,20 @@ class BlockLayer(AttentionLayer, BypassedLayer, nn.Module):
         checkpoint = self.training and getattr(base, "gradient_checkpointing", False) and not self.bypassed
         # Tokens, grid and frames of this pass are arguments: when the function runs again in the backward pass, other
         # images may have been through the model.
+        behind = dict(layouts)
         new_pass = partial(
-            Pass, exchange.grid, exchange.frames, images=exchange.images, layouts=layouts, pixels=exchange.pixels
+            Pass,
+            exchange.grid,
+            exchange.frames,
+            images=exchange.images,
+            layouts=layouts,
+            layouts_behind=behind,
+            pixels=exchange.pixels,
         )
         run = partial(self._run, new_pass, tuple(tokens), onward, checkpoint, kwargs)
         call = partial(base._gradient_checkpointing_func, run) if checkpoint else run
         output = call(hidden_states, *tokens.values(), *args)
-        exchange.layouts.update((name, layouts[name]) for name in onward if name in layouts)
+        exchange.layouts.update((name, behind[name]) for name in onward if name in behind)
         if onward:
             exchange.handed_on.update(zip(onward, output[-len(onward) :], strict=True))
             for e in self._active():
@@ -190,6 +198,32 @@ class BlockLayer(AttentionLayer, BypassedLayer, nn.Module):
             output = output[: -len(onward)]
             return output if self._block_returns_tuple else output[0]
         return output
+
+    def _require_whole_pass(self, sites: Iterable[TokenSite | SideSite]) -> None:
+        """Refuse to run in the backward pass, for a checkpoint around more than this block.
+
+        Raises:
+            ValueError: something needs what other blocks, or the images, have left in the forward pass.
+        """
+        # `torch.utils.checkpoint` tells its backward pass by the same
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            return
+        if any(s.takes or s.hands_on or (isinstance(s, SideSite) and s.needs_pixels) for s in sites):
+            raise ValueError(
+                f"Gradient checkpointing around several modules computes {type(self.base_layer).__name__} again "
+                "without what an active adapter hands from block to block. Switch it off (timm: "
+                "`set_grad_checkpointing(False)`), or checkpoint single blocks (transformers: "
+                "`gradient_checkpointing_enable()`)."
+            )
+
+    def _taken(self, name: str) -> Tensor:
+        """Tokens, or the state of a side network, that the block before has handed on."""
+        if name not in self.exchange.handed_on:
+            raise ValueError(
+                f"{type(self.base_layer).__name__} gets nothing of the adapter {name!r} from the block before: call "
+                "the whole model, not a block of it."
+            )
+        return self.exchange.handed_on.pop(name)
 
     def _run(
         self,
@@ -267,6 +301,9 @@ class BlockLayer(AttentionLayer, BypassedLayer, nn.Module):
                 current.tokens[name] = stream[:, start:stop]
                 start = stop
             stream = torch.cat([stream[:, : self.prefix_tokens], stream[:, start:]], dim=1)
+            if current.between is not None:
+                between = current.between
+                current.between = torch.cat([between[:, : self.prefix_tokens], between[:, start:]], dim=1)
             current.prefix -= inserted
         stream = self._beside_block(current, before, stream)
         return (stream, *output[1:]) if self._block_returns_tuple else stream

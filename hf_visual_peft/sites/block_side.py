@@ -12,7 +12,7 @@ from ..architectures import GridKind, Stream
 from .block_sites import Pass
 from .grid import TokenLayout, from_tokens, map_grid, to_tokens
 from .layer import Equation, VisualTunerLayer
-from .side import SideSite, StaysInEval, Tap, call_piece, resized
+from .side import SideSite, Tap, call_piece, resized
 
 
 class BypassedLayer(VisualTunerLayer):
@@ -23,6 +23,7 @@ class BypassedLayer(VisualTunerLayer):
 
     def _init_side(self) -> None:
         self._before_blocks: tuple[nn.Module, ...] = ()  # that are in eval mode where the blocks are
+        self._was_bypassed = False
 
     def _layout(self, current: Pass, tokens: Tensor) -> TokenLayout:
         raise NotImplementedError
@@ -34,33 +35,43 @@ class BypassedLayer(VisualTunerLayer):
         return bool(sites) and all(isinstance(site, SideSite) and site.frozen for site in sites)
 
     def train(self, mode: bool = True) -> Any:
-        """As ever; but the block itself stays in eval mode where it is bypassed."""
+        """As ever; but the block, and what comes before the blocks, stay in eval mode where it is bypassed."""
         super().train(mode)
-        self.base_layer.train(mode and not self.bypassed)
+        if self.bypassed:
+            self._put_backbone(False)
         return self
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As peft's; a block that is bypassed from now on goes into eval mode."""
+        """As peft's; a block that is bypassed from now on goes into eval mode, one that no longer is comes back."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self._leave_training()
+        self._follow_bypass()
 
     def enable_adapters(self, enabled: bool) -> None:
         """As peft's; the same."""
         super().enable_adapters(enabled)
-        self._leave_training()
+        self._follow_bypass()
 
-    def _leave_training(self) -> None:
-        if self.bypassed:
-            self.base_layer.eval()
-            for module in self._before_blocks:
-                module.eval()
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As peft's; the same."""
+        super().delete_adapter(adapter_name)
+        self._follow_bypass()
+
+    def _follow_bypass(self) -> None:
+        # Only where it changes: what somebody put into eval mode by hand stays there.
+        if self.bypassed != self._was_bypassed:
+            self._was_bypassed = self.bypassed
+            self._put_backbone(self.training and not self.bypassed)
+
+    def _put_backbone(self, mode: bool) -> None:
+        for module in (self.base_layer, *self._before_blocks):
+            module.train(mode)
 
     def watch_side(self, before_blocks: Sequence[nn.Module]) -> None:
         """Keep modules before the blocks in eval mode, too, while this block is bypassed."""
         self._before_blocks = tuple(before_blocks)
-        for module in before_blocks:
-            module.train = StaysInEval(module, self)  # type: ignore[method-assign]
-        self.set_adapter(self.active_adapters)
+        self._was_bypassed = self.bypassed
+        if self.bypassed:
+            self._put_backbone(False)
 
     def _enter(self, current: Pass, x: Tensor) -> Tensor:
         """Let side networks read and change the stream at the entrance of the block."""
@@ -110,7 +121,7 @@ class BypassedLayer(VisualTunerLayer):
                 current.tokens[key] = state
             if site.needs_layout:
                 assert layout is not None
-                current.layouts[key] = layout
+                current.layouts_behind[key] = layout
             if site.exits:
                 assert state is not None
                 (additions if site.adds else results).append(state.to(y.dtype))
@@ -126,8 +137,8 @@ class BypassedLayer(VisualTunerLayer):
         return self._layout(current, tokens)
 
     def _detach_side(self) -> None:
-        for module in self._before_blocks:
-            del module.train
+        if self._was_bypassed:
+            self._put_backbone(self.training)
 
 
 def key_of(equation: Equation) -> str:

@@ -88,7 +88,8 @@ class Pass:
     images: int = 0  # where they belong to videos
     inside: int = 1  # cells of a patch, where these are the rows of the stream
     joining: Tensor | None = None  # tokens that are not in the sequence, as attention reads them
-    layouts: dict[str, TokenLayout] = field(default_factory=dict)  # of the states of side networks among `tokens`
+    layouts: dict[str, TokenLayout] = field(default_factory=dict)  # of the states of side networks as they come
+    layouts_behind: dict[str, TokenLayout] = field(default_factory=dict)  # and as they leave
     pixels: Tensor | None = None
     ask: Callable[[Tensor], Tensor] | None = None  # takes further tokens through the block, for side networks
     added: Tensor | None = None  # by all branches so far

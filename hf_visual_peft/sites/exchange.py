@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..backbone import VisionBackbone
+from ..backbone import VisionBackbone, unwrapped
 from .grid import Grid, TokenLayout
 from .heads import HeadPart, HeadUse, HeadWatch
 from .mixed import MixedBatch
@@ -36,6 +37,8 @@ class Exchange:
         frame_handles: the hooks that keep `frames` up to date.
         pixel_handles: the hook that keeps `pixels` up to date.
         head_handles: the hooks at the heads.
+        stages: what could be computed again as a whole, with the blocks in it; names in the backbone.
+        stage_handles: the hook that keeps them from it.
     """
 
     grid: Grid | None = None
@@ -52,6 +55,8 @@ class Exchange:
     frame_handles: list[Any] = field(default_factory=list)
     pixel_handles: list[Any] = field(default_factory=list)
     head_handles: list[Any] = field(default_factory=list)
+    stages: dict[str, list[str]] = field(default_factory=dict)
+    stage_handles: list[Any] = field(default_factory=list)
 
     def watch_grid(self, model: nn.Module, backbone: VisionBackbone) -> None:
         """Read the grid off the embeddings in every forward from now on."""
@@ -72,6 +77,33 @@ class Exchange:
         if not self.pixel_handles:
             patch_embedding = model.get_submodule(backbone.patch_embedding[0])
             self.pixel_handles.append(patch_embedding.register_forward_pre_hook(self._from_pixels))
+
+    def watch_stages(self, model: nn.Module, backbone: VisionBackbone) -> None:
+        """Let gradient checkpointing compute single blocks again from now on, and no stage of several.
+
+        What goes from block to block is gone when the backward pass comes.
+        """
+        if self.stage_handles:
+            return
+        whole = model.get_submodule(backbone.path)
+        for path in (block.path.removeprefix(f"{backbone.path}.") for block in backbone.blocks):
+            for count in range(1, path.count(".") + 1):
+                around = path.rsplit(".", count)[0]
+                if isinstance(whole.get_submodule(around), GradientCheckpointingLayer):
+                    self.stages.setdefault(around, []).append(path)
+        self.stage_handles.append(whole.register_forward_pre_hook(self._keep_stages))
+
+    def _keep_stages(self, module: nn.Module, args: tuple) -> None:
+        # at every pass: `gradient_checkpointing_enable` may come at any time
+        for name, blocks in self.stages.items():
+            stage: Any = module.get_submodule(name)
+            if not stage.gradient_checkpointing:
+                continue
+            stage.gradient_checkpointing = False
+            for path in blocks:
+                block: Any = unwrapped(module.get_submodule(path))
+                block.gradient_checkpointing = True
+                block._gradient_checkpointing_func = stage._gradient_checkpointing_func
 
     def watch_heads(self, model: nn.Module, heads: Sequence[str]) -> None:
         """Let side networks add to what heads return from now on.
@@ -132,14 +164,18 @@ class Exchange:
         finally:
             self.mixed = before
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and files of the model get: nothing of a pass, neither images nor tensors with a graph."""
+        return vars(self) | {name: value for name, value in vars(Exchange()).items() if name in _OF_A_PASS}
+
     def unwatch(self) -> None:
-        """Remove all hooks."""
-        for handles in (self.handles, self.frame_handles, self.pixel_handles):
+        """Remove all hooks, and forget the last pass."""
+        for handles in (self.handles, self.frame_handles, self.pixel_handles, self.stage_handles):
             for handle in handles:
                 handle.remove()
             handles.clear()
         self.unwatch_heads()
-        self.grid = self.frames = self.pixels = None
+        vars(self).update(self.__getstate__())
 
     def _split_frames(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         pixels = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
@@ -168,6 +204,9 @@ class Exchange:
         token = torch.arange(output.shape[1], device=output.device)
         cells = torch.where(token < rows * columns, token // columns * width + token % columns, height * width)
         self.grid = Grid(height, width, cells)
+
+
+_OF_A_PASS = {"grid", "handed_on", "layouts", "pixels", "collected", "for_heads", "images", "frames"}
 
 
 @dataclass

@@ -88,6 +88,7 @@ class VisualTunerLayer(BaseTunerLayer):
 
     def _init_layer(self, exchange: Exchange) -> None:
         self.exchange = exchange
+        self.training = self.base_layer.training
         # peft declares these on the class; a layer needs its own
         self.adapter_layer_names: tuple[str, ...] = ()
         self.merged_adapters: list[str] = []

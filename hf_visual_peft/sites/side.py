@@ -149,18 +149,3 @@ def modules_before(model: nn.Module, backbone: VisionBackbone) -> list[nn.Module
             found.append(child)
         parent = parent.get_submodule(step)
     return found
-
-
-class StaysInEval:
-    """What stands in place of the method `train` of modules before the blocks while no gradient crosses these.
-
-    As an object, and no closure, it is copied and pickled with the module.
-    """
-
-    def __init__(self, module: nn.Module, layer: Any) -> None:
-        self.module = module
-        self.layer = layer
-
-    def __call__(self, mode: bool = True) -> nn.Module:
-        """As the module's own `train`, but for the mode."""
-        return type(self.module).train(self.module, mode and not self.layer.bypassed)
