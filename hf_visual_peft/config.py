@@ -176,6 +176,12 @@ class VisualPeftConfig(PeftConfig):
             upper = "" if high is None else f" to {high}{f' ({high_is})' if high_is else ''}"
             self._fail(name, f"an integer from {low}{upper}" if upper else f"an integer of at least {low}")
 
+    def _require_unset(self, name: str, where: str) -> None:
+        """Refuse a value other than the default where the field has no effect."""
+        default = type(self).__dataclass_fields__[name].default
+        if getattr(self, name) != default:
+            self._fail(name, f"{default!r}, its default, {where}, where it has no effect")
+
     def _require_number(self, name: str, low: float = -math.inf, below: float = math.inf) -> None:
         value = getattr(self, name)
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -32,6 +32,11 @@ def placements_of(config: VisualPeftConfig, selected: VisionBackbone, whole: Vis
         placements = _all_placements(config, selected, whole)
     except NoTokensError as error:
         raise NoTokensError(f"{type(config).__name__}: {error} {_advice(config, whole)}") from error
+    if not placements and len(selected.blocks) < len(whole.blocks):
+        raise ValueError(
+            f"{type(config).__name__}.exclude_modules is {config.exclude_modules!r}, layers_to_transform "
+            f"{config.layers!r}: in the blocks that are left, the method has nothing to act on."
+        )
     if not placements:
         raise BackboneError(
             f"{type(config).__name__}: {whole.class_name} has none of the modules that it acts on. "
@@ -62,8 +67,9 @@ def _side_placements(config: VisualPeftConfig, placements: list[Placement], whol
     site = pieces[last].site
     assert isinstance(site, SideSite)
     if site.ends and last not in {block.path for block in stages[-1].blocks}:
+        field = "exclude_modules" if config.layers is None else "layers_to_transform"
         raise ValueError(
-            f"{type(config).__name__}.layers_to_transform is {config.layers!r}: the network must end in the last "
+            f"{type(config).__name__}.{field} is {getattr(config, field)!r}: the network must end in the last "
             f"stage of {whole.class_name}, blocks {', '.join(str(block.index) for block in stages[-1].blocks)}."
         )
     if site.ends and not whole.last_block_read:

@@ -88,7 +88,9 @@ def test_gradients_are_those_of_the_equation():
 @torch.no_grad()
 def test_stages_of_swin(plus):
     """In each stage h begins with zeros; the first has no addition, so nothing stands there."""
-    base, model, pixels, actual = swin_with(DTLConfig(r=3, init_weights=False, plus=plus, kernel_size=3))
+    base, model, pixels, actual = swin_with(
+        DTLConfig(r=3, init_weights=False, plus=plus, **{"kernel_size": 3} if plus else {})
+    )
     pieces = list(pieces_of(model, "dtl_piece"))
     assert [piece is None for piece in pieces] == [True, False, False, False]
     kernels = [w["weight"] for stage in (1, 2) for w in pieces_of(model, f"dtl_conv_stage{stage}") if w is not None]

@@ -98,7 +98,7 @@ def hst(model, base, name, pixels, grid, prefix, heads):
             maps = F.conv2d(maps, w["enter.weight"], w["enter.bias"], stride=2, padding=1)
         s, size = as_tokens(maps), maps.shape[2:]
         if "enter_norm.weight" in w:
-            s = norm(s, w, "enter_norm")
+            s = norm(s, w, "enter_norm", eps=1e-5)
         bridge = bridges[dim]
         features = x[:, prefix:].transpose(1, 2).unflatten(2, grid)
         features = linear(as_tokens(F.interpolate(features, size, mode="bilinear")), bridge, "bridge")

@@ -326,7 +326,7 @@ def test_fused_projections_are_taken_apart():
         ({"temperature": -1.0}, r"LSTConfig.temperature is -1.0"),
         ({"gate": 1}, r"LSTConfig.gate is 1: must be one of True, False"),
         ({"init": "pruned"}, r"LSTConfig.init is 'pruned': must be one of 'random', 'magnitude', 'fisher'"),
-        ({"r": 17}, r"LSTConfig.r is 17: must be an integer from 1 to 16 \(the backbone's width\)"),
+        ({"r": 17}, r"LSTConfig.r is 17: must be an integer from 1 to 8 \(half the width"),
         ({"r": 2, "num_heads": 3}, r"LSTConfig.num_heads is 3: must be a divisor of 8, the width of the side network"),
         (
             {"r": 2, "init": "magnitude", "mlp_ratio": 9},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from hf_visual_peft import (
     LSTConfig,
     ResTuningConfig,
     SideTuningConfig,
+    ViTAdapterConfig,
     VPTConfig,
     VQTConfig,
 )
@@ -262,3 +264,35 @@ def test_prompts_are_cut_out_of_all_that_side_networks_read():
             module.e3va_piece["side"].register_forward_pre_hook(lambda _, args: shapes.append(args[1].between.shape))
     model(**images(2))
     assert shapes == [(2, 17, 16)] * 3
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (partial(DTLConfig, kernel_size=3), "kernel_size is 3: must be 5, its default"),
+        (
+            partial(LSTConfig, gate=False, temperature=7.0),
+            "temperature is 7.0: must be 0.1, its default",
+        ),
+        (
+            partial(ResTuningConfig, num_virtual_tokens=99),
+            "num_virtual_tokens is 99: must be 10, its default",
+        ),
+        (
+            partial(ViTAdapterConfig, extra_extractors=7),
+            "extra_extractors is 7: must be 2, its default",
+        ),
+    ],
+)
+def test_fields_without_an_effect_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        config()
+
+
+def test_blocks_left_alone_are_named_as_the_reason():
+    with pytest.raises(ValueError, match=r"LSTConfig\.exclude_modules is .* must end in the last stage"):
+        get_peft_model(swin(), LSTConfig(r=2, exclude_modules=r"swin\.encoder\.layers\.2.*"))
+    with pytest.raises(ValueError, match=r"DTLConfig\.exclude_modules is .* has nothing to act on"):
+        get_peft_model(vit(), DTLConfig(exclude_modules=r"vit\.layers\.[12].*"))
+    with pytest.raises(ValueError, match=r"LSTConfig\.r is 9: .* 8 \(half the width"):
+        get_peft_model(vit(), LSTConfig(r=9))

@@ -413,3 +413,23 @@ def test_refusals(name, reason):
     with pytest.raises(ValueError, match=reason):
         get_peft_model(model, ViTAdapterConfig())
     assert before == {key: id(module) for key, module in model.named_modules()}
+
+
+def test_places_are_precise_in_half_precision():
+    """A cell of a map of 128 x 128 is 1/128 wide, and bfloat16 has steps of 1/256 above a half."""
+    sizes = [(128, 128)]
+    places = centres(sizes, torch.zeros(1, dtype=torch.bfloat16))
+    torch.testing.assert_close(places, centres(sizes, torch.zeros(1)))
+    torch.manual_seed(0)
+    attention = DeformableAttention(8, 2, 1, 2, 8)
+    with torch.no_grad():
+        attention.weights.weight.normal_()
+    queries, values = torch.randn(1, 128 * 128, 8), torch.randn(1, 128 * 128, 8)
+    expected = attention(queries, places, values, sizes)
+    half = attention.bfloat16()(queries.bfloat16(), places, values.bfloat16(), sizes)
+    assert (half.float() - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(6, 2), (8, 2), (32, 8), (48, 16), (64, 32), (768, 32)])
+def test_norms_see_more_than_one_number_on_a_map_of_one_cell(channels, groups):
+    assert group_norm(channels).num_groups == groups

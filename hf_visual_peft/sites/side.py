@@ -139,7 +139,10 @@ def call_piece(
 
 
 def modules_before(model: nn.Module, backbone: VisionBackbone) -> list[nn.Module]:
-    """The modules of a backbone that it has before its first block, as embeddings and dropouts."""
+    """The modules of a backbone that it has before its first block, as embeddings and dropouts.
+
+    Those between stages are not among them: they stay in the model's mode.
+    """
     found: list[nn.Module] = []
     parent = model.get_submodule(backbone.path)
     for step in backbone.blocks[0].path.removeprefix(f"{backbone.path}.").split("."):

@@ -13,12 +13,17 @@ from torch import Tensor, nn
 Sizes = Sequence[tuple[int, int]]  # rows and columns of maps
 
 
+def precise(dtype: torch.dtype) -> torch.dtype:
+    """Of places: in bfloat16 they would be half a cell off in a map of 128 x 128."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def centres(sizes: Sizes, like: Tensor) -> Tensor:
-    """Where the cells of maps lie, (cells, 2): x and y from 0 to 1, map by map and row by row."""
-    found = []
+    """Where the cells of maps lie, (cells, 2): x and y from 0 to 1, map by map and row by row; float32 or float64."""
+    found, dtype = [], precise(like.dtype)
     for height, width in sizes:
-        y = (torch.arange(height, device=like.device, dtype=like.dtype) + 0.5) / height
-        x = (torch.arange(width, device=like.device, dtype=like.dtype) + 0.5) / width
+        y = (torch.arange(height, device=like.device, dtype=dtype) + 0.5) / height
+        x = (torch.arange(width, device=like.device, dtype=dtype) + 0.5) / width
         found.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1))
     return torch.cat(found)
 
@@ -78,9 +83,9 @@ class DeformableAttention(nn.Module):
         """
         heads, values = self.num_heads, self.to_value(values)
         shape = (heads, self.levels, self.points)
-        offsets = self.offsets(queries).unflatten(-1, (*shape, 2))
+        dtype = precise(values.dtype)
+        offsets = self.offsets(queries).unflatten(-1, (*shape, 2)).to(dtype)
         weights = self.weights(queries).unflatten(-1, (heads, -1)).softmax(dim=-1).unflatten(-1, shape[1:])
-        precise = torch.promote_types(values.dtype, torch.float32)  # cells and halves of them need it
         found = []
         for level, part in enumerate(values.split([height * width for height, width in sizes], dim=1)):
             height, width = sizes[level]
@@ -88,7 +93,7 @@ class DeformableAttention(nn.Module):
             size = torch.tensor([width, height], device=places.device)
             points = places[:, None, None] + offsets[..., level, :, :] / size
             points = (2 * points - 1).transpose(1, 2).flatten(0, 1)  # (batch x heads, queries, points, 2)
-            sampled = F.grid_sample(maps.to(precise), points.to(precise), padding_mode="zeros", align_corners=False)
+            sampled = F.grid_sample(maps.to(dtype), points.to(dtype), padding_mode="zeros", align_corners=False)
             weight = weights[..., level, :].transpose(1, 2).flatten(0, 1).unsqueeze(1)
             found.append((sampled * weight).sum(dim=-1))  # (batch x heads, channels, queries)
         mixed = torch.stack(found).sum(dim=0).unflatten(0, (-1, heads)).flatten(1, 2).transpose(1, 2)

@@ -73,7 +73,8 @@ class DTLConfig(VisualPeftConfig):
 
     A compact network beside the backbone gathers low-rank maps of what comes to each block, and late blocks get what
     it has gathered added to their output. Gradients cross only the blocks behind the first addition: in ViT-B/16
-    blocks 7 to 11 of 0 to 11. x_i is not detached, so in these they also go through A_i.
+    blocks 7 to 11 of 0 to 11. x_i is not detached, so in these they also go through A_i. The blocks before run in eval
+    mode; the authors' train with dropout and stochastic depth there, too.
 
     From the authors' code: the equation, the initialisation, and a network that begins anew with h = 0 in every stage
     of a hierarchical backbone; so stages without an addition have none. There, too, each stage has one convolution.
@@ -110,6 +111,8 @@ class DTLConfig(VisualPeftConfig):
         self._require_integer("kernel_size", 1)
         if self.kernel_size % 2 == 0:
             self._fail("kernel_size", "odd")
+        if not self.plus:
+            self._require_unset("kernel_size", "with plus False")
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """Beside every block of the stages in which something is added."""

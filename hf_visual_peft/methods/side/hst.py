@@ -121,7 +121,7 @@ class Rung(nn.Module):
             self.enter = Stem(image_channels, dim)
         elif enters_from is not None:
             self.enter = nn.Conv2d(enters_from, dim, 3, stride=2, padding=1)
-        self.enter_norm = None if self.enter is None else nn.LayerNorm(dim, EPS)
+        self.enter_norm = None if self.enter is None else nn.LayerNorm(dim)
         self.token_norm = nn.LayerNorm(dim)
         self.block = SideBlock(dim, num_heads, mlp_ratio)
         self.norm = nn.LayerNorm(dim, EPS) if stage_ends else None

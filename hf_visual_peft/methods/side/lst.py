@@ -147,7 +147,7 @@ class LSTConfig(VisualPeftConfig):
     pick at the start; in the authors' code each linear gets channels of its own, and these linears start at random.
 
     Args:
-        r: the side network's width is the backbone's over r, rounded down.
+        r: the side network's width is the backbone's over r, rounded down; 2 at least.
         num_heads: of side blocks; by default as many as have 32 channels or more each and divide the width, one at
             least, yet no more than the backbone's.
         mlp_ratio: width of the MLP of side blocks over that of their stream.
@@ -181,6 +181,8 @@ class LSTConfig(VisualPeftConfig):
             if getattr(self, name) <= 0:
                 self._fail(name, "a finite number above 0")
         self._require_choice("gate", (True, False))
+        if not self.gate:
+            self._require_unset("temperature", "with gate False")
         self._require_choice("init", ("random", "magnitude", "fisher"))
 
     @property
@@ -191,7 +193,7 @@ class LSTConfig(VisualPeftConfig):
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """A piece beside every block."""
         width, first, last = backbone.width, backbone.blocks[0], backbone.blocks[-1]
-        self._require_integer("r", 1, width, "the backbone's width")
+        self._require_integer("r", 1, max(1, width // 2), "half the width: a norm of one channel is constant")
         side_width = width // self.r
         num_heads = self._heads(side_width, backbone.num_heads or 1)
         hidden = max(1, int(self.mlp_ratio * side_width))

@@ -199,6 +199,8 @@ class ResTuningConfig(VisualPeftConfig):
                 self._fail(place, "None with bypass True, whose tuners are adapters beside the backbone")
         if not self.bypass and not any(getattr(self, place) for place in PLACES):
             self.attention = self.mlp = self.block = "adapter"
+        if not {"prefix", "prompt"} & {getattr(self, place) for place in PLACES}:
+            self._require_unset("num_virtual_tokens", "without a prefix or prompt")
 
     @property
     def gradients(self) -> Literal["full", "partial", "none"]:

@@ -18,7 +18,9 @@ GROUPS = 32  # of group norms, where the channels allow it
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """In place of batch norms, whose statistics would depend on the batch and belong to no adapter's file."""
-    return nn.GroupNorm(math.gcd(GROUPS, channels), channels)
+    groups = math.gcd(GROUPS, channels)
+    # of one channel each, and on a map of one cell, they would leave nothing but the bias
+    return nn.GroupNorm(groups if groups < channels else max(1, channels // 4), channels)
 
 
 def to_rows(maps: Tensor) -> Tensor:

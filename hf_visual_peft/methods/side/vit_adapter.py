@@ -135,6 +135,8 @@ class ViTAdapterConfig(VisualPeftConfig):
         self._require_number("drop_path", 0.0, below=1.0)
         for name in ("pyramid", "train_backbone"):
             self._require_choice(name, (True, False))
+        if not self.pyramid:
+            self._require_unset("extra_extractors", "with pyramid False")
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """Injectors before groups of blocks, extractors behind them."""
