@@ -145,6 +145,7 @@ class BorderFinder:
         by_point = _by_point(_all(fewer_calls))
         self._check_blocks(frozen)
         readers = {}
+        dropping: set[nn.Module] = set()
         for head in self._heads():
             for call in live:
                 if call.point.module is not head or not isinstance(call.first, Tensor) or call.first.requires_grad:
@@ -155,6 +156,7 @@ class BorderFinder:
                     if isinstance(point.module, nn.Dropout) and of_point[-1].output is first:
                         reader, first = point, of_point[-1].first
                         del frozen[point]
+                        dropping.add(point.module)
                 small = by_point[reader][-1].first
                 leaf = Scaled.of(f"{reader.path} (input)", first, small, ROWS)
                 if leaf is not None and leaf.sample is not None and len(by_point[reader]) == 1:
@@ -168,7 +170,9 @@ class BorderFinder:
             inputs[name] = leaf
             if value.is_floating_point():
                 values[name] = value
-        return Border(cuts, readers, inputs)
+        # what a module returns that is frozen in some of its calls may come to a cut
+        shared = {call.point.module for call in live if call.frozen} - dropping
+        return Border(cuts, readers, inputs, {call.point.module for call in live} - shared | dropping)
 
     def _outputs(
         self, point: CallPoint, calls: list[_Call], again: list[_Call], values: dict[str, Tensor]

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from xxhash import xxh3_128
 
+from ..sites import VisualTunerLayer
 from .calls import base_path
 from .replay import Border
 
@@ -31,6 +35,29 @@ _NAMES = (
     "output_attentions",
     "return_dict",
 )
+# attributes of modules that change nothing before the head, or that differ between runs of the same model
+_ATTRIBUTES = {
+    *vars(nn.Module()),
+    *_NAMES,
+    "config",
+    "num_classes",
+    "forward",  # adapters and accelerate put theirs in its place
+    "_old_forward",
+    "train",
+    "gradient_checkpointing",
+    "_gradient_checkpointing_func",
+    "grad_checkpointing",
+    "loss_type",
+    "loss_function",
+    "peft_config",
+    "pretrained_cfg",
+    "default_cfg",
+    "pretrained_model_args",
+    "_model_args",
+    "_is_hf_initialized",
+    "_hf_peft_config_loaded",
+    "hf_device_map",
+}
 _PACKAGES = ("torch", "transformers", "timm", "torchvision", "Pillow")
 
 
@@ -97,15 +124,14 @@ def describe(
     Raises:
         TypeError: the key or an argument is nothing that can be hashed.
     """
-    config: Any = getattr(model, "config", None)
-    content = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
+    parts = list(_parts(model, border))
     autocast = torch.is_autocast_enabled(device.type)
     return {
-        "weights": digest_tensors(_frozen_tensors(model, border)),
+        "weights": digest_tensors(_frozen_tensors(parts)),
         "model": digest(
             {
                 "modules": [[point.path, type(point.module).__name__] for point in border.cuts],
-                "config": {name: value for name, value in content.items() if name not in _NAMES},
+                "state": list(_state(parts)),
                 "autocast": str(torch.get_autocast_dtype(device.type)) if autocast else None,
                 "arguments": dict(arguments),
             }
@@ -118,21 +144,76 @@ def describe(
     }
 
 
-def _frozen_tensors(model: nn.Module, border: Border) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of what is skipped, and those that the modules around it have of their own."""
-    cuts = {id(point.module) for point in border.cuts}
+def _parts(model: nn.Module, border: Border) -> Iterator[tuple[str, nn.Module, bool]]:
+    """The modules that can have a part in the features, with their paths, and whether they are skipped.
 
-    def walk(path: str, module: nn.Module, inside: bool) -> Iterator[tuple[str, Tensor]]:
-        inside = inside or id(module) in cuts
-        if not inside and not any(id(part) in cuts for part in module.modules()):
+    These are the cuts and what is in them, the modules around them, and those that nobody calls: their weights may be
+    used without. Modules called outside the cuts, heads and side networks, have none, and neither has what this
+    library and peft put around the cuts, so that runs with other adapters there share features.
+    """
+    cuts = {point.module for point in border.cuts}
+
+    def walk(path: str, module: nn.Module, skipped: bool) -> Iterator[tuple[str, nn.Module, bool]]:
+        skipped = skipped or module in cuts
+        around = not skipped and any(part in cuts for part in module.modules())
+        if module in border.live and not around:
             return
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if not tensor.requires_grad:
-                yield base_path(f"{path}.{name}"), tensor
+        adapter = around and isinstance(module, PeftModel | BaseTuner | VisualTunerLayer)
+        if not adapter:
+            yield path, module, skipped
         for name, child in module.named_children():
-            yield from walk(f"{path}.{name}" if path else name, child, inside)
+            if not adapter or name == "base_layer" or not isinstance(module, VisualTunerLayer):
+                yield from walk(f"{path}.{name}" if path else name, child, skipped)
 
     return walk("", model, False)
+
+
+def _frozen_tensors(parts: Iterable[tuple[str, nn.Module, bool]]) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of the parts; of those that are not skipped, what does not train."""
+    for path, module, skipped in parts:
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if skipped or not tensor.requires_grad:
+                yield base_path(f"{path}.{name}" if path else name), tensor
+
+
+def _state(parts: Iterable[tuple[str, nn.Module, bool]]) -> Iterator[list[Any]]:
+    """What the parts compute apart from their tensors: path, type, plain attributes and config of each."""
+    seen: set[int] = set()  # configs, which the modules of a model share
+    for path, module, _ in parts:
+        attributes = _told_of(vars(module), _ATTRIBUTES)
+        config = vars(module).get("config")
+        content: dict[str, Any] = {}
+        if config is not None and id(config) not in seen:
+            seen.add(id(config))
+            content = _told_of(_content(config), _NAMES)
+        yield [base_path(f"{path}.").strip("."), _told(type(module)), attributes, content]
+
+
+def _content(config: Any) -> Mapping[str, Any]:
+    if hasattr(config, "to_dict"):
+        return config.to_dict()
+    return config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
+
+
+def _told_of(values: Mapping[str, Any], without: Iterable[str]) -> dict[str, Any]:
+    told = {str(name): _told(value) for name, value in values.items() if name not in without}
+    return {name: value for name, value in told.items() if value is not None}
+
+
+def _told(value: Any) -> Any:
+    """Plain values, collections of them and names of functions, for JSON; None for everything else."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)
+    if isinstance(value, torch.dtype):
+        return str(value)
+    if isinstance(value, Mapping):
+        return sorted(([_told(name), _told(inner)] for name, inner in value.items()), key=str)
+    if isinstance(value, list | tuple):
+        return [_told(inner) for inner in value]
+    if isinstance(value, partial):
+        return [_told(value.func), _told(value.args), _told(value.keywords)]
+    name = getattr(value, "__qualname__", None)  # of functions and classes
+    return f"{value.__module__}.{name}" if isinstance(name, str) else None
 
 
 def _versions() -> Iterator[tuple[str, str]]:

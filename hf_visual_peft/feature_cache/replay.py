@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -101,6 +101,7 @@ class Border:
         readers: modules whose first argument is stored, with what it is.
         inputs: the model's own inputs that stand for the images, by name.
         shapes: of one sample of each feature, by name.
+        live: modules that run as ever and return nothing frozen, as heads and side networks.
         grid: of the images, for the adapter layers of this library.
         exchanges: what these layers share.
     """
@@ -108,6 +109,7 @@ class Border:
     cuts: dict[CallPoint, list[Output]]
     readers: dict[CallPoint, Scaled]
     inputs: dict[str, Scaled]
+    live: Collection[nn.Module] = ()
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     grid: Grid | None = None
     exchanges: Sequence[Exchange] = ()
