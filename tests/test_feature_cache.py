@@ -375,19 +375,25 @@ def test_an_error_in_the_model_leaves_it_as_it_was(tmp_path):
 
 def test_another_adapter_is_refused(tmp_path):
     model = build("lst")
-    cached = cache_of(model, tmp_path).cached(Pictures(), key="a")
+    cache = cache_of(model, tmp_path)
+    cached = cache.cached(Pictures(), key="a")
     model.add_adapter("other", LSTConfig(r=4))
     model.set_adapter("other")
     with pytest.raises(ValueError, match="make a FeatureCache for each choice"):
         model(**batch_of(cached, 0))
+    with pytest.raises(ValueError, match="make a FeatureCache for each choice"):
+        cache.cached(Pictures(), key="b")
 
 
 def test_weights_that_train_later_are_an_error(tmp_path):
     model = build("lst")
-    cached = cache_of(model, tmp_path).cached(Pictures(), key="a")
+    cache = cache_of(model, tmp_path)
+    cached = cache.cached(Pictures(), key="a")
     model.get_base_model().vit.layers[1].requires_grad_(True)
     with pytest.raises(ValueError, match="Something trains now that was frozen"):
         model(**batch_of(cached, 0))
+    with pytest.raises(ValueError, match="make a new FeatureCache"):
+        cache.cached(Pictures(), key="b")
 
 
 def test_folders_of_files_need_no_key(tmp_path):

@@ -119,10 +119,11 @@ class FeatureCache:
             A data set with `cached_features` and the targets.
 
         Raises:
-            ValueError: the data are unfit or random, nothing tells them from others, the model has no border, or what
-                lies in the folder is no cache of these features.
+            ValueError: the data are unfit or random, nothing tells them from others, the model has no border or
+                another than before, or what lies in the folder is no cache of these features.
             OSError: the disk is too small or full, or the folder cannot be written.
         """
+        self._check_unchanged()
         views: list[Any] = list(data) if isinstance(data, list | tuple) else [data]
         if not views or len({len(view) for view in views}) != 1 or len(views[0]) == 0:
             raise ValueError(
@@ -176,6 +177,20 @@ class FeatureCache:
         self._frozen_parameters = [parameter for point in border.cuts for parameter in point.module.parameters()]
         self._active = getattr(self.model, "active_adapters", None)
         return border
+
+    def _check_unchanged(self) -> None:
+        """Raise an error if the border that was found is no longer the model's."""
+        if self._border is None:
+            return
+        if getattr(self.model, "active_adapters", None) != self._active:
+            raise ValueError(
+                f"{FEATURES} were found with the adapters {self._active} active: make a FeatureCache for each choice."
+            )
+        if any(parameter.requires_grad for parameter in self._frozen_parameters):
+            raise ValueError(
+                "Something trains now that was frozen when the features were found: use images, or make a new "
+                "FeatureCache."
+            )
 
     def _check_inputs(self, border: Border, inputs: Mapping[str, Tensor]) -> None:
         found = {name: tuple(value.shape[1:]) for name, value in inputs.items()}
@@ -272,12 +287,7 @@ class FeatureCache:
         if border is None or set(features) != set(border.shapes):
             known = "none yet: call cached()" if border is None else ", ".join(border.shapes)
             raise ValueError(f"{FEATURES} has {', '.join(features)}; this model's are {known}.")
-        if getattr(self.model, "active_adapters", None) != self._active:
-            raise ValueError(
-                f"{FEATURES} were found with the adapters {self._active} active: make a FeatureCache for each choice."
-            )
-        if any(parameter.requires_grad for parameter in self._frozen_parameters):
-            raise ValueError("Something trains now that was frozen when the features were computed: use images.")
+        self._check_unchanged()
         if any(layer.gradient_checkpointing and layer.training for layer in self._recomputing):
             raise ValueError("Switch gradient checkpointing off: it would run the model again without the features.")
         device, rows = self._device, len(next(iter(features.values())))
