@@ -12,6 +12,7 @@ from image_data import Images
 from torch import nn
 
 from hf_visual_peft import CachedFeatures, FeatureCache
+from hf_visual_peft.feature_cache import fingerprint
 
 
 def check_augmentation(args: argparse.Namespace) -> None:
@@ -35,7 +36,7 @@ def key_of(images: Images) -> dict[str, Any]:
     """What tells these images, labels and their preparation from others."""
     args = images.args
     key = {
-        "data": images.data._fingerprint,
+        "data": fingerprint.key_of(images.data),
         "labels": images.ids,
         "processor": images.processor,
         "size": args.image_size,

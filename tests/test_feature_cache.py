@@ -396,25 +396,6 @@ def test_weights_that_train_later_are_an_error(tmp_path):
         cache.cached(Pictures(), key="b")
 
 
-def test_folders_of_files_need_no_key(tmp_path):
-    class Folder(Pictures):  # as torchvision's
-        transforms = None
-
-        def __init__(self):
-            super().__init__()
-            self.samples = [(str(tmp_path / f"{index}.png"), index % 3) for index in range(COUNT)]
-
-    for index in range(COUNT):
-        (tmp_path / f"{index}.png").write_bytes(b"an image")
-    features = tmp_path / "features"
-    for folders in (1, 1):
-        cache_of(build(), features).cached(Folder())
-        assert len(list(features.iterdir())) == folders
-    (tmp_path / "3.png").write_bytes(b"another image")
-    cache_of(build(), features).cached(Folder())
-    assert len(list(features.iterdir())) == 2
-
-
 def test_gradient_checkpointing(tmp_path):
     probe = build("linearprobe")
     probe.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

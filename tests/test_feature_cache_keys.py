@@ -1,12 +1,15 @@
 """What a cache of features is known by: no change that makes other features goes unnoticed."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from families import FAMILIES
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from test_feature_cache import COUNT, Pictures, adapted, batch_of, build, cache_of
 from torch import nn
 from transformers import ViTConfig, ViTModel
@@ -130,3 +133,38 @@ def test_configs_of_any_kind(tmp_path):
         model.config = config
         assert len(cache_of(model, tmp_path).cached(Pictures(), key="a")) == COUNT
     assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("frames", [False, True])
+def test_files_that_rows_only_name(frames, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    paths = [str(tmp_path / f"{index}.png") for index in range(4)]
+
+    def rows():
+        images = datasets.List(datasets.Image()) if frames else datasets.Image()
+        table = datasets.Dataset.from_dict({"image": [[path] for path in paths] if frames else paths})
+        return table.cast_column("image", images).with_transform(as_pixels)
+
+    def as_pixels(rows):
+        images = [row[0] if frames else row for row in rows["image"]]
+        return {"pixel_values": [torch.tensor(np.array(image)).permute(2, 0, 1) / 255 for image in images]}
+
+    folders = tmp_path / "features"
+    for color, count in (("red", 1), ("red", 1), ("blue", 2)):
+        for path in paths:
+            if count > 1 or not Path(path).exists():
+                Image.new("RGB", (32, 32), color).save(path)
+        cache_of(build(), folders).cached(rows())
+        assert len(list(folders.iterdir())) == count
+
+
+def test_data_that_look_like_others_need_a_key(tmp_path):
+    class Folder(Pictures):  # as torchvision's
+        samples = [("a.png", 0)]
+
+    class Wrapped(Pictures):  # around a `datasets.Dataset`
+        _fingerprint = "abc"
+
+    for data in (Folder(), Wrapped()):
+        with pytest.raises(ValueError, match="Give key="):
+            cache_of(build(), tmp_path).cached(data)

@@ -113,7 +113,8 @@ class FeatureCache:
                 `e` then sees view `e` modulo their number.
             name: that the cache's folder starts with, as `"train"`.
             key: what tells these images and their transform from others: numbers, texts, arrays, lists and mappings
-                of them. A `datasets.Dataset` needs none: its fingerprint covers rows, format and transform.
+                of them. A `datasets.Dataset` needs none: its fingerprint covers rows, format and transform, though a
+                function from an imported module by its name only: give a key where you may change one.
 
         Returns:
             A data set with `cached_features` and the targets.

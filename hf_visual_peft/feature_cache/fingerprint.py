@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -228,24 +229,36 @@ def key_of(data: Any) -> Any:
     """What tells the images of a data set and their transform from others.
 
     Args:
-        data: a `datasets.Dataset`, whose fingerprint covers its rows and its transform, or a folder of images as
-            torchvision reads it.
+        data: a `datasets.Dataset`. Its fingerprint covers its rows and its transform, but a function that
+            `with_transform` has from an imported module by name only, not what it does. Of files that the rows name
+            and do not hold, size and time of change are added.
 
     Raises:
         ValueError: nothing tells.
     """
-    fingerprint = getattr(data, "_fingerprint", None)
-    if isinstance(fingerprint, str):
-        return fingerprint
-    samples = getattr(data, "samples", None)
-    if isinstance(samples, list) and samples and isinstance(samples[0], tuple):
-        stats = [(str(path), Path(path).stat(), target) for path, target in samples]
-        # the text of a transform without one of its own holds an address: then the cache is made anew in each process
-        return [
-            [(path, stat.st_size, stat.st_mtime_ns, target) for path, stat, target in stats],
-            repr(getattr(data, "transforms", None)),
-        ]
-    raise ValueError(
-        f"key: nothing of a {type(data).__name__} tells which images and which transform it has. Give key= what does: "
-        "names or hashes of files, the processor, the settings of the transform."
-    )
+    if type(data).__module__ != "datasets.arrow_dataset":  # subclasses and wrappers may change the samples
+        raise ValueError(
+            f"key: nothing of a {type(data).__name__} tells which images and which transform it has. Give key= what "
+            "does: names or hashes of files, the processor, the settings of the transform."
+        )
+    columns = [data.data.column(name) for name in data.data.column_names]
+    files = {path for column in columns for chunk in column.chunks for path in _files_in(chunk)}
+    return [data._fingerprint, [_stamp(path) for path in sorted(files)]]
+
+
+def _files_in(array: Any) -> list[str]:
+    """The paths in an Arrow array of images, or of lists of them, whose bytes it does not hold."""
+    if hasattr(array.type, "value_type") and hasattr(array, "flatten"):
+        return _files_in(array.flatten())
+    fields = {array.type.field(index).name for index in range(array.type.num_fields)}
+    if not {"bytes", "path"} <= fields:
+        return []
+    return array.field("path").filter(array.field("bytes").is_null()).drop_null().to_pylist()
+
+
+def _stamp(path: str) -> list[Any]:
+    try:
+        stat = os.stat(path)
+    except OSError:  # an address, or missing: reading it will tell
+        return [path]
+    return [path, stat.st_size, stat.st_mtime_ns]
