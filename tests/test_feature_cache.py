@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import random
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES, images
 from peft import get_peft_model
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import (
     ConvNextConfig,
     ConvNextForImageClassification,
@@ -311,6 +313,47 @@ def test_views_take_turns(tmp_path):
 def test_random_augmentation_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is another each time it is read"):
         cache_of(build(), tmp_path).cached(Pictures(fixed=False), key="a")
+
+
+class Flipped(Pictures):
+    """Images that are flipped at random, but so rarely that reading some twice does not show it."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.draw = draw
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        pixels = sample["pixel_values"]
+        return sample | {"pixel_values": pixels.flip(-1) if self.draw(index) < 1e-9 else pixels}
+
+
+def seeded(index):
+    torch.manual_seed(index)
+    return torch.rand(()).item()
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: torch.rand(())])
+def test_rare_random_augmentation_is_refused(draw, tmp_path):
+    with pytest.raises(ValueError, match="sample 0 draws random numbers each time it is read"):
+        cache_of(build(), tmp_path).cached(Flipped(lambda index: draw()), key="a")
+
+
+def test_augmentation_that_sets_its_seed_is_fixed(tmp_path):
+    assert len(cache_of(build(), tmp_path).cached(Flipped(seeded), key="a")) == COUNT
+
+
+def test_data_that_are_no_data_set(tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    cache, samples = cache_of(build(), tmp_path), [Pictures()[index] for index in range(4)]
+    with pytest.raises(ValueError, match="a streaming data set cannot be cached: it has no length"):
+        cache.cached(Stream(), key="a")
+    with pytest.raises(ValueError, match=r"data is a list of samples, .*: give \[data\]"):
+        cache.cached(samples, key="a")
+    assert len(cache.cached([samples], key="a")) == 4
 
 
 def test_data_need_a_key_unless_they_have_a_fingerprint(tmp_path):

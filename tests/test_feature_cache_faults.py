@@ -45,7 +45,7 @@ class Counted(Pictures):
     @property
     def computed(self):
         """The samples that were read for their features, not only looked at."""
-        looked_at = 2 * 8 + 3
+        looked_at = 2 * 8
         return sorted(self.order[looked_at:])
 
 

@@ -168,3 +168,37 @@ def test_data_that_look_like_others_need_a_key(tmp_path):
     for data in (Folder(), Wrapped()):
         with pytest.raises(ValueError, match="Give key="):
             cache_of(build(), tmp_path).cached(data)
+
+
+def test_other_targets_under_the_same_key_are_an_error(tmp_path):
+    class Others(Pictures):
+        def __getitem__(self, index):
+            return super().__getitem__(index) | {"labels": index % 2}
+
+    cache_of(build(), tmp_path).cached(Pictures(), key="a")
+    with pytest.raises(ValueError, match=r"labels of the first samples are .* in .*The key must tell .* targets"):
+        cache_of(build(), tmp_path).cached(Others(), key="a")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_other_images_under_the_same_key_are_an_error(dtype, tmp_path):
+    cache_of(build("lst"), tmp_path, dtype=dtype).cached([Pictures(), Pictures(seed=1)], key="a")
+    cache_of(build("lst"), tmp_path, dtype=dtype, batch_size=3).cached([Pictures(), Pictures(seed=1)], key="a")
+    for views, place in (([Pictures(seed=2), Pictures(seed=1)], "view 0"), ([Pictures(), Pictures(seed=2)], "view 1")):
+        with pytest.raises(ValueError, match=rf"on disk are not those of this model and these data.*\({place}\)"):
+            cache_of(build("lst"), tmp_path, dtype=dtype).cached(views, key="a")
+
+
+def test_state_that_no_key_tells_is_an_error(tmp_path):
+    class Hidden(Parts):
+        def __init__(self, scale):
+            super().__init__()
+            self.scale = SimpleNamespace(value=scale)
+
+        def forward(self, pixel_values):
+            middle = F.linear(self.scale.value * self.body(pixel_values[:, :, :4, :4].flatten(1)), self.middle.weight)
+            return self.head(self.end(middle))
+
+    cache_of(Hidden(1.0), tmp_path).cached(Pictures(), key="a")
+    with pytest.raises(ValueError, match="on disk are not those of this model"):
+        cache_of(Hidden(2.0), tmp_path).cached(Pictures(), key="a")

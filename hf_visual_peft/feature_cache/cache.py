@@ -18,11 +18,14 @@ from .dataset import FEATURES, CachedFeatures
 from .filling import Filler, is_whole
 from .finding import ROWS, BorderFinder
 from .fingerprint import describe, digest, key_of
+from .looking import look_at, views_of
 from .replay import Border, leaves_of, recomputing
 from .storage import DTYPES, Layout, Shards, check_space, open_folder, size
 
 
-_LOOKED_AT = 8  # samples that are read twice, to find random augmentation
+# how far features may be from those on disk, which came from batches of another size and maybe another device
+_TOLERANCE = 1e-2
+_HALF_TOLERANCE = 1e-1
 
 
 class FeatureCache:
@@ -112,9 +115,10 @@ class FeatureCache:
                 several data sets of the same length, the views of every image by different augmentation. Epoch
                 `e` then sees view `e` modulo their number.
             name: that the cache's folder starts with, as `"train"`.
-            key: what tells these images and their transform from others: numbers, texts, arrays, lists and mappings
-                of them. A `datasets.Dataset` needs none: its fingerprint covers rows, format and transform, though a
-                function from an imported module by its name only: give a key where you may change one.
+            key: what tells these images, their transform and their targets from others: numbers, texts, arrays, lists
+                and mappings of them. A `datasets.Dataset` needs none: its fingerprint covers rows, format and
+                transform, though a function from an imported module by its name only: give a key where you may
+                change one.
 
         Returns:
             A data set with `cached_features` and the targets.
@@ -125,13 +129,10 @@ class FeatureCache:
             OSError: the disk is too small or full, or the folder cannot be written.
         """
         self._check_unchanged()
-        views: list[Any] = list(data) if isinstance(data, list | tuple) else [data]
-        if not views or len({len(view) for view in views}) != 1 or len(views[0]) == 0:
-            raise ValueError(
-                f"data has views of {[len(view) for view in views]} samples: as many in each, at least 1."
-            )
+        views = views_of(data)
         key = [key_of(view) for view in views] if key is None else key
-        inputs, others = self._look_at(views)
+        looked = [look_at(view, self.targets) for view in views]
+        inputs, others = self._parted(looked[0])
         with self._frozen():
             if self._border is None:
                 self._border = self._find(inputs)
@@ -145,24 +146,14 @@ class FeatureCache:
                 compute = partial(self._compute, self._border)
                 filler = Filler(shards, views, compute, self.batch_size, self.num_workers, self.progress)
                 filler.fill(missing, text)
-        return CachedFeatures(shards)
+            found = CachedFeatures(shards)
+            for view, samples in enumerate(looked):
+                self._compare(self._border, found, view, samples)
+        return found
 
-    def _look_at(self, views: Sequence[Any]) -> tuple[dict[str, Tensor], dict[str, tuple[str, list[int]]]]:
+    def _parted(self, samples: Sequence[Any]) -> tuple[dict[str, Tensor], dict[str, tuple[str, list[int]]]]:
         """Some samples as a batch of inputs, and what else they hold."""
-        for view in views:
-            for index in range(min(_LOOKED_AT, len(view))):
-                one, other = view[index], view[index]
-                if not isinstance(one, Mapping) or not set(one) - set(self.targets):
-                    raise ValueError(f"data: sample {index} must be a mapping with inputs of the model, got {one!r}.")
-                for name in one:
-                    if not torch.equal(torch.as_tensor(one[name]), torch.as_tensor(other[name])):
-                        raise ValueError(
-                            f"data: {name} of sample {index} is another each time it is read. Features of random "
-                            "augmentation cannot be cached: leave it out, or pass several data sets with fixed "
-                            "augmentation, one for each view."
-                        )
-        view = views[0]
-        batch = default_collate([view[index % len(view)] for index in range(ROWS[0])])
+        batch = default_collate([samples[index % len(samples)] for index in range(ROWS[0])])
         others = {
             name: (str(batch[name].dtype).removeprefix("torch."), list(batch[name].shape[1:]))
             for name in sorted(batch)
@@ -226,6 +217,28 @@ class FeatureCache:
             )
         check_space(folder, sum(len(shards.layout.rows_of(shard)) for shard in missing), shards.layout)
         return shards, missing
+
+    def _compare(self, border: Border, cached: CachedFeatures, view: int, samples: Sequence[Any]) -> None:
+        """Raise an error unless the first samples of a view are those on disk: the key may tell too little."""
+        batch = default_collate(list(samples))
+        kept = cached.of_view(view, range(len(samples)))
+        where = f"in {cached.shards.folder}" + (f" (view {view})" if cached.shards.layout.views > 1 else "")
+        way_out = "The key must tell images, transform and targets: give another, or delete the folder."
+        for name, others in kept.others.items():
+            if not torch.equal(others, batch[name]):
+                raise ValueError(f"{name} of the first samples are {batch[name]}, and {others} {where}. {way_out}")
+        rows = slice(0, ROWS[0])  # as many as the model has run with before
+        found = self._compute(border, {name: value[rows] for name, value in batch.items()})
+        half = self.dtype != "float32" or torch.is_autocast_enabled(self._device.type)
+        half = half or any(leaf.is_floating_point() and leaf.itemsize < 4 for leaf in self._frozen_parameters)
+        for name, one in zip(border.shapes, found, strict=True):
+            other = kept.features[name][rows].flatten(1).float()
+            off = (one.cpu().float() - other).norm() / other.norm().clamp(min=1e-12)
+            if not off <= (_HALF_TOLERANCE if half else _TOLERANCE):
+                raise ValueError(
+                    f"The features on disk are not those of this model and these data: {name} of the first samples "
+                    f"is off by {float(off):.1%} {where}. {way_out}"
+                )
 
     def _compute(self, border: Border, batch: Mapping[str, Any]) -> list[Tensor]:
         """The features of a batch of samples, (batch, numbers) each."""

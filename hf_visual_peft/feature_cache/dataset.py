@@ -57,7 +57,11 @@ class CachedFeatures(Dataset[dict[str, Any]]):
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """Several samples, read at once."""
-        start = self.epoch % self.shards.layout.views * len(self)
+        return self.of_view(self.epoch % self.shards.layout.views, indices)
+
+    def of_view(self, view: int, indices: Sequence[int]) -> Batch:
+        """Several samples of one view."""
+        start = view * len(self)
         rows = [start + range(len(self))[index] for index in indices]
         others = {name: value[rows] for name, value in self.others.items()}
         return Batch(self.shards.read(rows), others)

@@ -1,0 +1,67 @@
+"""Look at some samples of a data set before features of all are computed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset
+
+
+_LOOKED_AT = 8  # samples that are read twice, to find random augmentation
+
+
+def views_of(data: Dataset[Any] | Sequence[Dataset[Any]]) -> list[Any]:
+    """The data sets of each view.
+
+    Raises:
+        ValueError: they are no data sets, or differ in length.
+    """
+    views: list[Any] = list(data) if isinstance(data, list | tuple) else [data]
+    for view in views:
+        if isinstance(view, Mapping):
+            raise ValueError("data is a list of samples, and a list holds the views of the images: give [data].")
+        if isinstance(view, IterableDataset) or not hasattr(view, "__len__"):
+            raise ValueError(f"data: a streaming data set cannot be cached: it has no length ({type(view).__name__}).")
+    if not views or len({len(view) for view in views}) != 1 or len(views[0]) == 0:
+        raise ValueError(f"data has views of {[len(view) for view in views]} samples: as many in each, at least 1.")
+    return views
+
+
+def look_at(view: Any, targets: Sequence[str]) -> list[Mapping[str, Any]]:
+    """The first samples of a data set.
+
+    Raises:
+        ValueError: they are no mappings with inputs of a model, or random.
+    """
+    return [_read(view, index, targets) for index in range(min(_LOOKED_AT, len(view)))]
+
+
+def _read(view: Any, index: int, targets: Sequence[str]) -> Mapping[str, Any]:
+    one = view[index]
+    state = _random_state()
+    other = view[index]
+    if not isinstance(one, Mapping) or not set(one) - set(targets):
+        raise ValueError(f"data: sample {index} must be a mapping with inputs of the model, got {one!r}.")
+    changed = [n for n in one if not torch.equal(torch.as_tensor(one[n]), torch.as_tensor(other[n]))]
+    # what sets the seed itself leaves the same state each time
+    if changed or _random_state() != state:
+        what = (
+            f"{changed[0]} of sample {index} is another each time it is read"
+            if changed
+            else (f"sample {index} draws random numbers each time it is read")
+        )
+        raise ValueError(
+            f"data: {what}. Features of random augmentation cannot be cached: leave it out, or pass several data sets "
+            "with fixed augmentation, one for each view."
+        )
+    return one
+
+
+def _random_state() -> tuple[Any, ...]:
+    numpy_state: Any = np.random.get_state()
+    name, keys, *others = numpy_state
+    return random.getstate(), name, bytes(keys), others, bytes(torch.get_rng_state().numpy())
