@@ -15,6 +15,7 @@ from torch import nn
 from transformers import ViTConfig, ViTModel
 
 from hf_visual_peft import LSTConfig
+from hf_visual_peft.feature_cache.fingerprint import digest
 
 
 def assert_apart(make, *changes, folder):
@@ -202,3 +203,23 @@ def test_state_that_no_key_tells_is_an_error(tmp_path):
     cache_of(Hidden(1.0), tmp_path).cached(Pictures(), key="a")
     with pytest.raises(ValueError, match="on disk are not those of this model"):
         cache_of(Hidden(2.0), tmp_path).cached(Pictures(), key="a")
+
+
+def test_arrays_of_objects():
+    digests = [digest(np.array([f"{first}.png", "b.png"], dtype=object)) for first in "aacd"]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+    assert digest(np.array(["a", "b"], dtype=object)) != digest(np.array([["a", "b"]], dtype=object))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantised_backbones(kind, tmp_path):
+    quantised = pytest.importorskip("test_quantised")
+    data = Pictures()
+    for seed, count in ((0, 1), (0, 1), (1, 2)):
+        model = quantised.vit(kind, seed)
+        model.classifier.requires_grad_(True)
+        cached = cache_of(model.eval(), tmp_path).cached(data, key="a")
+        found = model(cached_features=batch_of(cached, 4, 0)["cached_features"]).logits
+        assert torch.allclose(found, model(data.pixels[[4, 0]]).logits, atol=1e-5)
+        assert len(list(tmp_path.iterdir())) == count

@@ -72,6 +72,8 @@ def digest(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray) and value.dtype.hasobject:  # whose bytes are addresses
+        return [value.shape, value.tolist()]
     if isinstance(value, np.ndarray):
         return [str(value.dtype), value.shape, xxh3_128(value.tobytes()).hexdigest()]
     if isinstance(value, np.generic):
@@ -89,9 +91,21 @@ def digest_tensors(tensors: Iterator[tuple[str, Tensor]]) -> str:
     """The hash of names, shapes, types and numbers of tensors."""
     total = xxh3_128()
     for name, tensor in tensors:
-        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        total.update(bytes_of(tensor))
+        for inner, plain in _plain_tensors(name, tensor):
+            total.update(inner.encode())
+            total.update(bytes_of(plain))
     return total.hexdigest()
+
+
+def _plain_tensors(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
+    """A tensor with what tells it from others; of one made of several, as quantised weights are, each of these."""
+    told = f"{name} {tuple(tensor.shape)} {tensor.dtype}"
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield told, tensor
+        return
+    names, context = tensor.__tensor_flatten__()
+    for inner in names:
+        yield from _plain_tensors(f"{told} {context!r} {inner}", getattr(tensor, inner))
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
