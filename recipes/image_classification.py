@@ -79,8 +79,8 @@ def load_model(args: argparse.Namespace, config: PeftConfig | None, names: list[
                 parameter.requires_grad_(name.startswith(tuple(f"{head}." for head in heads)))
         else:
             model = get_peft_model(model, hf_visual_peft.with_visual_targets(config, model))
-            if not isinstance(config, hf_visual_peft.VisualPeftConfig):
-                hf_visual_peft.freeze_norms(model)  # ours do it themselves
+        if not isinstance(config, hf_visual_peft.VisualPeftConfig):
+            hf_visual_peft.freeze_norms(model)  # ours do it themselves
     if args.gradient_checkpointing:
         inner = model.get_base_model() if isinstance(model, PeftModel) else model
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

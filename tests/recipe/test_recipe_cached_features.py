@@ -1,7 +1,17 @@
 """The recipe on cached features."""
 
+import os
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import PIL.Image
 import pytest
+import torch
+from cached_features import key_of
+from image_data import Images
 from safetensors.torch import load_file
+from transformers import ResNetConfig, ResNetModel, ViTImageProcessor
 
 
 PLAIN = ("--train_crop", "none", "--horizontal_flip", "0")
@@ -36,6 +46,31 @@ def test_the_same_results_as_without(method, flags, trained, tmp_path):
     assert len(times) == 3  # one file a split
     assert_equal(trained(*PLAIN, *flags, *cached, method=method, output="second"), expected)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("features/*/*.safetensors")} == times
+
+
+@pytest.mark.parametrize("method", ["linear", "linearprobe"])
+def test_batch_norms_give_the_same_results_as_without(method, trained, tmp_path):
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, layer_type="basic")
+    ResNetModel(config).save_pretrained(tmp_path / "resnet")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "resnet")
+    flags = ("--model_name_or_path", str(tmp_path / "resnet"), *PLAIN)
+    expected = trained(*flags, method=method, output="plain")
+    assert_equal(
+        trained(*flags, "--cache_features", str(tmp_path / "features"), method=method, output="cached"), expected
+    )
+
+
+def test_files_of_a_table_that_change_make_another_key(tmp_path):
+    path = tmp_path / "a.png"
+    PIL.Image.new("RGB", (4, 4)).save(path)
+    data = datasets.Dataset.from_dict({"image": [str(path)]}).cast_column("image", datasets.Image(decode=False))
+    args = SimpleNamespace(image_size=None, clip_frames=None, cache_views=None)
+    images = Images(data, np.array([0]), "test", None, args)
+    first = key_of(images)
+    assert key_of(images)["data"] == first["data"]
+    os.utime(path, ns=(1, 1))
+    assert key_of(images)["data"] != first["data"]
 
 
 def test_as_many_views_as_epochs_give_the_same_results_as_augmentation(trained, tmp_path):
