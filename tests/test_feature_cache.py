@@ -315,6 +315,38 @@ def test_random_augmentation_is_refused(tmp_path):
         cache_of(build(), tmp_path).cached(Pictures(fixed=False), key="a")
 
 
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_that_stay_see_other_views(start, tmp_path):
+    views = [Pictures(seed=seed) for seed in range(2)]
+    cached = cache_of(build(), tmp_path).cached(views, key="a")
+    loader = DataLoader(
+        cached,
+        batch_size=COUNT,
+        collate_fn=cached.collate,
+        num_workers=1,
+        persistent_workers=True,
+        multiprocessing_context=start,
+    )
+    for epoch in range(3):
+        cached.set_epoch(epoch)
+        (batch,) = loader
+        expected = cached.of_view(epoch % 2, range(COUNT)).features
+        assert all(torch.equal(batch["cached_features"][name], value) for name, value in expected.items())
+
+
+def test_trainer_turns_views(tmp_path, monkeypatch):
+    model = build("linearprobe")
+    cached = cache_of(model, tmp_path / "features").cached([Pictures(seed=seed) for seed in range(3)], key="a")
+    of_view, seen = cached.of_view, []
+    monkeypatch.setattr(cached, "of_view", lambda view, indices: seen.append(view) or of_view(view, indices))
+    arguments = TrainingArguments(
+        str(tmp_path / "out"), num_train_epochs=3, per_device_train_batch_size=COUNT, remove_unused_columns=False,
+        report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    Trainer(model, arguments, train_dataset=cached, data_collator=cached.collate).train()
+    assert seen == [0, 1, 2]
+
+
 class Flipped(Pictures):
     """Images that are flipped at random, but so rarely that reading some twice does not show it."""
 

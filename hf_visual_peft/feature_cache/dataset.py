@@ -21,8 +21,9 @@ class CachedFeatures(Dataset[dict[str, Any]]):
     Samples are `{"cached_features": {name: (...)}, "labels": ...}`. A `DataLoader` with `collate` as its `collate_fn`
     gets batches that are read as such, without a copy; other ways of collating work, too.
 
-    Attributes:
-        epoch: tells which view of the images is read: the epoch modulo the number of views.
+    `epoch` tells which view of the images is read: the epoch modulo the number of views. Set it before each epoch, or
+    `set_epoch` does: loaders of accelerate call that, and so transformers' Trainer, in runs of one process. (With
+    several they may tell their sampler alone: set it in a callback there.)
 
     Args:
         shards: complete files.
@@ -30,11 +31,24 @@ class CachedFeatures(Dataset[dict[str, Any]]):
 
     def __init__(self, shards: Shards) -> None:
         self.shards = shards
-        self.epoch = 0
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # also with workers that stay for all epochs
         layout = shards.layout
         self.others = {
             name: torch.cat([shards.others[shard][name] for shard in range(layout.shards)]) for name in layout.others
         }
+
+    @property
+    def epoch(self) -> int:
+        """The epoch, the same in all processes that load from this data set."""
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set `epoch`."""
+        self.epoch = epoch
 
     @property
     def bytes_per_image(self) -> int:
