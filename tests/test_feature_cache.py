@@ -448,6 +448,46 @@ def test_an_error_in_the_model_leaves_it_as_it_was(tmp_path):
     assert not model._forward_hooks
 
 
+@pytest.mark.parametrize("method", ["linear", "lst"])
+def test_an_interrupted_call_leaves_the_model_as_it_was(method, tmp_path):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    model, data = build(method), Pictures()
+    cache = cache_of(model, tmp_path)
+    batch = batch_of(cache.cached(data, key="a"), 0, 1)
+    expected = model(pixel_values=data.pixels).logits
+    base = model if method == "linear" else model.get_base_model()
+    for use in (lambda: None, lambda: cache.cached(data, key="b"), cache.close):
+        handle = base.classifier.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(cached_features=batch["cached_features"])
+        handle.remove()
+        use()
+        assert torch.equal(model(pixel_values=data.pixels).logits, expected)
+
+
+def test_several_caches_of_a_model(tmp_path):
+    model = build("lst")
+    unused, cache = cache_of(model, tmp_path), cache_of(model, tmp_path)
+    features = {"cached_features": {"a": torch.zeros(1)}}
+    with pytest.raises(ValueError, match=r"none yet: call cached\(\)\. .* close\(\) this one"):
+        model(**features)
+    cached = cache.cached(Pictures(), key="a")
+    batch = batch_of(cached, 0)
+    expected = model(**batch).logits
+    later = cache_of(model, tmp_path)
+    assert torch.equal(model(**batch).logits, expected)
+    unused.close()
+    model.add_adapter("other", LSTConfig(r=4))
+    model.set_adapter("other")
+    batch = batch_of(later.cached(Pictures(), key="a"), 0)
+    with pytest.raises(ValueError, match=r"for each choice, and close\(\) those of the others"):
+        model(**batch)
+    cache.close()
+    assert model(**batch).logits.isfinite().all()
+
+
 def test_another_adapter_is_refused(tmp_path):
     model = build("lst")
     cache = cache_of(model, tmp_path)

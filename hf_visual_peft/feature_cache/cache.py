@@ -101,7 +101,8 @@ class FeatureCache:
         self._by_name = set(inspect.signature(base.forward).parameters)
 
     def close(self) -> None:
-        """Take the hooks off the model, which then takes images only."""
+        """Take the hooks off the model, which then takes images, or features of another cache."""
+        self._running.close()
         for handle in self._handles:
             handle.remove()
 
@@ -128,6 +129,7 @@ class FeatureCache:
                 another than before, or what lies in the folder is no cache of these features.
             OSError: the disk is too small or full, or the folder cannot be written.
         """
+        self._running.close()
         self._check_unchanged()
         views = views_of(data)
         key = [key_of(view) for view in views] if key is None else key
@@ -176,7 +178,8 @@ class FeatureCache:
             return
         if getattr(self.model, "active_adapters", None) != self._active:
             raise ValueError(
-                f"{FEATURES} were found with the adapters {self._active} active: make a FeatureCache for each choice."
+                f"{FEATURES} were found with the adapters {self._active} active: make a FeatureCache for each choice, "
+                "and close() those of the others."
             )
         if any(parameter.requires_grad for parameter in self._frozen_parameters):
             raise ValueError(
@@ -294,13 +297,17 @@ class FeatureCache:
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         """The hook that lets the model take features."""
+        self._running.close()  # what an interrupted call has left: torch runs no hooks after KeyboardInterrupt
         features = kwargs.get(FEATURES)
-        if features is None:
-            return None
         border = self._border
+        if features is None or (border is None and self._another_has_features):
+            return None
         if border is None or set(features) != set(border.shapes):
             known = "none yet: call cached()" if border is None else ", ".join(border.shapes)
-            raise ValueError(f"{FEATURES} has {', '.join(features)}; this model's are {known}.")
+            raise ValueError(
+                f"{FEATURES} has {', '.join(features)}; this model's are {known}. If they are those of another "
+                "FeatureCache of this model, close() this one."
+            )
         self._check_unchanged()
         if any(layer.gradient_checkpointing and layer.training for layer in self._recomputing):
             raise ValueError("Switch gradient checkpointing off: it would run the model again without the features.")
@@ -311,6 +318,12 @@ class FeatureCache:
         called, named = self._as_called(arguments)
         others = {name: value for name, value in kwargs.items() if name != FEATURES}
         return (*called, *args), {**others, **named}
+
+    @property
+    def _another_has_features(self) -> bool:
+        """Whether another cache stands on the model and takes its features."""
+        others = [getattr(hook, "__self__", None) for hook in self.model._forward_pre_hooks.values()]
+        return any(isinstance(other, FeatureCache) and other._border is not None for other in others)
 
     def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
         """The hook that takes features out again, also after an error."""
