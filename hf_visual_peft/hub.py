@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tempfile
+import uuid
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -228,10 +229,12 @@ def merge_cards(there: ModelCard, new: ModelCard) -> ModelCard:
 
 def write_aside(path: Path, text: str) -> None:
     """Replace a file as a whole: a full disk or a crash leaves the one that was there."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # machines that share a disk have equal process ids
     try:
         with aside.open("w", newline="", encoding="utf-8") as file:
             file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

@@ -78,10 +78,10 @@ def emptied(path, content):
     path.write_bytes(b"")
 
 
-def flipped(place):
+def flipped(place, other=None):
     def flip(path, content):
         index = place(content)
-        path.write_bytes(content[:index] + bytes([content[index] ^ 4]) + content[index + 1 :])
+        path.write_bytes(content[:index] + (other or bytes([content[index] ^ 4])) + content[index + 1 :])
 
     return flip
 
@@ -98,6 +98,8 @@ DAMAGES = {
     "the first byte": flipped(lambda content: 0),
     "a byte of the checksum": flipped(lambda content: content.index(b'checksum\\": \\"') + 16),
     "a byte of the shape": flipped(lambda content: content.index(b'"shape":[') + 9),
+    "the dtype of the labels": flipped(lambda content: content.index(b'"I64"') + 1, b"F"),
+    "the dtype of the features": flipped(lambda content: content.index(b'"F32"') + 1, b"I"),
     "a byte of the offsets": flipped(lambda content: content.index(b'"data_offsets":[') + 18),
 }
 
@@ -229,7 +231,7 @@ def test_a_disk_that_fills_while_writing(tmp_path, reference, monkeypatch):
 
     def full(file):
         calls.append(file)
-        if len(calls) > 3:
+        if len(calls) > 1 + 3:  # the manifest, too
             raise OSError(errno.ENOSPC, "No space left on device")
         sync(file)
 
@@ -316,6 +318,41 @@ def test_a_file_that_became_shorter_while_reading(tmp_path):
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(OSError, match="has become shorter"):
         features(cached)
+
+
+def test_a_disk_that_writes_other_bytes(tmp_path, monkeypatch):
+    write = storage.Shards.write
+
+    def spoiling(self, shard, *args):
+        write(self, shard, *args)
+        flipped(lambda content: len(content) - 1)(self.path(shard), self.path(shard).read_bytes())
+
+    monkeypatch.setattr(storage.Shards, "write", spoiling)
+    with (
+        pytest.warns(UserWarning, match="its checksum is another"),
+        pytest.raises(OSError, match="is not what was written") as caught,
+    ):
+        fill(tmp_path)
+    assert caught.value.errno == errno.EIO
+
+
+def test_a_system_that_fails_is_no_damage(tmp_path, monkeypatch):
+    fill(tmp_path)
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(storage, "safe_open", refuse)
+    with pytest.raises(OSError, match="Too many open files"):
+        fill(tmp_path)
+
+
+def test_a_relative_folder_stays_where_it_is(tmp_path, reference, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cached = fill("features")
+    monkeypatch.chdir("/")
+    assert same(features(cached), reference)
+    assert cached.shards.folder.parent == tmp_path / "features"
 
 
 def test_more_files_than_a_process_may_have_open(tmp_path, reference, monkeypatch):

@@ -82,7 +82,8 @@ class FeatureCache:
             raise ValueError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}.")
         if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}: must be an integer of at least 1.")
-        self.model, self.folder, self.dtype = model, Path(folder), dtype
+        self.model, self.dtype = model, dtype
+        self.folder = Path(folder).expanduser().absolute()  # files are opened later, maybe elsewhere
         self.targets, self.arguments = tuple(targets), dict(arguments or {})
         self.batch_size, self.num_workers = batch_size, num_workers
         self.read_only, self.progress = read_only, progress

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -93,7 +94,9 @@ class Filler:
                 if done == len(rows):
                     kept = {name: torch.cat([part[name] for part in others]) for name in layout.others}
                     self.shards.write(shard, features, kept)
-                    is_whole(self.shards, shard)
+                    if not is_whole(self.shards, shard):
+                        text = "The file of features is not what was written: the disk or its driver fails"
+                        raise OSError(errno.EIO, text, str(self.shards.path(shard)))
                     self.claimed.popleft()
                     lock.release()
                     others, done = [], 0

@@ -135,6 +135,7 @@ class Shards:
 
         Raises:
             DamagedError: it is there and was cut off, changed, or belongs to another cache.
+            OSError: it cannot be read.
         """
         if shard in self.starts:
             return True
@@ -149,19 +150,27 @@ class Shards:
                     raise DamagedError("its checksum is another")
                 if metadata != self._metadata(shard, found):
                     raise DamagedError("it belongs to another cache")
-                shape = [len(self.layout.rows_of(shard)), sum(self.layout.numbers)]
-                if header["features"]["shape"] != shape:
-                    raise DamagedError(f"its features have the shape {header['features']['shape']}, not {shape}")
+                for name, (dtype, shape) in self._kinds(shard).items():
+                    part = tensors.get_slice(name)
+                    kind = str(part[:0].dtype).removeprefix("torch."), part.get_shape()
+                    if kind != (dtype, shape):
+                        raise DamagedError(f"its {name} are {kind[0]} of shape {kind[1]}, not {dtype} of {shape}")
                 others = {name: tensors.get_tensor(name).clone() for name in self.layout.others}
         except FileNotFoundError:
             return False
-        except (PermissionError, DamagedError):
+        except (OSError, DamagedError):  # a disk or a system that fails says nothing of the file
             raise
         except Exception as error:  # whatever a parser says of bytes that are none of its format
             raise DamagedError(f"it was cut off or is no safetensors file ({error})") from error
         self.starts[shard] = start + header["features"]["data_offsets"][0]
         self.others[shard] = others
         return True
+
+    def _kinds(self, shard: int) -> dict[str, tuple[str, list[int]]]:
+        """Dtype and shape of each tensor in a file."""
+        rows = len(self.layout.rows_of(shard))
+        kinds = {"features": (self.layout.dtype, [rows, sum(self.layout.numbers)])}
+        return kinds | {name: (dtype, [rows, *shape]) for name, (dtype, shape) in self.layout.others.items()}
 
     def _metadata(self, shard: int, checksum: str) -> dict[str, str]:
         rows = self.layout.rows_of(shard)
@@ -335,6 +344,8 @@ def _digest_file(file: BinaryIO, header: Mapping[str, Any], start: int) -> str:
     buffer = bytearray(_CHUNK)
     for name in sorted(header):
         begin, end = header[name]["data_offsets"]
+        if not 0 <= begin <= end:
+            raise DamagedError(f"its header has the offsets {begin} and {end}")
         file.seek(start + begin)
         left = end - begin
         while left:
