@@ -15,7 +15,7 @@ import pytest
 import torch
 from test_feature_cache import COUNT, Pictures, batch_of, build, cache_of
 
-from hf_visual_peft.feature_cache import storage
+from hf_visual_peft.feature_cache import filling, storage
 from hf_visual_peft.feature_cache.storage import DamagedError
 
 
@@ -310,6 +310,35 @@ def test_the_work_of_a_process_that_dies_is_taken_over(tmp_path, reference):
     dying.join()
     assert dying.exitcode == 3
     assert same(features(cached), reference)
+
+
+def test_waiting_for_another_process_is_said_once(tmp_path, reference, monkeypatch, capsys):
+    monkeypatch.setattr(filling, "_PATIENCE", 0.1)
+    shards = fill(tmp_path).shards
+    for shard in (1, 2):
+        shards.path(shard).unlink()
+    held = PROCESSES.Event()
+
+    def hold():
+        with shards.lock(1), shards.lock(2):
+            held.set()
+            time.sleep(0.5)
+
+    process = in_process(hold)
+    held.wait()
+    assert same(features(fill(tmp_path)), reference)
+    process.join()
+    assert capsys.readouterr().err.count("waiting for another process that makes") == 1
+
+
+def test_a_lock_that_cannot_be_made(tmp_path):
+    shards = fill(tmp_path).shards
+    shards.path(1).unlink()
+    path = Path(shards.lock(1).lock_file)
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    with pytest.raises(OSError, match=r"Cannot write features: .*00001\.lock"):
+        fill(tmp_path)
 
 
 def test_a_file_that_became_shorter_while_reading(tmp_path):

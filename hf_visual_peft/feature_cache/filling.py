@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,9 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .storage import DTYPES, DamagedError, Shards, make_folder
+
+
+_PATIENCE = 5  # seconds before it is said that another process is waited for
 
 
 class Filler:
@@ -48,6 +52,7 @@ class Filler:
         self.data: Dataset[Any] = ConcatDataset(views)
         self.claimed: deque[tuple[int, FileLock]] = deque()
         self.taken: list[int] = []  # by others
+        self.told = False  # that they are waited for
 
     def fill(self, missing: Sequence[int], description: str) -> None:
         """Make the files that are missing; return once all are there, whoever has made them.
@@ -63,8 +68,17 @@ class Filler:
                 self._make_free(missing, bar)
                 missing = [shard for shard in self.taken if not is_whole(self.shards, shard)]
                 if missing:
-                    with self.shards.lock(missing[0]):  # its maker is done, or dead
-                        pass
+                    self._wait(missing[0])
+
+    def _wait(self, shard: int) -> None:
+        """Wait until the maker of a file is done, or dead."""
+        lock = self.shards.lock(shard)
+        if not acquired(lock, 0 if self.told else _PATIENCE):
+            if not self.told:
+                tqdm.write(f"waiting for another process that makes {self.shards.path(shard)}", file=sys.stderr)
+            self.told = True
+            acquired(lock, -1)
+        lock.release()
 
     def _make_free(self, missing: Sequence[int], bar: Any) -> None:
         layout = self.shards.layout
@@ -109,9 +123,7 @@ class Filler:
         """Rows of batches of the files whose locks are free, which are then ours."""
         for shard in missing:
             lock = self.shards.lock(shard)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
+            if not acquired(lock, 0):
                 self.taken.append(shard)
                 continue
             if is_whole(self.shards, shard):
@@ -131,6 +143,21 @@ class _Batches:
 
     def __iter__(self) -> Iterator[list[int]]:
         return self.batches
+
+
+def acquired(lock: FileLock, timeout: float) -> bool:
+    """Whether a lock is ours after so many seconds; a negative number waits for ever.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    try:
+        lock.acquire(timeout=timeout)
+    except Timeout:
+        return False
+    except OSError as error:
+        raise OSError(error.errno, f"Cannot write features: {error.strerror}", lock.lock_file) from error
+    return True
 
 
 def is_whole(shards: Shards, shard: int, read_only: bool = False) -> bool:
