@@ -48,7 +48,8 @@ class FeatureCache:
     A cache lies in a folder of its own below `folder`, named by a fingerprint of everything its features depend on:
     frozen weights, model, images and their transform, views, dtype, versions of the libraries. Runs that differ in
     anything else, as learning rates, seeds, widths of the side network, share it. Its files are checked against their
-    checksums once, when it is opened; damaged ones are computed again.
+    checksums once, when it is opened; damaged ones are computed again. The features and targets of the first samples
+    are compared with those on disk, for what a key leaves out.
 
     Args:
         model: as it will be trained, on the device where features are to be computed. It stays usable without.

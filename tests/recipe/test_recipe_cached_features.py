@@ -83,6 +83,13 @@ def test_as_many_views_as_epochs_give_the_same_results_as_augmentation(trained, 
     assert len(list(tmp_path.glob("features/test-*"))) == 1
 
 
+def test_a_resumed_run_sees_the_views_of_its_epochs(trained, tmp_path):
+    flags = ("--cache_features", str(tmp_path / "features"), "--cache_views", "3", "--checkpointing_steps", "8")
+    expected = trained(*flags, output="whole")
+    checkpoint = str(tmp_path / "whole" / "checkpoint-8")  # in the second epoch
+    assert_equal(trained(*flags, "--resume_from_checkpoint", checkpoint, output="resumed"), expected)
+
+
 def test_runs_of_a_sweep_share_features(trained, tmp_path):
     cached = (*PLAIN, "--cache_features", str(tmp_path / "features"))
     for index, flags in enumerate([("--seed", "1"), ("--learning_rate", "0.1"), ("--weight_decay", "0")]):
