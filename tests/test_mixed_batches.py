@@ -45,7 +45,7 @@ def two_adapters(base, first, second):
 
 def of_method(tiny, name, **fields):
     known = {field.name for field in dataclasses.fields(METHODS[name].config_cls)}
-    other = {key: value for key, value in OTHER.items() if key in known}
+    other = dict([(key, value) for key, value in OTHER.items() if key in known][:1])
     return two_adapters(tiny.model(), config(name, **fields), config(name, **fields | other))
 
 
