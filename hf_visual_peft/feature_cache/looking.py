@@ -49,14 +49,10 @@ def _read(view: Any, index: int, targets: Sequence[str]) -> Mapping[str, Any]:
     changed = [n for n in one if not torch.equal(torch.as_tensor(one[n]), torch.as_tensor(other[n]))]
     # what sets the seed itself leaves the same state each time
     if changed or _random_state() != state:
-        what = (
-            f"{changed[0]} of sample {index} is another each time it is read"
-            if changed
-            else (f"sample {index} draws random numbers each time it is read")
-        )
+        what = f"{changed[0]} of sample {index} is another" if changed else f"sample {index} draws random numbers"
         raise ValueError(
-            f"data: {what}. Features of random augmentation cannot be cached: leave it out, or pass several data sets "
-            "with fixed augmentation, one for each view."
+            f"data: {what} each time it is read. Features of random augmentation cannot be cached: leave it out, or "
+            "pass several data sets with fixed augmentation, one for each view."
         )
     return one
 
