@@ -40,8 +40,8 @@ def assert_equal(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
-def linears_of(model, slot):
-    """{full name in the base model: {name: weight}} of one slot of a method at single modules."""
+def weights_by_path(model, slot):
+    """{full name of the block or module in the base model: {name: weight}} of one slot of the adapter."""
     found = {}
     for name, parameter in model.named_parameters():
         head, _, tail = name.partition(f".{slot}.default.")

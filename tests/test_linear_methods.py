@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from equations import LINEARS, OUTPUTS, assert_equal, both, linears_of
+from equations import LINEARS, OUTPUTS, assert_equal, both, weights_by_path
 from families import FAMILIES, WIDTH, output_of
 from peft import get_peft_model
 
@@ -62,7 +62,7 @@ def test_methods_at_linears(name, config, slot, equation, names):
     torch.manual_seed(3)
     config = dataclasses.replace(config, init_weights=False)
     model = get_peft_model(family.model(), config).eval()
-    weights = linears_of(model, slot)
+    weights = weights_by_path(model, slot)
     assert sorted(weights) == sorted(key for key, _ in base.named_modules() if key.endswith(names))
     for key, w in weights.items():
         base.get_submodule(key).register_forward_hook(lambda module, args, output, w=w: equation(args[0], output, w))
@@ -73,18 +73,20 @@ def test_methods_at_linears(name, config, slot, equation, names):
 
 def test_methods_at_linears_initialisation():
     torch.manual_seed(0)
-    for w in linears_of(get_peft_model(FAMILIES["vit"].model(), HydraConfig(r=8)), "hydra_branches").values():
+    for w in weights_by_path(get_peft_model(FAMILIES["vit"].model(), HydraConfig(r=8)), "hydra_branches").values():
         for branch in ("parallel", "sequential"):
             zeros = ("down.bias", "up.weight", "up.bias")
             assert not any(w[f"{branch}.{name}"].any() for name in zeros)
             down = w[f"{branch}.down.weight"]
             bound = math.sqrt(6 / sum(down.shape))  # Xavier
             assert 0.8 * bound < down.abs().max() <= bound
-    for w in linears_of(get_peft_model(FAMILIES["vit"].model(), AdapterBiasConfig()), "adapterbias_shift").values():
+    for w in weights_by_path(
+        get_peft_model(FAMILIES["vit"].model(), AdapterBiasConfig()), "adapterbias_shift"
+    ).values():
         assert not w["shift"].any()
         assert w["weight.weight"].any()
     config = ConsolidatorConfig(groups=4)
-    for w in linears_of(get_peft_model(FAMILIES["vit"].model(), config), "consolidator_groups").values():
+    for w in weights_by_path(get_peft_model(FAMILIES["vit"].model(), config), "consolidator_groups").values():
         for values in w.values():
             assert 5e-4 < values.abs().max() <= 1e-3
 

@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from equations import adapted, assert_equal, both, linears_of
+from equations import adapted, assert_equal, both, weights_by_path
 from families import DEPTH, FAMILIES, WIDTH
 from peft import get_peft_model
 from torch import nn
@@ -81,7 +81,7 @@ def assert_adapted_and_merged(model, family, actual, expected):
 def test_rep_adapter(name, sublayers, groups):
     config = RepAdapterConfig(r=8, groups=groups, scale=0.7, sublayers=sublayers, init_weights=False)
     (blocks, x, norm), model, actual, family = adapted(name, config)
-    found = {which: linears_of(model, f"repadapter_{s}") for which, s in ((1, "attention"), (2, "mlp"))}
+    found = {which: weights_by_path(model, f"repadapter_{s}") for which, s in ((1, "attention"), (2, "mlp"))}
     assert [len(found[1]), len(found[2])] == [DEPTH * (s in sublayers) for s in ("attention", "mlp")]
 
     def before(n, index, which):
@@ -100,9 +100,9 @@ def test_rep_adapter(name, sublayers, groups):
 @torch.no_grad()
 def test_arc(name, sublayers):
     (blocks, x, norm), model, actual, family = adapted(name, ARCConfig(r=6, sublayers=sublayers, init_weights=False))
-    bases = {s: linears_of(model, f"arc_{s}") for s in ("attention", "mlp")}
+    bases = {s: weights_by_path(model, f"arc_{s}") for s in ("attention", "mlp")}
     assert [len(bases[s]) for s in bases] == [int(s in sublayers) for s in bases]
-    scalings = linears_of(model, "arc_scaling")
+    scalings = weights_by_path(model, "arc_scaling")
     assert len(scalings) == DEPTH * len(sublayers)
 
     def before(n, index, which):
@@ -122,7 +122,7 @@ def test_arc(name, sublayers):
 def test_fact(name, variant):
     config = FacTConfig(variant=variant, r=4, scale=0.6, init_weights=False)
     (blocks, x, norm), model, actual, family = adapted(name, config)
-    shared, own = only(linears_of(model, "fact_factors")), linears_of(model, "fact_slices")
+    shared, own = only(weights_by_path(model, "fact_factors")), weights_by_path(model, "fact_slices")
     u, v = shared["u.weight"], shared["v.weight"]
     assert len(own) == 6 * DEPTH
 
@@ -148,8 +148,8 @@ def test_fact(name, variant):
 @torch.no_grad()
 def test_shared_lora(name):
     (blocks, x, norm), model, actual, family = adapted(name, SharedLoRAConfig(r=4, scale=0.6, init_weights=False))
-    ups = linears_of(model, "sharedlora_up")
-    downs = [only(linears_of(model, f"sharedlora_down{index}")) for index in range(DEPTH)]
+    ups = weights_by_path(model, "sharedlora_up")
+    downs = [only(weights_by_path(model, f"sharedlora_down{index}")) for index in range(DEPTH)]
     assert len(ups) == 3 * DEPTH
 
     def update(index, linear):
@@ -164,7 +164,7 @@ def test_shared_lora(name):
 @torch.no_grad()
 def test_efft(name):
     (blocks, x, norm), model, actual, family = adapted(name, EFFTConfig(r=4, scale=0.6, init_weights=False))
-    attention, mlp = (only(linears_of(model, f"efft_{s}")) for s in ("attention", "mlp"))
+    attention, mlp = (only(weights_by_path(model, f"efft_{s}")) for s in ("attention", "mlp"))
 
     def update(_, linear):  # the same in every block
         factors, k = (attention, LINEARS.index(linear)) if linear.endswith("proj") else (mlp, int(linear == "fc2"))
@@ -187,8 +187,8 @@ def kronecker(rules, role, w):
 @torch.no_grad()
 def test_kadaptation(name):
     (blocks, x, norm), model, actual, family = adapted(name, KAdaptationConfig(n=4, scale=30.0, init_weights=False))
-    rules = only(linears_of(model, "kadaptation_rules"))
-    own = {role: linears_of(model, f"kadaptation_{role}") for role in ("query", "value")}
+    rules = only(weights_by_path(model, "kadaptation_rules"))
+    own = {role: weights_by_path(model, f"kadaptation_{role}") for role in ("query", "value")}
 
     def update(index, linear):
         role = {"q_proj": "query", "v_proj": "value"}.get(linear)
@@ -229,7 +229,7 @@ def test_efft_in_a_gated_mlp():
     """Each of the matrices that lead into the MLP has its own core, also where they are one linear."""
     family = FAMILIES["dinov2_swiglu"]
     model = get_peft_model(family.model(), EFFTConfig(r=4, init_weights=False))
-    factors = only(linears_of(model, "efft_mlp"))
+    factors = only(weights_by_path(model, "efft_mlp"))
     base = family.model().dinov2.encoder.layer[2].mlp
     (hidden,) = {m.in_features for m in base.modules() if isinstance(m, nn.Linear) and m.out_features == WIDTH}
     assert factors["core"].shape == (4, 4, 3)
@@ -257,13 +257,13 @@ def fresh(config):
 
 
 def test_initialisation_before_sublayers():
-    for w in linears_of(fresh(RepAdapterConfig()), "repadapter_mlp").values():
+    for w in weights_by_path(fresh(RepAdapterConfig()), "repadapter_mlp").values():
         assert_uniform(w["down.weight"], math.sqrt(6 / (WIDTH + 8)))
         assert not any(w[zero].any() for zero in ("down.bias", "up", "bias"))
     model = fresh(ARCConfig(r=12))
     for slot in ("arc_attention", "arc_mlp"):
-        assert_uniform(only(linears_of(model, slot))["weight"], math.sqrt(6 / (WIDTH + 12)))
-    scalings = linears_of(model, "arc_scaling")
+        assert_uniform(only(weights_by_path(model, slot))["weight"], math.sqrt(6 / (WIDTH + 12)))
+    scalings = weights_by_path(model, "arc_scaling")
     assert not any(w["shift"].any() for w in scalings.values())
     assert not any(w["scale"].any() for key, w in scalings.items() if "before" in key)
     assert_uniform([w["scale"] for key, w in scalings.items() if "after" in key], math.sqrt(6 / (1 + 12)))
@@ -282,7 +282,7 @@ def test_arc_before_attention_alone():
 
 def test_initialisation_of_fact():
     model = fresh(FacTConfig(r=8))
-    shared, own = only(linears_of(model, "fact_factors")), linears_of(model, "fact_slices")
+    shared, own = only(weights_by_path(model, "fact_factors")), weights_by_path(model, "fact_slices")
     assert set(shared) == {"u.weight", "v.weight"}
     assert_uniform(shared["u.weight"], WIDTH**-0.5)
     assert not shared["v.weight"].any()
@@ -290,7 +290,7 @@ def test_initialisation_of_fact():
     assert_uniform([w["s.weight"] for key, w in own.items() if key.endswith("fc2")], 16**-0.5)
     for layers, columns in ((None, 8 * DEPTH), ([1], 8)):
         model = fresh(FacTConfig(variant="tk", r=8, layers_to_transform=layers))
-        shared, own = only(linears_of(model, "fact_factors")), linears_of(model, "fact_slices")
+        shared, own = only(weights_by_path(model, "fact_factors")), weights_by_path(model, "fact_slices")
         assert_uniform(shared["core"], math.sqrt(6 / (8 * 8 + 8 * 8)))
         assert not shared["v.weight"].any()
         p = [w["p"] for w in own.values()]
@@ -301,15 +301,15 @@ def test_initialisation_of_fact():
 def test_initialisation_of_shared_lora():
     model = fresh(SharedLoRAConfig())
     for index in range(DEPTH):
-        assert_uniform(only(linears_of(model, f"sharedlora_down{index}"))["weight"], WIDTH**-0.5)
-    assert not any(w["up.weight"].any() for w in linears_of(model, "sharedlora_up").values())
+        assert_uniform(only(weights_by_path(model, f"sharedlora_down{index}"))["weight"], WIDTH**-0.5)
+    assert not any(w["up.weight"].any() for w in weights_by_path(model, "sharedlora_up").values())
 
 
 @pytest.mark.parametrize("zero", ["vv", "vu", "uv", "uu"])
 def test_initialisation_of_efft(zero):
     model = fresh(EFFTConfig(r=8, zero_factors=zero))
     for slot, none, hidden, matrices in (("attention", zero[0], WIDTH, 4), ("mlp", zero[1], 2 * WIDTH, 2)):
-        w = only(linears_of(model, f"efft_{slot}"))
+        w = only(weights_by_path(model, f"efft_{slot}"))
         assert w["u"].shape == (WIDTH, 8)
         assert w["v"].shape == (8, hidden)
         assert not w[none].any()
@@ -326,11 +326,11 @@ def test_initialisation_of_kadaptation():
     assert 12 * 2 * 32 * (24 + 24) + 2 * 2 * 32 * 32 + 12 * 768 == 50_176
     assert dict(hf_visual_peft.get_method("kadaptation").counts[0][0]) == {"n": 32}
     model = fresh(KAdaptationConfig(n=4))
-    rules = only(linears_of(model, "kadaptation_rules"))
+    rules = only(weights_by_path(model, "kadaptation_rules"))
     assert_uniform([w for key, w in rules.items() if not key.startswith("bias")], 0.01)
     assert not any(rules[f"bias.{index}"].any() for index in range(DEPTH))
     for role in ("query", "value"):
-        own = linears_of(model, f"kadaptation_{role}").values()
+        own = weights_by_path(model, f"kadaptation_{role}").values()
         assert not any(w["right"].any() for w in own)
         assert_uniform([w["left"] for w in own], math.sqrt(2) * math.sqrt(6 / (WIDTH // 4 + 1)))
 

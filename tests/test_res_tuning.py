@@ -5,38 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from equations import weights_by_path
 from families import FAMILIES, images, output_of
 from peft import get_peft_model
 from plain import plain_parts
+from side_networks import kept, vit
 from transformers import (
     HieraConfig,
     HieraForImageClassification,
     SwinConfig,
     SwinForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
 )
 
 from hf_visual_peft import LSTConfig, ResTuningConfig, get_method
 from hf_visual_peft.sites import BlockLayer
-
-
-def vit(**kwargs):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
-    return ViTForImageClassification(
-        ViTConfig(**sizes | {"image_size": 32, "patch_size": 8, "num_labels": 3} | kwargs)
-    )
-
-
-def weights_of(model, slot):
-    """{block: {name: weight}} of one slot."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        path, _, tail = name.partition(f".restuning_{slot}.default.")
-        if tail:
-            found.setdefault(path.removeprefix("base_model.model."), {})[tail] = parameter
-    return found
 
 
 def adapter(w, x, name=""):
@@ -64,7 +46,7 @@ def test_bypass(name):
     model = get_peft_model(family.model(), ResTuningConfig(r=4, init_weights=False)).eval()
     states = model(**family.inputs(2), output_hidden_states=True).hidden_states
     blocks, x, _ = plain_parts(name, family.model(), family.inputs(2)["pixel_values"])
-    s, pieces = x, weights_of(model, "bypass")
+    s, pieces = x, weights_by_path(model, "restuning_bypass")
     assert len(pieces) == len(blocks)
     for w, block, state in zip(pieces.values(), blocks, states[:-1], strict=True):
         torch.testing.assert_close(state, x, rtol=1e-4, atol=1e-5)  # the backbone goes on as ever
@@ -89,7 +71,7 @@ def test_bypass_crosses_stages():
     layers[0].register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     logits = model(**images(2)).logits
     s = inputs[0]
-    for w, x in zip(weights_of(model, "bypass").values(), seen, strict=True):
+    for w, x in zip(weights_by_path(model, "restuning_bypass").values(), seen, strict=True):
         if s.shape[1] != x.shape[1]:
             side = int(s.shape[1] ** 0.5)
             cells = s.view(2, side // 2, 2, side // 2, 2, -1).mean(dim=(2, 4)).flatten(1, 2)
@@ -110,7 +92,7 @@ def test_tuners_in_the_backbone():
     logits = output_of(model, family.inputs(2))
     base = family.model()
     blocks, x, norm = plain_parts("vit", base, family.inputs(2)["pixel_values"])
-    slots = [weights_of(model, place).values() for place in ("attention", "mlp", "block")]
+    slots = [weights_by_path(model, f"restuning_{place}").values() for place in ("attention", "mlp", "block")]
     for block, prefix, mlp, prompt in zip(blocks, *slots, strict=True):
         assert set(prefix) == {"keys", "values"}
         assert set(prompt) == {"keys"}
@@ -136,24 +118,9 @@ def test_nothing_stands_beside_blocks_that_pool():
     assert model(**images(2)).logits.isfinite().all()
 
 
-def kept(model):
-    """Size of the activations that a training step keeps, each once, parameters left out; and those 16 wide."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    found = {}
-
-    def pack(tensor):
-        found.setdefault(tensor.untyped_storage().data_ptr(), tensor)  # the dictionary holds on to them
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        assert model.train()(**images(2)).logits.requires_grad
-    sizes = [(t.shape[-1], t.numel()) for pointer, t in found.items() if pointer not in own]
-    return sorted(sizes)
-
-
 def test_bypass_keeps_nothing_of_the_backbone():
     def step(config=None, **kwargs):
-        return kept(get_peft_model(vit(**kwargs), config or ResTuningConfig(r=4)))
+        return kept(get_peft_model(vit(**kwargs), config or ResTuningConfig(r=4)).train(), images(2))
 
     plain = step()
     assert step(intermediate_size=128) == plain

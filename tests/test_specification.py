@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from equations import LINEARS, assert_equal, both, linears_of
+from equations import LINEARS, assert_equal, both, weights_by_path
 from families import DEPTH, FAMILIES, PATCH, WIDTH, images, output_of
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from plain import plain_parts
@@ -67,7 +67,7 @@ def test_bitfit_is_training_the_biases(name):
     torch.manual_seed(3)
     model = get_peft_model(family.model(), BitFitConfig(init_weights=False)).eval()
     base = with_head_of(family.model(), model)
-    shifts = {key: w["shift"] for key, w in linears_of(model, "bitfit_bias").items()}
+    shifts = {key: w["shift"] for key, w in weights_by_path(model, "bitfit_bias").items()}
     assert shifts.keys() == weights_with(base, *EVERYTHING).keys()
     with torch.no_grad():
         for key, shift in shifts.items():
@@ -85,7 +85,7 @@ def test_bitfit_is_training_the_biases(name):
 
 def test_bitfit_leaves_modules_without_bias_alone():
     model = get_peft_model(FAMILIES["beit"].model(), BitFitConfig())
-    shifted = set(linears_of(model, "bitfit_bias"))
+    shifted = set(weights_by_path(model, "bitfit_bias"))
     base = FAMILIES["beit"].model()
     modules = {key: m for key, m in weights_with(base, *EVERYTHING).items() if "bias" not in key}
     without = {key for key, module in modules.items() if module.bias is None}
@@ -113,12 +113,12 @@ def test_difffit(name):
     base = family.model()
     torch.manual_seed(3)
     model = get_peft_model(family.model(), DiffFitConfig(init_weights=False)).eval()
-    norms = linears_of(model, "difffit_norm")
+    norms = weights_by_path(model, "difffit_norm")
     assert norms.keys() == weights_with(base, torch.nn.LayerNorm).keys()
     for key, w in norms.items():
         base.get_submodule(key).weight += w["weight.values"]
         base.get_submodule(key).bias += w["bias.values"]
-    biases, last = linears_of(model, "difffit_bias"), linears_of(model, "difffit_scale")
+    biases, last = weights_by_path(model, "difffit_bias"), weights_by_path(model, "difffit_scale")
     assert biases.keys() | last.keys() == weights_with(base, torch.nn.Linear, torch.nn.Conv2d).keys()
     for key, w in biases.items():
         base.get_submodule(key).bias += w["shift"]
@@ -257,7 +257,7 @@ def test_gps(name):
         if parameter.requires_grad:
             parameter.normal_(std=0.3)
     with_head_of(base, model)
-    parts = linears_of(model, "gps_entries")
+    parts = weights_by_path(model, "gps_entries")
     assert parts.keys() == weights_with(base, torch.nn.Linear, torch.nn.Conv2d).keys()
     buffers = dict(model.named_buffers())
     for key, w in parts.items():
@@ -420,7 +420,7 @@ def test_spt(tmp_path):
     model = get_peft_model(family.model(), SPTConfig(r=4, chosen=dict(EXAMPLE), init_weights=False)).eval()
     base = with_head_of(family.model(), model)
     tensors = spt_names(base)
-    loras, entries = linears_of(model, "spt_lora"), linears_of(model, "spt_entries")
+    loras, entries = weights_by_path(model, "spt_lora"), weights_by_path(model, "spt_entries")
     assert len(loras) == 2
     paths = {id(parameter): name for name, parameter in base.named_parameters()}
     for key, choice in EXAMPLE.items():
@@ -450,7 +450,7 @@ def test_spt_on_dinov2():
     torch.manual_seed(3)
     model = get_peft_model(family.model(), SPTConfig(r=4, chosen={"1.fc2.weight": "lora"}, init_weights=False)).eval()
     base = with_head_of(family.model(), model)
-    ((path, w),) = linears_of(model, "spt_lora").items()
+    ((path, w),) = weights_by_path(model, "spt_lora").items()
     base.get_submodule(path).weight += w["up.weight"] @ w["down.weight"]
     assert_equal(output_of(model, family.inputs(2)), output_of(base, family.inputs(2)))
 

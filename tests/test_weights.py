@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from equations import LINEARS, OUTPUTS, assert_equal, both, linears_of
+from equations import LINEARS, OUTPUTS, assert_equal, both, weights_by_path
 from families import DEPTH, FAMILIES, output_of
 from peft import get_peft_model
 
@@ -22,7 +22,7 @@ def test_rlrr(name):
     base = family.model()
     torch.manual_seed(3)
     model = get_peft_model(family.model(), RLRRConfig(init_weights=False)).eval()
-    linears, pairs = linears_of(model, "rlrr_weight"), linears_of(model, "rlrr_output")
+    linears, pairs = weights_by_path(model, "rlrr_weight"), weights_by_path(model, "rlrr_output")
     assert sorted(linears) == sorted(key for key, _ in base.named_modules() if key.endswith(LINEARS))
     kinds = torch.nn.LayerNorm | torch.nn.Conv2d
     assert sorted(pairs) == sorted(key for key, module in base.named_modules() if isinstance(module, kinds))
@@ -43,12 +43,12 @@ def test_rlrr(name):
 def test_rlrr_initialisation():
     torch.manual_seed(0)
     model = get_peft_model(FAMILIES["vit"].model(), RLRRConfig())
-    for w in linears_of(model, "rlrr_weight").values():
+    for w in weights_by_path(model, "rlrr_weight").values():
         bound = math.sqrt(6 / w["scale_in"].shape[1])
         assert 0.7 * bound < w["scale_in"].abs().max() <= bound
         assert 0.7 * math.sqrt(6) < w["scale_out"].abs().max() <= math.sqrt(6)
         assert not w["shift"].any()
-    pairs = linears_of(model, "rlrr_output")
+    pairs = weights_by_path(model, "rlrr_output")
     assert torch.cat([w["scale"] for w in pairs.values()]).mean().item() == pytest.approx(1.0, abs=0.01)
     for name in ("scale", "shift"):
         assert torch.cat([w[name] for w in pairs.values()]).std().item() == pytest.approx(0.02, rel=0.2)
@@ -91,7 +91,7 @@ def test_snell(name, fields):
             if parameter.requires_grad:
                 parameter.mul_(3.0)  # entries of the update are then of the size of the weights
         base.classifier.load_state_dict(model.get_base_model().classifier.modules_to_save["default"].state_dict())
-    weights = linears_of(model, "snell_delta")
+    weights = weights_by_path(model, "snell_delta")
     assert sorted(weights) == sorted(key for key, _ in base.named_modules() if key.endswith(LINEARS))
     before = output_of(base, inputs)
     for key, w in weights.items():
@@ -149,7 +149,7 @@ def test_snell_dropout_and_drop_path():
 def test_snell_initialisation():
     torch.manual_seed(0)
     model = get_peft_model(FAMILIES["vit"].model(), SNELLConfig(r=8))
-    weights = linears_of(model, "snell_delta")
+    weights = weights_by_path(model, "snell_delta")
     assert len(weights) == 6 * DEPTH
     for w in weights.values():
         for factor in w.values():
