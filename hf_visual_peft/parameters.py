@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+
+
+# modules that peft puts between a parameter and the name it had
+WRAPPERS = re.compile(r"\b(base_layer|original_module|modules_to_save\.[^.]+)\.")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The parameters that train, in two groups: those that decay and those that do not.
 
     Decay is for matrices and higher tensors. Biases, scales, shifts, the weights of norms and everything else of one
-    dimension or none do not decay, nor does what an equation names in its attribute `no_weight_decay`: there decay
-    would pull pretrained weights towards zero, or undo a choice.
+    dimension or none do not decay, nor does what an equation or a model names in its `no_weight_decay`, an attribute
+    or, as in timm, a method: there decay would pull pretrained weights towards zero, or undo a choice.
 
     Args:
         model: any model.
@@ -29,8 +35,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     kept = {
         id(parameter)
         for module in model.modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if name in getattr(module, "no_weight_decay", ())
+        if (names := _named_without_decay(module))
+        for name, parameter in module.named_parameters()
+        if WRAPPERS.sub("", name) in names
     }
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
@@ -41,3 +48,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": [p for p, decay in zip(trainable, decays, strict=True) if not decay], "weight_decay": 0.0},
     )
     return [group for group in groups if group["params"]]
+
+
+def _named_without_decay(module: nn.Module) -> set[str]:
+    """Names, within a module, of the parameters that it keeps from decay."""
+    names = getattr(module, "no_weight_decay", ())
+    found: Iterable[str] = names() if callable(names) else names
+    return {found} if isinstance(found, str) else set(found)

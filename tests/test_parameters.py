@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from families import FAMILIES, images, output_of
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import hf_visual_peft
@@ -201,3 +201,52 @@ def test_nothing_to_train():
         parameter_groups(nn.Linear(2, 2).requires_grad_(False), 0.1)
     with pytest.raises(ValueError, match=r"ReLU has no parameter that trains\."):
         parameter_groups(nn.ReLU(), 0.0)
+
+
+class Told(nn.Module):
+    """As models of timm: a method tells what does not decay, with dots for what lies deeper."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.ones(3, 4))
+        self.block = nn.ModuleDict({"proj": nn.Linear(4, 4), "out": nn.Linear(4, 4)})
+        self.head = nn.Linear(4, 2)
+
+    def no_weight_decay(self):
+        return {"position", "block.proj.weight", "head.weight"}
+
+    def forward(self, x):
+        return self.head(self.block["out"](self.block["proj"](x)))
+
+
+def test_a_method_may_name_what_does_not_decay():
+    model = Told()
+    decays, keeps = parameter_groups(model, 0.05)
+    assert named(model, decays) == {"block.out.weight"}
+    assert {"position", "block.proj.weight", "head.weight"} <= named(model, keeps)
+
+
+def test_names_hold_behind_what_peft_puts_between():
+    config = LoraConfig(target_modules=["block.proj"], modules_to_save=["head"], bias="all")
+    model = get_peft_model(Told(), config)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    _, keeps = parameter_groups(model, 0.05)
+    found = {name.removeprefix("base_model.model.") for name in named(model, keeps)}
+    assert {"position", "block.proj.base_layer.weight", "head.modules_to_save.default.weight"} <= found
+    assert not any("lora" in name or "out.weight" in name for name in found)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "deit_tiny_patch16_224"])
+def test_models_of_timm_keep_what_they_name_from_decay(name):
+    timm = pytest.importorskip("timm")
+    small = {"img_size": 32, "embed_dim": 16, "num_classes": 3}
+    shape = (
+        {"depths": (1, 1), "num_heads": (1, 1), "window_size": 4} if "swin" in name else {"depth": 1, "num_heads": 2}
+    )
+    model = timm.create_model(name, **small, **shape)
+    _, keeps = parameter_groups(model, 0.05)
+    assert model.no_weight_decay()
+    assert model.no_weight_decay() & {n for n, _ in model.named_parameters()} <= named(model, keeps)
+    adapted = get_peft_model(model, BitFitConfig())
+    assert parameter_groups(adapted, 0.1)
