@@ -36,7 +36,7 @@ from .block_sites import BranchSite, NormSite, Pass, Reads, TokenSite
 from .exchange import Exchange
 from .grid import Grid, TokenLayout, map_grid, to_tokens, unfolded_grid, unit_grid
 from .layer import Equation, call_equation
-from .masks import PositionBias, widen
+from .masks import PositionBias, seen_tokens, widen
 from .mixed import BASE
 from .module import evaluate_changed
 from .side import SideSite
@@ -262,6 +262,8 @@ class BlockLayer(AttentionLayer, BypassedLayer, nn.Module):
             return self._run_parts(parts, partial(self._part_forward, current), (hidden_states, *args), kwargs)
         forward = changed_forward(self.base_layer, forward, self._active())
         current.grid = self._told_grid(current, hidden_states, args, kwargs)
+        if any(isinstance(e.site, SideSite) and e.site.needs_mask for e in self._active()):
+            current.seen = self._seen_tokens(args, kwargs)
         hidden_states = before = self._enter(current, hidden_states)
         names = self._insert(hidden_states, current)
         inserted = 0
@@ -389,6 +391,11 @@ class BlockLayer(AttentionLayer, BypassedLayer, nn.Module):
             elif name in kwargs:
                 kwargs[name] = widen(kwargs[name], name, self.prefix_tokens, length, count)
         return tuple(positional), kwargs
+
+    def _seen_tokens(self, args: tuple, kwargs: dict) -> Tensor | None:
+        """Which tokens of the block's input are no padding; None where all are."""
+        name, position = "attention_mask", self._mask_positions.get("attention_mask", len(args))
+        return seen_tokens(args[position] if position < len(args) else kwargs.get(name), name)
 
     def _branches(self, sublayer: str, reads: Reads) -> Iterator[Equation]:
         for equation in self._active():

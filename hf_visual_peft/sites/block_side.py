@@ -114,7 +114,8 @@ class BypassedLayer(VisualTunerLayer):
                 behind = y if "behind" in site.reads else None
                 pixels = current.pixels if site.needs_pixels else None
                 tokens = current.tokens.get(piece.adapter)
-                tap = Tap(x, between, behind, layout if site.needs_layout else None, pixels, tokens, current.ask)
+                seen = current.seen if site.needs_mask else None
+                tap = Tap(x, between, behind, layout if site.needs_layout else None, pixels, tokens, current.ask, seen)
                 state, added = call_piece(self, piece, state, tap)
                 additions += [] if added is None else [added]
             if state is not None:

@@ -92,6 +92,7 @@ class Pass:
     layouts_behind: dict[str, TokenLayout] = field(default_factory=dict)  # and as they leave
     pixels: Tensor | None = None
     ask: Callable[[Tensor], Tensor] | None = None  # takes further tokens through the block, for side networks
+    seen: Tensor | None = None  # which tokens are no padding, for side networks
     added: Tensor | None = None  # by all branches so far
     finished: bool = False  # whether the stream is behind the last sub-layer
 

@@ -43,6 +43,21 @@ def widen(mask: Any, name: str, at: int, length: int, count: int) -> Any:
     return mask
 
 
+def seen_tokens(mask: Any, name: str) -> Tensor | None:
+    """Which tokens are no padding, (batch or 1, tokens), boolean: those that some token sees; None where all are.
+
+    Args:
+        mask: as `widen` has it, and whole: a bias that is added to the logits hides nothing.
+        name: of the argument, for the error.
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"{name}: a {type(mask).__name__} does not tell which tokens are padding; pass a tensor.")
+    seen = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
+    return seen if seen.ndim == 2 else seen.flatten(1, -2).any(dim=1)
+
+
 def for_queries(mask: Any, name: str) -> Any:
     """The mask or bias for further queries, which see all that anyone sees and have no position, so no bias.
 

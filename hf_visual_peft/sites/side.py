@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -38,6 +38,7 @@ class SideSite(Site):
             tokens than those before, it comes to them averaged over the cells that became one.
         needs_layout: whether the tap tells how the tokens lie in the image.
         needs_pixels: whether it holds the images.
+        needs_mask: whether it tells which tokens are padding.
         asks: whether it holds a function that takes further tokens through the block.
         enters: whether the equation has a method `enter`, too, which is called before the block in the same way: with
             the state, and a tap that holds the stream before the block. What it adds is added to that stream.
@@ -55,6 +56,7 @@ class SideSite(Site):
     aligned: bool = True
     needs_layout: bool = False
     needs_pixels: bool = False
+    needs_mask: bool = False
     asks: bool = False
     enters: bool = False
     keeps: bool = False
@@ -78,6 +80,8 @@ class Tap:
             width).
         ask: what the block makes of further tokens, (batch, tokens, width) to the same, if the site asks. They see the
             block's own tokens only, and these do not see them.
+        seen: which tokens that come to the block are no padding, (batch or 1, tokens), boolean, if the site needs it;
+            None where all are.
     """
 
     before: Tensor | None = None
@@ -87,6 +91,7 @@ class Tap:
     pixels: Tensor | None = None
     tokens: Tensor | None = None
     ask: Callable[[Tensor], Tensor] | None = None
+    seen: Tensor | None = None
 
 
 def resized(state: Tensor, before: TokenLayout, now: TokenLayout) -> Tensor:
@@ -131,8 +136,8 @@ def call_piece(
             return None if x is None else layer._cast_input_dtype(x, dtype)
 
         state = cast(state)
-        pixels, tokens = cast(tap.pixels), cast(tap.tokens)
-        tap = Tap(cast(tap.before), cast(tap.between), cast(tap.behind), tap.layout, pixels, tokens, tap.ask)
+        streams_cast = {name: cast(getattr(tap, name)) for name in ("before", "between", "behind")}
+        tap = replace(tap, **streams_cast, pixels=cast(tap.pixels), tokens=cast(tap.tokens))
     state, added = (module.enter if enter else module)(state, tap, *equation.shared)
     assert state is not None
     return state, None if added is None else added.to(streams[0].dtype)

@@ -20,7 +20,7 @@ class LowRankAttention(nn.Module):
 
         LSA(u) = W_up softmax(Q K^T / sqrt r) V + b_up,  (Q, K, V) = W_qkv (W_down LN(u) + b_down) + b_qkv
 
-    W_up and b_up start at zero.
+    W_up and b_up start at zero. Padding is hidden from all tokens.
 
     Args:
         width: channels of u.
@@ -36,10 +36,11 @@ class LowRankAttention(nn.Module):
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
-    def forward(self, u: Tensor) -> Tensor:
-        """(batch, tokens, width) to the same."""
+    def forward(self, u: Tensor, seen: Tensor | None = None) -> Tensor:
+        """(batch, tokens, width) to the same; `seen` tells which tokens are no padding, (batch or 1, tokens)."""
         query, key, value = self.qkv(self.down(self.norm(u))).unsqueeze(1).chunk(3, dim=-1)
-        return self.up(F.scaled_dot_product_attention(query, key, value).squeeze(1))
+        mask = None if seen is None else seen[:, None, None, :]
+        return self.up(F.scaled_dot_product_attention(query, key, value, attn_mask=mask).squeeze(1))
 
 
 class SidePiece(nn.Module):
@@ -75,7 +76,7 @@ class SidePiece(nn.Module):
             s, c = state.chunk(2, dim=-1)
             c = c.detach()  # has no gradient, and autograd need not compute zeros for it
         read = c + z
-        added = self.attention(read if s is None else s + read)
+        added = self.attention(read if s is None else s + read, tap.seen)
         s = added if s is None else s + added
         # what a block returns comes to the next one, and is counted there
         return (s if self.ends else torch.cat([s, c if tap.before is None else read], dim=-1)), None
@@ -131,5 +132,5 @@ class LASTConfig(VisualPeftConfig):
             return lambda _: SidePiece(backbone.width, self.r, enters_from, block is last)
 
         for block in backbone.blocks:
-            site = SideSite(reads=("behind",) if block.pools else ("before",), adds=True)
+            site = SideSite(reads=("behind",) if block.pools else ("before",), adds=True, needs_mask=True)
             yield Placement(block.path, "piece", site, piece(block))

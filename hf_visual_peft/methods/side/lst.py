@@ -29,6 +29,8 @@ class SideBlock(nn.Module):
 
         s <- s + MHSA(LN1 s);  s <- s + W_2 GELU(W_1 LN2 s + b_1) + b_2
 
+    Padding is hidden from all tokens.
+
     Args:
         width: channels of the stream, a multiple of `num_heads`.
         num_heads: of the attention.
@@ -45,10 +47,12 @@ class SideBlock(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, s: Tensor) -> Tensor:
-        """(batch, tokens, width) to the same."""
+    def forward(self, s: Tensor, seen: Tensor | None = None) -> Tensor:
+        """(batch, tokens, width) to the same; `seen` tells which tokens are no padding, (batch or 1, tokens)."""
         query, key, value = self.qkv(self.norm1(s)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        s = s + self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        mask = None if seen is None else seen[:, None, None, :]
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        s = s + self.proj(mixed.transpose(1, 2).flatten(2))
         return s + self.fc2(F.gelu(self.fc1(self.norm2(s))))
 
 
@@ -109,7 +113,7 @@ class Rung(nn.Module):
         else:
             gate = torch.sigmoid(self.gate / self.temperature).to(down.dtype)  # autocast leaves it in float32
             s = torch.lerp(down, s, gate)
-        s = self.block(s)
+        s = self.block(s, tap.seen)
         if self.up is not None:
             assert self.norm is not None
             s = self.up(self.norm(s))
@@ -209,7 +213,7 @@ class LSTConfig(VisualPeftConfig):
             build = partial(
                 self._build, width, side_width, num_heads, hidden, enters_from, ends=ends and block is last
             )
-            site = SideSite(reads=("before", "behind") if starts and block is first else ("behind",))
+            site = SideSite(reads=("before", "behind") if starts and block is first else ("behind",), needs_mask=True)
             yield Placement(block.path, "rung", site, build)
 
     def _build(
