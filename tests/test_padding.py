@@ -1,4 +1,4 @@
-"""Images of several sizes in one batch: what an adapter makes of an image does not depend on what it is batched with."""
+"""Images of several sizes in one batch: an adapter makes of an image the same, whatever it is batched with."""
 
 import dataclasses
 
