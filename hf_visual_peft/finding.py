@@ -75,6 +75,9 @@ _OPERATIONS = (
 )
 
 
+_PROJECTIONS = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
 class _Resolver:
     """Finds the modules of one backbone by its role table.
 
@@ -97,14 +100,14 @@ class _Resolver:
         blocks: list[Block] = []
         for group, (list_path, names) in enumerate(lists):
             start = embeddings[group] if len(embeddings) == len(lists) else embeddings[0]
-            prefix_tokens = _count_prefix_tokens(self._module(start), table)
+            prefix_tokens = _count_prefix_tokens(self.backbone, self._module(start), table)
             for name in names:
                 blocks.append(self._block(len(blocks), _join(list_path, name), group, prefix_tokens))
         heads, dense = self._heads()
         outside: dict[str, Any] = {
             "patch_embedding": self._patch_embedding(),
-            "input_norms": self._real(table.input_norms),
-            "final_norms": self._real(table.norms + (() if heads else table.pooled_norms))
+            "input_norms": self._norms(table.input_norms),
+            "final_norms": self._norms(table.norms + (() if heads else table.pooled_norms))
             + (self._existing(self._parent(), table.outer_norms) if self.path else ()),
         }
         used = {path for paths in outside.values() for path in paths} | {block.path for block in blocks} | set(heads)
@@ -147,10 +150,26 @@ class _Resolver:
         )
 
     def _patch_embedding(self) -> tuple[str, ...]:
-        """The first that exists of those that the table names; none where it names none."""
+        """The first that exists of those that the table names; none where it names none.
+
+        Where that is a stem of several modules, or leaves the work to one, its last convolution or linear.
+        """
         names = self.table.patch_embedding
         names = (names,) if isinstance(names, str) else names
-        return self._required(self.path, names, "patch_embedding")[:1] if names else ()
+        if not names:
+            return ()
+        named = path = self._required(self.path, names, "patch_embedding")[0]
+        while not isinstance(self._module(path), _PROJECTIONS):
+            inside = [each for each in self._operations(path, ()) if isinstance(self._module(each), _PROJECTIONS)]
+            if inside:
+                return (inside[-1],)
+            if path == self.path or not isinstance(self._module(named), nn.Identity):
+                raise BackboneError(
+                    f"{self.class_name} does not fit its role table: {named!r}, its patch_embedding, is a "
+                    f"{type(self._module(named)).__name__} without a convolution or linear. {_REMEDY}"
+                )
+            path = path.rpartition(".")[0]
+        return (path,)
 
     def _lists(self) -> list[tuple[str, list[str]]]:
         """Names of the lists of blocks and of the blocks in each."""
@@ -197,6 +216,7 @@ class _Resolver:
                 "projection past the module, so nothing at the module would have an effect."
             )
         post_norm = getattr(block, table.post_norm) if isinstance(table.post_norm, str) else table.post_norm
+        post_norm = post_norm or type(block).__name__ in table.post_norm_blocks
         widths = {role: self._out_features(roles[role]) for role in (*NORM_ROLES, "fc2", "output")}
         if table.operations == "all":
             roles["operations"] = self._operations(path, {p for paths in roles.values() for p in paths})
@@ -287,6 +307,10 @@ class _Resolver:
             )
         return paths
 
+    def _norms(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Those that are norms: options leave other modules in their place, convolutions and activations, too."""
+        return tuple(path for path in self._real(names) if _is_norm(self._module(path)))
+
     def _real(self, names: Sequence[str]) -> tuple[str, ...]:
         """Those that are no `nn.Identity`, as options leave them where they leave something out."""
         paths = self._existing(self.path, names)
@@ -351,13 +375,22 @@ def _lookup(model: nn.Module, path: str) -> object:
     return target
 
 
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm, by its class or by a weight of one number for each channel."""
+    weight = getattr(module, "weight", None)
+    return "Norm" in type(module).__name__ or (isinstance(weight, Tensor) and weight.ndim == 1)
+
+
 def _weight(model: nn.Module, path: str) -> Tensor:
     weight = unwrapped(model.get_submodule(path)).weight
     assert isinstance(weight, Tensor)
     return weight
 
 
-def _count_prefix_tokens(embeddings: nn.Module, architecture: Architecture) -> int:
+def _count_prefix_tokens(backbone: nn.Module, embeddings: nn.Module, architecture: Architecture) -> int:
+    told = getattr(backbone, "num_prefix_tokens", None)  # timm's models
+    if isinstance(told, int):
+        return told
     parameters = (getattr(embeddings, name, None) for name in architecture.prefix_tokens)
     return sum(1 if p.ndim == 1 else p.shape[-2] for p in parameters if p is not None)
 

@@ -254,7 +254,14 @@ def _of_roles(
 
 
 def _is_dense(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and module.groups == 1
+    """Whether a module is a convolution of all channels that peft's layers can stand beside.
+
+    These make another with its kernel, stride and padding, and know neither dilation nor borders other than zeros.
+    """
+    if not isinstance(module, nn.Conv2d) or module.groups != 1:
+        return False
+    dilated = any(step > 1 < size for step, size in zip(module.dilation, module.kernel_size, strict=True))
+    return not dilated and module.padding_mode == "zeros"
 
 
 def _is_read(parent: nn.Module) -> bool:

@@ -36,9 +36,7 @@ _RT_DETR_RESNET = replace(
     model_types=(),
 )
 _REGNET = replace(_RESNET, backbones=("RegNetModel",), model_types=("regnet",))
-_BIT = replace(
-    _RESNET, backbones=("BitModel", "BitBackbone"), patch_embedding="embedder.convolution", model_types=("bit",)
-)
+_BIT = replace(_RESNET, backbones=("BitModel",), patch_embedding="embedder.convolution", model_types=("bit",))
 _EFFICIENTNET = replace(
     _RESNET,
     backbones=("EfficientNetModel",),

@@ -120,6 +120,7 @@ _BLIP2 = replace(
 _DPT = replace(
     _DATA2VEC,
     backbones=("DPTModel",),
+    patch_embedding=("embeddings.patch_embeddings.projection", "embeddings.projection"),  # the latter behind a BiT
     norms=("layernorm",),
     position_bias=(),
     model_types=("dpt",),

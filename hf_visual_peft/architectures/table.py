@@ -26,13 +26,14 @@ class Architecture:
         backbones: names of the backbone's classes, with their module (`"timm.models.resnet.ResNet"`) where the bare
             name would do for others, too; subclasses are recognised.
         blocks: the list or lists of blocks, in order; of several the modules in each count.
-        patch_embedding: the convolution or linear that turns pixels into tokens; of several names the first existing
-            one counts. Empty where there is none.
+        patch_embedding: the convolution or linear that turns pixels into tokens, or the stem whose last one does; of
+            several names the first existing one counts. Empty where there is none.
         embeddings: the module that returns the first block's input; or the modules, one for each list of blocks, that
             return the input of its first block. `""`: the backbone.
         prefix_tokens: optional; parameters of `embeddings` that are put before the patches (CLS, distillation,
-            registers), each of shape (1, tokens, width) or (width,).
-        input_norms: optional; norms of the backbone before its blocks.
+            registers), each of shape (1, tokens, width) or (width,). timm's models tell their number themselves.
+        input_norms: optional; norms of the backbone before its blocks. Of these and the other names of norms those
+            count that are norms.
         norms: optional; norms of the backbone behind its blocks.
         outer_norms: optional; norms behind the backbone in the model that holds it.
         pooled_norms: optional; norms of the pooled output alone, which the `heads` do not read.
@@ -59,6 +60,8 @@ class Architecture:
         halves: whether a block is one sub-layer only, attention or MLP, of which it then has all roles.
         post_norm: whether the norms follow their sub-layers (x + norm(f(x))); or the name of the block's attribute
             that tells.
+        post_norm_blocks: optional; names of classes of blocks whose norms follow their sub-layers, where those of
+            others do not.
         reads_attention: module of the block whose input is the stream that attention reads; by default `norm1`, with
             `post_norm` the block (`""`).
         reads_mlp: the same of the MLP; by default `norm2`, with `post_norm` the first module of `fc1`.
@@ -114,6 +117,7 @@ class Architecture:
     sublayers: Names = ("attention", "mlp")
     halves: bool = False
     post_norm: bool | str = False
+    post_norm_blocks: Names = ()
     reads_attention: str | None = None
     reads_mlp: str | None = None
     reads_result: Names = ()

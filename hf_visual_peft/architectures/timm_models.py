@@ -23,7 +23,8 @@ _VIT = Architecture(
     norm2=("norm2",),
     drop_path=("drop_path1", "drop_path2"),
     heads=(),
-    own_heads=("head",),
+    own_heads=("head", "head_dist"),
+    post_norm_blocks=("ResPostBlock",),
 )
 _EVA = replace(
     _VIT,
@@ -33,7 +34,7 @@ _EVA = replace(
     value=("attn.qkv", "attn.v_proj"),
     fc1=("mlp.fc1", "mlp.fc1_g", "mlp.fc1_x"),
     operations=("mlp.norm", "attn.norm"),
-    skipped_blocks=("EvaBlockPostNorm",),
+    post_norm_blocks=("EvaBlockPostNorm",),
     prompts="keys",
 )
 _SWIN = replace(
@@ -86,9 +87,9 @@ _CONVNEXT = replace(
     _RESNET_LIKE,
     backbones=("timm.models.convnext.ConvNeXt",),
     blocks="stages.*.blocks",
-    patch_embedding="stem.0",
+    patch_embedding="stem",
     embeddings="stem",
-    input_norms=("stem.1",),
+    input_norms=("stem.*",),
     norms=("norm_pre", "head.norm"),
     norm2=("norm",),
     fc1=("mlp.fc1",),

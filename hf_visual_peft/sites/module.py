@@ -126,7 +126,7 @@ class ModuleLayer(VisualTunerLayer, nn.Module):
         # all from the weights before any merge: what follows a module does not fold in the order it came in
         modules = self._merged_into(equations)
         for module in modules:
-            _require_foldable(module)
+            _require_foldable(module, equations)
         before = self._before_merge or [_weights_of(module) for module in modules]
         after = [self._fold(weights, equations) for weights in before]
         if safe_merge and not all(t.isfinite().all() for w in after for t in w[1:] if t is not None):
@@ -142,8 +142,9 @@ class ModuleLayer(VisualTunerLayer, nn.Module):
         Raises:
             ValueError: one cannot.
         """
-        for module in self._merged_into(list(self._active())):
-            _require_foldable(module)
+        equations = list(self._active())
+        for module in self._merged_into(equations):
+            _require_foldable(module, equations)
 
     def _merged_into(self, equations: list[Equation]) -> list[nn.Module]:
         if any(_followers(e) == () for e in equations):
@@ -212,8 +213,12 @@ def _fold_input(
     return new_weight, addend if bias is None else bias + addend
 
 
-def _require_foldable(module: nn.Module) -> None:
+def _require_foldable(module: nn.Module, equations: Iterable[Equation]) -> None:
     """Refuse to merge into a module whose output is not what its weight makes of every number of its input.
+
+    Args:
+        module: to merge into.
+        equations: to be merged. Those that change weight and bias themselves leave the rest to the module.
 
     Raises:
         ValueError: it is one, or its weight is quantised: rounded to what it can hold, it would lose the adapter.
@@ -225,6 +230,19 @@ def _require_foldable(module: nn.Module) -> None:
         )
     if "Standardized" in type(module).__name__ or "StdConv" in type(module).__name__:
         raise ValueError(f"Cannot merge an adapter into {module}: it standardises its weight.")
+    around = any(not isinstance(e.site, WeightSite) for e in equations)
+    if around and isinstance(module, nn.Linear) and not _does_as_a_linear(module):
+        raise ValueError(f"Cannot merge an adapter into {module}: its class does more than a linear does.")
+
+
+@torch.no_grad()
+def _does_as_a_linear(module: nn.Linear) -> bool:
+    """Whether a linear computes what `nn.Linear` does, though its class may have a forward of its own."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    x = torch.linspace(-1, 1, module.in_features).to(module.weight)[None]
+    found = module(x)
+    return isinstance(found, Tensor) and torch.equal(found, F.linear(x, module.weight, module.bias))
 
 
 def is_quantised(module: nn.Module) -> bool:
@@ -361,7 +379,8 @@ def _evaluate(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None)
     Raises:
         ValueError: it is not known how.
     """
-    if isinstance(module, nn.Linear):
+    # classes of their own may do more with them; those for quantised weights do the same with unpacked ones
+    if isinstance(module, nn.Linear) and (type(module).forward is nn.Linear.forward or is_quantised(module)):
         return F.linear(x, weight, bias)
     if type(module) is nn.LayerNorm:
         return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)

@@ -1,0 +1,198 @@
+"""Models that differ from their family's table in a detail: stems, norms, prefix tokens, projections."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as tf
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import hf_visual_peft as hvp
+
+
+timm = pytest.importorskip("timm")
+
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+CONVNEXT = {"dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1)}
+RESNET = {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)}
+
+
+def build(name, **fields):
+    torch.manual_seed(0)
+    return timm.create_model(name, pretrained=False, num_classes=3, **fields).eval()
+
+
+def stirred(model, config):
+    """The model with random adapter weights."""
+    adapted = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad and "modules_to_save" not in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return adapted.eval()
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "deit3_small_patch16_224"])
+def test_timm_tells_how_many_tokens_come_first(name):
+    model = build(name, **VIT)
+    backbone = hvp.find_backbone(model)
+    assert backbone.prefix_tokens == model.num_prefix_tokens == (2 if "distilled" in name else 1)
+    assert backbone.heads == (("head", "head_dist") if "distilled" in name else ("head",))
+    adapted = stirred(model, hvp.ConvpassConfig(r=4))
+    adapted(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("resnet10t", "conv1.6"), ("resnet18d", "conv1.6"), ("resnet18", "conv1")]
+)
+def test_a_deep_stem_ends_in_the_patch_embedding(name, expected):
+    model = build(name, **RESNET)
+    backbone = hvp.find_backbone(model)
+    assert backbone.patch_embedding == (expected,)
+    if expected != "conv1":
+        assert {"conv1.0", "conv1.3"} <= set(backbone.between)
+    pixels = torch.randn(2, 3, 64, 64)
+    before = model(pixels)
+    adapted = stirred(model, hvp.SSFConfig())
+    assert not torch.allclose(adapted(pixels), before)
+    with torch.no_grad():
+        torch.testing.assert_close(adapted.merge_and_unload()(pixels), adapted(pixels))
+
+
+def test_a_patch_embedding_that_leaves_the_work_to_its_stem():
+    model = build("vit_base_mci_224", img_size=64, depth=1)
+    assert isinstance(model.patch_embed.proj, nn.Identity)
+    backbone = hvp.find_backbone(model)
+    assert backbone.patch_embedding == ("patch_embed.backbone.2.conv",)
+    stirred(model, hvp.ConvpassConfig(r=4))(torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize(
+    ("name", "norms", "patches"),
+    [("convnext_atto_ols", ("stem.2",), "stem.1"), ("convnext_zepto_rms_ols", ("stem.3",), "stem.2")],
+)
+def test_norms_of_a_stem_are_norms(name, norms, patches):
+    """Of the modules in an overlapping stem, by their kind and not by their number."""
+    backbone = hvp.find_backbone(build(name, **CONVNEXT))
+    assert (backbone.input_norms, backbone.patch_embedding) == (norms, (patches,))
+    assert "stem.0" in backbone.between
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_rpn_224", "eva02_base_patch14_224"])
+def test_branches_beside_an_mlp_whose_norm_follows_read_the_stream(name):
+    """AdaptFormer's branch reads what the MLP reads, and not what it returns."""
+    blocks = {} if "rpn" in name else {"use_post_norm": True, "qkv_fused": False}
+    model = build(name, **VIT, **blocks)
+    assert {type(block).__name__ for block in model.blocks} <= {"ResPostBlock", "EvaBlockPostNorm"}
+    assert all(block.post_norm for block in hvp.find_backbone(model).blocks)
+    seen = {}
+    model.blocks[0].mlp.register_forward_pre_hook(lambda _, args: seen.update(mlp=args[0]))
+    adapted = stirred(model, hvp.AdaptFormerConfig(r=4))
+    branch = next(m for name, m in adapted.named_modules() if name.endswith("adaptformer_mlp.default"))
+    branch.register_forward_pre_hook(lambda _, args: seen.update(branch=args[0]))
+    adapted(torch.randn(2, 3, 32, 32))
+    assert torch.equal(seen["branch"], seen["mlp"])
+
+
+def _circular(model):
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size[0] > 1 and module.in_channels > 3:
+            module.padding_mode = "circular"
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: build("resnet18", output_stride=8, **RESNET),
+        lambda: build("skresnet18"),
+        lambda: _circular(build("resnet18", **RESNET)),
+    ],
+    ids=["dilated", "dilated_in_part", "circular"],
+)
+def test_targets_for_lora_are_convolutions_that_it_can_stand_beside(make):
+    model = make()
+    config = hvp.with_visual_targets(LoraConfig(r=2), model)
+    chosen = [model.get_submodule(path) for path in config.target_modules]
+    assert chosen
+    assert all(conv.padding_mode == "zeros" for conv in chosen)
+    pixels = torch.randn(2, 3, 64, 64)
+    adapted = stirred(model, config)
+    expected = adapted(pixels)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(pixels), expected, rtol=1e-3, atol=1e-3)
+
+
+def _bit(**fields):
+    return tf.BitConfig(embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], num_groups=2, **fields)
+
+
+def test_bit_as_a_backbone_and_under_a_transformer():
+    backbone = hvp.find_backbone(tf.BitBackbone(_bit(out_features=["stage2", "stage4"])))
+    assert (backbone.path, backbone.class_name) == ("bit", "BitModel")
+    config = tf.DPTConfig(
+        is_hybrid=True,
+        backbone_config=_bit(out_features=["stage1", "stage2", "stage3"], global_padding="same"),
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=64,
+        backbone_out_indices=[0, 1, 2, 3],
+        backbone_featmap_shape=[1, 16, 4, 4],
+        neck_hidden_sizes=[8, 8, 8, 8],
+        neck_ignore_stages=[0, 1],
+        fusion_hidden_size=8,
+    )
+    hybrid = tf.DPTForDepthEstimation(config)
+    backbone = hvp.find_backbone(hybrid)
+    assert (backbone.class_name, backbone.patch_embedding) == ("DPTModel", ("dpt.embeddings.projection",))
+    adapted = stirred(hybrid, hvp.AdaptFormerConfig(r=4))
+    adapted(pixel_values=torch.randn(1, 3, 64, 64)).predicted_depth.sum().backward()
+    assert all(p.grad is not None for n, p in adapted.named_parameters() if ".adaptformer_" in n)
+
+
+class MaskedBias(nn.Linear):
+    """A linear that does more than one: as DINOv3's own code has it, part of its bias is masked."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias * (torch.arange(self.out_features) % 2))
+
+
+class Scaled(nn.Linear):
+    """And one that changes its output."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [MaskedBias, Scaled])
+def test_linears_with_a_forward_of_their_own_keep_it(kind):
+    """Where an equation changes weight and bias; one behind the module cannot merge into it, and says so."""
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(6, 6))
+    x = torch.randn(3, 6)
+    adapted = stirred(model, hvp.RLRRConfig(target_modules=["0"], init_weights=False))
+    expected = adapted(x)
+    with torch.no_grad():
+        torch.testing.assert_close(adapted.merge_and_unload()(x), expected)
+    model = nn.Sequential(kind(6, 6))
+    before = model[0].weight.clone()
+    adapted = stirred(model, hvp.BitFitConfig(target_modules=["0"], init_weights=False))
+    with pytest.raises(ValueError, match=f"Cannot merge an adapter into {kind.__name__}.*more than a linear"):
+        adapted.merge_and_unload()
+    assert torch.equal(model[0].weight, before)
+
+
+def test_a_linear_of_another_class_that_does_the_same_merges():
+    class Logged(nn.Linear):
+        def forward(self, x):
+            return super().forward(x)
+
+    model, x = nn.Sequential(Logged(6, 6)), torch.randn(3, 6)
+    adapted = stirred(model, hvp.SSFConfig(target_modules=["0"]))
+    expected = adapted(x)
+    with torch.no_grad():
+        torch.testing.assert_close(adapted.merge_and_unload()(x), expected)
