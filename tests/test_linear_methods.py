@@ -17,6 +17,7 @@ from hf_visual_peft import (
     ConsolidatorConfig,
     HydraConfig,
 )
+from hf_visual_peft.methods.adapter.consolidator import Consolidator
 
 
 def hydra(x, y, w):
@@ -38,9 +39,8 @@ def consolidator(x, y, w):
 
 
 def consolidator_shuffled(x, y, w):
-    batch, tokens, width = x.shape
-    groups = w["weight"].shape[0]
-    return consolidator(x.reshape(batch, tokens, width // groups, groups).transpose(2, 3).flatten(2), y, w)
+    """The shuffle of ShuffleNet, which torch has."""
+    return consolidator(F.channel_shuffle(x.transpose(1, 2), w["weight"].shape[0]).transpose(1, 2), y, w)
 
 
 @both
@@ -51,8 +51,9 @@ def consolidator_shuffled(x, y, w):
         (AdapterBiasConfig(), "adapterbias_shift", adapter_bias, ("mlp.fc2",)),
         (ConsolidatorConfig(groups=4), "consolidator_groups", consolidator, LINEARS),
         (ConsolidatorConfig(groups=4, shuffle=True), "consolidator_groups", consolidator_shuffled, LINEARS),
+        (ConsolidatorConfig(groups=8, shuffle=True), "consolidator_groups", consolidator_shuffled, LINEARS),
     ],
-    ids=["hydra", "adapterbias", "consolidator", "consolidator_shuffled"],
+    ids=["hydra", "adapterbias", "consolidator", "consolidator_shuffled", "consolidator_pairs"],
 )
 @torch.no_grad()
 def test_methods_at_linears(name, config, slot, equation, names):
@@ -89,6 +90,18 @@ def test_methods_at_linears_initialisation():
     for w in weights_by_path(get_peft_model(FAMILIES["vit"].model(), config), "consolidator_groups").values():
         for values in w.values():
             assert 5e-4 < values.abs().max() <= 1e-3
+
+
+def test_shuffled_groups_read_the_channels_of_the_released_code():
+    """384 groups on 768 channels: the first reads 0 and 2, the second 4 and 6, the one after the half 1 and 3."""
+    module = Consolidator(torch.nn.Linear(768, 768), 384, True, 0.0)
+    torch.nn.init.ones_(module.weight)
+    torch.nn.init.zeros_(module.bias)
+    read = module(torch.zeros(768, 768), torch.eye(768))
+    folded, _ = module.fold(torch.zeros(768, 768), None)
+    for output, channels in ((0, [0, 2]), (1, [0, 2]), (2, [4, 6]), (384, [1, 3]), (767, [765, 767])):
+        assert read[:, output].nonzero().flatten().tolist() == channels
+        assert folded[output].nonzero().flatten().tolist() == channels
 
 
 def test_groups_must_divide_every_linear():

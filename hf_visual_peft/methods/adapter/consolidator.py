@@ -24,8 +24,9 @@ class Consolidator(nn.Module):
 
         f(y, x) = y + DP(blockdiag(W_1 .. W_g) shuffle(x) + b)
 
-    Group i maps its own part of the input to its own part of the output. `shuffle` deals the channels out to the
-    groups in turn. Weights and biases are drawn from U(-bound, bound).
+    Group i maps its own part of the input to its own part of the output. `shuffle` is that of ShuffleNet: the channels
+    are cut into g pieces, and the first of each, then the second of each, and so on, come one behind the other. Weights
+    and biases are drawn from U(-bound, bound).
 
     Args:
         linear: the linear, for its sizes.
@@ -54,8 +55,9 @@ class Consolidator(nn.Module):
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """(..., out_features), given also the linear's input (..., in_features)."""
         groups, _, size = self.weight.shape
-        x = x.unflatten(-1, (size, groups)).transpose(-1, -2) if self.shuffle else x.unflatten(-1, (groups, size))
-        branch = torch.einsum("...gi,goi->...go", x, self.weight).flatten(-2) + self.bias
+        if self.shuffle:
+            x = x.unflatten(-1, (groups, size)).transpose(-1, -2).flatten(-2)
+        branch = torch.einsum("...gi,goi->...go", x.unflatten(-1, (groups, size)), self.weight).flatten(-2) + self.bias
         return y + drop_path(branch, self.drop_path, self.training)
 
     @torch.no_grad()
@@ -63,8 +65,8 @@ class Consolidator(nn.Module):
         """Weight and bias of a linear that computes the same as the linear with these and the branch beside it."""
         groups, _, size = self.weight.shape
         dense = torch.block_diag(*self.weight.to(weight))
-        if self.shuffle:  # column (group, i) reads channel i * groups + group
-            dense = dense.unflatten(1, (groups, size)).transpose(1, 2).flatten(1)
+        if self.shuffle:  # the shuffle undone: each column goes to the channel that it reads
+            dense = dense.unflatten(1, (size, groups)).transpose(1, 2).flatten(1)
         addend = self.bias.to(weight)
         return weight + dense, addend if bias is None else bias + addend
 
@@ -93,12 +95,15 @@ class ConsolidatorConfig(TargetedConfig):
         groups: g; must divide the sizes of all linears. By default half the width, so that a group reads two channels
             of the stream, as the paper's 384 groups do on ViT-B; with `target_modules` half the greatest common
             divisor of a linear's sizes, or all of it where that is odd.
-        shuffle: deal the input channels out to the groups in turn instead of cutting them into pieces.
+        shuffle: shuffle the input channels, as ShuffleNet does, before they are cut into groups; the authors' training
+            does not.
         drop_path: rate of the branch's stochastic depth, tuned per task in the paper.
     """
 
     groups: int | None = field(default=None, metadata={"help": "Groups; by default half the backbone's width."})
-    shuffle: bool = field(default=False, metadata={"help": "Deal the input channels out to the groups in turn."})
+    shuffle: bool = field(
+        default=False, metadata={"help": "Shuffle the input channels before they are cut into groups."}
+    )
     drop_path: float = field(default=0.0, metadata={"help": "Rate of the branch's stochastic depth."})
 
     def __post_init__(self) -> None:
