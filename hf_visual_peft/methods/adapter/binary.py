@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from statistics import NormalDist
 from typing import Any
@@ -62,10 +63,10 @@ class BinaryWeight(nn.Module):
 
         w~ = (w - mean) / (std + 1e-5);  weight = std * nearest level of w~ + mean
 
-    In training, and with gradients also in evaluation mode, the levels are those of the full-precision parameter,
-    which gets their gradient as if it were used itself (straight through, also through mean and std). Otherwise they
-    come from `codes` and `stats`, which are all that is saved. Each is made from the other where it is the older of
-    the two, so that both give the same.
+    With gradients, the levels get theirs as if the full-precision parameter were used itself (straight through, also
+    through mean and std). `codes` and `stats` are all that is saved. In evaluation mode without gradients they count
+    as long as the parameter is what it was when they last fitted each other, so that a loaded adapter gives just what
+    was saved, in every precision. A parameter that was written to since, in whatever way, counts itself.
 
     Args:
         weight: the matrix at the start.
@@ -82,21 +83,23 @@ class BinaryWeight(nn.Module):
         self.register_buffer("codes", torch.empty(-(-weight.numel() * bits // 8), dtype=torch.uint8))
         self.register_buffer("stats", torch.empty(2))
         self.levels = gaussian_levels(bits)
-        self.codes_are_old = False
+        self.follows = False  # whether the parameter is known to follow the codes, or has been trained since
+        # The parameter when it and the codes fitted. Flags and version counters miss what is written through `.data`;
+        # as a buffer, what averages or copies buffers would take it along.
+        self.fitted = self.weight.detach()
         self.randomise()
 
     def forward(self) -> Tensor:
         """The weight with few bits, in the shape of the parameter."""
         if not self.training and not (self.weight.requires_grad and torch.is_grad_enabled()):
-            if self.codes_are_old:
-                self.randomise()
-                self.codes_are_old = True  # an optimizer may be at work in evaluation mode
-            return self._from_codes()
-        if not self.codes_are_old and not torch.compiler.is_compiling():
+            if self.fitted.is_meta:  # codes were loaded, unseen, into a module that had no numbers
+                self._follow_codes()
+            written = (self.weight != self.fitted).any()  # no `if`, which would wait for the device
+            return torch.where(written, self._decoded(*self._encoded()), self._decoded(self._codes(), self.stats))
+        if not self.follows and not torch.compiler.is_compiling():
             self._follow_codes()  # transformers loads codes unseen, and need not call `train`
-        self.codes_are_old = True
-        mean, std = self.weight.mean(), self.weight.std() + EPSILON
-        normal = (self.weight - mean) / std
+        mean, std = self.weight.mean(), self.weight.std()
+        normal = (self.weight - mean) / (std + EPSILON)
         levels = self._levels(normal)
         nearest = levels[self._nearest(normal, levels)]
         return (normal + (nearest - normal).detach()) * std + mean
@@ -106,20 +109,30 @@ class BinaryWeight(nn.Module):
         if self.weight.is_meta:  # they will be loaded
             return
         with torch.no_grad():
-            weight = self.weight.float()
-            mean, std = weight.mean(), weight.std() + EPSILON
-            normal = (weight - mean) / std
-            self.codes.copy_(pack(self._nearest(normal, self._levels(normal)), self.bits))
-            self.stats.copy_(torch.stack([mean, std]))
-        self.codes_are_old = False
+            codes, stats = self._encoded()
+            self.codes.copy_(pack(codes, self.bits))
+            self.stats.copy_(stats)
+        self._fit()
 
     def train(self, mode: bool = True) -> BinaryWeight:
-        """Switch between parameter and codes, and bring up to date what is used from now on."""
-        if not mode and self.codes_are_old:
-            self.randomise()
-        if mode and not self.codes_are_old:
+        """Switch the mode, and let parameter and codes follow each other."""
+        if mode:
             self._follow_codes()
+        elif self._is_written():
+            self.randomise()
         return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BinaryWeight:
+        super()._apply(fn, recurse)
+        self.fitted = fn(self.fitted)  # another device or precision: parameter and codes fit as before
+        return self
+
+    def _fit(self) -> None:
+        self.fitted = self.weight.detach().clone()
+
+    def _is_written(self) -> bool:
+        """Whether the parameter is another than when the codes fitted it."""
+        return not self.weight.is_meta and not self.fitted.is_meta and not torch.equal(self.weight, self.fitted)
 
     def _levels(self, like: Tensor) -> Tensor:
         return torch.tensor(self.levels, dtype=like.dtype, device=like.device)
@@ -128,9 +141,18 @@ class BinaryWeight(nn.Module):
     def _nearest(normal: Tensor, levels: Tensor) -> Tensor:
         return torch.bucketize(normal.detach(), (levels[1:] + levels[:-1]) / 2)
 
-    def _from_codes(self) -> Tensor:
-        codes = unpack(self.codes, self.bits, tuple(self.weight.shape)).long()
-        mean, std = self.stats.to(self.weight.dtype)
+    def _encoded(self) -> tuple[Tensor, Tensor]:
+        """Index of each number's level, and mean and standard deviation, of the parameter."""
+        weight = self.weight.detach().float()
+        mean, std = weight.mean(), weight.std()
+        normal = (weight - mean) / (std + EPSILON)
+        return self._nearest(normal, self._levels(normal)), torch.stack([mean, std])
+
+    def _codes(self) -> Tensor:
+        return unpack(self.codes, self.bits, tuple(self.weight.shape)).long()
+
+    def _decoded(self, codes: Tensor, stats: Tensor) -> Tensor:
+        mean, std = stats.to(self.weight.dtype)
         return self._levels(self.weight)[codes] * std + mean
 
     @torch.no_grad()
@@ -139,33 +161,34 @@ class BinaryWeight(nn.Module):
 
         The levels themselves would not do: neither is their mean that of `stats`, nor their standard deviation.
         """
-        if self.codes.is_meta:  # they will be loaded
+        if self.codes.is_meta or self._is_written():  # they will be loaded, or are older
             return
         if self.weight.is_meta:
             empty = torch.empty_like(self.weight, device=self.codes.device)
             self.weight = nn.Parameter(empty, requires_grad=self.weight.requires_grad)
-        codes = unpack(self.codes, self.bits, tuple(self.weight.shape)).long()
+        self.follows = True
+        codes = self._codes()
         mean, std = self.stats.float()
         levels = self._levels(mean)
         end = levels.new_tensor([torch.inf])
         bounds = torch.cat([-end, (levels[1:] + levels[:-1]) / 2, end])
         low, high = bounds[codes], bounds[codes + 1]
-        normal = (self.weight.float() - mean) / std
-        own = normal.mean().abs() <= TOLERANCE and (normal.std() + EPSILON / std - 1).abs() <= TOLERANCE
-        if own and ((normal >= low - TOLERANCE) & (normal <= high + TOLERANCE)).all():
-            return
-        normal = levels[codes]
-        for _ in range(FITTING_STEPS):
-            normal = (normal - normal.mean()) / normal.std().clamp(min=EPSILON)
-            if torch.equal(self._nearest(normal, levels), codes):
-                break
-            normal = normal.clamp(low + TOLERANCE, high - TOLERANCE)
-        self.weight.copy_(normal * (std - EPSILON) + mean)
+        shrunk = std / (std + EPSILON)  # the deviation of w~
+        normal = (self.weight.float() - mean) / (std + EPSILON)
+        own = normal.mean().abs() <= TOLERANCE and (normal.std() - shrunk).abs() <= TOLERANCE
+        if not own or not ((normal >= low - TOLERANCE) & (normal <= high + TOLERANCE)).all():
+            normal = levels[codes]
+            for _ in range(FITTING_STEPS):
+                normal = (normal - normal.mean()) / normal.std().clamp(min=EPSILON) * shrunk
+                if torch.equal(self._nearest(normal, levels), codes):
+                    break
+                normal = normal.clamp(low + TOLERANCE, high - TOLERANCE)
+            self.weight.copy_(normal * (std + EPSILON) + mean)
+        self._fit()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if self.codes_are_old:
+        if self._is_written():
             self.randomise()
-            self.codes_are_old = True  # the next step of the optimizer makes them so again
         super()._save_to_state_dict(destination, prefix, keep_vars)
         del destination[f"{prefix}weight"]
 
@@ -177,5 +200,5 @@ class BinaryWeight(nn.Module):
         if key in missing_keys:
             missing_keys.remove(key)
         if key not in state_dict and f"{prefix}codes" in state_dict:
-            self.codes_are_old = False
+            self._fit()  # to no codes of before: what is loaded counts
             self._follow_codes()

@@ -25,8 +25,8 @@ class Consolidator(nn.Module):
         f(y, x) = y + DP(blockdiag(W_1 .. W_g) shuffle(x) + b)
 
     Group i maps its own part of the input to its own part of the output. `shuffle` is that of ShuffleNet: the channels
-    are cut into g pieces, and the first of each, then the second of each, and so on, come one behind the other. Weights
-    and biases are drawn from U(-bound, bound).
+    are cut into g pieces, and the first of each, the second of each, and so on, come one behind the other. Weights and
+    biases are drawn from U(-bound, bound).
 
     Args:
         linear: the linear, for its sizes.

@@ -22,7 +22,7 @@ from .products import plus_product
 class BiLoRA(nn.Module):
     """A low-rank update of a linear whose factors have a few bits.
 
-        f(y, x) = y + s * q(B) q(A) x
+        f(y, x) = y + s * q(B) dropout(q(A) x)
 
     Few bits make no zero. Where it must be the identity at the start a gate g, zero there, stands before s, and B is
     drawn as A is. All updates that it gives there are without it, too: c q(B) = q(c B).
@@ -32,13 +32,17 @@ class BiLoRA(nn.Module):
         r: rank.
         bits: of a weight.
         scale: s.
+        dropout: probability, between the factors.
         gated: whether there is g.
     """
 
-    def __init__(self, linear: nn.Linear, r: int, bits: int, scale: float, gated: bool = False) -> None:
+    def __init__(
+        self, linear: nn.Linear, r: int, bits: int, scale: float, dropout: float = 0.0, gated: bool = False
+    ) -> None:
         super().__init__()
         self.down, self.up = binary_pair(linear.in_features, linear.out_features, r, bits)
         self.scale = scale
+        self.dropout = nn.Dropout(dropout)
         self.gate = nn.Parameter(torch.zeros(1)) if gated else None
         if gated:
             nn.init.kaiming_uniform_(self.up.weight, a=5**0.5)
@@ -50,7 +54,7 @@ class BiLoRA(nn.Module):
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """(..., out_features), given also the linear's input (..., in_features)."""
-        return plus_product(y, self.factor() * F.linear(x, self.down()), self.up().T)
+        return plus_product(y, self.factor() * self.dropout(F.linear(x, self.down())), self.up().T)
 
     @torch.no_grad()
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -85,17 +89,20 @@ class BiLoRAConfig(TargetedConfig):
         r: rank.
         bits: of a weight: 1, 2 or 4.
         scale: s, tuned per task in the paper.
+        dropout: probability of dropping a number between the factors; 0.1 in the authors' code.
     """
 
     r: int = field(default=32, metadata={"help": "Rank."})
     bits: int = field(default=1, metadata={"help": "Bits of a weight: 1, 2 or 4."})
     scale: float = field(default=1.0, metadata={"help": "Factor s of the update."})
+    dropout: float = field(default=0.1, metadata={"help": "Probability of dropping a number between the factors."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_integer("r", 1)
         self._require_choice("bits", BITS)
         self._require_number("scale")
+        self._require_number("dropout", 0.0, below=1.0)
 
     def trained_numbers(self, name: str, shape: tuple[int, ...]) -> int:
         """How many weights a tensor of the file stands for: its bits, but for the padding of the last byte."""
@@ -111,5 +118,6 @@ class BiLoRAConfig(TargetedConfig):
 
     def _at(self, path: str) -> Placement:
         gated = self.target_modules is not None
-        build = partial(BiLoRA, r=self.r, bits=self.bits, scale=self.scale, gated=gated)
+        fields = {"r": self.r, "bits": self.bits, "scale": self.scale, "dropout": self.dropout}
+        build = partial(BiLoRA, **fields, gated=gated)
         return Placement(path, "update", LinearSite(), build)
