@@ -1,18 +1,34 @@
 # Each target sets up what it needs in .venv: `make demo` and `make test` run in a fresh clone.
 PYTHON ?= python3
 VENV ?= .venv
+# the versions that all tests passed with; `make test CONSTRAINTS=` takes the newest instead
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 DIRS := hf_visual_peft recipes benchmarks tests
 # torch and torchvision (extra "vision") go in together, so that pip picks a pair that fits
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(addprefix --constraint ,$(CONSTRAINTS))
 
-.PHONY: demo test quality style docs coverage clean
+.PHONY: demo test test-newest test-oldest constraints quality style docs coverage clean
 
 demo: $(VENV)/.demo
 	$(BIN)/hf-visual-peft demo $(ARGS)
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+# the newest and the oldest versions that pyproject.toml allows, each in an environment of its own
+test-newest:
+	rm -rf .venv-newest
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=
+
+test-oldest: .venv-oldest/constraints.txt
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=$<
+
+# after a green run with the newest versions: what `make demo` and `make test` install from now on
+constraints: test-newest
+	( echo "# Written by \`make constraints\` after a green \`make test-newest\`."; \
+	  .venv-newest/bin/python -m pip freeze --disable-pip-version-check --exclude-editable ) > constraints.txt.new
+	mv constraints.txt.new constraints.txt
 
 quality: $(VENV)/.test
 	$(BIN)/ruff check $(DIRS)
@@ -32,17 +48,24 @@ coverage: $(VENV)/.test
 	$(BIN)/hf-visual-peft coverage --markdown docs/coverage.md --json docs/coverage.json
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-newest .venv-oldest build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: pyproject.toml | $(BIN)/python
+$(VENV)/.demo: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo "Installing the package and what the demo needs into $(VENV) (a few minutes)"
 	$(PIP) --editable ".[vision,demo]"
 	@touch $@
 
-$(VENV)/.test: pyproject.toml | $(BIN)/python
+$(VENV)/.test: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo "Installing the package and what the tests need into $(VENV) (a few minutes)"
 	$(PIP) --editable ".[vision,demo,test,quality]"
 	@touch $@
+
+.venv-oldest/constraints.txt: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --disable-pip-version-check --quiet uv
+	.venv-oldest/bin/uv pip compile --quiet --no-header --no-annotate --resolution lowest-direct \
+	  --extra vision --extra demo --extra test --extra quality --python .venv-oldest/bin/python pyproject.toml > $@.new
+	mv $@.new $@

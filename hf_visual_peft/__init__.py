@@ -10,6 +10,10 @@ Importing this package registers its methods with peft; plain `peft` does the re
 
 from typing import TYPE_CHECKING
 
+from . import third_party_notices  # noqa: F401  first: the notices come while peft is imported
+
+
+# isort: split
 from .architectures import Architecture, register_architecture, register_heads
 from .backbone import BackboneError, VisionBackbone
 from .calibration import NotCalibratedError, calibrate

@@ -16,6 +16,10 @@ processor, `all_results.json` and checkpoints, which hold only what trains.
 
 from __future__ import annotations
 
+import hf_visual_peft  # first: it silences notices that other packages give while they are imported
+
+
+# isort: split
 import argparse
 import functools
 import inspect
@@ -44,7 +48,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-import hf_visual_peft
 from hf_visual_peft import hub
 from hf_visual_peft.metrics import Accuracy, MeanPerClassAccuracy, TopKAccuracy
 
@@ -60,11 +63,17 @@ FREE = """config output_dir overwrite_output_dir resume_from_checkpoint checkpoi
 
 def load_model(args: argparse.Namespace, config: PeftConfig | None, names: list[str]) -> Any:
     """The pretrained model with a head for the classes, and the method applied."""
-    model, loading = transformers.AutoModelForImageClassification.from_pretrained(
-        args.model_name_or_path, revision=args.model_revision, ignore_mismatched_sizes=args.ignore_mismatched_sizes,
-        num_labels=len(names), id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)},
-        dtype=torch.float32, output_loading_info=True,
-    )  # fmt: skip
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # its table says that the head is new; other gaps are errors below
+    try:
+        model, loading = transformers.AutoModelForImageClassification.from_pretrained(
+            args.model_name_or_path, revision=args.model_revision,
+            ignore_mismatched_sizes=args.ignore_mismatched_sizes, num_labels=len(names),
+            id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)},
+            dtype=torch.float32, output_loading_info=True,
+        )  # fmt: skip
+    finally:
+        transformers.logging.set_verbosity(verbosity)
     takers = [m for m in model.modules() if "interpolate_pos_encoding" in inspect.signature(m.forward).parameters]
     if args.interpolate_pos_encoding and not takers:
         raise ValueError(f"--interpolate_pos_encoding: {type(model).__name__} takes no such argument; leave it away.")
