@@ -22,6 +22,7 @@ from .feature_cache import CachedFeatures, FeatureCache
 from .finding import find_backbone
 from .frozen_norms import freeze_norms, norms_with_statistics, thaw_norms
 from .interpolation import Interpolation, interpolate
+from .labels import teach_peft
 from .parameters import parameter_groups
 from .peft_methods import with_visual_targets
 from .pyramid import feature_pyramid
@@ -30,6 +31,7 @@ from .split_attention import SplitAttention, merge_attention, split_attention
 
 
 load_methods()
+teach_peft()
 _CONFIGS = {method.config_cls.__name__: method.config_cls for method in list_methods().values()}
 globals().update(_CONFIGS)
 

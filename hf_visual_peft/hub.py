@@ -27,6 +27,7 @@ from .card import (
     is_hub_id,
     is_repo_id,
 )
+from .labels import record
 
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ def push(
         labels=_label_names(model),
     )
     config = model.peft_config[adapter_name]
+    record(model, adapter_name)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as scratch:
         model.save_pretrained(scratch, selected_adapters=[adapter_name])

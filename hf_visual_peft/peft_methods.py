@@ -22,6 +22,7 @@ from .backbone import LINEAR_ROLES, Block, VisionBackbone, unwrapped
 from .config import VisualPeftConfig
 from .finding import find_backbone
 from .frozen_norms import keeps_statistics
+from .labels import name_classes
 from .peft_defaults import CONVOLUTIONAL_METHODS, METHODS, attention_or_mlp
 from .registry import Method, get_method, list_methods
 
@@ -124,8 +125,9 @@ def with_visual_targets(config: ConfigT, model: nn.Module) -> ConfigT:
         model = get_peft_model(vit, with_visual_targets(LoraConfig(), vit))
 
     `target_modules` gets what the method acts on by the roles in the backbone, see `peft_defaults`; `modules_to_save`
-    the task head. What a field says stays. `layers_to_transform` counts the blocks of the whole backbone from 0.
-    Batch norms of the backbone need `freeze_norms` besides.
+    the task head, and `auto_mapping` the names of its classes, see `labels`. What a field says stays.
+    `layers_to_transform` counts the blocks of the whole backbone from 0. Batch norms of the backbone need
+    `freeze_norms` besides.
 
     Args:
         config: of a method for linears or norms; one of this library's, which need nothing, is returned as it is.
@@ -165,6 +167,7 @@ def with_visual_targets(config: ConfigT, model: nn.Module) -> ConfigT:
                 setattr(filled, name, None)
     if method == "IA3" and filled.feedforward_modules is None:
         filled.feedforward_modules = _pattern(_of_roles(base, backbone.blocks, backbone.architecture.fc2))
+    name_classes(filled, base)
     return filled
 
 

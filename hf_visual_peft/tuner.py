@@ -19,6 +19,7 @@ from .config import VisualPeftConfig
 from .finding import find_backbone
 from .frozen_norms import freeze_norms, keeps_statistics, move_statistics, norms_with_statistics
 from .key_renames import to_present_keys, to_present_names
+from .labels import fitted, forget, record
 from .placing import placements_of
 from .sites import (
     BlockLayer,
@@ -78,6 +79,18 @@ class VisualTuner(BaseTuner):
             ValueError: the config does not fit the model; the model is then untouched.
         """
         config: VisualPeftConfig = self.peft_config[adapter_name]
+        with fitted(model, config, adapter_name):
+            self._inject(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+
+    def _inject(
+        self,
+        model: nn.Module,
+        config: VisualPeftConfig,
+        adapter_name: str,
+        autocast_adapter_dtype: bool,
+        low_cpu_mem_usage: bool,
+        state_dict: dict[str, Tensor] | None,
+    ) -> None:
         self._plan(model, config)
         try:
             if config.train_norm_statistics:
@@ -319,6 +332,7 @@ class VisualTuner(BaseTuner):
             for name, module in self.model.named_modules()
             if isinstance(module, ModulesToSaveWrapper)
         ]
+        forget(self.model)
         model = super().unload()
         for parent, child, original in copies:
             setattr(parent, child, original)
@@ -410,6 +424,14 @@ class VisualTuner(BaseTuner):
             return (original if name == BASE else wrapper.modules_to_save[name])(*args, **kwargs)
 
         return run_parts(original, parts, run, args, kwargs)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: VisualPeftConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """The weights of an adapter to be saved: the moment at which the model knows the names of its classes."""
+        record(model, adapter_name)
+        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

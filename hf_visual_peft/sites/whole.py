@@ -61,6 +61,13 @@ def _state_of(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
+def _count_outputs(module: nn.Module) -> None:
+    """Let linears tell how many outputs they have, as the copy of a head may be for more or fewer classes."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            part.out_features = len(part.weight)
+
+
 class WholeLayer(VisualTunerLayer, nn.Module):
     """A module beside a copy of it for each adapter.
 
@@ -171,6 +178,7 @@ class WholeLayer(VisualTunerLayer, nn.Module):
         for name, tensor in _state_of(self.base_layer).items():
             self._before_merge[name] = tensor.data
             tensor.data = new[name].data.to(tensor.dtype)
+        _count_outputs(self.base_layer)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -180,5 +188,6 @@ class WholeLayer(VisualTunerLayer, nn.Module):
             return
         for name, tensor in _state_of(self.base_layer).items():
             tensor.data = self._before_merge[name].to(tensor)
+        _count_outputs(self.base_layer)
         self._before_merge.clear()
         self.merged_adapters.clear()

@@ -1,0 +1,339 @@
+"""Names of classes that travel with an adapter.
+
+An adapter that holds a copy of the head for image classification belongs to the classes it was trained on. They are
+saved in its `adapter_config.json`, under `auto_mapping`, a dictionary that peft takes as it is. Whatever then loads
+the adapter, `PeftModel.from_pretrained`, `AutoModelForImageClassification.from_pretrained` or `pipeline`, gets a head
+of that many classes and their names in `model.config`, whatever head the base has. Each adapter of a model keeps its
+own, and the base those it came with: switching or disabling adapters switches the names, too.
+
+With methods of this library all that happens by itself. Of peft's own methods, those that `with_visual_targets` or
+the recipe prepared, or that `hub.push` uploaded, have the names in their file; `import hf_visual_peft` makes peft read
+them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from peft.config import PeftConfigMixin
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+from .backbone import unwrapped
+from .finding import find_backbone
+from .key_renames import to_present_names
+from .sites import VisualTunerLayer, WholeLayer
+
+
+NAMES = "id2label"
+PROBLEM = "problem_type"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The classes of a head.
+
+    Attributes:
+        names: by index.
+        problem_type: of transformers' config, None where it is told by the labels at the first loss.
+    """
+
+    names: tuple[str, ...]
+    problem_type: str | None = None
+
+    @classmethod
+    def of_model(cls, model: nn.Module) -> Labels | None:
+        """Those in the config of a transformers model; `None` without."""
+        config = getattr(model, "config", None)
+        names = getattr(config, NAMES, None)
+        if not isinstance(names, dict) or sorted(names) != list(range(len(names))):
+            return None
+        return cls(tuple(str(names[index]) for index in range(len(names))), getattr(config, PROBLEM, None))
+
+    @classmethod
+    def of_adapter(cls, config: PeftConfig) -> Labels | None:
+        """Those in the config of an adapter; `None` without.
+
+        Raises:
+            ValueError: they are no mapping of 0, 1, ... to names.
+        """
+        mapping = config.auto_mapping or {}
+        names = mapping.get(NAMES)
+        if names is None:
+            return None
+        valid = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
+        if not valid or not names or set(names) != {str(index) for index in range(len(names))}:
+            raise ValueError(
+                f"auto_mapping[{NAMES!r}] of the adapter's config is {names!r}: must map '0', '1', ... to the names "
+                "of the classes. Correct adapter_config.json, or remove it there and load the base with num_labels."
+            )
+        return cls(tuple(names[str(index)] for index in range(len(names))), mapping.get(PROBLEM))
+
+    @property
+    def made_up(self) -> bool:
+        """Whether they are the numbered names that transformers gives classes without any."""
+        return self.names == tuple(f"LABEL_{index}" for index in range(len(self.names)))
+
+    def tell_model(self, config: Any) -> None:
+        """Put them into the config of a transformers model."""
+        config.id2label = dict(enumerate(self.names))
+        config.label2id = {name: index for index, name in enumerate(self.names)}
+        config.problem_type = self.problem_type
+
+    def tell_adapter(self, config: PeftConfig, model: nn.Module) -> None:
+        """Put them into the config of an adapter for a model, beside what peft writes there."""
+        base = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+        own: dict[str, Any] = {NAMES: {str(index): name for index, name in enumerate(self.names)}}
+        if self.problem_type is not None:
+            own[PROBLEM] = self.problem_type
+        others = {key: value for key, value in (config.auto_mapping or {}).items() if key not in (NAMES, PROBLEM)}
+        config.auto_mapping = {**base, **others, **own}
+
+
+@dataclass
+class _Owners:
+    """Whose classes a model's config tells just now.
+
+    Attributes:
+        config: of the model.
+        base: classes of the base.
+        by_adapter: those of adapters that have others.
+        owner: the adapter, None for the base.
+    """
+
+    config: Any
+    base: Labels
+    by_adapter: dict[str, Labels] = field(default_factory=dict)
+    owner: str | None = None
+
+    def of(self, adapter_name: str | None) -> Labels:
+        return self.base if adapter_name is None else self.by_adapter.get(adapter_name, self.base)
+
+    def tell(self, holder: Any) -> None:
+        """Let the model's config follow the head that is active."""
+        copies = holder.modules_to_save if isinstance(holder, ModulesToSaveWrapper) else holder.plans
+        active = next((name for name in holder.active_adapters if name in copies), None)
+        owner = None if holder.disable_adapters else active
+        if owner == self.owner:
+            return
+        self.keep()
+        self.of(owner).tell_model(self.config)
+        self.owner = owner
+
+    def keep(self) -> None:
+        """Take over what somebody has changed in the model's config since."""
+        names = tuple(self.config.id2label[index] for index in sorted(self.config.id2label))
+        now = Labels(names, getattr(self.config, PROBLEM, None))
+        if now == self.of(self.owner):
+            return
+        if self.owner is None:
+            self.base = now
+        else:
+            self.by_adapter[self.owner] = now
+
+
+def _tells_which_is_active(cls: type) -> type:
+    """Let what holds a head and its copies tell the model's config which of them is active, whenever that changes."""
+
+    def told(name: str) -> Callable[..., None]:
+        change = getattr(cls, name)
+
+        @functools.wraps(change)
+        def change_and_tell(self: Any, *args: Any, **kwargs: Any) -> None:
+            change(self, *args, **kwargs)
+            self.owners.tell(self)
+
+        return change_and_tell
+
+    for name in ("set_adapter", "enable_adapters", "delete_adapter"):
+        setattr(cls, name, told(name))
+    return cls
+
+
+@_tells_which_is_active
+class LabelledCopies(ModulesToSaveWrapper):
+    """A head with copies of it that peft keeps, whose classes differ."""
+
+    owners: _Owners
+
+
+@_tells_which_is_active
+class LabelledWholeLayer(WholeLayer):
+    """A head with copies of it that a method of this library trains, whose classes differ."""
+
+    owners: _Owners
+
+
+def _owners_in(model: nn.Module) -> _Owners | None:
+    return next((m.owners for m in model.modules() if isinstance(m, LabelledCopies | LabelledWholeLayer)), None)
+
+
+def record(model: nn.Module, adapter_name: str) -> None:
+    """Put the names of the classes into an adapter's config, as they stand in the model's config now.
+
+    Nothing is done where the adapter holds no copy of a head for these classes.
+
+    Args:
+        model: with adapters; a `PeftModel`, or a model of transformers that they were added to.
+        adapter_name: which of them.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    labels, config = Labels.of_model(base), model.peft_config[adapter_name]
+    holders = [module for module in base.modules() if isinstance(module, ModulesToSaveWrapper | WholeLayer)]
+    owners = _owners_in(base)
+    if owners is not None:
+        owners.keep()
+        labels = owners.of(adapter_name)
+    if labels is not None and any(_outputs(_copy_in(holder, adapter_name)) == len(labels.names) for holder in holders):
+        labels.tell_adapter(config, base)
+
+
+def name_classes(config: PeftConfig, model: nn.Module) -> None:
+    """Put the names of a model's classes into the config of an adapter that is to train a copy of its head.
+
+    Args:
+        config: of any method; left as it is where the adapter copies no head for these classes.
+        model: without or with adapters.
+    """
+    labels = Labels.of_model(model)
+    if labels is not None and _heads(model, config, len(labels.names)):
+        labels.tell_adapter(config, model)
+
+
+@contextmanager
+def fitted(model: nn.Module, config: PeftConfig, adapter_name: str) -> Iterator[None]:
+    """Meanwhile the head of the base has as many classes as an adapter that is put in, which copies it.
+
+    Afterwards the head is as it was, and the model's config tells the names of the adapter's classes while it is
+    active. An adapter that is to train, and not only to be used, gets the classes of the base, unless these are as
+    many and have no names.
+
+    Args:
+        model: in which the adapter is put.
+        config: of the adapter.
+        adapter_name: of the adapter.
+    """
+    labels, own = Labels.of_adapter(config), Labels.of_model(model)
+    owners = _owners_in(model)
+    base = own if owners is None else owners.base
+    heads = [] if labels is None or base is None else _heads(model, config, len(base.names))
+    if labels is None or base is None or not heads:
+        yield
+        return
+    others = len(labels.names) != len(base.names)
+    if not config.inference_mode and (others or not base.made_up):
+        base.tell_adapter(config, model)
+        yield
+        return
+    with _resized([_last(unwrapped_head(model, path)) for path in heads], len(labels.names) if others else None):
+        yield
+    if labels.made_up and not others:
+        labels = base
+    if labels == base and owners is None:
+        return
+    owners = owners or _Owners(model.config, base)
+    owners.by_adapter[adapter_name] = labels
+    for path in heads:
+        holder: Any = model.get_submodule(path)
+        if isinstance(holder, ModulesToSaveWrapper | WholeLayer):
+            holder.__class__ = LabelledCopies if isinstance(holder, ModulesToSaveWrapper) else LabelledWholeLayer
+            holder.owners = owners
+            owners.tell(holder)
+
+
+def forget(model: nn.Module) -> None:
+    """Let a model's config tell the classes of the base again, as its adapters are taken out."""
+    owners = _owners_in(model)
+    if owners is not None and owners.owner is not None:
+        owners.keep()
+        owners.base.tell_model(owners.config)
+
+
+def teach_peft() -> None:
+    """Let peft's own methods read the names of classes in an adapter's config, and save those that are there.
+
+    Both concern only configs that have such names.
+    """
+    inject, save = BaseTuner.inject_adapter, PeftConfigMixin.save_pretrained
+
+    @functools.wraps(inject)
+    def inject_adapter(self: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        ours = self.tuner_layer_cls is VisualTunerLayer  # which have done it before they planned
+        with nullcontext() if ours else fitted(model, self.peft_config[adapter_name], adapter_name):
+            inject(self, model, adapter_name, *args, **kwargs)
+
+    @functools.wraps(save)
+    def save_pretrained(self: PeftConfigMixin, save_directory: str, **kwargs: Any) -> None:
+        names = {key: value for key, value in (self.auto_mapping or {}).items() if key in (NAMES, PROBLEM)}
+        if names and kwargs.get("auto_mapping_dict") is not None:
+            kwargs["auto_mapping_dict"] = {**kwargs["auto_mapping_dict"], **names}
+        save(self, save_directory, **kwargs)
+
+    BaseTuner.inject_adapter = inject_adapter
+    PeftConfigMixin.save_pretrained = save_pretrained
+
+
+def unwrapped_head(model: nn.Module, path: str) -> nn.Module:
+    """A head of the base, where adapters may have put copies beside it."""
+    module = model.get_submodule(path)
+    return module.original_module if isinstance(module, ModulesToSaveWrapper) else unwrapped(module)
+
+
+def _heads(model: nn.Module, config: Any, count: int) -> list[str]:
+    """Those heads of the base with so many classes that an adapter is to copy."""
+    names = to_present_names(model, list(getattr(config, "modules_to_save", None) or ()))
+    names = [*(names or ()), *(find_backbone(model).heads if getattr(config, "copied_head", "") else ())]
+    found: list[str] = []
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{head}.") for head in found)
+        if inside or not any(path.endswith(name) for name in names):  # as peft compares them
+            continue
+        if not isinstance(module, BaseTunerLayer) or isinstance(module, WholeLayer):
+            found.append(path)
+    return [path for path in found if _outputs(unwrapped_head(model, path)) == count]
+
+
+def _copy_in(holder: Any, adapter_name: str) -> nn.Module | None:
+    """The copy that an adapter has of a module."""
+    if isinstance(holder, ModulesToSaveWrapper):
+        copies = holder.modules_to_save
+        return copies[adapter_name] if adapter_name in copies else None  # noqa: SIM401 - ModuleDict has no get
+    return next((equation.module for equation in holder.equations_of(adapter_name)), None)
+
+
+def _last(head: nn.Module | None) -> Any:
+    """The linear or convolution in a head that makes the logits; `None` without."""
+    layers = [] if head is None else [m for m in head.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    return layers[-1] if layers and layers[-1].weight.is_floating_point() else None
+
+
+def _outputs(head: nn.Module | None) -> int | None:
+    layer = _last(head)
+    return None if layer is None else len(layer.weight)
+
+
+@contextmanager
+def _resized(layers: list[Any], outputs: int | None) -> Iterator[None]:
+    """Meanwhile the layers have other, empty weights for so many outputs; nothing happens for `None`."""
+    before = []
+    for layer in layers if outputs is not None else ():
+        size = "out_features" if isinstance(layer, nn.Linear) else "out_channels"
+        parameters = {name: p for name, p in layer.named_parameters(recurse=False) if p is not None}
+        before.append((layer, size, getattr(layer, size), parameters))
+        setattr(layer, size, outputs)
+        for name, p in parameters.items():
+            setattr(layer, name, nn.Parameter(p.new_zeros(outputs, *p.shape[1:]), requires_grad=p.requires_grad))
+    try:
+        yield
+    finally:
+        for layer, size, number, parameters in before:
+            setattr(layer, size, number)
+            for name, p in parameters.items():
+                p.requires_grad_(getattr(layer, name).requires_grad)
+                setattr(layer, name, p)
