@@ -63,6 +63,9 @@ class VisualPeftConfig(PeftConfig):
     widened_head: ClassVar[str] = ""  # the part of its equations that makes the head wider
     per_stage: ClassVar[bool] = True  # whether the method sees blocks of one width at a time, or all
     video: ClassVar[bool] = False  # whether the method takes videos, (batch, frames, channels, height, width)
+    frames_meet_before_norms: ClassVar[bool] = (
+        False  # whether their frames become one before the norms behind the blocks
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

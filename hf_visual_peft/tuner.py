@@ -99,7 +99,7 @@ class VisualTuner(BaseTuner):
                 copied = [path for path, (first, *_) in self._placements.items() if isinstance(first.site, WholeSite)]
                 move_statistics(model, adapter_name, adapter_name in self.active_adapters, acted_on, copied)
             if self._backbone is not None and config.video:
-                self._exchange.watch_frames(model, self._backbone)
+                self._exchange.watch_frames(model, self._backbone, config.frames_meet_before_norms)
             self._exchange.unwatch_heads()  # copies of heads shall not have the hooks
             super().inject_adapter(
                 model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -204,6 +205,18 @@ def test_blocks_are_cut_into_stages(depth, layers, widths):
     assert model(**images(2)).logits.isfinite().all()
 
 
+@torch.no_grad()
+def test_stochastic_depth_of_side_blocks(monkeypatch):
+    """Both branches of each, at a rate that rises from 0, and none of the backbone's; off unless asked for."""
+    seen = []
+    side = sys.modules[HSTConfig.__module__]
+    monkeypatch.setattr(side, "drop_path", lambda x, rate, training: (seen.append((rate, training)), x)[1])
+    model = get_peft_model(vit(5), HSTConfig(**SMALL, drop_path=0.2)).train()
+    model(**images(2))
+    assert seen == [(0.2 * index / 4, True) for index in range(5) for _ in ("attention", "mlp")]
+    assert HSTConfig().drop_path == 0.0
+
+
 def test_a_norm_can_be_left_alone():
     model = get_peft_model(vit(), HSTConfig(**SMALL, exclude_modules=["layers.1.layernorm_after"]))
     left = [path for path in weights_of(model, "norm1") if path not in weights_of(model, "norm2")]
@@ -235,6 +248,7 @@ def test_what_does_not_fit():
         ({"num_heads": (2, 5, 8, 12)}, r"num_heads is \(2, 5, 8, 12\): must be numbers that divide the dims"),
         ({"mlp_ratio": 0.0}, r"mlp_ratio is 0\.0: must be a finite number of at least"),
         ({"num_virtual_tokens": 0}, r"num_virtual_tokens is 0: must be an integer of at least 1"),
+        ({"drop_path": 1.0}, r"drop_path is 1\.0: must be a finite number of at least 0 and less than 1"),
     ],
 )
 def test_bad_fields(fields, message):

@@ -16,6 +16,7 @@ from hf_visual_peft import LSTConfig, NotCalibratedError, calibrate, find_backbo
 from hf_visual_peft.coverage.models import MODELS
 from hf_visual_peft.methods.side.lst import Rung, SideBlock
 from hf_visual_peft.methods.side.pruning import parts_of
+from hf_visual_peft.sites import Tap
 
 
 def linear(x, w, name):
@@ -118,6 +119,35 @@ def test_kept_activations_do_not_depend_on_what_is_bypassed():
     assert kept(get_peft_model(other, LSTConfig(r=2)).train(), images(2)) == few
     dropped = kept(get_peft_model(vit(num_hidden_layers=5), LSTConfig(r=2, layers_to_transform=[0, 2, 4])), images(2))
     assert dropped == few  # blocks without a side block keep nothing, either
+
+
+@torch.no_grad()
+def test_dropout_stands_where_the_authors_have_it(monkeypatch):
+    """On what enters, on attention's weights, behind it, twice in the MLP, and behind the last norm."""
+    places = []
+    monkeypatch.setattr(F, "dropout", lambda x, p, training, inplace: (places.append((x.shape[-1], p)), 0.5 * x)[1])
+    block = SideBlock(6, 2, 9, 0.3)
+    weights = []
+    attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda *args, dropout_p, **kwargs: (weights.append(dropout_p), attention(*args, **kwargs))[1],
+    )
+    piece = Rung(12, block, 6, 0.1, enters_from=12, ends=True).train()
+    stream = torch.randn(2, 5, 12)
+    actual, _ = piece(None, Tap(before=stream, behind=stream))
+    assert places == [(12, 0.3), (6, 0.3), (9, 0.3), (6, 0.3), (6, 0.3)]
+    assert weights == [0.3]
+    w = dict(piece.named_parameters())
+    s = (linear(0.5 * stream, w, "enter") + linear(stream, w, "down")) / 2  # the gate is open by half
+    attended = side_block(s, {**w, "block.fc2.weight": 0 * w["block.fc2.weight"], "block.fc2.bias": 0}, 2) - s
+    s = s + 0.5 * attended
+    hidden = 0.5 * F.gelu(linear(norm(s, w, "block.norm2"), w, "block.fc1"))
+    s = s + 0.5 * linear(hidden, w, "block.fc2")
+    assert_equal(actual, linear(0.5 * norm(s, w, "norm"), w, "up"))
+    piece.eval()(None, Tap(before=stream, behind=stream))
+    assert weights == [0.3, 0.0]
 
 
 def test_the_same_output_twice_in_training():

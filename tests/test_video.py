@@ -16,9 +16,10 @@ from plain import plain_parts
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_visual_peft import AIMConfig, STAdapterConfig, find_backbone
+from hf_visual_peft.methods.adapter import aim
 from hf_visual_peft.methods.adapter.aim import Temporal
 from hf_visual_peft.methods.adapter.st_adapter import STAdapter
-from hf_visual_peft.sites import TokenLayout, VisualTunerLayer
+from hf_visual_peft.sites import TokenLayout
 
 
 CONFIGS = (STAdapterConfig(channels=6), AIMConfig())
@@ -41,9 +42,11 @@ def adapted(name, config, frames=3):
     return parts, model, model(pixels).logits, family
 
 
-def logits_of(name, model, tokens, frames=3):
-    """What the task head makes of the tokens of all frames, averaged over each video's."""
+def logits_of(name, model, tokens, frames=3, norm=None):
+    """What the task head makes of the tokens of all frames, averaged over each video's, or those of means."""
     head = model.get_base_model().classifier.modules_to_save.default
+    if norm is not None:
+        tokens, frames = norm(tokens.unflatten(0, (2, frames)).mean(1)), 1
     cls = tokens[:, 0]
     if name != "vit":  # DINOv2 classifies by CLS and the mean of the patches
         cls = torch.cat([cls, tokens[:, FAMILIES[name].prefix :].mean(1)], dim=-1)
@@ -54,7 +57,7 @@ def logits_of(name, model, tokens, frames=3):
 @pytest.mark.parametrize("frames", [1, 3])
 @torch.no_grad()
 def test_frames_go_through_the_model_as_images(name, frames):
-    """An adapter that adds nothing: the head sees the mean over frames of what the backbone makes of each."""
+    """Adapters that add nothing: the head sees the mean over frames, of what the final norm reads or returns."""
     family = FAMILIES[name]
     pixels = videos(2, frames)
     blocks, x, norm = plain_parts(name, family.model(), pixels.flatten(0, 1))
@@ -63,6 +66,10 @@ def test_frames_go_through_the_model_as_images(name, frames):
         x = x + block.mlp(block.norm(2, x))
     model = get_peft_model(family.model(), AIMConfig()).eval()
     assert_equal(model(pixels).logits, logits_of(name, model, norm(x), frames))
+    earlier = get_peft_model(family.model(), STAdapterConfig(channels=6)).eval()
+    assert_equal(earlier(pixels).logits, logits_of(name, earlier, x, frames, norm))
+    same = torch.allclose(logits_of(name, earlier, x, frames, norm), logits_of(name, earlier, norm(x), frames))
+    assert same == (frames == 1)
 
 
 def st_adapter(x, w, frames, prefix):
@@ -92,7 +99,34 @@ def test_st_adapter(name, sublayers):
         if "mlp" in sublayers:
             x = st_adapter(x, before["mlp"][index], 3, family.prefix)
         x = x + block.mlp(block.norm(2, x))
-    assert_equal(actual, logits_of(name, model, norm(x)))
+    assert_equal(actual, logits_of(name, model, x, norm=norm))
+
+
+@pytest.mark.parametrize("path", [name for name, family in FAMILIES.items() if family.classifier])
+@torch.no_grad()
+def test_frames_meet_once_before_norms_or_heads(path):
+    """Whichever order a model has of pooling, norm and head, and however many of these there are."""
+    family = FAMILIES[path]
+    if family.name == "siglip2":
+        pytest.skip("has no grid of its own: refused")
+    base = family.model()
+    backbone = find_backbone(base)
+    seen = {}
+    model = get_peft_model(base, STAdapterConfig(channels=4)).eval()
+
+    def watch(name, module):
+        def note(module, args):
+            seen[name] = len(args[0])
+
+        module.register_forward_pre_hook(note)
+
+    for name in (*backbone.final_norms, *backbone.heads):
+        module = model.get_base_model().get_submodule(name)
+        for each in module.modules_to_save.values() if hasattr(module, "modules_to_save") else (module,):
+            watch(name, each)
+    assert model(videos(2, 3)).logits.shape[0] == 2
+    assert set(seen.values()) == {2}
+    assert set(backbone.heads) & set(seen)
 
 
 @pytest.mark.parametrize(
@@ -313,10 +347,24 @@ def test_equations_alone_need_the_number_of_frames():
 
 
 @torch.no_grad()
-def test_aim_drops_temporal_and_joint_branches_at_the_blocks_rate():
-    """The spatial branch is not dropped, nor is the embedding of frames with the branch that adds it."""
-    model = get_peft_model(FAMILIES["vit"].model(), AIMConfig(num_frames=3))
-    for layer in (m for m in model.modules() if isinstance(m, VisualTunerLayer)):
-        rates = {slot: site.drop_path for slot, site, _ in layer.plans["default"]}
-        first = "embedding" in dict(layer.aim_temporal["default"].named_parameters())
-        assert rates == {"aim_temporal": not first, "aim_spatial": False, "aim_joint": True}
+def test_aim_drops_temporal_and_joint_branches_at_a_rate_of_its_own(monkeypatch):
+    """It rises from block to block. Spatial branch, embedding of frames and the backbone are not dropped."""
+    seen = []
+
+    def watched(x, rate, training):
+        seen.append((x.shape[0], rate, training))
+        return 0 * x
+
+    monkeypatch.setattr(aim, "drop_path", watched)
+    config = AIMConfig(num_frames=3, drop_path=0.4, init_weights=False)
+    model = get_peft_model(FAMILIES["vit"].model(), config).train()
+    pixels = videos(2, 3)
+    dropped = model(pixels).logits
+    assert seen == [(6, 0.4 * index / (DEPTH - 1), True) for index in range(DEPTH) for _ in ("temporal", "joint")]
+    for name, parameter in model.named_parameters():
+        if "aim_" in name and "spatial" not in name and "embedding" not in name:
+            parameter.zero_()
+    assert_equal(model(pixels).logits, dropped)
+    assert AIMConfig().drop_path == 0.2, "as in the authors' configs"
+    with pytest.raises(ValueError, match=r"AIMConfig.drop_path is 1: must be a finite number"):
+        AIMConfig(drop_path=1)

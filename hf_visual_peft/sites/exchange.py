@@ -138,17 +138,19 @@ class Exchange:
         finally:
             self.collected = None
 
-    def watch_frames(self, model: nn.Module, backbone: VisionBackbone) -> None:
+    def watch_frames(self, model: nn.Module, backbone: VisionBackbone, before_norms: bool) -> None:
         """Let the model take videos from now on: their frames go through it as images, the head sees their mean.
 
         Args:
             model: gets `pixel_values` of (batch, frames, channels, height, width).
             backbone: in the model. Without a head its output is that of single frames, (batch x frames, ...).
+            before_norms: whether the mean is that of what the norms behind the blocks read, where there are such.
         """
         if self.frame_handles:
             return
         self.frame_handles.append(model.register_forward_pre_hook(self._split_frames, with_kwargs=True))
-        for path in backbone.heads:
+        norms = backbone.final_norms if before_norms and backbone.heads else ()
+        for path in (*norms, *backbone.heads):
             self.frame_handles.append(model.get_submodule(path).register_forward_pre_hook(_FrameMean(self)))
 
     @contextmanager
@@ -231,15 +233,17 @@ class _RestoreIds:
 
 @dataclass
 class _FrameMean:
-    """The hook that lets a head see the mean over the frames of each video.
+    """The hook that lets a module see the mean over the frames of each video, unless one before it has.
 
     Attributes:
-        exchange: of the model that the head belongs to.
+        exchange: of the model that the module belongs to.
     """
 
     exchange: Exchange
 
     def __call__(self, module: nn.Module, args: tuple) -> tuple:
+        if len(args[0]) != self.exchange.images:
+            return args
         return (args[0].unflatten(0, (-1, self.exchange.frames)).mean(dim=1), *args[1:])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _FrameMean:

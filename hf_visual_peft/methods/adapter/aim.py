@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...backbone import VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
-from ...sites import BranchSite, Placement, TokenLayout
+from ...sites import BranchSite, Placement, TokenLayout, drop_path
 from .bottleneck import Bottleneck
 from .video import by_video, require_full_grid
 
@@ -29,16 +29,18 @@ def adapter(width: int, r: int) -> Bottleneck:
 class Temporal(nn.Module):
     """The block's own attention over frames, and a bottleneck.
 
-        f(x) = e + g(MHSA(LN1 (x + e))),  each token attends to those at its place in the other frames
+        f(x) = e + DP(g(MHSA(LN1 (x + e)))),  each token attends to those at its place in the other frames
 
     Args:
         width: channels of the token stream.
         r: width of the bottleneck g.
         num_frames: length of the embedding e of a frame's position, zero at the start; None: there is no e.
+        drop_path: rate of the stochastic depth DP.
     """
 
-    def __init__(self, width: int, r: int, num_frames: int | None) -> None:
+    def __init__(self, width: int, r: int, num_frames: int | None, drop_path: float = 0.0) -> None:
         super().__init__()
+        self.drop_path = drop_path
         self.adapter = adapter(width, r)
         self.embedding = None if num_frames is None else nn.Parameter(torch.zeros(num_frames, 1, width))
 
@@ -52,10 +54,11 @@ class Temporal(nn.Module):
             t = t + self.embedding[:frames]
         batch, _, tokens, _ = t.shape
         mixed = self.adapter(attend(t.transpose(1, 2).flatten(0, 1)))
-        mixed = mixed.unflatten(0, (batch, tokens)).transpose(1, 2)
+        mixed = mixed.unflatten(0, (batch, tokens)).transpose(1, 2).flatten(0, 1)
+        mixed = drop_path(mixed, self.drop_path, self.training)
         if self.embedding is not None:
-            mixed = mixed + self.embedding[: mixed.shape[1]]
-        return mixed.flatten(0, 1)
+            mixed = mixed + self.embedding[: t.shape[1]].repeat(batch, 1, 1)
+        return mixed
 
 
 class Joint(nn.Module):
@@ -65,16 +68,18 @@ class Joint(nn.Module):
         width: channels of the token stream.
         r: width of the bottleneck.
         scale: the factor.
+        drop_path: rate of its stochastic depth.
     """
 
-    def __init__(self, width: int, r: int, scale: float) -> None:
+    def __init__(self, width: int, r: int, scale: float, drop_path: float) -> None:
         super().__init__()
         self.adapter = adapter(width, r)
         self.scale = scale
+        self.drop_path = drop_path
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch x frames, tokens, width) to the same."""
-        return self.scale * self.adapter(x)
+        return drop_path(self.scale * self.adapter(x), self.drop_path, self.training)
 
 
 @register(
@@ -85,7 +90,8 @@ class Joint(nn.Module):
         "2302.03024",
     ),
     visual_tuning="adapter: mix",
-    equation="y = x + T(MHSA_frames(LN1 x)); z = y + a + S(a), a = MHSA(LN1 y); out = z + MLP(LN2 z) + s J(LN2 z)",
+    equation="y = x + DP(T(MHSA_frames(LN1 x))); z = y + a + S(a), a = MHSA(LN1 y); "
+    "out = z + MLP(LN2 z) + DP(s J(LN2 z))",
     counts=(({}, 10_651_392), ({"num_frames": 8}, 10_657_536)),
     mergeable=False,
     identity_at_start=True,
@@ -96,9 +102,12 @@ class AIMConfig(VisualPeftConfig):
 
     Three bottlenecks a block. The temporal one follows the block's own attention, which runs over frames first, for
     each token position by itself, CLS included; the spatial one follows attention as it is, with a skip; the joint
-    one stands beside the MLP. The first and the last are dropped at the block's stochastic depth rate. The head sees
-    the mean over frames. Attention over frames has no position biases, rotary embedding or layer scale of the
-    backbone, which is our reading: the paper's backbones have none.
+    one stands beside the MLP. The first and the last have a stochastic depth of their own, whose rate rises from 0 in
+    the first block of the backbone to `drop_path` in the last. The backbone's own branches are not dropped in the
+    authors' code: load it with a rate of 0. One frame is dropped at a time; the authors' code has the tokens in front
+    there and so drops the tokens of one place in all frames of all videos, at the same rate. The head sees the mean
+    over frames. Attention over frames has no position biases, rotary embedding or layer scale of the backbone, which
+    is our reading: the paper's backbones have none.
 
     The paper trains an embedding of frame positions, too; `num_frames` adds it before the first adapted block (in the
     paper: before CLIP's first norm). Its 10.65 M parameters on ViT-B leave it out. Without it the order of frames
@@ -108,11 +117,13 @@ class AIMConfig(VisualPeftConfig):
     Args:
         ratio: width of the bottlenecks as a part of the backbone's width.
         scale: s of the joint adapter; 0.5 in the paper, 1 for Something-Something.
+        drop_path: rate of the adapters' stochastic depth in the last block; 0.2 in the authors' configs.
         num_frames: length of the embedding of frame positions, the most frames a video may have; None: there is none.
     """
 
     ratio: float = field(default=0.25, metadata={"help": "Width of the bottlenecks as a part of the backbone's."})
     scale: float = field(default=0.5, metadata={"help": "Factor s of the adapter beside the MLP."})
+    drop_path: float = field(default=0.2, metadata={"help": "Rate of the adapters' stochastic depth, last block."})
     num_frames: int | None = field(default=None, metadata={"help": "Length of the embedding of frame positions."})
 
     video: ClassVar[bool] = True
@@ -123,6 +134,7 @@ class AIMConfig(VisualPeftConfig):
         if not 0 < self.ratio <= 1:
             self._fail("ratio", "a number above 0 and at most 1")
         self._require_number("scale")
+        self._require_number("drop_path", 0.0, below=1.0)
         if self.num_frames is not None:
             self._require_integer("num_frames", 1, 10_000)
 
@@ -137,17 +149,20 @@ class AIMConfig(VisualPeftConfig):
         width, r = backbone.width, int(backbone.width * self.ratio)
         if r == 0:
             self._fail("ratio", f"at least 1 / {width}, the backbone's width")
-        temporal = BranchSite("attention", reads="input", drop_path=True, needs_layout=True, attends=True)
+        temporal = BranchSite("attention", reads="input", needs_layout=True, attends=True)
         spatial = BranchSite("attention", reads="output")
-        joint = BranchSite("mlp", reads="normed", drop_path=True)
-
-        def build(frames: int | None, _: nn.Module) -> nn.Module:
-            return Temporal(width, r, frames)
-
+        joint = BranchSite("mlp", reads="normed")
         for block in backbone.blocks:
             frames = self.num_frames if block is backbone.blocks[0] else None
-            # the embedding must not be dropped; blocks that come first have a rate of zero anyway
-            site = temporal if frames is None else replace(temporal, drop_path=False)
-            yield Placement(block.path, "temporal", site, partial(build, frames))
+            rate = self.drop_path * block.index / max(1, backbone.depth - 1)
+            yield Placement(block.path, "temporal", temporal, partial(_temporal, width, r, frames, rate))
             yield Placement(block.path, "spatial", spatial, lambda _: adapter(width, r))
-            yield Placement(block.path, "joint", joint, lambda _: Joint(width, r, self.scale))
+            yield Placement(block.path, "joint", joint, partial(_joint, width, r, self.scale, rate))
+
+
+def _temporal(width: int, r: int, num_frames: int | None, rate: float, _: nn.Module) -> nn.Module:
+    return Temporal(width, r, num_frames, rate)
+
+
+def _joint(width: int, r: int, scale: float, rate: float, _: nn.Module) -> nn.Module:
+    return Joint(width, r, scale, rate)

@@ -72,7 +72,11 @@ class STAdapterConfig(VisualPeftConfig):
     """Config of ST-Adapter, arXiv 2206.13559; for videos, `pixel_values` of (batch, frames, channels, height, width).
 
     Before a sub-layer and its norm, the patches of neighbouring frames are joined by a depthwise convolution between
-    two linears, with no activation. CLS and other prefix tokens are left alone. The head sees the mean over frames.
+    two linears, with no activation. CLS and other prefix tokens are left alone. Behind the last block each token
+    becomes its mean over the frames, which the final norm reads, as in the authors' code; a model whose head reads
+    tokens past that norm gets their mean there. The authors' dropout of 0.5 between final norm and head is not here:
+    nothing is dropped in training.
+
     In the released code the setting of one adapter a block, for Kinetics, has it before the MLP
     (`sublayers="mlp"`), and that of two, for Something-Something, before both. Before the last block's MLP it changes
     patches only after they have met CLS: with a head that reads CLS alone, that one adapter has no effect, there too.
@@ -86,6 +90,7 @@ class STAdapterConfig(VisualPeftConfig):
     sublayers: tuple[str, ...] = field(default=("attention",), metadata={"help": "Before which: attention, mlp."})
 
     video: ClassVar[bool] = True
+    frames_meet_before_norms: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

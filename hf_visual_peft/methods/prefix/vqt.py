@@ -103,7 +103,7 @@ class VQTConfig(VisualPeftConfig):
     windows. Queries have no position: no rotation and no position bias.
 
     Args:
-        num_virtual_tokens: queries a block, 1 in the paper.
+        num_virtual_tokens: queries a block; 1 in the paper and its scripts, 5 where the authors' code is told nothing.
         dropout: probability of dropping a number of a query; 0.1 in the authors' scripts.
         normalize: whether the head reads everything at unit length.
     """

@@ -130,7 +130,9 @@ class SSFConfig(TargetedConfig):
     """Config of scaling and shifting your features (SSF), arXiv 2210.08823.
 
     A scale and a shift after the patch embedding and every norm and linear of the backbone, fused projections
-    counting as one. It folds into the weights. Where the projections have no bias (keys of BEiT), merging gives them
+    counting as one. On timm's models that pool tokens before their last norm (`fc_norm`), they stand behind that norm;
+    the authors' code has them on the tokens before the pooling there and so lets that norm follow, with as many
+    parameters. It folds into the weights. Where the projections have no bias (keys of BEiT), merging gives them
     one.
 
     Args:

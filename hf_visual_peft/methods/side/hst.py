@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...backbone import NORM_ROLES, Block, VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
-from ...sites import NormSite, Placement, Shared, SideSite, Tap, TokenSite
+from ...sites import NormSite, Placement, Shared, SideSite, Tap, TokenSite, drop_path
 from ..specification.difffit import norm_deltas
 
 
@@ -60,7 +60,7 @@ class Stem(nn.Sequential):
 class SideBlock(nn.Module):
     """A block of the side network, pre-norm.
 
-        s <- s + MHA(q = LN1 s, kv = t);  s <- s + f;  s <- s + W_2 GELU(W_1 LN2 s + b_1) + b_2
+        s <- s + DP(MHA(q = LN1 s, kv = t));  s <- s + f;  s <- s + DP(W_2 GELU(W_1 LN2 s + b_1) + b_2)
 
     t are the meta tokens and the mean of f, the features of the backbone; all have the width of s.
 
@@ -68,11 +68,12 @@ class SideBlock(nn.Module):
         dim: that width, a multiple of `num_heads`.
         num_heads: of the attention.
         mlp_ratio: width of the MLP over `dim`.
+        drop_path: rate of the stochastic depth DP.
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.drop_path = num_heads, drop_path
         self.norm1, self.norm2 = nn.LayerNorm(dim, EPS), nn.LayerNorm(dim, EPS)
         self.query, self.key, self.value, self.proj = (nn.Linear(dim, dim) for _ in range(4))
         self.fc1 = nn.Linear(dim, int(mlp_ratio * dim))
@@ -82,8 +83,9 @@ class SideBlock(nn.Module):
         """S (batch, places, dim), t (batch, tokens, dim) and f (batch, places, dim) to the new s."""
         projected = self.query(self.norm1(s)), self.key(tokens), self.value(tokens)
         heads = (each.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for each in projected)
-        s = s + self.proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)) + features
-        return s + self.fc2(F.gelu(self.fc1(self.norm2(s))))
+        attended = self.proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+        s = s + drop_path(attended, self.drop_path, self.training) + features
+        return s + drop_path(self.fc2(F.gelu(self.fc1(self.norm2(s)))), self.drop_path, self.training)
 
 
 class Rung(nn.Module):
@@ -98,6 +100,7 @@ class Rung(nn.Module):
         dim: channels of the maps.
         num_heads: of the attention in the side block.
         mlp_ratio: of the side block.
+        drop_path: of the side block.
         image_channels: of the images that the stem reads; None where there is none.
         enters_from: channels of the maps of the stage before, None where no stage starts.
         stage_ends: whether a norm ends the stage here.
@@ -110,6 +113,7 @@ class Rung(nn.Module):
         dim: int,
         num_heads: int,
         mlp_ratio: float,
+        drop_path: float,
         image_channels: int | None,
         enters_from: int | None,
         stage_ends: bool,
@@ -123,7 +127,7 @@ class Rung(nn.Module):
             self.enter = nn.Conv2d(enters_from, dim, 3, stride=2, padding=1)
         self.enter_norm = None if self.enter is None else nn.LayerNorm(dim)
         self.token_norm = nn.LayerNorm(dim)
-        self.block = SideBlock(dim, num_heads, mlp_ratio)
+        self.block = SideBlock(dim, num_heads, mlp_ratio, drop_path)
         self.norm = nn.LayerNorm(dim, EPS) if stage_ends else None
         self.up = nn.Linear(dim, width) if ends else None
         self.apply(init_weights)
@@ -214,12 +218,17 @@ class HSTConfig(VisualPeftConfig):
         num_heads: heads of their attention, which divide the channels.
         mlp_ratio: width of the MLP of side blocks over that of their maps.
         num_virtual_tokens: meta tokens a block.
+        drop_path: rate of the stochastic depth in the last side block; it rises evenly from 0 in the first. The
+            authors' scripts have 0, 0.1 or 0.2, in the backbone, too.
     """
 
     dims: tuple[int, ...] = field(default=(32, 48, 64, 72), metadata={"help": "Channels of the stages' maps."})
     num_heads: tuple[int, ...] = field(default=(2, 4, 8, 12), metadata={"help": "Heads of the stages' attention."})
     mlp_ratio: float = field(default=4.0, metadata={"help": "Width of the side blocks' MLP over that of their maps."})
     num_virtual_tokens: int = field(default=1, metadata={"help": "Meta tokens a block."})
+    drop_path: float = field(
+        default=0.0, metadata={"help": "Rate of the side network's stochastic depth, at its end."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -234,6 +243,7 @@ class HSTConfig(VisualPeftConfig):
             self._fail("num_heads", f"numbers that divide the dims {self.dims!r}")
         self._require_number("mlp_ratio", 1 / min(self.dims))
         self._require_integer("num_virtual_tokens", 1)
+        self._require_number("drop_path", 0.0, below=1.0)
 
     def trained_numbers(self, name: str, shape: tuple[int, ...]) -> int:
         """None stand behind running statistics."""
@@ -264,6 +274,7 @@ class HSTConfig(VisualPeftConfig):
                 self.dims[stage],
                 self.num_heads[stage],
                 self.mlp_ratio,
+                self.drop_path * index / max(1, len(blocks) - 1),
                 backbone.image_channels if first else None,
                 self.dims[stage - 1] if starts and not first else None,
                 last or stage_of[index + 1] != stage,

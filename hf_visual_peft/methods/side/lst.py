@@ -27,7 +27,7 @@ SAMPLES = 1024  # images of the Fisher information, of the authors' code
 class SideBlock(nn.Module):
     """A transformer block, pre-norm.
 
-        s <- s + MHSA(LN1 s);  s <- s + W_2 GELU(W_1 LN2 s + b_1) + b_2
+        s <- s + D(MHSA(LN1 s));  s <- s + D(W_2 D(GELU(W_1 LN2 s + b_1)) + b_2)
 
     Padding is hidden from all tokens.
 
@@ -35,11 +35,12 @@ class SideBlock(nn.Module):
         width: channels of the stream, a multiple of `num_heads`.
         num_heads: of the attention.
         hidden: channels of the MLP.
+        dropout: probability of the dropouts D, and of one on the attention's weights.
     """
 
-    def __init__(self, width: int, num_heads: int, hidden: int) -> None:
+    def __init__(self, width: int, num_heads: int, hidden: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.dropout = num_heads, nn.Dropout(dropout)
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -51,9 +52,10 @@ class SideBlock(nn.Module):
         """(batch, tokens, width) to the same; `seen` tells which tokens are no padding, (batch or 1, tokens)."""
         query, key, value = self.qkv(self.norm1(s)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         mask = None if seen is None else seen[:, None, None, :]
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        s = s + self.proj(mixed.transpose(1, 2).flatten(2))
-        return s + self.fc2(F.gelu(self.fc1(self.norm2(s))))
+        rate = self.dropout.p if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate)
+        s = s + self.dropout(self.proj(mixed.transpose(1, 2).flatten(2)))
+        return s + self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(self.norm2(s))))))
 
 
 class Rung(nn.Module):
@@ -61,7 +63,8 @@ class Rung(nn.Module):
 
         s <- g s + (1 - g) (W b + c),  g = sigmoid(alpha / T);  s <- SideBlock(s);  at the end W_up LN(s) + c_up
 
-    b is what the block returns. alpha is 0, so g starts at 1/2. Without a gate s <- s + W b + c.
+    b is what the block returns. alpha is 0, so g starts at 1/2. Without a gate s <- s + W b + c. The dropout of the
+    side block also acts on the stream where the ladder starts, and on LN(s) at the end.
 
     Args:
         width: channels of the block's stream.
@@ -102,8 +105,9 @@ class Rung(nn.Module):
         """
         if self.stream is not None:
             self.stream()
-        s = tap.before if s is None else s
-        assert s is not None
+        if s is None:
+            assert tap.before is not None
+            s = self.block.dropout(tap.before)
         assert tap.behind is not None
         if self.enter is not None:
             s = self.enter(s)
@@ -116,7 +120,7 @@ class Rung(nn.Module):
         s = self.block(s, tap.seen)
         if self.up is not None:
             assert self.norm is not None
-            s = self.up(self.norm(s))
+            s = self.up(self.block.dropout(self.norm(s)))
         return s, None
 
 
@@ -157,6 +161,8 @@ class LSTConfig(VisualPeftConfig):
         mlp_ratio: width of the MLP of side blocks over that of their stream.
         gate: whether each block's stream and the side network's are mixed by a gate; else they are added.
         temperature: T of the gates.
+        dropout: probability of dropping a number on its way into the side network, in its sub-layers and behind them,
+            of its attention's weights, and behind its norm. The authors have that of their text model there, 0.1.
         init: first weights of side blocks: `"random"`, `"magnitude"` or `"fisher"`. The latter two are for backbones
             with pre-norm blocks of softmax attention and an MLP without a gate.
     """
@@ -170,6 +176,7 @@ class LSTConfig(VisualPeftConfig):
     )
     gate: bool = field(default=True, metadata={"help": "Mix by gates what blocks return; else add it."})
     temperature: float = field(default=0.1, metadata={"help": "Temperature of the gates."})
+    dropout: float = field(default=0.0, metadata={"help": "Probability of dropping a number of the side network."})
     init: str = field(
         default="random",
         metadata={"help": "First weights of side blocks: 'random', or the backbone's by 'magnitude' or 'fisher'."},
@@ -184,6 +191,7 @@ class LSTConfig(VisualPeftConfig):
             self._require_number(name)
             if getattr(self, name) <= 0:
                 self._fail(name, "a finite number above 0")
+        self._require_number("dropout", 0.0, below=1.0)
         self._require_choice("gate", (True, False))
         if not self.gate:
             self._require_unset("temperature", "with gate False")
@@ -230,7 +238,7 @@ class LSTConfig(VisualPeftConfig):
             self._fail(
                 "init", f"'random' for {type(of_backbone).__name__}: it is quantised, and no part of it can train"
             )
-        block = SideBlock(side_width, num_heads, hidden)
+        block = SideBlock(side_width, num_heads, hidden, self.dropout)
         temperature = self.temperature if self.gate else None
         return Rung(width, block, side_width, temperature, enters_from, ends, self.chooses_from_data)
 
