@@ -46,6 +46,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "recipes")]
 
 from image_data import decode, prepare_data  # noqa: E402
+from image_sources import load_splits  # noqa: E402
 from step_rounds import (  # noqa: E402
     ACTIVATIONS,
     FORWARD,
@@ -333,11 +334,12 @@ def mapped(files: str) -> Iterator[dict[str, Tensor]]:
         **dict.fromkeys(f"{split}_{kind}" for split in ("train", "validation", "test") for kind in ("dir", "split")),
         **dict.fromkeys(("validation_file", "test_file", "dataset_name", "dataset_config_name", "clip_frames")),
         **dict.fromkeys(("image_column_name", "label_column_name", "max_train_samples", "max_eval_samples")),
+        **dict.fromkeys(("cache_dir", "token", "data_token")),
         train_file=files, train_val_split=0, select="last", seed=0, check_images=True, skip_corrupt_images=False,
         dataloader_num_workers=0, train_crop="none", horizontal_flip=0.5,
     )  # fmt: skip
     processor = ViTImageProcessor(size={"height": INPUT_SIDE, "width": INPUT_SIDE})
-    splits, _, _ = prepare_data(args, processor)
+    splits, _, _ = prepare_data(args, processor, load_splits(args))
     return iter(DataLoader(splits["train"], batch_size=BATCH, shuffle=True))  # type: ignore[arg-type]
 
 

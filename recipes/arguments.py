@@ -16,7 +16,8 @@ import yaml
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from cached_features import check_augmentation
-from image_data import CROPS, SPLITS
+from image_data import CROPS
+from image_sources import FORMATS, SPLITS
 from peft import PeftConfig
 from transformers.hf_argparser import string_to_bool
 
@@ -61,11 +62,19 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     add("--dataset_config_name", help="configuration of that data set")
     for split in SPLITS:
         add(f"--{split}_dir", help=f"folder for {split}, with one folder of images a class")
-        add(f"--{split}_file", help=f"parquet, csv or json file for {split}")
+        add(f"--{split}_file", help=f"file for {split}: {', '.join(suffix.lstrip('.') for suffix in FORMATS)}")
         add(f"--{split}_split", help=f"split for {split} ('{split}'), or a slice as 'train[:800]', or none")
+    add("--cache_dir", help="folder for what is downloaded; default: that of each library")
+    add("--token", help="access token for data set and checkpoint on the Hub; default: that of `hf auth login`")
+    add("--data_token", help="access token for the data set, where it is another")
+    add("--trust_remote_code", **switch, help="refused: code from the Hub is never run")
     add("--train_val_split", type=real, help="share of train to validate on where there is no such split (best: 0.15)")
     add("--image_column_name", help="default: the only column of images")
-    add("--label_column_name", help="default: the only column of class labels, else 'label'")
+    add(
+        "--label_column_name",
+        nargs="+",
+        help="default: the only column of class labels, else 'label'; several: columns of 0 and 1, one a class",
+    )
     add("--max_train_samples", type=positive, help="train on that many random samples")
     add("--max_eval_samples", type=positive, help="evaluate each split on that many random samples")
     add("--check_images", **(switch | {"default": True}), help="decode every image once before training")
@@ -196,6 +205,13 @@ def check(args: argparse.Namespace) -> None:
     sources = [name for name in ("dataset_name", "train_dir", "train_file") if getattr(args, name)]
     if len(sources) != 1:
         raise ValueError(f"one of --dataset_name, --train_dir and --train_file is needed, got {len(sources)}")
+    if args.train_split == "none":
+        raise ValueError("--train_split none: training needs samples; name a split, or a slice as train[:800]")
+    if args.trust_remote_code:
+        raise ValueError(
+            "--trust_remote_code: code that comes with a data set or a checkpoint is not run here. Take the data "
+            "set's parquet files (its branch refs/convert/parquet on the Hub), and checkpoints of transformers or timm"
+        )
     for name in ("train_val_split", "horizontal_flip", "crop_scale", "label_smoothing_factor"):
         if (getattr(args, name) or 0) > 1:
             raise ValueError(f"--{name} must be between 0 and 1, got {getattr(args, name)}")
@@ -236,6 +252,6 @@ def data_title(args: argparse.Namespace) -> str:
 
 
 def shown(argv: list[str]) -> str:
-    """The command for the card and the results, without the secret in it."""
-    words = re.sub(r"--hub_token[ =]\S+ ?", "", shlex.join(argv)).strip()
+    """The command for the card and the results, without the secrets in it."""
+    words = re.sub(r"--(hub_|data_)?token[ =]\S+ ?", "", shlex.join(argv)).strip()
     return f"accelerate launch recipes/image_classification.py {words}"

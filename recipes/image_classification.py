@@ -43,6 +43,7 @@ from cached_features import cache_features
 from checkpoints import Checkpoints, Progress, load_trainable, publish, saved_state, trainable_state
 from huggingface_hub import HfApi
 from image_data import load_processor, prepare_data
+from image_sources import load_splits
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -55,7 +56,7 @@ from hf_visual_peft.metrics import Accuracy, MeanPerClassAccuracy, TopKAccuracy
 # flags that may change when a run resumes
 FREE = """config output_dir overwrite_output_dir resume_from_checkpoint checkpointing_steps save_total_limit
     logging_steps report_to push_to_hub hub_model_id hub_private_repo hub_token dataloader_num_workers check_images
-    cache_features"""
+    cache_features cache_dir token data_token"""
 
 
 # --------------------------------------------------------------------------------------------------------- model
@@ -70,7 +71,7 @@ def load_model(args: argparse.Namespace, config: PeftConfig | None, names: list[
             args.model_name_or_path, revision=args.model_revision,
             ignore_mismatched_sizes=args.ignore_mismatched_sizes, num_labels=len(names),
             id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)},
-            dtype=torch.float32, output_loading_info=True,
+            dtype=torch.float32, output_loading_info=True, cache_dir=args.cache_dir, token=args.token,
         )  # fmt: skip
     finally:
         transformers.logging.set_verbosity(verbosity)
@@ -168,7 +169,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     set_seed(args.seed)
     processor = load_processor(args)
     with accelerator.main_process_first():  # the others find what it has cached
-        data, names, skipped = prepare_data(args, processor)
+        splits = load_splits(args)
+    data, names, skipped = prepare_data(args, processor, splits)
     model = load_model(args, config, names)
     if isinstance(config, hf_visual_peft.VisualPeftConfig) and config.chooses_from_data:
         # every process reads the same batches, so that all choose the same; a run that resumes chooses again

@@ -4,51 +4,26 @@ from __future__ import annotations
 
 import argparse
 import math
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
 import transformers
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from image_folders import some, tell
+from labels import class_ids, class_names, class_table, find_label_columns, hold_out, read_labels
 from PIL import Image
+from tqdm.auto import tqdm
 
 
-SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
-SPLITS = ("train", "validation", "test")
 CROPS = {
     "random_resized": "any part of the image, area and shape drawn at random",
     "random": "a square of 7/8 of the shorter side",
     "none": "as in evaluation",
 }
-
-
-def load_splits(args: argparse.Namespace) -> dict[str, datasets.Dataset]:
-    """The splits there are of train, validation and test."""
-    source = (args.dataset_name, args.dataset_config_name)
-    on_disk = args.dataset_name and any((Path(args.dataset_name) / name).exists() for name in SAVED)
-    if args.dataset_name:
-        whole = datasets.load_from_disk(args.dataset_name) if on_disk else datasets.load_dataset(*source)
-        whole = {"train": whole} if isinstance(whole, datasets.Dataset) else whole
-    else:
-        whole = {}
-        for split in SPLITS:  # one at a time: together, folders at different depths would lose their labels
-            if folder := getattr(args, f"{split}_dir"):
-                files = {split: str(Path(folder) / "**")}
-                whole[split] = datasets.load_dataset("imagefolder", data_files=files, split=split)
-            elif file := getattr(args, f"{split}_file"):
-                kind = Path(file).suffix.lstrip(".").replace("jsonl", "json")
-                whole[split] = datasets.load_dataset(kind, data_files={split: file}, split=split)
-    splits = {}
-    for split in SPLITS:
-        name = getattr(args, f"{split}_split")
-        if (name or split) in whole:
-            splits[split] = whole[name or split]
-        elif name and "[" in name and args.dataset_name and not on_disk:
-            splits[split] = datasets.load_dataset(*source, split=name)
-        elif name != "none" and (name or split == "train"):
-            raise ValueError(f"--{split}_split {name or split}: the data set has the splits {', '.join(whole)}.")
-    return splits
 
 
 def find_column(data: datasets.Dataset, flag: str, given: str | None, kind: type, default: str) -> str:
@@ -61,48 +36,22 @@ def find_column(data: datasets.Dataset, flag: str, given: str | None, kind: type
     return name
 
 
-def class_names(data: datasets.Dataset, column: str) -> list[str]:
-    feature = data.features[column]
-    if isinstance(feature, datasets.ClassLabel):
-        return list(feature.names)
-    if not isinstance(feature, datasets.Value) or feature.dtype.startswith(("float", "binary")):
-        raise ValueError(f"--label_column_name {column}: labels must be class names or whole numbers, got {feature}.")
-    return [str(value) for value in sorted(value for value in data.unique(column) if value is not None)]
-
-
-def class_ids(data: datasets.Dataset, split: str, column: str, names: list[str]) -> np.ndarray:
-    """The class of each sample, (N,), as index into the names of the training split."""
-    feature = data.features[column]
-    of_value: dict[Any, int] = {}
-    for value in data.unique(column):
-        known = isinstance(feature, datasets.ClassLabel)
-        if value is None or (known and value < 0):
-            raise ValueError(f"The {split} split has samples without label ({value}). --{split}_split none drops it.")
-        name = feature.names[value] if known else str(value)
-        if name not in names:
-            raise ValueError(f"Class {name!r} of the {split} split is none of the training split's: {names}.")
-        of_value[value] = names.index(name)
-    return np.array([of_value[value] for value in data.select_columns([column])[column][:]])
-
-
-def hold_out(ids: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Part the samples in two, the same share of every class in the second: sample numbers of both."""
-    shuffled = np.random.default_rng(seed).permutation(len(ids))
-    members = [shuffled[ids[shuffled] == label] for label in np.unique(ids)]
-    held = np.sort(np.concatenate([rows[: round(share * len(rows))] for rows in members]))
-    if len(held) in (0, len(ids)):
-        raise ValueError(f"--train_val_split {share} puts {len(held)} of the {len(ids)} samples into validation.")
-    return np.setdiff1d(np.arange(len(ids)), held), held
-
-
 class CorruptImageError(ValueError):
     """An image cannot be decoded; the message names it."""
 
 
 def decode(value: dict[str, Any] | None, where: str) -> Image.Image:
-    """The image of `{"path": ..., "bytes": ...}` in RGB."""
+    """The image of `{"path": ..., "bytes": ...}` in RGB, upright; 16 bits are scaled to 8."""
     try:
-        return datasets.Image().decode_example(value).convert("RGB")
+        image = datasets.Image().decode_example(value)
+        if image.mode == "I" or image.mode.startswith("I;16"):
+            pixels = np.asarray(image)
+            if pixels.min() < 0 or pixels.max() > 65535:
+                raise ValueError(f"32-bit pixels from {pixels.min()} to {pixels.max()}; save them as 8 or 16 bits")
+            image = Image.fromarray((pixels >> 8).astype(np.uint8))
+        elif image.mode == "F":
+            raise ValueError("floating-point pixels, whose black and white nothing tells; save them as 8 or 16 bits")
+        return image.convert("RGB")
     except Exception as error:  # decoders raise anything on a damaged file
         name = (value or {}).get("path") or "an image without file name"
         raise CorruptImageError(f"Cannot decode {name} ({where}): {error}. See --skip_corrupt_images.") from error
@@ -125,12 +74,23 @@ def decode_all(value: Any, where: str) -> None:
         decode(image, where)
 
 
-def is_corrupt(value: Any) -> bool:
-    try:
-        decode_all(value, "")
-    except CorruptImageError:
-        return True
-    return False
+class Verdicts(torch.utils.data.Dataset[str]):
+    """What is wrong with each image, "" where nothing is."""
+
+    def __init__(self, data: datasets.Dataset, numbers: range, split: str) -> None:
+        self.data, self.numbers, self.split = data, numbers, split
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> str:
+        number = self.numbers[index]
+        (value,) = self.data[number].values()
+        try:
+            decode_all(value, f"sample {number} of the {self.split} split")
+        except CorruptImageError as error:
+            return str(error)
+        return ""
 
 
 class Images(torch.utils.data.Dataset[dict[str, Any]]):
@@ -151,8 +111,10 @@ class Images(torch.utils.data.Dataset[dict[str, Any]]):
         return len(self.data)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        (value,) = self.data[index].values()
-        where = f"sample {index} of the {self.split} split"
+        # numbers beyond those of the samples are further looks at them: `BalancedSampler`
+        (value,) = self.data[index % len(self)].values()
+        label = self.ids[index % len(self)]
+        where = f"sample {index % len(self)} of the {self.split} split"
         drawn = (self.args.seed, self.epoch, index)
         if self.args.clip_frames:
             places = np.random.default_rng((*drawn, 1)) if self.split == "train" else None
@@ -165,7 +127,7 @@ class Images(torch.utils.data.Dataset[dict[str, Any]]):
         inputs = self.processor(images=images, return_tensors="pt", **done)
         if not self.args.clip_frames:
             inputs = {name: tensor[0] for name, tensor in inputs.items()}
-        return {**inputs, "labels": int(self.ids[index])}
+        return {**inputs, "labels": torch.from_numpy(label) if self.ids.ndim == 2 else int(label)}
 
     def augment(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         """Crop and flip, in training."""
@@ -203,7 +165,9 @@ def load_processor(args: argparse.Namespace) -> Any:
     """The checkpoint's image processor, for inputs of `--image_size`."""
     own = {"pretrained_model_name_or_path": args.model_name_or_path, "revision": args.model_revision}
     other = {"pretrained_model_name_or_path": args.image_processor_name}
-    processor = transformers.AutoImageProcessor.from_pretrained(**(other if args.image_processor_name else own))
+    access = {"cache_dir": args.cache_dir, "token": args.token}
+    chosen = other if args.image_processor_name else own
+    processor = transformers.AutoImageProcessor.from_pretrained(**chosen, **access)
     if args.image_size is None:
         return processor
     scale = args.image_size / input_size(processor)[1]
@@ -214,39 +178,77 @@ def load_processor(args: argparse.Namespace) -> Any:
 
 
 def usable_rows(data: datasets.Dataset, split: str, args: argparse.Namespace) -> np.ndarray:
-    """Numbers of the samples whose image can be decoded; an error for others unless they may be skipped."""
+    """Numbers of the samples whose image can be decoded; an error for others unless they may be skipped.
+
+    The files are looked at in every run, as they may have changed, and each process looks at a part of them.
+    """
     if not (args.check_images or args.skip_corrupt_images):
         return np.arange(len(data))
-    (column,) = data.column_names
-    workers = args.dataloader_num_workers or None
-    look = data.map(
-        lambda row: {"bad": is_corrupt(row[column])}, remove_columns=[column], num_proc=workers, desc=split
+    state = PartialState()
+    numbers = range(state.process_index, len(data), state.num_processes)
+    loader = torch.utils.data.DataLoader(
+        Verdicts(data, numbers, split), batch_size=None, num_workers=args.dataloader_num_workers
     )
-    bad = np.array(look["bad"][:], dtype=bool)
-    if bad.any() and not args.skip_corrupt_images:
-        first = int(bad.argmax())
-        decode_all(data[first][column], f"sample {first} of the {split} split, {bad.sum()} such images in all")
-    return np.flatnonzero(~bad)
+    bar = tqdm(loader, desc=f"Check {split}", leave=False, disable=not state.is_local_main_process)
+    found = gather_object([(number, fault) for number, fault in zip(numbers, bar, strict=True) if fault])
+    faults = dict(sorted(found))
+    if faults and not args.skip_corrupt_images:
+        first, fault = next(iter(faults.items()))
+        (value,) = data[first].values()
+        decode_all(value, f"sample {first} of the {split} split, {len(faults)} such images in all")
+        raise CorruptImageError(fault)  # the file has changed since
+    if faults:
+        tell(f"{split}: {len(faults)} left out. {' '.join(list(faults.values())[:5])}")
+    return np.setdiff1d(np.arange(len(data)), list(faults))
 
 
-def prepare_data(args: argparse.Namespace, processor: Any) -> tuple[dict[str, Images], list[str], int]:
-    """The samples of each split, the names of the classes, and how many corrupt images were left out."""
-    splits = load_splits(args)
-    encoded = datasets.Image(decode=False)
-    kind, plain = (datasets.List, datasets.List(encoded)) if args.clip_frames else (datasets.Image, encoded)
-    image = find_column(splits["train"], "--image_column_name", args.image_column_name, kind, "image")
-    if args.clip_frames and not isinstance(getattr(splits["train"].features[image], "feature", None), datasets.Image):
+def columns_of(data: datasets.Dataset, args: argparse.Namespace) -> tuple[str, list[str]]:
+    """The column of the images and those of the labels."""
+    kind = datasets.List if args.clip_frames else datasets.Image
+    image = find_column(data, "--image_column_name", args.image_column_name, kind, "image")
+    if args.clip_frames and not isinstance(getattr(data.features[image], "feature", None), datasets.Image):
         raise ValueError(f"--clip_frames: the column {image!r} must hold lists of images.")
-    label = find_column(splits["train"], "--label_column_name", args.label_column_name, datasets.ClassLabel, "label")
+    return image, find_label_columns(data, args.label_column_name)
+
+
+def prepare_data(
+    args: argparse.Namespace, processor: Any, splits: Mapping[str, datasets.Dataset]
+) -> tuple[dict[str, Images], list[str], int]:
+    """The samples of each split, the names of the classes, and how many corrupt images were left out.
+
+    Args:
+        args: of the recipe.
+        processor: image processor of the model.
+        splits: what `load_splits` found; every process calls this at the same time.
+    """
+    splits = dict(splits)
+    encoded = datasets.Image(decode=False)
+    plain = datasets.List(encoded) if args.clip_frames else encoded
+    columns = {"train": columns_of(splits["train"], args)}
     for split, data in splits.items():
-        if missing := {image, label} - set(data.features):
-            raise ValueError(f"The {split} split lacks the column {missing}: it has {', '.join(data.features)}.")
-    names = class_names(splits["train"], label)
-    ids = {split: class_ids(data, split, label, names) for split, data in splits.items()}
+        image, labels = columns["train"]
+        if {image, *labels} <= set(data.features):
+            columns[split] = columns["train"]
+            continue
+        try:  # of another source
+            columns[split] = columns_of(data, argparse.Namespace(**vars(args) | {"label_column_name": None}))
+        except ValueError:
+            missing = ", ".join({image, *labels} - set(data.features))
+            raise ValueError(
+                f"The {split} split lacks the column {missing}: it has {', '.join(data.features)}. --{split}_split "
+                "none leaves it out."
+            ) from None
+    named = {split: read_labels(data, columns[split][1]) for split, data in splits.items()}
+    names = class_names(*named["train"])
+    several = any(isinstance(row, list) for row in named["train"][0])
+    ids = {split: class_ids(rows, split, names, several) for split, (rows, _) in named.items()}
+    if len(names) < 2 - several:
+        raise ValueError(f"The train split has one class, {some(names)}; there is nothing to tell apart.")
     rows = {split: np.arange(len(data)) for split, data in splits.items()}
     share = (0.15 if args.select == "best" else 0) if args.train_val_split is None else args.train_val_split
     if "validation" not in splits and share:
         splits["validation"], ids["validation"] = splits["train"], ids["train"]
+        columns["validation"] = columns["train"]
         rows["train"], rows["validation"] = hold_out(ids["train"], share, args.seed)
     if "validation" not in splits and args.select == "best":
         raise ValueError("--select best needs a validation split, or --train_val_split above 0.")
@@ -255,10 +257,12 @@ def prepare_data(args: argparse.Namespace, processor: Any) -> tuple[dict[str, Im
         kept = rows[split]
         if limit := args.max_train_samples if split == "train" else args.max_eval_samples:
             kept = np.random.default_rng(args.seed).permutation(kept)[:limit]
-        images = data.select_columns([image]).cast_column(image, plain).select(kept)
+        column = columns[split][0]
+        images = data.select_columns([column]).cast_column(column, plain).select(kept)
         good = usable_rows(images, split, args)
         skipped += len(images) - len(good)
         if len(good) == 0:
             raise ValueError(f"The {split} split has no image that can be used.")
         found[split] = Images(images.select(good), ids[split][kept[good]], split, processor, args)
+    tell(class_table({split: images.ids for split, images in found.items()}, names))
     return found, names, skipped

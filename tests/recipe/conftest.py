@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import datasets
 import image_classification
-import image_data
+import image_sources
 import numpy as np
 import pytest
 import torch
@@ -73,7 +73,7 @@ def run(vit, photos, tmp_path):
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         if data is None:
-            data = [word for split in image_data.SPLITS for word in (f"--{split}_dir", str(photos / split))]
+            data = [word for split in image_sources.SPLITS for word in (f"--{split}_dir", str(photos / split))]
         common = ["--num_train_epochs", "2", "--per_device_train_batch_size", "4", "--learning_rate", "0.01"]
         common += ["--output_dir", str(tmp_path / output), *([] if method is None else ["--method", method])]
         words = ["--model_name_or_path", vit, *data, *common, *map(str, flags)]

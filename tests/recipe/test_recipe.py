@@ -10,7 +10,8 @@ from pathlib import Path
 import arguments
 import checkpoints
 import image_classification
-import image_data
+import image_sources
+import labels
 import numpy as np
 import pytest
 import torch
@@ -198,10 +199,10 @@ def test_validation_is_held_out_of_train_where_there_is_none(run, photos, capsys
 
 def test_hold_out_takes_the_same_share_of_each_class():
     ids = np.repeat([0, 1, 2], [40, 20, 100])
-    kept, held = image_data.hold_out(ids, 0.15, seed=1)
+    kept, held = labels.hold_out(ids, 0.15, seed=1)
     assert sorted([*kept, *held]) == list(range(160))
     assert np.bincount(ids[held]).tolist() == [6, 3, 15]
-    assert not np.array_equal(held, image_data.hold_out(ids, 0.15, seed=2)[1])
+    assert not np.array_equal(held, labels.hold_out(ids, 0.15, seed=2)[1])
 
 
 @pytest.mark.parametrize(
@@ -236,7 +237,7 @@ def test_bad_flags_end_before_anything_is_loaded(run, capsys, monkeypatch, flags
 def test_launched(launch, processes, vit, photos, tmp_path):
     """On two processes the figures are those of all test images, each once, as one process finds them."""
     output = tmp_path / "out"
-    data = [word for split in image_data.SPLITS for word in (f"--{split}_dir", str(photos / split))]
+    data = [word for split in image_sources.SPLITS for word in (f"--{split}_dir", str(photos / split))]
     flags = "--method convpass --num_train_epochs 2 --per_device_train_batch_size 4 --per_device_eval_batch_size 2"
     script = [str(RECIPES / "image_classification.py"), "--model_name_or_path", vit, *data, *flags.split()]
     done = subprocess.run(

@@ -1,0 +1,286 @@
+"""Labels for the recipes: classes by name, one a sample or several, held-out samples, weights and balanced draws."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from image_folders import some
+from torch import Tensor
+
+
+FLAG = "--label_column_name"
+BITS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
+Rows = list[Any]  # the class of each sample by name, or a list of its classes; None where there is no label
+
+
+def clean(value: Any) -> str | None:
+    """The name of a class; None where there is none."""
+    if value is None or value != value:  # the latter: not a number
+        return None
+    return unicodedata.normalize("NFC", str(value)).strip() or None
+
+
+def find_label_columns(data: datasets.Dataset, given: Sequence[str] | None) -> list[str]:
+    """The columns that were named, else the only one of class labels, else the one with a usual name."""
+    kinds = {name: getattr(feature, "feature", feature) for name, feature in data.features.items()}
+    of_kind = [name for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
+    usual = [name for name in ("label", "labels", "cls") if name in kinds]  # the last one: in tar files
+    found = list(given) if given else (of_kind if len(of_kind) == 1 else (usual or ["label"])[:1])
+    if missing := [name for name in found if name not in kinds]:
+        columns = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in data.features.items())
+        raise ValueError(f"The data set has no label column {missing[0]!r}: choose by {FLAG} among {columns}.")
+    return found
+
+
+def read_labels(data: datasets.Dataset, columns: Sequence[str]) -> tuple[Rows, list[str] | None]:
+    """The classes of each sample, and the names of all classes where the data set says them.
+
+    Args:
+        data: any split.
+        columns: one that holds a class or a list of classes, or one for each class that holds 0 or 1.
+
+    Returns:
+        Texts where a sample has one class, lists of texts where it may have several.
+    """
+    values = [data.select_columns([column]).with_format(None)[column][:] for column in columns]
+    if len(columns) > 1:
+        return from_bits(list(zip(*values, strict=True)), list(columns), ", ".join(columns)), list(columns)
+    feature, (rows,) = data.features[columns[0]], values
+    inner = getattr(feature, "feature", feature)  # of a list
+    several = inner is not feature
+    floats = isinstance(inner, datasets.Value) and inner.dtype.startswith(("float", "double"))
+    if several and are_bits(rows, getattr(feature, "length", -1), floats, inner):
+        names = [str(number) for number in range(max((len(row) for row in rows if row is not None), default=0))]
+        return from_bits(rows, names, columns[0]), names
+    label = isinstance(inner, datasets.ClassLabel)
+    if not label and (not isinstance(inner, datasets.Value) or floats or inner.dtype.startswith("binary")):
+        missing = sum(value is None or value != value for value in rows)
+        more = f"; {missing} values are missing" if missing else ""
+        raise ValueError(f"{FLAG} {columns[0]}: labels must be class names or whole numbers, got {feature}{more}.")
+
+    def name_of(value: Any) -> str | None:
+        if not label:
+            return clean(value)
+        return clean(inner.names[value]) if value is not None and value >= 0 else None
+
+    flat = {value for row in rows if row is not None for value in row} if several else set(rows)
+    known = {value: name_of(value) for value in flat}
+    declared = list(dict.fromkeys(filter(None, map(clean, inner.names)))) if label else None
+    if not several:
+        return [known[value] for value in rows], declared
+    named = [None if row is None else [known[value] for value in row] for row in rows]
+    return [None if row is None or None in row else row for row in named], declared
+
+
+def are_bits(rows: list[Any], length: int, floats: bool, inner: Any) -> bool:
+    """Whether lists hold 0 or 1 for each class, and not the numbers of classes, which no list holds twice."""
+    rows = [row for row in rows if row is not None]
+    if isinstance(inner, datasets.ClassLabel) or not rows or not rows[0] or len({len(row) for row in rows}) > 1:
+        return False
+    if not all(not isinstance(value, str) and value in (0, 1) for row in rows for value in row):
+        return False
+    return floats or inner.dtype == "bool" or length > 1 or any(len(set(row)) < len(row) for row in rows)
+
+
+def from_bits(rows: list[Any], names: list[str], column: str) -> Rows:
+    found: Rows = []
+    for number, row in enumerate(rows):
+        if row is None or any(clean(value) is None for value in row):
+            found.append(None)
+            continue
+        for value in row:
+            if str(value).strip().lower() not in BITS:
+                raise ValueError(
+                    f"{FLAG} {column}: sample {number} has {value!r}; columns for single classes hold 0 or 1."
+                )
+        found.append([name for name, value in zip(names, row, strict=True) if BITS[str(value).strip().lower()]])
+    return found
+
+
+def class_names(rows: Rows, declared: list[str] | None) -> list[str]:
+    """The names of the classes: as the data set says them, else those there are, numbers in their order."""
+    if declared is not None:
+        return declared
+    names = {name for row in rows for name in (row if isinstance(row, list) else [row]) if name is not None}
+    numbers = all(name.lstrip("-").isdecimal() for name in names)
+    return sorted(names, key=(lambda name: (int(name), name)) if numbers else None)
+
+
+def class_ids(rows: Rows, split: str, names: list[str], several: bool) -> np.ndarray:
+    """The class of each sample as index into `names`, (N,), or 0 and 1 for each sample and class, (N, classes)."""
+    missing = [number for number, row in enumerate(rows) if row is None]
+    if missing:
+        way = "Label them or take them out" if split == "train" else f"--{split}_split none leaves the split out"
+        shown = some([str(number) for number in missing])
+        raise ValueError(f"The {split} split has {len(missing)} samples without label, of number {shown}. {way}.")
+    if any(isinstance(row, list) != several for row in rows):
+        kinds = ("lists of classes", "one class a sample")
+        raise ValueError(f"The labels of train are {kinds[not several]}, those of {split} {kinds[several]}.")
+    place = {name: number for number, name in enumerate(names)}
+    for number, row in enumerate(rows):
+        for name in row if several else [row]:
+            if name not in place:
+                raise ValueError(
+                    f"Class {name!r} of the {split} split is none of the training split's: "
+                    f"{names if len(names) <= 20 else some(names, 20)} (sample {number})."
+                )
+    if not several:
+        return np.array([place[row] for row in rows], dtype=np.int64)
+    ids = np.zeros((len(rows), len(names)), dtype=np.float32)
+    for number, row in enumerate(rows):
+        ids[number, [place[name] for name in row]] = 1
+    return ids
+
+
+def counts_of(ids: np.ndarray, classes: int) -> np.ndarray:
+    """How many samples each class has, (classes,)."""
+    return ids.sum(0).astype(np.int64) if ids.ndim == 2 else np.bincount(ids, minlength=classes)
+
+
+def hold_out(ids: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Part the samples in two, the same share of every class in the second: sample numbers of both.
+
+    A class with two samples or more has one in either part at least. Of samples with several classes, the rarest one
+    counts.
+    """
+    if ids.ndim == 2:
+        rarity = np.where(ids > 0, ids.sum(0), np.inf)
+        ids = np.where(ids.any(1), rarity.argmin(1), ids.shape[1])
+    shuffled = np.random.default_rng(seed).permutation(len(ids))
+    members = [shuffled[ids[shuffled] == label] for label in np.unique(ids)]
+    sizes = [min(max(round(share * len(rows)), 1), len(rows) - 1) for rows in members]
+    held = np.sort(np.concatenate([rows[:size] for rows, size in zip(members, sizes, strict=True)]))
+    if len(held) == 0 or share >= 1:
+        count = len(ids) if share >= 1 else 0
+        raise ValueError(f"--train_val_split {share} puts {count} of the {len(ids)} samples into validation.")
+    return np.setdiff1d(np.arange(len(ids)), held), held
+
+
+def class_table(ids: Mapping[str, np.ndarray], names: list[str], most: int = 30) -> str:
+    """Names of the classes and how many samples each split has of them; of very many, some."""
+    counts = {split: counts_of(split_ids, len(names)) for split, split_ids in ids.items()}
+    width = max(map(len, [*names[:most], "class"]))
+    lines = [f"{'class':{width}}" + "".join(f"{split:>12}" for split in ids)]
+    lines += [
+        f"{name:{width}}" + "".join(f"{of_split[number]:>12,}" for of_split in counts.values())
+        for number, name in enumerate(names[:most])
+    ]
+    if len(names) > most:
+        train = counts["train"]
+        least, most_of = names[int(train.argmin())], names[int(train.argmax())]
+        lines.append(
+            f"and {len(names) - most} more classes; in train, {least} has fewest ({train.min():,}) and {most_of} most "
+            f"({train.max():,})"
+        )
+    for split, of_split in counts.items():
+        absent = [name for name, count in zip(names, of_split, strict=True) if not count]
+        if absent:
+            lines.append(f"{split} has no sample of {some(absent)}.")
+    return "\n".join(lines)
+
+
+def class_weights(given: Sequence[str] | None, ids: np.ndarray, names: list[str]) -> Tensor | None:
+    """The weights of the classes, (classes,), or None.
+
+    `balanced`: where a sample has one class, the inverse of its share, so that all classes weigh the same and the
+    samples 1 on average; where it may have several, how many samples lack a class for each that has it.
+    """
+    if not given:
+        return None
+    if list(given) == ["balanced"]:
+        counts = counts_of(ids, len(names)).astype(float)
+        there = np.maximum(counts, 1)
+        if ids.ndim == 2:
+            weights = np.where((counts > 0) & (counts < len(ids)), (len(ids) - counts) / there, 1)
+        else:
+            weights = np.where(counts > 0, len(ids) / (there * (counts > 0).sum()), 0)
+        return torch.tensor(weights, dtype=torch.float32)
+    weights = np.ones(len(names))
+    for text in given:
+        name, _, number = text.rpartition("=")
+        if name not in names:
+            close = get_close_matches(name or text, names) or names
+            raise ValueError(f"--class_weights {text}: write balanced, or CLASS=NUMBER with a class as {some(close)}.")
+        try:
+            weights[names.index(name)] = float(number)
+        except ValueError:
+            raise ValueError(f"--class_weights {text}: {number!r} is no number.") from None
+    if not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
+        raise ValueError(f"--class_weights {' '.join(given)}: weights must be 0 or greater, and one above 0.")
+    return torch.tensor(weights, dtype=torch.float32)
+
+
+class Loss:
+    """Cross entropy, or binary cross entropy where samples may have several classes.
+
+    Args:
+        weights: of the classes, in training only. A sample counts as much as its class; where it may have several,
+            each of its classes counts as much more than those that it lacks.
+        several: whether samples may have several classes.
+        smoothing: of the labels in training, where samples have one class.
+    """
+
+    def __init__(self, weights: Tensor | None = None, *, several: bool = False, smoothing: float = 0.0) -> None:
+        self.weights, self.several, self.smoothing = weights, several, smoothing
+
+    def samples(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of each sample, (N,), without weights and smoothing."""
+        if self.several:
+            return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The mean over samples for training.
+
+        Weights do not divide it, as torch's would: a batch is then the mean of its parts, on any number of processes.
+        """
+        weights = None if self.weights is None else self.weights.to(logits.device)
+        if self.several:
+            return F.binary_cross_entropy_with_logits(logits, labels, pos_weight=weights)
+        if weights is None:
+            return F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
+        losses = F.cross_entropy(logits, labels, label_smoothing=self.smoothing, reduction="none")
+        of_sample = labels @ weights if labels.ndim == 2 else weights[labels]  # the former: mixed labels
+        return (losses * of_sample).mean()
+
+
+class BalancedSampler(torch.utils.data.Sampler[int]):
+    """As many draws an epoch as there are samples, of each class as many on average, with replacement.
+
+    They follow from seed and epoch alone: every process draws the same, and so does a resumed run. A sample that comes
+    again within an epoch has its number plus the number of samples, so that it gets another augmentation.
+
+    Args:
+        ids: the class of each sample, (N,).
+        seed: of the draws.
+        again: whether numbers beyond N tell such samples.
+    """
+
+    def __init__(self, ids: np.ndarray, seed: int, *, again: bool = True) -> None:
+        self.order = np.argsort(ids, kind="stable")
+        self.classes, self.first, self.counts = np.unique(ids[self.order], return_index=True, return_counts=True)
+        self.seed, self.again, self.epoch = seed, again, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw for another epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng((self.seed, self.epoch, 2))
+        chosen = rng.integers(len(self.classes), size=len(self))
+        drawn = self.order[self.first[chosen] + (rng.random(len(self)) * self.counts[chosen]).astype(np.int64)]
+        times: dict[int, int] = {}
+        for number in drawn.tolist():
+            yield number + len(self) * times.get(number, 0)
+            if self.again:
+                times[number] = times.get(number, 0) + 1
