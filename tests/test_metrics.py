@@ -99,11 +99,19 @@ def test_evaluate_loads_each_folder_without_network():
         assert isinstance(metric, evaluate.Metric)
         found |= metric.compute(predictions=scores, references=[1, 2, 1])
     assert found == pytest.approx({"accuracy": 2 / 3, "top_2_accuracy": 1, "mean_per_class_accuracy": 0.5})
+    for name in ("mean_average_precision", "multilabel_f1"):
+        assert evaluate.load(str(FOLDER / name)).compute(predictions=[[2.0, -1.0]], references=[[1, 0]])
 
 
 def test_every_metric_folder_is_exported():
     folders = {path.name for path in FOLDER.iterdir() if (path / f"{path.name}.py").exists()}
-    assert folders == {"accuracy", "top_k_accuracy", "mean_per_class_accuracy"}
+    assert folders == {
+        "accuracy",
+        "top_k_accuracy",
+        "mean_per_class_accuracy",
+        "mean_average_precision",
+        "multilabel_f1",
+    }
     assert len(hf_visual_peft.metrics.__all__) == len(folders)
 
 

@@ -48,6 +48,34 @@ def ranked_classes(scores: Any, k: int) -> np.ndarray:
     return np.argsort(-array, axis=1, kind="stable")[:, :k].astype(np.int64)
 
 
+def scores(predictions: Any) -> np.ndarray:
+    """Scores, (N, classes) float32.
+
+    Raises:
+        ValueError: another shape, or NaN.
+    """
+    array = _array("predictions", predictions)
+    if array.ndim != 2:
+        raise ValueError(f"predictions must be scores of shape (N, classes), got shape {array.shape}.")
+    if np.isnan(array).any():
+        raise ValueError("predictions hold NaN: the model has diverged or was fed with NaN.")
+    return array.astype(np.float32)
+
+
+def indicators(references: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Which classes each sample has, (N, classes) int64 of 0 and 1.
+
+    Raises:
+        ValueError: another shape than `shape`, that of the scores, or other values.
+    """
+    array = _array("references", references)
+    if array.shape != shape:
+        raise ValueError(f"references must be 0 or 1 of the shape of predictions, {shape}, got shape {array.shape}.")
+    if not np.isin(array, (0, 1)).all():
+        raise ValueError("references must be 0 or 1: whether a sample has a class.")
+    return array.astype(np.int64)
+
+
 def labels(references: Any) -> np.ndarray:
     """The true classes, (N,) int64.
 

@@ -1,0 +1,1 @@
+"""F1 of samples with several classes."""
