@@ -35,6 +35,7 @@ class Family:
     inputs: Callable[[int], dict[str, Tensor]]
     prefix: int
     patches: int = (SIZE // PATCH) ** 2
+    before_norms: bool = False  # where frames of videos meet in models that are not adapted
 
     def model(self) -> nn.Module:
         """With its head where the family has one; the same weights every time."""
@@ -184,30 +185,33 @@ FAMILIES = {
 }
 
 
-def video(family: Family, frames: int = 2) -> Family:
-    """The family fed with videos."""
+def video(family: Family, method: Any, frames: int = 2) -> Family:
+    """The family fed with videos; their frames meet where those of the method do."""
 
     def clips(batch: int) -> dict[str, Tensor]:
         inputs = family.inputs(batch * frames)
         return inputs | {"pixel_values": inputs["pixel_values"].unflatten(0, (batch, frames))}
 
-    return replace(family, inputs=clips)
+    return replace(family, inputs=clips, before_norms=method.config_cls.frames_meet_before_norms)
 
 
 def takes_videos(model: nn.Module) -> bool:
     return any(isinstance(m, VisualTunerLayer) and m.exchange.frame_handles for m in model.modules())
 
 
-def call(model: nn.Module, inputs: dict[str, Tensor], **kwargs) -> Any:
-    """The model's output; one for images gets the frames of videos, and its heads the mean over them."""
+def call(model: nn.Module, inputs: dict[str, Tensor], before_norms: bool = False, **kwargs) -> Any:
+    """The model's output; one for images gets the frames of videos, and its heads, or norms, the mean over them."""
     pixels = inputs["pixel_values"]
     if pixels.ndim < 5 or takes_videos(model):
         return model(**inputs, **kwargs)
 
     def mean_over_frames(module: nn.Module, args: tuple) -> tuple:
-        return (args[0].unflatten(0, pixels.shape[:2]).mean(dim=1), *args[1:])
+        whole = len(args[0]) == pixels.shape[0] * pixels.shape[1]
+        return (args[0].unflatten(0, pixels.shape[:2]).mean(dim=1), *args[1:]) if whole else args
 
-    heads = [model.get_submodule(path) for path in find_backbone(model).heads]
+    backbone = find_backbone(model)
+    norms = backbone.final_norms if before_norms and backbone.heads else ()
+    heads = [model.get_submodule(path) for path in (*norms, *backbone.heads)]
     handles = [head.register_forward_pre_hook(mean_over_frames) for head in heads]
     try:
         return model(**inputs | {"pixel_values": pixels.flatten(0, 1)}, **kwargs)
@@ -216,7 +220,7 @@ def call(model: nn.Module, inputs: dict[str, Tensor], **kwargs) -> Any:
             handle.remove()
 
 
-def output_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+def output_of(model: nn.Module, inputs: dict[str, Tensor], before_norms: bool = False) -> Tensor:
     """Logits, or the last hidden state where there is no head."""
-    out = call(model, inputs)
+    out = call(model, inputs, before_norms)
     return out.logits if getattr(out, "logits", None) is not None else out.last_hidden_state

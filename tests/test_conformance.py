@@ -70,7 +70,7 @@ def _pairs(families, adds_layers=False, others=(), on_others=OF_EACH_KIND):
     """Every variant of every method on some families, and the first variant of some methods on others."""
     first = {method.name: fields for method, fields, _ in reversed(VARIANTS)}
     return [
-        pytest.param(method, fields, video(family) if method.video else family, id=f"{name}-{family.name}")
+        pytest.param(method, fields, video(family, method) if method.video else family, id=f"{name}-{family.name}")
         for method, fields, name in VARIANTS
         if not (adds_layers and method.whole_modules)
         for family in (*families, *(others if method.name in on_others and fields == first[method.name] else ()))
@@ -118,7 +118,7 @@ def fresh(method, fields, family, base=None, **kwargs):
 
 @torch.no_grad()
 def run(model, family, batch=2):
-    return output_of(model, family.inputs(batch))
+    return output_of(model, family.inputs(batch), family.before_norms)
 
 
 def assert_close(a, b):

@@ -33,7 +33,7 @@ def base_logits(family, model):
 
 @over(VARIANTS)
 def test_adapted_models_are_exported(method, fields, tmp_path):
-    family = video(VIT) if method.video else VIT
+    family = video(VIT, method) if method.video else VIT
     model = adapted(method, fields, family)
     program = exported(model, family.inputs(2))
     torch.export.save(program, tmp_path / "model.pt2")

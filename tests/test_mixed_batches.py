@@ -264,7 +264,7 @@ def test_not_with_merged_adapters(name):
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.video])
 def test_not_for_videos(name):
-    family = video(FAMILIES["vit"])
+    family = video(FAMILIES["vit"], METHODS[name])
     model = two_adapters(family.model(), config(name), config(name))
     with pytest.raises(ValueError, match="adapter_names: methods for videos"):
         model(**family.inputs(2), adapter_names=["cats", BASE])

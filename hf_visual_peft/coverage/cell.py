@@ -134,6 +134,7 @@ class _Subject:
         self.tiny = tiny
         self.batch = batch
         self.makes_videos = method.video and not tiny.video
+        self.before_norms = isinstance(method, Method) and bool(method.config_cls.frames_meet_before_norms)  # type: ignore[attr-defined]
 
     def arguments(self, size: Size | None) -> dict[str, Any]:
         if not self.makes_videos:
@@ -157,21 +158,25 @@ class _Subject:
 
     @torch.no_grad()
     def outputs_of_base(self, base: nn.Module, size: Size | None = None) -> list[Tensor]:
-        """What the base model makes of images, or of videos whose frames its heads see averaged."""
+        """What the base model makes of images, or of videos whose frames its heads, or norms, see averaged."""
         arguments = self.arguments(size)
         if not self.makes_videos or "pixel_values" not in arguments:
             return tensors_of(self.tiny.call(base, arguments))
         arguments["pixel_values"] = arguments["pixel_values"].flatten(0, 1)
-        with _mean_over_frames(base, self.batch):
+        with _mean_over_frames(base, self.batch, self.before_norms):
             return tensors_of(self.tiny.call(base, arguments))
 
 
 @contextmanager
-def _mean_over_frames(base: nn.Module, batch: int) -> Iterator[None]:
+def _mean_over_frames(base: nn.Module, batch: int, before_norms: bool) -> Iterator[None]:
     def mean(module: nn.Module, args: tuple) -> tuple:
+        if len(args[0]) == batch:
+            return args
         return (args[0].unflatten(0, (batch, FRAMES)).mean(dim=1), *args[1:])
 
-    handles = [base.get_submodule(path).register_forward_pre_hook(mean) for path in find_backbone(base).heads]
+    backbone = find_backbone(base)
+    paths = (*(backbone.final_norms if before_norms and backbone.heads else ()), *backbone.heads)
+    handles = [base.get_submodule(path).register_forward_pre_hook(mean) for path in paths]
     try:
         yield
     finally:

@@ -118,6 +118,5 @@ class BiLoRAConfig(TargetedConfig):
 
     def _at(self, path: str) -> Placement:
         gated = self.target_modules is not None
-        fields = {"r": self.r, "bits": self.bits, "scale": self.scale, "dropout": self.dropout}
-        build = partial(BiLoRA, **fields, gated=gated)
+        build = partial(BiLoRA, r=self.r, bits=self.bits, scale=self.scale, dropout=self.dropout, gated=gated)
         return Placement(path, "update", LinearSite(), build)
