@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+PROCESSOR_NAME = "preprocessor_config.json"
 IMPORT_LINE = "import hf_visual_peft"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 # What transformers' class names end in.
@@ -57,6 +58,7 @@ class Run:
     pipeline_tag: str | None = None
     tags: Sequence[str] = ()
     labels: Sequence[str] = ()
+    interpolate_pos_encoding: bool = False
 
     def __post_init__(self) -> None:
         for name, value in self.metrics.items():
@@ -78,6 +80,10 @@ class SavedAdapter:
         head_parameters: number of values in the modules that `modules_to_save` names.
         num_bytes: size of the safetensors file.
         num_labels: outputs of the saved classification head, where there is one that is a single linear.
+        labels: the names of the classes that travel with the adapter.
+        unnamed: whether these are the numbered ones that transformers makes up.
+        several: whether an image may have several of them.
+        processor: whether the image processor lies beside the adapter.
     """
 
     base_class: str | None = None
@@ -86,6 +92,10 @@ class SavedAdapter:
     head_parameters: int = 0
     num_bytes: int = 0
     num_labels: int | None = None
+    labels: Sequence[str] = ()
+    unnamed: bool = False
+    several: bool = False
+    processor: bool = False
 
     @classmethod
     def read(cls, folder: str | Path, config: PeftConfig) -> SavedAdapter:
@@ -97,12 +107,16 @@ class SavedAdapter:
         from safetensors import SafetensorError, safe_open
 
         from .config import VisualPeftConfig
+        from .labels import Labels
 
-        facts: dict[str, Any] = {}
+        facts: dict[str, Any] = {"processor": Path(folder, PROCESSOR_NAME).is_file()}
         saved = Path(folder, CONFIG_NAME)
         if saved.is_file():
             mapping = json.loads(saved.read_text(encoding="utf-8")).get("auto_mapping") or {}
             facts |= {"base_class": mapping.get("base_model_class"), "base_module": mapping.get("parent_library", "")}
+            if labels := Labels.of_mapping(mapping):
+                facts |= {"labels": labels.names, "unnamed": labels.made_up}
+                facts |= {"several": labels.problem_type == "multi_label_classification"}
         weights = Path(folder, WEIGHTS_NAME)
         if weights.is_file():
             try:
@@ -149,7 +163,7 @@ def build_card(
             or a base model that is only in one, the snippet has a placeholder.
     """
     saved, run = saved or SavedAdapter(), run or Run()
-    method = _method(config)
+    method, labels = _method(config), run.labels or (() if saved.unnamed else saved.labels)
     base = run.base_model or config.base_model_name_or_path or None
     base_id = run.base_model or (base if is_hub_id(base) else None)
     tag = run.pipeline_tag or saved.pipeline_tag
@@ -188,11 +202,11 @@ def build_card(
         template_path=str(TEMPLATE),
         title=title,
         summary=_summary(name, base, base_id, ours=method is not None),
-        usage=_usage(config, saved, tag, base_id or (base and f"path/to/{Path(base).name}"), adapter),
+        usage=_usage(config, saved, run, tag, base_id or (base and f"path/to/{Path(base).name}"), adapter),
         facts=[(key, value.replace("|", "\\|")) for key, value in _facts(config, saved, method)],
         results=results,
         command=_fenced(run.command, "bash") if run.command else None,
-        labels=run.labels if len(run.labels) <= MAX_LISTED_LABELS else (),
+        labels=labels if len(labels) <= MAX_LISTED_LABELS else (),
         versions=_versions(),
     )
     card.text = f"{card.text.rstrip()}\n\n{_seal(card.text)}\n"
@@ -266,8 +280,10 @@ def _summary(name: str, base: str | None, base_id: str | None, *, ours: bool) ->
     )
 
 
-def _usage(config: PeftConfig, saved: SavedAdapter, tag: str | None, base: str | None, adapter: str | None) -> str:
-    """The section that tells how to load the adapter, with a snippet that runs."""
+def _usage(
+    config: PeftConfig, saved: SavedAdapter, run: Run, tag: str | None, base: str | None, adapter: str | None
+) -> str:
+    """The section that tells how to load the adapter, with a snippet that does what was evaluated."""
     method = _method(config)
     snippet = ["from peft import PeftModel"]
     text = []
@@ -278,32 +294,58 @@ def _usage(config: PeftConfig, saved: SavedAdapter, tag: str | None, base: str |
             f"what {method.peft_type} is. Without it loading ends in `KeyError: '{method.peft_type}'`.",
             "",
         ]
-    load = f"model = PeftModel.from_pretrained(base, {json.dumps(adapter or 'path/to/this/adapter')}).eval()"
+    where = json.dumps(adapter or "path/to/this/adapter")
+    load = f"model = PeftModel.from_pretrained(base, {where}).eval()"
     if not base or not saved.base_module.startswith("transformers."):
         whole = f"{saved.base_module}.{saved.base_class}" if saved.base_class else "model"
         snippet += ["", f"base = ...  # the {whole} that the adapter was trained on", load]
         return "\n".join(["## Use", "", *text, _fenced("\n".join(snippet), "python")])
 
-    options = f", revision={json.dumps(config.revision)}" if config.revision else ""
-    processor = f"processor = AutoImageProcessor.from_pretrained({json.dumps(base)}{options})"
+    names, options = [], f", revision={json.dumps(config.revision)}" if config.revision else ""
+    origin = where if saved.processor else f"{json.dumps(base)}{options}"
     classify = tag == "image-classification"
-    if classify and saved.num_labels:  # the head comes with the adapter; the checkpoint's may be of another size
+    if classify and saved.labels and method is None:  # peft alone does not read the names of the classes
+        snippet = ["from peft import PeftConfig, PeftModel"]
+        names = [
+            f'names = PeftConfig.from_pretrained({where}).auto_mapping["id2label"]',
+            'labels = {"id2label": {int(i): n for i, n in names.items()}, '
+            '"label2id": {n: int(i) for i, n in names.items()}}',
+        ]
+        options += ", **labels, ignore_mismatched_sizes=True"
+    elif classify and saved.num_labels and not saved.labels:
         options += f", num_labels={saved.num_labels}, ignore_mismatched_sizes=True"
     snippet = [
         "import torch",
-        "from PIL import Image",
+        *snippet[:1],
         f"from transformers import AutoImageProcessor, {saved.base_class}",
-        *snippet,
+        "from transformers.image_utils import load_image",
+        *snippet[1:],
         "",
+        *names,
         f"base = {saved.base_class}.from_pretrained({json.dumps(base)}{options})",
         load,
-        processor,
-        'inputs = processor(Image.open("image.jpg").convert("RGB"), return_tensors="pt")',
+        f"processor = AutoImageProcessor.from_pretrained({origin})",
+        *_inputs(config),
         "with torch.no_grad():",
-        "    logits = model(**inputs).logits" if classify else "    outputs = model(**inputs)",
-        *(["print(logits.softmax(-1))"] if classify else []),
+        f"    outputs = model(**inputs{', interpolate_pos_encoding=True' if run.interpolate_pos_encoding else ''})",
     ]
+    if classify:
+        scores = "sigmoid()" if saved.several else "softmax(-1)"
+        snippet += [
+            f"scores = outputs.logits[0].{scores}.tolist()",
+            "print({model.config.id2label[i]: score for i, score in enumerate(scores)})",
+        ]
     return "\n".join(["## Use", "", *text, _fenced("\n".join(snippet), "python")])
+
+
+def _inputs(config: PeftConfig) -> list[str]:
+    """How the snippet reads an image, upright and in RGB, or the frames of a video."""
+    if getattr(config, "video", False):
+        return [
+            'frames = [load_image(f"{number}.jpg") for number in range(8)]  # of one video, in order',
+            'inputs = {"pixel_values": processor(frames, return_tensors="pt")["pixel_values"][None]}',
+        ]
+    return ['inputs = processor(load_image("image.jpg"), return_tensors="pt")']
 
 
 def _facts(config: PeftConfig, saved: SavedAdapter, method: Method | None) -> list[tuple[str, str]]:

@@ -19,6 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from .card import (
     CONFIG_NAME,
     IMPORT_LINE,
+    PROCESSOR_NAME,
     WEIGHTS_NAME,
     Run,
     SavedAdapter,
@@ -54,6 +55,8 @@ def push(
     license: str | None = None,
     pipeline_tag: str | None = None,
     tags: Sequence[str] = (),
+    processor: Any = None,
+    interpolate_pos_encoding: bool = False,
 ) -> CommitInfo:
     """Upload one adapter with its card: `adapter_model.safetensors`, `adapter_config.json`, `README.md`, one commit.
 
@@ -82,6 +85,9 @@ def push(
         license: license id of the Hub, e.g. `"apache-2.0"`.
         pipeline_tag: task; by default told by the class of the base model.
         tags: further tags.
+        processor: image processor that its results were measured with; it goes up beside the adapter, and the card
+            loads it. Without, the card loads that of the base model.
+        interpolate_pos_encoding: whether they were measured with that argument of the model.
 
     Returns:
         What `HfApi.create_commit` returns, `oid` and `commit_url` among others.
@@ -113,7 +119,7 @@ def push(
         license=license,
         pipeline_tag=pipeline_tag,
         tags=tags,
-        labels=_label_names(model),
+        interpolate_pos_encoding=interpolate_pos_encoding,
     )
     config = model.peft_config[adapter_name]
     record(model, adapter_name)
@@ -121,9 +127,12 @@ def push(
     with tempfile.TemporaryDirectory() as scratch:
         model.save_pretrained(scratch, selected_adapters=[adapter_name])
         folder = Path(scratch) if adapter_name == "default" else Path(scratch, adapter_name)
+        if processor is not None:
+            processor.save_pretrained(folder)
         if base_model is not None:
             _set_base_model(folder / CONFIG_NAME, base_model)
         elif not is_hub_id(config.base_model_name_or_path):
+            _set_base_model(folder / CONFIG_NAME, Path(config.base_model_name_or_path or "").name or None)
             warnings.warn(
                 f"The base model {config.base_model_name_or_path!r} is no model of the Hub: others cannot load what "
                 "you upload. Say base_model='user/name' if it is there under another name.",
@@ -143,7 +152,7 @@ def push(
             there = hf_hub_download(repo_id, CARD_NAME, revision=info.sha, token=token)
             card = merge_cards(ModelCard.load(there), card)
         write_aside(folder / CARD_NAME, str(card))
-        names = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME)
+        names = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, *([PROCESSOR_NAME] if processor is not None else []))
         return api.create_commit(
             repo_id,
             operations=[CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names],
@@ -242,15 +251,8 @@ def write_aside(path: Path, text: str) -> None:
         aside.unlink(missing_ok=True)
 
 
-def _label_names(model: PeftModel) -> list[str]:
-    """The classes by index; empty where the model only knows the numbered names transformers makes up."""
-    names = getattr(getattr(model.get_base_model(), "config", None), "id2label", None) or {}
-    listed = [str(names[index]) for index in sorted(names)]
-    return [] if listed == [f"LABEL_{index}" for index in range(len(listed))] else listed
-
-
-def _set_base_model(path: Path, base_model: str) -> None:
-    """Let a saved configuration name the base model as the Hub does."""
+def _set_base_model(path: Path, base_model: str | None) -> None:
+    """Let a saved configuration name the base model as the Hub does, or without the folder that it lies in here."""
     saved = json.loads(path.read_text(encoding="utf-8"))
     write_aside(path, json.dumps({**saved, "base_model_name_or_path": base_model}, indent=2, sort_keys=True))
 

@@ -14,7 +14,7 @@ them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,15 +57,14 @@ class Labels:
         return cls(tuple(str(names[index]) for index in range(len(names))), getattr(config, PROBLEM, None))
 
     @classmethod
-    def of_adapter(cls, config: PeftConfig) -> Labels | None:
-        """Those in the config of an adapter; `None` without.
+    def of_mapping(cls, mapping: Mapping[str, Any] | None) -> Labels | None:
+        """Those in the `auto_mapping` of an adapter; `None` without.
 
         Raises:
             ValueError: they are no mapping of 0, 1, ... to names.
         """
-        mapping = config.auto_mapping or {}
-        names = mapping.get(NAMES)
-        if names is None:
+        names = (mapping or {}).get(NAMES)
+        if mapping is None or names is None:
             return None
         valid = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
         if not valid or not names or set(names) != {str(index) for index in range(len(names))}:
@@ -219,7 +218,7 @@ def fitted(model: nn.Module, config: PeftConfig, adapter_name: str) -> Iterator[
         config: of the adapter.
         adapter_name: of the adapter.
     """
-    labels, own = Labels.of_adapter(config), Labels.of_model(model)
+    labels, own = Labels.of_mapping(config.auto_mapping), Labels.of_model(model)
     owners = _owners_in(model)
     base = own if owners is None else owners.base
     heads = [] if labels is None or base is None else _heads(model, config, len(base.names))

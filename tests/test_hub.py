@@ -7,6 +7,7 @@ process; they return plain values, and the tests look at these and at what the H
 
 from __future__ import annotations
 
+import ast
 import json
 import multiprocessing
 import os
@@ -25,7 +26,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from huggingface_hub import ModelCard, hf_hub_download
 from loopback_hub import LoopbackHub, set_environment
 from peft import AutoPeftModel, LoraConfig, PeftConfig, PeftModel, get_peft_model
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -235,11 +236,15 @@ def test_the_card_of_a_method_of_pefts_own_needs_no_import_of_ours(client):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["vpt", "lora"])
-def test_the_snippet_of_the_card_runs_as_printed_in_a_new_process(client, environment, method, tmp_path):
-    repo = f"tester/snippet-{method}"
-    client(client_push, repo, method)
-    snippet = re.search(r"```python\n(.*?)```", client(client_card, repo)[1], flags=re.DOTALL)[1]
-    Image.radial_gradient("L").save(tmp_path / "image.jpg")
+def test_the_snippet_of_the_card_does_what_was_evaluated_in_a_new_process(client, environment, method, tmp_path):
+    """With the base's revision, the processor and the size of the run, the names, and the image as a phone took it."""
+    repo, path = f"tester/snippet-{method}", tmp_path / "image.jpg"
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.radial_gradient("L").resize((90, 60)).crop((20, 0, 90, 40)).save(path, exif=turned)
+    expected = client(client_push_as_evaluated, repo, method, path)
+    card = client(client_card, repo)[1]
+    snippet = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)[1]
     run = subprocess.run(
         [sys.executable, "-c", snippet],
         cwd=tmp_path,
@@ -248,17 +253,48 @@ def test_the_snippet_of_the_card_runs_as_printed_in_a_new_process(client, enviro
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    printed = [float(number) for number in re.findall(r"\d+\.\d+", run.stdout)]
-    expected = client(client_classify, repo, tmp_path / "image.jpg")
-    assert printed == pytest.approx(expected, abs=1e-4)
-    assert max(expected) - min(expected) > 0.01
+    printed = ast.literal_eval(run.stdout.splitlines()[-1])
+    assert printed == pytest.approx(expected["evaluated"], abs=1e-6)
+    for other, scores in expected.items():
+        if other != "evaluated":
+            assert max(abs(printed[name] - score) for name, score in scores.items()) > 1e-4, other
+    assert "0. ant\n1. bee\n2. cow\n3. doe\n" in card
 
 
-def client_classify(repo, path):
-    model = PeftModel.from_pretrained(_base(), repo).eval()
-    inputs = AutoImageProcessor.from_pretrained(BASE)(Image.open(path).convert("RGB"), return_tensors="pt")
-    with torch.no_grad():
-        return model(**inputs).logits.softmax(-1)[0].tolist()
+def client_push_as_evaluated(repo, method, path):
+    """What the upload gives for an image: as it was evaluated, and with one thing otherwise."""
+    names = {index: name for index, name in enumerate(["ant", "bee", "cow", "doe"])}
+    versions = "tester/versions"
+    for revision in (None, "v1.2"):
+        base = _base()
+        if revision:
+            torch.manual_seed(7)
+            with torch.no_grad():
+                for parameter in base.parameters():
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        base.push_to_hub(versions, revision=revision)
+        ViTImageProcessor(size={"height": 32, "width": 32}).push_to_hub(versions, revision=revision)
+    options = {"id2label": names, "label2id": {n: i for i, n in names.items()}, "ignore_mismatched_sizes": True}
+    model = _adapted(method, 8, ViTForImageClassification.from_pretrained(versions, revision="v1.2", **options))
+    model.peft_config["default"].revision = "v1.2"
+    processor = ViTImageProcessor(size={"height": 48, "width": 48})
+    push(model, repo, processor=processor, interpolate_pos_encoding=True)
+
+    def scores(model, processor, image):
+        inputs = processor(image.convert("RGB"), return_tensors="pt")
+        with torch.no_grad():
+            found = model.eval()(**inputs, interpolate_pos_encoding=True).logits[0].softmax(-1)
+        return dict(zip(names.values(), found.tolist(), strict=True))
+
+    raw = Image.open(path)
+    upright = ImageOps.exif_transpose(raw)
+    other = PeftModel.from_pretrained(ViTForImageClassification.from_pretrained(versions, **options), repo)
+    return {
+        "evaluated": scores(model, processor, upright),
+        "as it lies in the file": scores(model, processor, raw),
+        "the base's processor": scores(model, AutoImageProcessor.from_pretrained(versions), upright),
+        "another revision": scores(other, processor, upright),
+    }
 
 
 def test_branches_and_commits_keep_their_own_weights(hub, client):
@@ -414,6 +450,9 @@ def test_a_base_model_from_a_folder_is_pointed_out_and_can_be_named(hub, client,
     data, text, _ = client(client_card, "tester/folder")
     assert "base_model" not in data
     assert str(tmp_path) not in text
+    files = hub.model("tester/folder").at("main").files
+    assert not any(str(tmp_path).encode() in blob.data for blob in files.values())
+    assert json.loads(files["adapter_config.json"].data)["base_model_name_or_path"] == "checkpoint"
 
     warned, logits = client(client_push_from_folder, "tester/named", tmp_path / "checkpoint", base_model=BASE)
     assert warned == ""
