@@ -263,7 +263,7 @@ def test_the_snippet_of_the_card_does_what_was_evaluated_in_a_new_process(client
 
 def client_push_as_evaluated(repo, method, path):
     """What the upload gives for an image: as it was evaluated, and with one thing otherwise."""
-    names = {index: name for index, name in enumerate(["ant", "bee", "cow", "doe"])}
+    names = dict(enumerate(["ant", "bee", "cow", "doe"]))
     versions = "tester/versions"
     for revision in (None, "v1.2"):
         base = _base()
