@@ -7,6 +7,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import augmentation
 from accelerate import Accelerator
 from image_data import Images
 from torch import nn
@@ -21,7 +22,13 @@ def check_augmentation(args: argparse.Namespace) -> None:
         if args.cache_views:
             raise ValueError("--cache_views needs --cache_features")
         return
-    random = args.train_crop != "none" or args.horizontal_flip > 0 or bool(args.clip_frames)
+    for name in (*augmentation.BATCH_FLAGS, "drop_path_rate"):
+        if getattr(args, name):
+            raise ValueError(
+                f"--{name} does not go with --cache_features, which keeps what comes out of frozen blocks"
+            )
+    crop_or_flip = args.train_crop != "none" or args.horizontal_flip > 0
+    random = crop_or_flip or augmentation.is_random(args) or bool(args.clip_frames)
     if random and not args.cache_views:
         raise ValueError(
             "--cache_features reads every image once, and training would change it at random in every epoch: give "
@@ -29,7 +36,9 @@ def check_augmentation(args: argparse.Namespace) -> None:
             "N, or --train_crop none --horizontal_flip 0 for none"
         )
     if not random and (args.cache_views or 1) > 1:
-        raise ValueError(f"--cache_views {args.cache_views}: without --train_crop and --horizontal_flip all are equal")
+        raise ValueError(
+            f"--cache_views {args.cache_views}: without --train_crop, --horizontal_flip and the like all are equal"
+        )
 
 
 def key_of(images: Images) -> dict[str, Any]:
@@ -43,7 +52,7 @@ def key_of(images: Images) -> dict[str, Any]:
         "clip_frames": args.clip_frames,
     }
     if images.split == "train" and args.cache_views:
-        names = ("train_crop", "crop_scale", "horizontal_flip", "seed")
+        names = ("train_crop", "crop_scale", "horizontal_flip", "seed", *augmentation.FLAGS)
         key["augmentation"] = {name: getattr(args, name) for name in names}
     return key
 

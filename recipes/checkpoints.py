@@ -7,8 +7,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,24 +60,31 @@ def _like(target: Tensor | None, tensor: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements)
 
 
-def publish(folder: Path, *writers: Callable[[Path], object]) -> None:
-    """Write files aside and move them into a folder once all are whole."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".tmp") as aside:
-        for write in writers:
-            write(Path(aside))
-        for file in Path(aside).iterdir():
-            os.replace(file, folder / file.name)
-
-
 @dataclasses.dataclass
 class Progress:
-    """How far a run has come: `batch` counts within the epoch, `kept` is the epoch to keep and its metrics."""
+    """How far a run has come.
+
+    Attributes:
+        epoch: how many are done.
+        batch: how many of the next epoch are done.
+        step: optimizer steps so far.
+        seconds: time so far.
+        kept: the evaluation whose weights are kept: epoch, step and metrics.
+        best: the rank of the best evaluation so far.
+        stale: how many evaluations there were since then.
+        evaluated: the step of the last evaluation.
+        train_loss: sum of the losses of the steps of this epoch, or of the last one, and how many they are.
+    """
 
     epoch: int = 0
     batch: int = 0
     step: int = 0
     seconds: float = 0.0
     kept: dict[str, Any] | None = None
+    best: list[float] | None = None
+    stale: int = 0
+    evaluated: int = 0
+    train_loss: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0])
 
 
 class Checkpoints:
@@ -88,8 +93,13 @@ class Checkpoints:
     Each is written aside and renamed: a full disk or a kill leaves the one before whole.
 
     Args:
-        run: what must be the same in a run that resumes, by name.
+        run: what must be the same in a run that resumes, by name; `max_steps` may grow.
+
+    Attributes:
+        steps_before: `max_steps` of the run that wrote the checkpoint that was taken up.
     """
+
+    steps_before: int | None = None
 
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, folder: Path, limit: int, run: dict[str, Any]
@@ -143,21 +153,30 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
 
     def load(self, name: str) -> tuple[Progress, dict[str, Tensor] | None]:
-        """Take up a checkpoint by path or `latest`; returns how far it is and the weights of its best epoch."""
+        """Take up a checkpoint by path or `latest`; returns how far it is and the weights of its best evaluation."""
         whole = self.all()
         if name == "latest" and not whole:
-            raise ValueError(f"--resume_from_checkpoint latest: no checkpoint in {self.folder}.")
+            raise ValueError(
+                f"--resume_from_checkpoint latest: no checkpoint in {self.folder}. With auto a run starts there."
+            )
         path = whole[-1] if name == "latest" else Path(name)
         try:
             content = json.loads((path / "progress.json").read_text(encoding="utf-8"))
         except OSError as error:
             raise ValueError(f"--resume_from_checkpoint {name}: {path} is no checkpoint of this recipe.") from error
         now = json.loads(json.dumps(self.run, default=sorted))  # sets, as in peft's configs, as lists
-        changed = [f"{k} {content['run'].get(k)} (now {v})" for k, v in now.items() if content["run"].get(k) != v]
+        before = content["run"]
+        changed = [f"{k} {before.get(k)} (now {v})" for k, v in now.items() if before.get(k) != v and k != "max_steps"]
         if changed:
             raise ValueError(
                 f"{path} comes from a run with {', '.join(changed)}: it cannot go on with other settings."
             )
+        if content["progress"]["step"] > now["max_steps"]:
+            raise ValueError(
+                f"{path} is at step {content['progress']['step']}, and --num_train_epochs or --max_train_steps end "
+                f"the run at step {now['max_steps']}: give more."
+            )
         self.accelerator.load_state(str(path))
+        self.steps_before = before["max_steps"]
         best = path / "best.safetensors"
         return Progress(**content["progress"]), load_file(best) if best.exists() else None

@@ -6,12 +6,13 @@ r"""Adapt a pretrained vision transformer to an image data set by one parameter-
 Everything is a flag; `--config` reads flags from a YAML file, and those on the command line win. `--method` takes any
 method that `hf-visual-peft methods` lists, of this library or of peft, with the fields of its config as flags
 (`--help --method vpt` lists them), `linear` for a linear probe and `full` for fine-tuning. The script is flat from
-top to bottom, with flags in `arguments.py`, images in `image_data.py`, saving in `checkpoints.py` and features in
-`cached_features.py` beside it: copy the five and change what you need.
+top to bottom; the files beside it serve it, as README.md tells: copy the folder and change what you need.
 
-The epoch to keep is chosen on a validation split (`--select best`) or is the last one; the test split is used once,
-at the end. `--output_dir` then holds the adapter with its head (loadable by `PeftModel.from_pretrained`), the image
+The weights to keep are the best on a validation split (`--select best`) or the last; the test split is used once, at
+the end. `--output_dir` then holds the adapter with its head (loadable by `PeftModel.from_pretrained`), the image
 processor, `all_results.json` and checkpoints, which hold only what trains.
+
+Exit status: 0 done, 1 error, 2 wrong flags, 143 or 130 stopped by SIGTERM or SIGINT, with a checkpoint to go on from.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ import inspect
 import json
 import math
 import re
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -38,16 +38,22 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, set_seed
-from arguments import data_title, earlier_output, parse_args, shown
+from arguments import data_title, parse_args, shown
+from augmentation import Mixing
 from cached_features import cache_features
-from checkpoints import Checkpoints, Progress, load_trainable, publish, saved_state, trainable_state
+from checkpoints import Checkpoints, load_trainable, saved_state
 from huggingface_hub import HfApi
 from image_data import load_processor, prepare_data
 from image_sources import load_splits
+from optimization import MovingAverage, build_optimizer, build_schedule
+from output_folder import CARD, clear, is_own_readme, publish
 from peft import PeftConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from screen import Screen, progress_kind
+from stopping import DivergedError, run_readably
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from training import Training
 
 from hf_visual_peft import hub
 from hf_visual_peft.metrics import Accuracy, MeanPerClassAccuracy, TopKAccuracy
@@ -56,7 +62,8 @@ from hf_visual_peft.metrics import Accuracy, MeanPerClassAccuracy, TopKAccuracy
 # flags that may change when a run resumes
 FREE = """config output_dir overwrite_output_dir resume_from_checkpoint checkpointing_steps save_total_limit
     logging_steps report_to push_to_hub hub_model_id hub_private_repo hub_token dataloader_num_workers check_images
-    cache_features cache_dir token data_token"""
+    cache_features cache_dir token data_token num_train_epochs max_train_steps early_stopping_patience progress
+    traceback by_default"""
 
 
 # --------------------------------------------------------------------------------------------------------- model
@@ -64,14 +71,15 @@ FREE = """config output_dir overwrite_output_dir resume_from_checkpoint checkpoi
 
 def load_model(args: argparse.Namespace, config: PeftConfig | None, names: list[str]) -> Any:
     """The pretrained model with a head for the classes, and the method applied."""
+    own = {"pretrained_model_name_or_path": args.model_name_or_path, "revision": args.model_revision}
+    own |= {"cache_dir": args.cache_dir, "token": args.token}
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # its table says that the head is new; other gaps are errors below
     try:
         model, loading = transformers.AutoModelForImageClassification.from_pretrained(
-            args.model_name_or_path, revision=args.model_revision,
-            ignore_mismatched_sizes=args.ignore_mismatched_sizes, num_labels=len(names),
-            id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)},
-            dtype=torch.float32, output_loading_info=True, cache_dir=args.cache_dir, token=args.token,
+            **own, **drop_path_options(args, own), ignore_mismatched_sizes=args.ignore_mismatched_sizes,
+            num_labels=len(names), id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)},
+            dtype=torch.float32, output_loading_info=True,
         )  # fmt: skip
     finally:
         transformers.logging.set_verbosity(verbosity)
@@ -91,10 +99,37 @@ def load_model(args: argparse.Namespace, config: PeftConfig | None, names: list[
             model = get_peft_model(model, hf_visual_peft.with_visual_targets(config, model))
         if not isinstance(config, hf_visual_peft.VisualPeftConfig):
             hf_visual_peft.freeze_norms(model)  # ours do it themselves
+    if args.drop_path_rate:
+        check_drop_path(model, args)
     if args.gradient_checkpointing:
         inner = model.get_base_model() if isinstance(model, PeftModel) else model
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def drop_path_options(args: argparse.Namespace, own: dict[str, Any]) -> dict[str, Any]:
+    """How `from_pretrained` is told `--drop_path_rate`."""
+    if args.drop_path_rate is None:
+        return {}
+    found = transformers.AutoConfig.from_pretrained(**own)
+    if found.model_type == "timm_wrapper":
+        return {"model_args": {**(found.model_args or {}), "drop_path_rate": args.drop_path_rate}}
+    if not hasattr(found, "drop_path_rate"):
+        raise ValueError(f"--drop_path_rate: {found.model_type} models have no stochastic depth; leave it out.")
+    return {"drop_path_rate": args.drop_path_rate}
+
+
+def check_drop_path(model: nn.Module, args: argparse.Namespace) -> None:
+    """Raise an error where no stochastic depth of the backbone would act in training."""
+    training = {module: module.training for module in model.modules()}
+    model.train()
+    acts = any(type(m).__name__.endswith("DropPath") and m.training for m in model.modules())
+    for module, mode in training.items():
+        module.training = mode
+    if not acts:
+        raise ValueError(
+            f"--drop_path_rate {args.drop_path_rate} acts nowhere in this model with --method {args.method}."
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- training
@@ -111,6 +146,7 @@ def check_sharded(accelerator: Accelerator, args: argparse.Namespace) -> None:
         "--push_to_hub": args.push_to_hub,
         "--cache_features": args.cache_features,
         "--method full": args.method == "full",
+        "--ema_decay": args.ema_decay is not None,
         "--select other than last": kind == DistributedType.DEEPSPEED and args.select != "last",
     }
     if any(wrong.values()):
@@ -130,11 +166,13 @@ def evaluate_split(
     """Metrics and mean loss on a split, the same on every process."""
     model.eval()
     losses = []
-    for batch in tqdm(loader, desc=f"Evaluate on {name}", leave=False, disable=not accelerator.is_local_main_process):
+    for batch in tqdm(loader, desc=f"Evaluate on {name}", leave=False, disable=not Screen.bars):
         labels = batch.pop("labels")
         logits = model(**batch, **inputs).logits.float()
         loss = F.cross_entropy(logits, labels, reduction="none")
         logits, labels, loss = accelerator.gather_for_metrics((logits, labels, loss))
+        if not logits.isfinite().all():
+            raise DivergedError(f"predictions on {name} are not finite")
         metrics.add_batch(predictions=logits, references=labels)
         losses.append(loss)
     return {**metrics.compute(), "loss": torch.cat(losses).mean().item()}
@@ -155,16 +193,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.method == "full")],
     )
     check_sharded(accelerator, args)
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("--mixed_precision fp16 needs a GPU: on a CPU nothing would be in fp16; use bf16 or no.")
     main_process = accelerator.is_main_process
     transformers.logging.set_verbosity(transformers.logging.WARNING if main_process else transformers.logging.ERROR)
-    if main_process:
-        if args.push_to_hub:
-            HfApi(token=args.hub_token).whoami()  # no access is an error now and not after training
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        if args.overwrite_output_dir:
-            for path in earlier_output(args.output_dir):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    accelerator.wait_for_everyone()
+    screen = Screen(accelerator, progress_kind(args.progress))
+    if args.push_to_hub and main_process:
+        HfApi(token=args.hub_token).whoami()  # no access is an error now and not after training
 
     set_seed(args.seed)
     processor = load_processor(args)
@@ -180,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             model.to(accelerator.device),
             DataLoader(data["train"], batch_size=size, shuffle=True, generator=sampler),
             seed=args.seed,
-            progress=accelerator.is_local_main_process,
+            progress=screen.bars,
         )
     inputs = {"interpolate_pos_encoding": True} if args.interpolate_pos_encoding else {}
     if args.cache_features:
@@ -191,6 +226,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     sizes = ", ".join(f"{len(images)} {split}" for split, images in data.items())
     accelerator.print(f"{sizes} images of {len(names)} classes; {skipped} corrupt ones skipped.")
     accelerator.print(f"{count:,} of {sum(p.numel() for p in model.parameters()):,} parameters train.")
+    if args.by_default:
+        accelerator.print(f"Defaults for {args.method}: {', '.join(f'{k} {v}' for k, v in args.by_default.items())}.")
 
     scores: list[evaluate.Metric] = [Accuracy(keep_in_memory=True), MeanPerClassAccuracy(keep_in_memory=True)]
     if args.top_k or len(names) > 5:
@@ -199,9 +236,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         scores.append(TopKAccuracy(k=args.top_k or 5, keep_in_memory=True))
     metrics = evaluate.combine(scores)
 
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # the loaders are prepared before the model
-        deepspeed = accelerator.state.deepspeed_plugin.deepspeed_config
-        deepspeed["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if deepspeed:  # the loaders are prepared before the model
+        plugin = accelerator.state.deepspeed_plugin.deepspeed_config
+        plugin["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size
     loaders = {}
     for split, images in data.items():
         train = split == "train"
@@ -215,17 +253,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             collate_fn=getattr(images, "collate", None),
         )
         loaders[split] = accelerator.prepare(loader)
-    groups = hf_visual_peft.parameter_groups(model, args.weight_decay)
-    sgd = functools.partial(torch.optim.SGD, momentum=0.9)
-    plain = (sgd if args.optim == "sgd" else torch.optim.AdamW)(groups, lr=args.learning_rate)
+    plain = build_optimizer(model, args)
     per_epoch = math.ceil(len(loaders["train"]) / args.gradient_accumulation_steps)
+    if deepspeed and len(loaders["train"]) % args.gradient_accumulation_steps:
+        raise ValueError(
+            f"DeepSpeed divides gradients by --gradient_accumulation_steps {args.gradient_accumulation_steps}, but "
+            f"the last group of the {len(loaders['train'])} batches of an epoch has fewer: choose a divisor of these."
+        )
     max_steps = args.max_train_steps or args.num_train_epochs * per_epoch
-    warmup = args.num_warmup_steps * max_steps if args.num_warmup_steps < 1 else args.num_warmup_steps
-    wrapped, optimizer, scheduler = accelerator.prepare(
-        model, plain, transformers.get_scheduler(args.lr_scheduler_type, plain, round(warmup), max_steps)
-    )
-
-    trainable = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]  # shards are others
+    wrapped, optimizer, scheduler = accelerator.prepare(model, plain, build_schedule(plain, args, max_steps))
+    average = None
+    if args.ema_decay is not None:
+        average = MovingAverage([p for p in wrapped.parameters() if p.requires_grad], args.ema_decay)
+        accelerator.register_for_checkpointing(average)
 
     run: dict[str, Any] = {name: str(value) for name, value in vars(args).items() if name not in FREE.split()}
     run |= {"max_steps": max_steps, "num_processes": accelerator.num_processes, "classes": names}
@@ -233,89 +273,46 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "fields": config.to_dict() if config else {},
         "images": {split: len(images) for split, images in data.items()},
     }
-    checkpoints = Checkpoints(accelerator, model, args.output_dir, args.save_total_limit, run)
-    progress, best_state = Progress(), None
+
+    def validate() -> dict[str, float]:
+        return evaluate_split(accelerator, wrapped, loaders["validation"], metrics, inputs, "validation")
+
+    training = Training(
+        accelerator, args, model, wrapped, optimizer, scheduler, loaders["train"], data["train"],
+        evaluate=validate if "validation" in loaders else None,
+        checkpoints=Checkpoints(accelerator, model, args.output_dir, args.save_total_limit, run),
+        screen=screen, max_steps=max_steps, inputs=inputs, mixing=Mixing(args, len(names)), average=average,
+    )  # fmt: skip
+    if main_process:  # nothing in the folder changes before everything is in place
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        if args.overwrite_output_dir:
+            clear(args.output_dir)
+    accelerator.wait_for_everyone()
     if args.resume_from_checkpoint:
-        progress, best_state = checkpoints.load(args.resume_from_checkpoint)
-        accelerator.print(f"Going on after step {progress.step} of {max_steps}.")
+        training.resume(args.resume_from_checkpoint)
     if trackers:
         accelerator.init_trackers("image_classification", {key: str(value) for key, value in run.items()})
+    training.run()
+    progress = training.progress
 
-    started = time.perf_counter() - progress.seconds
-
-    def save_checkpoint() -> None:
-        progress.seconds = time.perf_counter() - started
-        checkpoints.save(progress, best_state)
-
-    losses: list[Tensor] = []
-    bar = tqdm(total=max_steps, initial=progress.step, desc="Train", disable=not accelerator.is_local_main_process)
-    for epoch in range(progress.epoch, math.ceil(max_steps / per_epoch)):
-        data["train"].epoch = epoch
-        loaders["train"].set_epoch(epoch)
-        batches = loaders["train"]
-        if progress.batch:
-            batches = accelerator.skip_first_batches(batches, progress.batch)
-        wrapped.train()
-        for batch in batches:
-            if progress.step >= max_steps:
-                break
-            with accelerator.accumulate(wrapped):
-                labels = batch.pop("labels")
-                logits = wrapped(**batch, **inputs).logits.float()
-                loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing_factor)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients and args.max_grad_norm:
-                    accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            losses.append(loss.detach())
-            progress.batch += 1
-            if not accelerator.sync_gradients:
-                continue
-            if not accelerator.optimizer_step_was_skipped:
-                scheduler.step()
-            progress.step += 1
-            bar.update()
-            if progress.step % args.logging_steps == 0:
-                value = accelerator.gather(torch.stack(losses)).mean().item()
-                losses.clear()
-                if not math.isfinite(value):
-                    raise FloatingPointError(f"The loss is {value} at step {progress.step}: lower --learning_rate.")
-                bar.set_postfix(loss=f"{value:.4f}")
-                accelerator.log({"train_loss": value, "learning_rate": scheduler.get_last_lr()[0]}, step=progress.step)
-            if args.checkpointing_steps.isdigit() and progress.step % int(args.checkpointing_steps) == 0:
-                save_checkpoint()
-        if "validation" in loaders:
-            found = evaluate_split(accelerator, wrapped, loaders["validation"], metrics, inputs, "validation")
-            accelerator.log({f"eval_{name}": value for name, value in found.items()}, step=progress.step)
-            if main_process:
-                bar.write(f"Epoch {epoch + 1}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
-            criterion = args.metric_for_best_model
-            if args.select == "last" or progress.kept is None or found[criterion] > progress.kept[criterion]:
-                progress.kept = {"epoch": epoch + 1, **found}
-                best_state = trainable_state(model) if args.select == "best" else None
-        progress.epoch, progress.batch = epoch + 1, 0
-        if args.checkpointing_steps == "epoch":
-            save_checkpoint()
-    bar.close()
-
-    if best_state is not None:
-        load_trainable(model, best_state, "The best epoch")
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        state = accelerator.get_state_dict(wrapped)
-    else:
-        state = saved_state(model)
+    if training.best_state is not None:
+        load_trainable(model, training.best_state, "The best epoch")
+    elif average is not None:
+        average.exchange()
+    training.check_result()
+    state = accelerator.get_state_dict(wrapped) if deepspeed else saved_state(model)
     if main_process:  # before the test split, so that nothing there can cost the adapter
         save = functools.partial(model.save_pretrained, state_dict=state)
         publish(args.output_dir, save, processor.save_pretrained)
-    kept = progress.kept or {"epoch": progress.epoch}
-    results = {f"eval_{name}" if name != "epoch" else name: value for name, value in kept.items()}
+    kept = progress.kept or {"epoch": training.epoch_number(), "step": progress.step}
+    results = {name if name in ("epoch", "step") else f"eval_{name}": value for name, value in kept.items()}
     if "test" in loaders:
         found = evaluate_split(accelerator, wrapped, loaders["test"], metrics, inputs, "test")
         results |= {f"test_{name}": value for name, value in found.items()}
     accelerator.log({name: value for name, value in results.items() if name.startswith("test")}, step=progress.step)
+    results["train_loss"] = progress.train_loss[0] / max(progress.train_loss[1], 1)
     results |= {"steps": progress.step, "trainable_parameters": count, "skipped_images": skipped}
-    results |= {"num_processes": accelerator.num_processes, "train_runtime": time.perf_counter() - started}
+    results |= {"num_processes": accelerator.num_processes, "train_runtime": time.perf_counter() - training.started}
     results["command"] = command = shown(argv)
     if main_process:
         text = json.dumps(results, indent=2)
@@ -330,7 +327,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 "dataset_split": split,
                 "command": command,
             }
-            hub.write_card(args.output_dir, model.peft_config["default"], labels=names, **report)
+            if is_own_readme(args.output_dir):
+                accelerator.print(f"{args.output_dir / CARD} is not the card of a run and stays as it is.")
+            else:
+                hub.write_card(args.output_dir, model.peft_config["default"], labels=names, **report)
         if args.push_to_hub:
             private, token = args.hub_private_repo, args.hub_token
             commit = hub.push(model, args.hub_model_id, private=private, token=token, **report)
@@ -340,4 +340,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_readably(main, show_traceback=parse_args(sys.argv[1:], __doc__)[0].traceback)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from augmentation import Augmentation
 from image_folders import some, tell
 from labels import class_ids, class_names, class_table, find_label_columns, hold_out, read_labels
 from PIL import Image
@@ -103,9 +105,13 @@ class Images(torch.utils.data.Dataset[dict[str, Any]]):
     def __init__(self, data: datasets.Dataset, ids: np.ndarray, split: str, processor: Any, args: argparse.Namespace):
         self.data, self.ids, self.split, self.processor, self.args = data, ids, split, processor, args
         self.epoch = 0
+        self.further = Augmentation(args) if split == "train" else None
+        self.prepare = processor
         self.crops = split == "train" and args.train_crop != "none"
         if self.crops:
             self.height, self.width = input_size(processor)
+            self.prepare = without_resize(processor)
+            self.resample = resampling(processor)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -123,8 +129,11 @@ class Images(torch.utils.data.Dataset[dict[str, Any]]):
             images = [decode(value, where)]
         # every frame of a clip gets the same draws, so the same crop and flip
         images = [self.augment(image, np.random.default_rng(drawn)) for image in images]
-        done = {"do_resize": False, "do_center_crop": False} if self.crops else {}
-        inputs = self.processor(images=images, return_tensors="pt", **done)
+        if self.further is not None:
+            images = [self.further.image(image, drawn) for image in images]
+        inputs = self.prepare(images=images, return_tensors="pt")
+        if self.further is not None and self.further.on_pixels:
+            inputs["pixel_values"] = self.further.pixels(inputs["pixel_values"], drawn)
         if not self.args.clip_frames:
             inputs = {name: tensor[0] for name, tensor in inputs.items()}
         return {**inputs, "labels": torch.from_numpy(label) if self.ids.ndim == 2 else int(label)}
@@ -147,8 +156,7 @@ class Images(torch.utils.data.Dataset[dict[str, Any]]):
             zoom = min(image.width / self.width, image.height / self.height) * 7 / 8
             width, height = self.width * zoom, self.height * zoom
         left, top = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)
-        resample = getattr(self.processor, "resample", None) or Image.Resampling.BICUBIC
-        return image.resize((self.width, self.height), resample, box=(left, top, left + width, top + height))
+        return image.resize((self.width, self.height), self.resample, box=(left, top, left + width, top + height))
 
 
 def input_size(processor: Any) -> tuple[int, int]:
@@ -161,6 +169,27 @@ def input_size(processor: Any) -> tuple[int, int]:
     return pixels.shape[-2], pixels.shape[-1]
 
 
+def is_timm(processor: Any) -> bool:
+    """Whether an image processor is the one around timm's transforms, which has arguments of its own."""
+    return isinstance(processor, transformers.TimmWrapperImageProcessor)
+
+
+def without_resize(processor: Any) -> Any:
+    """The image processor for images that have the size of the model's input."""
+    if is_timm(processor):
+        return type(processor)(processor.data_config | {"crop_pct": 1.0, "crop_mode": "squash"})
+    return functools.partial(processor, do_resize=False, do_center_crop=False)
+
+
+def resampling(processor: Any) -> Image.Resampling:
+    """How an image processor resizes."""
+    if is_timm(processor):
+        return Image.Resampling.__members__.get(
+            processor.data_config["interpolation"].upper(), Image.Resampling.BICUBIC
+        )
+    return getattr(processor, "resample", None) or Image.Resampling.BICUBIC
+
+
 def load_processor(args: argparse.Namespace) -> Any:
     """The checkpoint's image processor, for inputs of `--image_size`."""
     own = {"pretrained_model_name_or_path": args.model_name_or_path, "revision": args.model_revision}
@@ -170,6 +199,9 @@ def load_processor(args: argparse.Namespace) -> Any:
     processor = transformers.AutoImageProcessor.from_pretrained(**chosen, **access)
     if args.image_size is None:
         return processor
+    if is_timm(processor):
+        size = (processor.data_config["input_size"][0], args.image_size, args.image_size)
+        return type(processor)(processor.data_config | {"input_size": size})
     scale = args.image_size / input_size(processor)[1]
     config = processor.to_dict()
     for key in ("size", "crop_size"):  # scaled alike, so that a crop keeps its share of the image
