@@ -198,8 +198,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     main_process = accelerator.is_main_process
     transformers.logging.set_verbosity(transformers.logging.WARNING if main_process else transformers.logging.ERROR)
     screen = Screen(accelerator, progress_kind(args.progress))
-    if args.push_to_hub and main_process:
-        HfApi(token=args.hub_token).whoami()  # no access is an error now and not after training
+    if main_process:
+        if args.push_to_hub:
+            HfApi(token=args.hub_token).whoami()  # no access is an error now and not after training
+        args.output_dir.mkdir(parents=True, exist_ok=True)
 
     set_seed(args.seed)
     processor = load_processor(args)
@@ -283,10 +285,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         checkpoints=Checkpoints(accelerator, model, args.output_dir, args.save_total_limit, run),
         screen=screen, max_steps=max_steps, inputs=inputs, mixing=Mixing(args, len(names)), average=average,
     )  # fmt: skip
-    if main_process:  # nothing in the folder changes before everything is in place
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        if args.overwrite_output_dir:
-            clear(args.output_dir)
+    if main_process and args.overwrite_output_dir:  # not before everything is in place
+        clear(args.output_dir)
     accelerator.wait_for_everyone()
     if args.resume_from_checkpoint:
         training.resume(args.resume_from_checkpoint)
