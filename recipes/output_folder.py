@@ -16,7 +16,7 @@ from hf_visual_peft.card import is_generated
 CARD = "README.md"
 WRITTEN = (
     *("checkpoint-[0-9]*", "adapter_config.json", "adapter_model.*", "config.json", "model.safetensors"),
-    *("model-*-of-*.safetensors", "model.safetensors.index.json", "preprocessor_config.json", "all_results.json"),
+    *("model-*-of-*.safetensors", "model.safetensors.index.json", "all_results.json"),
 )
 
 
@@ -27,7 +27,8 @@ def earlier_output(folder: Path) -> list[Path]:
 
 def clear(folder: Path) -> None:
     """Delete what earlier runs wrote, with a card of theirs and curves of trackers; anything else stays."""
-    remains = [*folder.glob(".checkpoint-*.tmp"), *folder.glob("image_classification/**/events.out.tfevents.*")]
+    remains = [*folder.glob("preprocessor_config.json"), *folder.glob(".checkpoint-*.tmp")]
+    remains += [*folder.glob("image_classification/**/events.out.tfevents.*")]
     card = [folder / CARD] if (folder / CARD).exists() and not is_own_readme(folder) else []
     for path in [*earlier_output(folder), *remains, *card]:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
