@@ -4,10 +4,25 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, recall_score, top_k_accuracy_score
+from sklearn.metrics import (
+    accuracy_score,
+    confusion_matrix,
+    f1_score,
+    precision_recall_fscore_support,
+    recall_score,
+    top_k_accuracy_score,
+)
 
 import hf_visual_peft.metrics
-from hf_visual_peft.metrics import Accuracy, MeanPerClassAccuracy, TopKAccuracy
+from hf_visual_peft.metrics import (
+    Accuracy,
+    CalibrationError,
+    ConfusionMatrix,
+    MacroF1,
+    MeanPerClassAccuracy,
+    PerClassScores,
+    TopKAccuracy,
+)
 
 
 CLASSES = 7
@@ -101,6 +116,50 @@ def test_evaluate_loads_each_folder_without_network():
     assert found == pytest.approx({"accuracy": 2 / 3, "top_2_accuracy": 1, "mean_per_class_accuracy": 0.5})
     for name in ("mean_average_precision", "multilabel_f1"):
         assert evaluate.load(str(FOLDER / name)).compute(predictions=[[2.0, -1.0]], references=[[1, 0]])
+    of_classes = {"classes": 3}
+    for name, arguments in (("confusion_matrix", of_classes), ("per_class_scores", of_classes), ("macro_f1", {})):
+        assert evaluate.load(str(FOLDER / name), **arguments).compute(predictions=scores, references=[1, 2, 1])
+    found = evaluate.load(str(FOLDER / "calibration_error"), bins=1).compute(predictions=scores, references=[1, 2, 1])
+    assert found["calibration_error"] == pytest.approx(2 / 3 - 1.9 / 3)
+
+
+def test_figures_of_single_classes_are_those_of_scikit_learn(scored):
+    scores, labels = scored
+    predicted = scores.argmax(1)
+    predicted[predicted == 5] = 6  # a class that is there and never predicted
+    every = {"labels": range(CLASSES), "zero_division": 0}
+    found = PerClassScores(classes=CLASSES).compute(predictions=predicted, references=labels)
+    for values, name in zip(
+        precision_recall_fscore_support(labels, predicted, **every),
+        ("precision", "recall", "f1", "support"),
+        strict=True,
+    ):
+        np.testing.assert_allclose(found[name], values)
+    matrix = ConfusionMatrix(classes=CLASSES).compute(predictions=predicted, references=labels)["confusion_matrix"]
+    np.testing.assert_array_equal(matrix, confusion_matrix(labels, predicted, labels=range(CLASSES)))
+    predicted[predicted == 3] = 0  # neither there nor predicted: does not count
+    found = MacroF1().compute(predictions=predicted, references=labels)["macro_f1"]
+    assert found == pytest.approx(f1_score(labels, predicted, average="macro"))
+
+
+def test_calibration_error_by_hand():
+    """By its definition, sample by sample, also on the edges of the intervals."""
+    rng = np.random.default_rng(0)
+    scores = rng.dirichlet([0.5, 0.5, 0.5], size=57)
+    scores[:4] = [[1, 0, 0], [0.6, 0.4, 0], [0.4, 0.6, 0], [0.5, 0.5, 0]]
+    labels = rng.integers(0, 3, size=57)
+    for bins in (1, 5, 10):
+        metric = CalibrationError(bins=bins)
+        for start in range(0, 57, 20):
+            metric.add_batch(predictions=scores[start : start + 20], references=labels[start : start + 20])
+        best, hits = scores.max(1), scores.argmax(1) == labels
+        expected = 0.0
+        for low in range(bins):
+            inside = [i for i in range(57) if low / bins < best[i] <= (low + 1) / bins]
+            if inside:
+                expected += len(inside) / 57 * abs(best[inside].mean() - hits[inside].mean())
+        assert metric.compute()["calibration_error"] == pytest.approx(expected)
+    assert CalibrationError().compute(predictions=np.eye(3), references=[0, 1, 2]) == {"calibration_error": 0.0}
 
 
 def test_every_metric_folder_is_exported():
@@ -111,6 +170,10 @@ def test_every_metric_folder_is_exported():
         "mean_per_class_accuracy",
         "mean_average_precision",
         "multilabel_f1",
+        "calibration_error",
+        "confusion_matrix",
+        "macro_f1",
+        "per_class_scores",
     }
     assert len(hf_visual_peft.metrics.__all__) == len(folders)
 
@@ -128,11 +191,27 @@ def test_every_metric_folder_is_exported():
         (Accuracy(), [0, 1], [0.0, 1.0], "references must be class ids"),
         (Accuracy(), [0, 1], [0], "Mismatch in the number of predictions"),
         (Accuracy(), [0, 1], None, "references are missing"),
+        (CalibrationError(), [[2.0, -1.0]], [0], "must be probabilities, whose sum is 1"),
+        (CalibrationError(), [[0.9, 0.9]], [0], "must be probabilities, whose sum is 1"),
+        (CalibrationError(), [0, 1], [0, 1], r"of shape \(N, classes\), got shape \(2,\)"),
+        (CalibrationError(), [[0.9, 0.1]], [0, 1], "1 predictions and 2 references"),
     ],
 )
 def test_bad_input_is_named(metric, predictions, references, message):
     with pytest.raises(ValueError, match=message):
         metric.add_batch(predictions=predictions, references=references)
+
+
+@pytest.mark.parametrize("bins", [0, 1.5, True])
+def test_bad_bins_are_named(bins):
+    with pytest.raises(ValueError, match="bins must be a whole number of 1 or greater"):
+        CalibrationError(bins=bins)
+
+
+@pytest.mark.parametrize("metric", [ConfusionMatrix, PerClassScores])
+def test_a_class_beyond_the_number_of_classes_is_named(metric):
+    with pytest.raises(ValueError, match="references have the class 4: with classes=3, ids go to 2"):
+        metric(classes=3).compute(predictions=[0, 1], references=[0, 4])
 
 
 @pytest.mark.parametrize("k", [0, -1, 2.0, "3", True])

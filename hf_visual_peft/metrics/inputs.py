@@ -88,6 +88,43 @@ def labels(references: Any) -> np.ndarray:
     return array
 
 
+def probabilities(predictions: Any) -> np.ndarray:
+    """The probability of each class, (N, classes) float64.
+
+    Raises:
+        ValueError: another shape, or rows that are no probabilities: below 0, or with another sum than 1.
+    """
+    array = _array("predictions", predictions).astype(np.float64)
+    if array.ndim != 2:
+        raise ValueError(f"predictions must be probabilities of shape (N, classes), got shape {array.shape}.")
+    if not ((array >= 0).all() and np.allclose(array.sum(1), 1, atol=1e-2)):
+        raise ValueError("predictions must be probabilities, whose sum is 1 in each row: of logits, take the softmax.")
+    return array
+
+
+def confusion(predicted: np.ndarray, true: np.ndarray, classes: int) -> np.ndarray:
+    """How many samples of each class, by row, were taken for which, by column: (classes, classes).
+
+    Raises:
+        ValueError: a class id is not below `classes`.
+    """
+    for name, array in (("predictions", predicted), ("references", true)):
+        if array.size and array.max() >= classes:
+            raise ValueError(f"{name} have the class {array.max()}: with classes={classes}, ids go to {classes - 1}.")
+    return np.bincount(true * classes + predicted, minlength=classes**2).reshape(classes, classes)
+
+
+def per_class(matrix: np.ndarray) -> dict[str, np.ndarray]:
+    """Precision, recall, F1 and number of samples of each class from their confusion matrix; 0 for 0 by 0."""
+    hits, predicted, true = matrix.diagonal(), matrix.sum(0), matrix.sum(1)
+
+    def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+        return np.divide(part, whole, out=np.zeros(len(part)), where=whole > 0)
+
+    found = {"precision": share(hits, predicted), "recall": share(hits, true)}
+    return {**found, "f1": share(2 * hits, predicted + true), "support": true}
+
+
 def _array(name: str, values: Any) -> np.ndarray:
     if values is None:
         raise ValueError(f"{name} are missing.")

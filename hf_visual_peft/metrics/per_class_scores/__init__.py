@@ -1,0 +1,1 @@
+"""Precision, recall, F1 and number of samples of each class."""
