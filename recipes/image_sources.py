@@ -176,9 +176,9 @@ def read_table(file: str, flag: str, args: argparse.Namespace, paths: tuple[str,
             kind, data_files={"train": files}, split="train", cache_dir=args.cache_dir, **options
         )
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"{flag} has no rows.") from error
         raise ValueError(f"{flag} cannot be read as {kind}: {error.__cause__ or error}") from error
-    if not len(data):
-        raise ValueError(f"{flag} has no rows.")
     for column in set(paths) & set(data.column_names):
         data = absolute(data, column, Path(file).resolve().parent) if "://" not in file else data
     return data

@@ -1,11 +1,13 @@
 """What the tests of the recipe share: sizes, and looks at what a run left."""
 
+import argparse
 from pathlib import Path
 
 import image_classification
 import numpy as np
 import pytest
 import torch
+from image_sources import SPLITS, load_splits
 from PIL import Image
 
 
@@ -42,3 +44,16 @@ def accuracy_by_hand(model, folder, processor, names=("blue", "green", "red")):
             with torch.no_grad():
                 hits.append(model.eval()(**inputs).logits.argmax().item() == label)
     return sum(hits) / len(hits)
+
+
+def data_args(**given):
+    """Flags of the data that are not given, and those that are."""
+    kinds = [f"{split}_{kind}" for split in SPLITS for kind in ("dir", "file", "split")]
+    names = ["dataset_name", "dataset_config_name", "image_column_name", "label_column_name", "cache_dir", "token"]
+    names += ["data_token", "clip_frames", "train_val_split", "max_train_samples", "max_eval_samples"]
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    return argparse.Namespace(**dict.fromkeys([*kinds, *names]) | given)
+
+
+def load(**given):
+    return load_splits(data_args(**given))

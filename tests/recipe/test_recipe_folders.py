@@ -1,6 +1,5 @@
 """Folders and zip files of images: which folder is a class, what is left out, and what is refused."""
 
-import argparse
 import os
 import shutil
 import zipfile
@@ -9,19 +8,8 @@ from pathlib import Path
 import image_folders
 import numpy as np
 import pytest
-from image_sources import SPLITS, load_splits
 from PIL import Image
-from recipe_runs import paint
-
-
-def args_of(**given):
-    kinds = [f"{split}_{kind}" for split in SPLITS for kind in ("dir", "file", "split")]
-    rest = ["dataset_name", "dataset_config_name", "image_column_name", "label_column_name", "cache_dir", "token"]
-    return argparse.Namespace(**dict.fromkeys([*kinds, *rest, "data_token"]) | given)
-
-
-def load(**given):
-    return load_splits(args_of(**{name: str(value) for name, value in given.items()}))
+from recipe_runs import load, paint
 
 
 def put(root, *names):
