@@ -25,8 +25,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_page import RESULTS
+from gpu_rows import read_rows
 from lines import append_lines, read_lines
-from peft import PeftConfig, get_peft_model
+from peft import get_peft_model
+from step_methods import (
+    ADAPTERS,
+    PEFT_BASELINES,
+    all_methods,
+    config_of,
+    contestant,
+    merges,
+    setting_of,
+)
 from step_page import write_page
 from step_rounds import (
     ACTIVATIONS,
@@ -47,13 +58,9 @@ from step_rounds import (
 from torch import nn
 
 import hf_visual_peft
-from hf_visual_peft.peft_methods import PEFT_METHODS
 
 
 ROOT = Path(__file__).parents[1]
-PEFT_BASELINES = {"peft-lora": "lora", "peft-ln-tuning": "ln_tuning", "peft-ia3": "ia3"}
-ADAPTERS = "adapters-seq-bn"  # the bottleneck adapter of the `adapters` library
-SETTINGS: dict[str, dict[str, Any]] = {"vpt": {"num_virtual_tokens": 10}}  # where the target names another
 GET_MODEL = "vit_l"  # on which get_peft_model is measured
 IMPORTS = 5
 
@@ -140,52 +147,6 @@ def read_results(path: Path) -> dict[tuple, Line]:
 def append_result(path: Path, line: Line) -> None:
     """Write one line behind the others, and out to the disk."""
     append_lines(path, [dataclasses.asdict(line)])
-
-
-def all_methods() -> list[str]:
-    """What can be measured."""
-    return [FORWARD, ACTIVATIONS, FULL, *PEFT_BASELINES, ADAPTERS, *hf_visual_peft.list_methods()]
-
-
-def setting_of(name: str) -> dict[str, Any]:
-    """Fields of a method's config: those of its first known count, or those that a target names."""
-    if name not in hf_visual_peft.list_methods():
-        return {}
-    return SETTINGS.get(name, dict(hf_visual_peft.get_method(name).counts[0][0]))
-
-
-def config_of(name: str, model: nn.Module) -> PeftConfig:
-    """The config of a method for a model, with peft's own methods as the vision literature uses them."""
-    if name in PEFT_BASELINES:
-        return PEFT_METHODS[PEFT_BASELINES[name]].config(model)
-    return hf_visual_peft.get_method(name).config_cls(**setting_of(name))
-
-
-def frames_of(name: str, setup: Setup) -> int | None:
-    """How many images make one video, for methods that take videos: all of a batch."""
-    method = hf_visual_peft.list_methods().get(name)
-    return setup.batch if method is not None and method.video else None
-
-
-def merges(name: str) -> bool:
-    """Whether there is anything to merge."""
-    method = hf_visual_peft.list_methods().get(name)
-    return name in PEFT_BASELINES if method is None else method.mergeable
-
-
-def contestant(name: str, model_name: str, setup: Setup) -> Contestant:
-    """A method on a new model, ready to train."""
-    torch.manual_seed(0)
-    base = build_model(model_name).to(setup.device)
-    if name == FULL:
-        return Contestant(name, base)
-    model = get_peft_model(base, config_of(name, base))
-    method = hf_visual_peft.list_methods().get(name)
-    if method is not None and method.calibrated:
-        pixels, labels = example(setup.batch, device=setup.device)
-        some = {"pixel_values": pixels, "labels": torch.arange(len(labels)) % 2}  # GPS looks for two of one class
-        hf_visual_peft.calibrate(model, [some], progress=False)
-    return Contestant(name, model, frames=frames_of(name, setup))
 
 
 def measure_group(model_name: str, names: Iterable[str], setup: Setup) -> list[Result]:
@@ -357,12 +318,16 @@ def main(argv: list[str] | None = None) -> None:
 
     def save(line: Line) -> None:
         append_result(arguments.results, line)
-        write_page(arguments.page, list(read_results(arguments.results).values()), setup, all_methods())
+        write()
+
+    def write() -> None:
+        lines, on_cards = read_results(arguments.results).values(), read_rows(RESULTS).values()
+        write_page(arguments.page, list(lines), setup, all_methods(), list(on_cards))
 
     measure_missing(
         models, names, setup, lambda line: key_of(line) in known, save, arguments.group, arguments.adapters_python
     )
-    write_page(arguments.page, list(read_results(arguments.results).values()), setup, all_methods())
+    write()
 
 
 if __name__ == "__main__":

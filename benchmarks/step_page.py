@@ -11,6 +11,8 @@ from textwrap import fill
 from typing import Any
 
 import accuracy
+import gpu_page
+import gpu_rows
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from step_rounds import ACTIVATIONS, FORWARD, FULL, TITLES, Setup
@@ -72,7 +74,9 @@ videos take the same images as one video.
 """
 
 
-def write_page(path: Path, lines: Iterable[Any], setup: Setup, names: Sequence[str]) -> None:
+def write_page(
+    path: Path, lines: Iterable[Any], setup: Setup, names: Sequence[str], card_rows: Sequence[gpu_rows.Row] = ()
+) -> None:
     """Write the page, and its plots beside it in a folder of the page's name.
 
     Args:
@@ -80,6 +84,7 @@ def write_page(path: Path, lines: Iterable[Any], setup: Setup, names: Sequence[s
         lines: results; only those of this setup count.
         setup: how they were measured.
         names: of all methods that can be measured.
+        card_rows: results of `gpu.py`.
     """
     mine = [line for line in lines if line.setup == asdict(setup)]
     steps = [line for line in mine if line.kind == "step"]
@@ -93,7 +98,8 @@ def write_page(path: Path, lines: Iterable[Any], setup: Setup, names: Sequence[s
                 folder.mkdir(parents=True, exist_ok=True)
                 plot(folder / f"{name}_{model}.svg", points, f"{label}, {TITLES[model]}")
                 plots.append(f"![{label} against accuracy, {TITLES[model]}]({folder.name}/{name}_{model}.svg)")
-    write_aside(path, report(mine, setup, names, plots))
+    cpu = {(line.model, line.method): line.step for line in steps} if setup.device == "cpu" else {}
+    write_aside(path, report(mine, setup, names, plots, gpu_page.section(card_rows, cpu)))
 
 
 PLOTS = (
@@ -140,7 +146,9 @@ def _peft(names: Iterable[str]) -> list[str]:
     return [name for name in names if name.startswith("peft-")]
 
 
-def report(lines: Sequence[Any], setup: Setup, names: Sequence[str], plots: Sequence[str]) -> str:
+def report(
+    lines: Sequence[Any], setup: Setup, names: Sequence[str], plots: Sequence[str], on_cards: Sequence[str] = ()
+) -> str:
     """`docs/performance.md`.
 
     Args:
@@ -148,6 +156,7 @@ def report(lines: Sequence[Any], setup: Setup, names: Sequence[str], plots: Sequ
         setup: how they were measured.
         names: of all methods that can be measured.
         plots: Markdown of the plots.
+        on_cards: paragraphs on what was measured on GPUs.
     """
     steps = {(line.model, line.method): line for line in lines if line.kind == "step"}
     built = {line.method: line.seconds for line in lines if line.kind == "get_peft_model"}
@@ -193,7 +202,7 @@ def report(lines: Sequence[Any], setup: Setup, names: Sequence[str], plots: Sequ
     missed = {line.split(",")[0].strip("| ") for line in targets.splitlines() if MISSED in line}
     parts += ["## Targets", targets]
     parts += [fill(" ".join(f"{name}: {note}".split()), 119) for name, note in NOTES.items() if name in missed]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, *on_cards]) + "\n"
 
 
 ACCURACY = (

@@ -62,12 +62,14 @@ class Contestant:
         model: returns `logits`.
         trains: whether anything in it does; else a turn is a forward pass without gradients.
         frames: images that make one video, for methods that take videos.
+        dtype: half precision that autocast computes in; None for that of the model.
     """
 
     name: str
     model: nn.Module
     trains: bool = True
     frames: int | None = None
+    dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         weights = [p for p in self.model.parameters() if p.requires_grad] if self.trains else []
@@ -78,6 +80,13 @@ class Contestant:
         if self.frames is None:
             return pixels, labels
         return pixels.unflatten(0, (-1, self.frames)), labels[:: self.frames]
+
+    def loss(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        """Of the forward pass, with gradients where anything trains."""
+        pixels, labels = self.inputs(pixels, labels)
+        half = torch.autocast(pixels.device.type, self.dtype, enabled=self.dtype is not None)
+        with torch.set_grad_enabled(self.trains), half:
+            return F.cross_entropy(self.model(pixels).logits, labels)
 
 
 @dataclass(frozen=True)
@@ -129,10 +138,8 @@ def example(batch: int, image_size: int | None = None, device: str = "cpu") -> I
 
 def train_once(contestant: Contestant, pixels: Tensor, labels: Tensor) -> Turn:
     """One turn: a training step, or a forward pass where nothing trains."""
-    model, (pixels, labels) = contestant.model, contestant.inputs(pixels, labels)
     start = _now(pixels)
-    with torch.set_grad_enabled(contestant.trains):
-        loss = F.cross_entropy(model(pixels).logits, labels)
+    loss = contestant.loss(pixels, labels)
     if contestant.trains:
         loss.backward()
     middle = _now(pixels)
@@ -232,20 +239,18 @@ def kept_bytes(contestant: Contestant, inputs: Inputs) -> int:
 
     On a CPU what the forward pass leaves for the backward pass; on a GPU the most that was allocated at a time.
     """
-    pixels, labels = contestant.inputs(*inputs)
     model = contestant.model
-    if pixels.is_cuda:
+    if inputs[0].is_cuda:
         train_once(contestant, *inputs)
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        with torch.set_grad_enabled(contestant.trains):
-            loss = F.cross_entropy(model(pixels).logits, labels)
+        loss = contestant.loss(*inputs)
         if contestant.trains:
             loss.backward()
         peak = torch.cuda.max_memory_allocated() - before
     else:
-        with torch.set_grad_enabled(contestant.trains), count_kept(model) as kept:
-            loss = F.cross_entropy(model(pixels).logits, labels)
+        with count_kept(model) as kept:
+            loss = contestant.loss(*inputs)
             peak = kept()
     model.zero_grad()
     return peak

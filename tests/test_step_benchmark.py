@@ -6,8 +6,11 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import gpu_page
+import gpu_rows
 import pytest
 import step
+import step_methods
 import step_page
 import step_rounds
 import torch
@@ -33,7 +36,7 @@ def tiny(name):
 @pytest.fixture
 def small(monkeypatch):
     """Models and images of no size to speak of."""
-    for module in (step, step_rounds):
+    for module in (step, step_methods, step_rounds):
         monkeypatch.setattr(module, "build_model", tiny)
     monkeypatch.setattr(step_rounds, "IMAGE_SIZE", 32)
 
@@ -218,7 +221,8 @@ def test_page_in_docs_is_that_of_the_results(tmp_path):
     lines = list(step.read_results(BENCHMARKS / "step.jsonl").values())
     setup = step_rounds.Setup(**lines[-1].setup)
     page = tmp_path / "performance.md"
-    step_page.write_page(page, lines, setup, step.all_methods())
+    rows = list(gpu_rows.read_rows(gpu_page.RESULTS).values())
+    step_page.write_page(page, lines, setup, step.all_methods(), rows)
     assert page.read_text() == (BENCHMARKS.parent / "docs" / "performance.md").read_text()
 
 

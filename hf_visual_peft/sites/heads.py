@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .mixed import index_of
+
 
 if TYPE_CHECKING:
     from .exchange import Exchange
@@ -83,7 +85,7 @@ class HeadWatch:
         """Those of an adapter, in a batch that mixes several."""
         assert self.exchange.mixed is not None
         names = self.exchange.mixed.of_rows(len(x), module)
-        return torch.tensor([row for row, owner in enumerate(names) if owner == name], device=x.device)
+        return index_of([row for row, owner in enumerate(names) if owner == name], x.device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeadWatch:
         # peft copies a head to train it: the copy serves the same model, as `_FrameMean` does

@@ -69,6 +69,11 @@ def count_rows(module: nn.Module, args: tuple) -> int:
     return count
 
 
+def index_of(rows: list[int], device: torch.device) -> Tensor:
+    """Numbers of rows as a tensor on a device, which the host does not wait for."""
+    return torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+
+
 def check_samples_first(module: nn.Module, x: Any) -> None:
     """Refuse a linear outside the blocks whose input may have something before the samples, as stacked layers.
 
@@ -128,7 +133,7 @@ def run_parts(
     order = [row for rows in parts.values() for row in rows]
     outputs = []
     for name, rows in parts.items():
-        index = torch.tensor(rows, device=device)
+        index = index_of(rows, device)
         rest = zip_longest(names[1 : len(args)], args[1:], fillvalue="")
         outputs.append(
             run(
@@ -139,7 +144,7 @@ def run_parts(
                 **{key: _part(module, key, value, index, count) for key, value in kwargs.items()},
             )
         )
-    back = torch.tensor(order, device=device).argsort()
+    back = index_of(order, device).argsort()
 
     def together(*leaves: Any) -> Any:
         return torch.cat(leaves)[back] if isinstance(leaves[0], Tensor) else leaves[0]

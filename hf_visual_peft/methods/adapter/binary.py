@@ -135,7 +135,8 @@ class BinaryWeight(nn.Module):
         return not self.weight.is_meta and not self.fitted.is_meta and not torch.equal(self.weight, self.fitted)
 
     def _levels(self, like: Tensor) -> Tensor:
-        return torch.tensor(self.levels, dtype=like.dtype, device=like.device)
+        # filled in on the device: a copy from the host would make it wait
+        return torch.stack([like.new_full((), level) for level in self.levels])
 
     @staticmethod
     def _nearest(normal: Tensor, levels: Tensor) -> Tensor:
@@ -170,7 +171,7 @@ class BinaryWeight(nn.Module):
         codes = self._codes()
         mean, std = self.stats.float()
         levels = self._levels(mean)
-        end = levels.new_tensor([torch.inf])
+        end = levels.new_full((1,), torch.inf)
         bounds = torch.cat([-end, (levels[1:] + levels[:-1]) / 2, end])
         low, high = bounds[codes], bounds[codes + 1]
         shrunk = std / (std + EPSILON)  # the deviation of w~

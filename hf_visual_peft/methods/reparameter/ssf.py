@@ -55,9 +55,11 @@ def is_recoverable(x: Tensor, scale: Tensor, shift: Tensor) -> bool:
     """Whether x can be told from `scale * x + shift` with nearly all its digits.
 
     It cannot where a scale is close to zero or the shift much larger, nor in half precision. A compiler decides by
-    itself what it keeps.
+    itself what it keeps. On a CPU alone: elsewhere the program would wait for the device at every linear, to look.
     """
-    if torch.compiler.is_compiling() or x.is_meta or x.dtype.itemsize < 4 or not x.dtype == scale.dtype == shift.dtype:
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or not x.dtype == scale.dtype == shift.dtype:
+        return False
+    if x.dtype.itemsize < 4:
         return False
     return bool((scale.abs() >= SMALLEST * shift.abs().clamp(min=1.0)).all())
 

@@ -90,8 +90,9 @@ class DeformableAttention(nn.Module):
         for level, part in enumerate(values.split([height * width for height, width in sizes], dim=1)):
             height, width = sizes[level]
             maps = part.transpose(1, 2).unflatten(1, (heads, -1)).flatten(0, 1).unflatten(-1, (height, width))
-            size = torch.tensor([width, height], device=places.device)
-            points = places[:, None, None] + offsets[..., level, :, :] / size
+            steps = offsets[..., level, :, :]
+            steps = torch.stack([steps[..., 0] / width, steps[..., 1] / height], dim=-1)  # no copy from the host
+            points = places[:, None, None] + steps
             points = (2 * points - 1).transpose(1, 2).flatten(0, 1)  # (batch x heads, queries, points, 2)
             sampled = F.grid_sample(maps.to(dtype), points.to(dtype), padding_mode="zeros", align_corners=False)
             weight = weights[..., level, :].transpose(1, 2).flatten(0, 1).unsqueeze(1)
