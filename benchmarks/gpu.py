@@ -47,7 +47,7 @@ ALONE = ("base", "small", "graph", "compile", "adapter", "large", "limit", "int8
 SHARED = ("right", "sync")  # which several processes may do at a time
 PARTS = ("setup", *SHARED, "base", "small", "graph", "compile", "adapter", "large", "limit", "cache", "int8")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "timm", "torchao", "bitsandbytes")
-SMOKE_METHODS = ("full", "adaptformer", "lst")
+SMOKE_METHODS = ("full", "lst")
 RESTARTS = 3  # of a process whose device was lost, or that died
 
 

@@ -317,8 +317,8 @@ def measure(model: str, mode: str, name: str, scale: Scale) -> dict[str, Any]:
 
 def forget(device: torch.device) -> None:
     """Give back what nothing holds any more; peft models hold themselves."""
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
