@@ -208,6 +208,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with accelerator.main_process_first():  # the others find what it has cached
         splits = load_splits(args)
     data, names, skipped = prepare_data(args, processor, splits)
+    for flag in ("early_stopping_patience", "eval_steps", "eval_epochs"):
+        if getattr(args, flag) and "validation" not in data:
+            raise ValueError(f"--{flag} needs a validation split: name one, or give --train_val_split above 0.")
     model = load_model(args, config, names)
     if isinstance(config, hf_visual_peft.VisualPeftConfig) and config.chooses_from_data:
         # every process reads the same batches, so that all choose the same; a run that resumes chooses again

@@ -73,6 +73,7 @@ class Training:
     def __post_init__(self) -> None:
         self.trainable = [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
         self.finite = Finite(self.accelerator, self.model)
+        self.batch: dict[str, Any] | None = None  # the last one
         self.losses: list[Tensor] = []  # of the steps since the last look at them
         self.shown: list[float] = []  # of those since the last report
         self.saved: tuple[int, int] | None = None  # step and evaluation of the last checkpoint
@@ -132,26 +133,31 @@ class Training:
         self.screen.close()
 
     def explained(self, error: DivergedError) -> DivergedError:
-        """The error with what is left and what to do."""
+        """The error with where it was, what is left and what to do."""
         whole = self.checkpoints.all()
         return DivergedError(
-            f"The run diverged: {error}, of {self.max_steps} steps. Nothing of it is saved; the last good checkpoint "
-            f"is {whole[-1] if whole else 'none'}. Lower --learning_rate, or clip by --max_grad_norm 1."
+            f"The run diverged: {error} ({self.progress.step} of {self.max_steps} steps are done). Nothing of it is "
+            f"saved; the last good checkpoint is {whole[-1] if whole else 'none'}. Lower --learning_rate, or clip by "
+            "--max_grad_norm 1."
         )
 
-    @torch.no_grad()
     def check_result(self) -> None:
-        """Check the weights that are to be saved and, where there was no evaluation, what comes out with them."""
+        """Check the weights that are to be saved, and what comes out with them."""
         try:
             self.finite.check_weights(self.progress.step)
-            if self.evaluate is None:
-                self.wrapped.eval()
-                batch = next(iter(self.loader))
-                batch.pop("labels")
-                logits = self.wrapped(**batch, **self.inputs).logits
-                self.finite.check_losses([logits.float().abs().max()], self.progress.step)
+            self.check_outputs()
         except DivergedError as error:
             raise self.explained(error) from None
+
+    @torch.no_grad()
+    def check_outputs(self) -> None:
+        """Check what the model says of a training batch: weights may be finite, and too large for that."""
+        batch = self.batch or {k: v for k, v in next(iter(self.loader)).items() if k != "labels"}
+        self.wrapped.eval()
+        largest = self.wrapped(**batch, **self.inputs).logits.float().abs().max()
+        self.wrapped.train()
+        if self.accelerator.gather(largest.isfinite().logical_not().view(1)).any():
+            raise DivergedError(f"what the model says is not finite at step {self.progress.step}")
 
     def is_over(self) -> bool:
         """Whether the last step is done, or patience has run out."""
@@ -201,7 +207,7 @@ class Training:
     def backward(self, batch: dict[str, Any], number: int) -> tuple[Tensor, int]:
         """Add the gradients of a batch; its loss and size."""
         labels = batch.pop("labels")
-        count = len(labels)
+        count, self.batch = len(labels), dict(batch)
         if self.mixing.kinds:
             drawn = (self.progress.epoch, number, self.accelerator.process_index)
             batch["pixel_values"], labels = self.mixing(batch["pixel_values"], labels, drawn)
@@ -302,6 +308,8 @@ class Training:
         """Write a checkpoint."""
         if self.args.checkpointing_steps == "no":
             return
+        if self.progress.evaluated != self.progress.step:
+            self.check_outputs()
         self.progress.seconds = time.perf_counter() - self.started
         self.checkpoints.save(self.progress, self.best_state)
         self.saved = (self.progress.step, self.progress.evaluated)
