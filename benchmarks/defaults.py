@@ -1,0 +1,256 @@
+"""Defaults of every method for AdamW: learning rate, weight decay and augmentation, from three small data sets.
+
+    python benchmarks/defaults.py --data FOLDER [--workers 14] [--budget SECONDS]   # then --page alone
+
+`benchmarks/defaults_data.py` makes the folder. Every method trains on 675 pictures of each set for 8 epochs of batches
+of 32, from the demo's encoder (or `--checkpoint`), with the fields that it has by default, a cosine with 10 % warm-up
+and one learning rate for head and method. Its default is the rate whose validation accuracy, less the best of the
+method's rates on that set, is highest in the mean over the sets; test accuracy decides nothing. Each run is a line
+in the results file: what is there is not run again. Pictures are held and augmented on the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import itertools
+import multiprocessing
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accuracy import config_of
+from lines import append_lines, read_lines
+from peft import get_peft_model
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+import hf_visual_peft
+from hf_visual_peft.demo.models import forward_options, load_classifier, pixel_options
+from hf_visual_peft.demo.weights import demo_checkpoint
+from hf_visual_peft.parameters import parameter_groups
+
+
+ROOT = Path(__file__).parents[1]
+SETS = ("digits", "emoji", "textile")
+RATES = (1e-3, 3e-3, 3e-4, 1e-2)  # in the order in which they are tried
+FULL_RATES = (1e-4, 3e-5, 3e-4, 1e-5)  # a pretrained backbone falls apart at the rates of the methods
+BASELINES = ("full", "peft-lora", "peft-dora", "peft-ln-tuning")
+FEW = ("linearprobe", "adaptformer", "ssf", "vpt", "peft-lora")  # for questions that concern all methods alike
+EPOCHS, BATCH, WARMUP = 8, 32, 0.1
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One training run.
+
+    Attributes:
+        method: by name; `peft-` before those of peft.
+        data: name of the set.
+        rate: learning rate.
+        weight_decay: of AdamW, where parameters decay.
+        crop: least share of the picture in a random crop; 1: the whole picture.
+        flip: probability of a mirrored picture.
+        seed: of head, method, order and augmentation.
+    """
+
+    method: str
+    data: str
+    rate: float
+    weight_decay: float = 0.01
+    crop: float = 1.0
+    flip: float = 0.0
+    seed: int = 0
+
+
+def methods() -> list[str]:
+    """Every method for images, and the baselines."""
+    return [name for name, method in hf_visual_peft.list_methods().items() if not method.video] + list(BASELINES)
+
+
+def rates_of(method: str) -> tuple[float, ...]:
+    """The learning rates that a method chooses from, the most usual first."""
+    return FULL_RATES if method == "full" else RATES
+
+
+def settings(crop: float, flip: float) -> Iterator[Setting]:
+    """All runs, the most telling first."""
+    plain = functools.partial(Setting, crop=crop, flip=flip)
+    for few_crop, few_flip in ((1.0, 0.0), (0.5, 0.0), (0.5, 0.5), (0.08, 0.5)):
+        for method, data in itertools.product(FEW, SETS):
+            yield Setting(method, data, 1e-2 if method == "linearprobe" else 3e-3, crop=few_crop, flip=few_flip)
+    for place in range(len(RATES)):
+        for method, data in itertools.product(methods(), SETS):
+            yield plain(method, data, rates_of(method)[place])
+    for weight_decay, method, data in itertools.product((0.0, 0.1), FEW, SETS):
+        yield plain(method, data, 3e-3, weight_decay=weight_decay)
+
+
+class Bench:
+    """Weights and pictures of one process, loaded once each."""
+
+    def __init__(self, checkpoint: str, folder: Path, device: str) -> None:
+        self.checkpoint, self.folder, self.device = checkpoint, folder, torch.device(device)
+        self.read = functools.cache(self._read)
+        self.base = functools.cache(self._base)
+
+    def _read(self, data: str) -> tuple[dict[str, tuple[Tensor, Tensor]], tuple[str, ...]]:
+        with np.load(self.folder / f"{data}.npz", allow_pickle=False) as arrays:
+            side = arrays["train_x"].shape[1]
+            pixels = pixel_options(self.checkpoint, side)
+            mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (pixels.mean, pixels.std))
+            splits = {}
+            for split in ("train", "validation", "test"):
+                images = torch.from_numpy(arrays[f"{split}_x"]).to(self.device).permute(0, 3, 1, 2)
+                images = (images * pixels.rescale_factor - mean) / std  # grey pictures have one channel until here
+                splits[split] = images, torch.from_numpy(arrays[f"{split}_y"]).to(self.device)
+            return splits, tuple(arrays["classes"].tolist())
+
+    def _base(self, labels: tuple[str, ...]) -> nn.Module:
+        return load_classifier(self.checkpoint, labels).float()
+
+    def model(self, setting: Setting) -> nn.Module:
+        """The backbone with a new head and the method, on the device."""
+        splits, labels = self.read(setting.data)
+        base = copy.deepcopy(self.base(labels))
+        torch.manual_seed(setting.seed)
+        for path in hf_visual_peft.find_backbone(base).heads:
+            head = base.get_submodule(path)
+            nn.init.normal_(head.weight, std=0.02)  # type: ignore[arg-type]
+            nn.init.zeros_(head.bias)  # type: ignore[arg-type]
+        config = config_of(setting.method, base, splits["train"][0].shape[-1])
+        model = (base if config is None else get_peft_model(base, config)).to(self.device)
+        if getattr(config, "chooses_from_data", False):
+            x, y = splits["train"]
+            batches = zip(x.split(BATCH), y.split(BATCH), strict=True)
+            loader = [{"pixel_values": pictures, "labels": labels_} for pictures, labels_ in batches]
+            hf_visual_peft.calibrate(model, loader, seed=setting.seed, progress=False)
+        return model
+
+    def run(self, setting: Setting) -> dict[str, Any]:
+        """Train once; accuracy on validation and test pictures, both 0 where the loss is no number."""
+        splits, _ = self.read(setting.data)
+        model = self.model(setting)
+        extra = forward_options(getattr(model, "get_base_model", lambda: model)(), splits["train"][0].shape[-1])
+        optimizer = torch.optim.AdamW(parameter_groups(model, setting.weight_decay), lr=setting.rate)
+        x, y = splits["train"]
+        generator = torch.Generator(self.device).manual_seed(setting.seed)
+        steps = EPOCHS * -(-len(y) // BATCH)
+        scheduler = get_scheduler("cosine", optimizer, round(WARMUP * steps), steps)
+        model.train()
+        started = time.perf_counter()
+        for _ in range(EPOCHS):
+            for rows in torch.randperm(len(y), device=self.device, generator=generator).split(BATCH):
+                pictures = augment(x[rows], setting, generator)
+                loss = F.cross_entropy(model(pixel_values=pictures, **extra).logits, y[rows])
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                scheduler.step()
+        finite = bool(torch.isfinite(loss))
+        seconds = time.perf_counter() - started
+        scores = {s: self.accuracy(model, *splits[s], extra) if finite else 0.0 for s in ("validation", "test")}
+        return {**asdict(setting), **scores, "loss": loss.item() if finite else None, "seconds": round(seconds, 2)}
+
+    @torch.inference_mode()
+    def accuracy(self, model: nn.Module, x: Tensor, y: Tensor, extra: dict[str, Any]) -> float:
+        """Share of right answers."""
+        model.eval()
+        right = [
+            (model(pixel_values=p, **extra).logits.argmax(-1) == t)
+            for p, t in zip(x.split(350), y.split(350), strict=True)
+        ]
+        return round(torch.cat(right).float().mean().item(), 4)
+
+
+def augment(x: Tensor, setting: Setting, generator: torch.Generator) -> Tensor:
+    """Random parts of pictures, at their size, and mirrored ones: (N, 3, H, W)."""
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.empty(len(x), device=x.device).uniform_(low, high, generator=generator)
+
+    if setting.crop == 1 and setting.flip == 0:
+        return x
+    area, ratio = uniform(setting.crop, 1), torch.exp(uniform(-np.log(4 / 3), np.log(4 / 3)))
+    if setting.crop == 1:
+        ratio = torch.ones_like(ratio)
+    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    left, top = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)
+    mirror = torch.where(uniform(0, 1) < setting.flip, -1.0, 1.0)
+    zero = torch.zeros_like(area)
+    places = torch.stack([torch.stack([width * mirror, zero, left], 1), torch.stack([zero, height, top], 1)], 1)
+    grid = F.affine_grid(places, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+def work(jobs: Any, results: Any, checkpoint: str, folder: Path, device: str) -> None:
+    """Run settings until there are no more."""
+    torch.set_num_threads(1)
+    bench = Bench(checkpoint, folder, device)
+    while (setting := jobs.get()) is not None:
+        try:
+            results.put(bench.run(setting))
+        except Exception as error:  # one method's failure must not end the others
+            results.put({**asdict(setting), "error": f"{type(error).__name__}: {error}"[:500]})
+    results.put(None)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Run what is not in the results file, until all is there or the budget is spent."""
+    known = [{key: row[key] for key in asdict(Setting("", "", 0.0))} for row in read_lines(arguments.results)]
+    wanted = list(dict.fromkeys(settings(arguments.crop, arguments.flip)))
+    if arguments.methods:
+        wanted = [setting for setting in wanted if setting.method in arguments.methods.split(",")]
+    wanted = [setting for setting in wanted if asdict(setting) not in known]
+    context = multiprocessing.get_context("spawn")
+    jobs, results = context.Queue(), context.Queue()
+    checkpoint = str(arguments.checkpoint or demo_checkpoint())
+    common = (jobs, results, checkpoint, arguments.data, arguments.device)
+    workers = [context.Process(target=work, args=common) for _ in range(arguments.workers)]
+    end = time.monotonic() + arguments.budget
+    for worker in workers:
+        worker.start()
+    waiting = iter(wanted)
+    for _ in range(arguments.workers):  # one in hand and one in wait for each, so that a budget ends them soon
+        jobs.put(next(waiting, None))
+    running, count = arguments.workers, 0
+    while running:
+        row = results.get()
+        if row is None:
+            running -= 1
+            continue
+        jobs.put(next(waiting, None) if time.monotonic() < end else None)
+        append_lines(arguments.results, [row])
+        count += 1
+        print(
+            f"{count}/{len(wanted)}", *(row.get(key) for key in ("method", "data", "rate", "test", "seconds", "error"))
+        )
+    for worker in workers:
+        worker.join()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure what is missing and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder of `defaults_data.py`; without it only the page is written")
+    parser.add_argument("--checkpoint", type=Path, help="folder of an encoder (default: the demo's)")
+    parser.add_argument("--methods", help="names separated by commas (default: all for images, and baselines)")
+    parser.add_argument("--crop", type=float, default=1.0, help="least share of the picture in a crop (default: 1)")
+    parser.add_argument("--flip", type=float, default=0.0, help="probability of a mirrored picture (default: 0)")
+    parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no run is begun")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "defaults.jsonl", help="one line a run")
+    arguments = parser.parse_args(argv)
+    if arguments.data:
+        measure(arguments)
+
+
+if __name__ == "__main__":
+    main()
