@@ -97,6 +97,8 @@ class Calibration:
     def loss(self, batch: dict[str, Tensor], purpose: str) -> Tensor:
         """Cross entropy of the model's answers to a batch, whose labels it takes out.
 
+        Binary cross entropy where the labels are 0 or 1 for each class, as fractions: (batch, classes).
+
         Args:
             batch: as `batches` gives it.
             purpose: who measures what by it, for errors.
@@ -110,6 +112,9 @@ class Calibration:
         labels = batch.pop("labels")
         output = self.output(batch)
         logits = getattr(output, "logits", output)
+        several = isinstance(logits, Tensor) and logits.shape == labels.shape and labels.is_floating_point()
+        if several:
+            return F.binary_cross_entropy_with_logits(logits.float(), labels)
         if not isinstance(logits, Tensor) or logits.shape[:-1] != labels.shape:
             raise ValueError(f"{purpose} by a classifier's loss: {name} gives no (batch, classes) logits.")
         if not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[-1]:

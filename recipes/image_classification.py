@@ -34,7 +34,6 @@ from typing import Any
 
 import evaluate
 import torch
-import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, set_seed
@@ -45,6 +44,7 @@ from checkpoints import Checkpoints, load_trainable, saved_state
 from huggingface_hub import HfApi
 from image_data import load_processor, prepare_data
 from image_sources import load_splits
+from labels import BalancedSampler, Loss, check_flags, class_weights
 from optimization import MovingAverage, build_optimizer, build_schedule
 from output_folder import CARD, clear, is_own_readme, publish
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -56,7 +56,7 @@ from tqdm.auto import tqdm
 from training import Training
 
 from hf_visual_peft import hub
-from hf_visual_peft.metrics import Accuracy, MeanPerClassAccuracy, TopKAccuracy
+from hf_visual_peft.metrics import Accuracy, MeanAveragePrecision, MeanPerClassAccuracy, MultilabelF1, TopKAccuracy
 
 
 # flags that may change when a run resumes
@@ -69,7 +69,7 @@ FREE = """config output_dir overwrite_output_dir resume_from_checkpoint checkpoi
 # --------------------------------------------------------------------------------------------------------- model
 
 
-def load_model(args: argparse.Namespace, config: PeftConfig | None, names: list[str]) -> Any:
+def load_model(args: argparse.Namespace, config: PeftConfig | None, names: list[str], several: bool = False) -> Any:
     """The pretrained model with a head for the classes, and the method applied."""
     own = {"pretrained_model_name_or_path": args.model_name_or_path, "revision": args.model_revision}
     own |= {"cache_dir": args.cache_dir, "token": args.token}
@@ -79,6 +79,7 @@ def load_model(args: argparse.Namespace, config: PeftConfig | None, names: list[
         model, loading = transformers.AutoModelForImageClassification.from_pretrained(
             **own, **drop_path_options(args, own), ignore_mismatched_sizes=args.ignore_mismatched_sizes,
             num_labels=len(names), id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)},
+            problem_type="multi_label_classification" if several else None,
             dtype=torch.float32, output_loading_info=True,
         )  # fmt: skip
     finally:
@@ -160,6 +161,7 @@ def evaluate_split(
     model: nn.Module,
     loader: DataLoader[Any],
     metrics: Any,
+    criterion: Loss,
     inputs: dict[str, Any],
     name: str,
 ) -> dict[str, float]:
@@ -169,7 +171,7 @@ def evaluate_split(
     for batch in tqdm(loader, desc=f"Evaluate on {name}", leave=False, disable=not Screen.bars):
         labels = batch.pop("labels")
         logits = model(**batch, **inputs).logits.float()
-        loss = F.cross_entropy(logits, labels, reduction="none")
+        loss = criterion.samples(logits, labels)
         logits, labels, loss = accelerator.gather_for_metrics((logits, labels, loss))
         if not logits.isfinite().all():
             raise DivergedError(f"predictions on {name} are not finite")
@@ -211,7 +213,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for flag in ("early_stopping_patience", "eval_steps", "eval_epochs"):
         if getattr(args, flag) and "validation" not in data:
             raise ValueError(f"--{flag} needs a validation split: name one, or give --train_val_split above 0.")
-    model = load_model(args, config, names)
+    ids = data["train"].ids
+    several = ids.ndim == 2
+    check_flags(args, several, len(names))
+    model = load_model(args, config, names, several)
     if isinstance(config, hf_visual_peft.VisualPeftConfig) and config.chooses_from_data:
         # every process reads the same batches, so that all choose the same; a run that resumes chooses again
         sampler = torch.Generator().manual_seed(args.seed)
@@ -234,11 +239,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if args.by_default:
         accelerator.print(f"Defaults for {args.method}: {', '.join(f'{k} {v}' for k, v in args.by_default.items())}.")
 
-    scores: list[evaluate.Metric] = [Accuracy(keep_in_memory=True), MeanPerClassAccuracy(keep_in_memory=True)]
-    if args.top_k or len(names) > 5:
-        if (args.top_k or 5) > len(names):
-            raise ValueError(f"--top_k {args.top_k}: there are {len(names)} classes.")
-        scores.append(TopKAccuracy(k=args.top_k or 5, keep_in_memory=True))
+    weights = class_weights(args.class_weights, ids, names)
+    criterion = Loss(weights, several=several, smoothing=args.label_smoothing_factor)
+    memory = {"keep_in_memory": True}
+    if several:
+        logit = math.log(args.threshold / (1 - args.threshold))
+        scores: list[evaluate.Metric] = [MeanAveragePrecision(**memory), MultilabelF1(threshold=logit, **memory)]
+    else:
+        scores = [Accuracy(**memory), MeanPerClassAccuracy(**memory)]
+        if args.top_k or len(names) > 5:
+            scores.append(TopKAccuracy(k=args.top_k or 5, **memory))
     metrics = evaluate.combine(scores)
 
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
@@ -248,10 +258,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     loaders = {}
     for split, images in data.items():
         train = split == "train"
+        balances = train and args.sampler == "balanced"
         loader = DataLoader(
             images,
             batch_size=args.per_device_train_batch_size if train else args.per_device_eval_batch_size,
-            shuffle=train,
+            shuffle=train and args.sampler == "shuffle",
+            sampler=BalancedSampler(ids, args.seed, again=not args.cache_features) if balances else None,
             num_workers=args.dataloader_num_workers,
             pin_memory=accelerator.device.type == "cuda",
             generator=torch.Generator().manual_seed(args.seed),  # its draws must not shift those of dropout
@@ -280,13 +292,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     }
 
     def validate() -> dict[str, float]:
-        return evaluate_split(accelerator, wrapped, loaders["validation"], metrics, inputs, "validation")
+        return evaluate_split(accelerator, wrapped, loaders["validation"], metrics, criterion, inputs, "validation")
 
     training = Training(
         accelerator, args, model, wrapped, optimizer, scheduler, loaders["train"], data["train"],
         evaluate=validate if "validation" in loaders else None,
         checkpoints=Checkpoints(accelerator, model, args.output_dir, args.save_total_limit, run),
-        screen=screen, max_steps=max_steps, inputs=inputs, mixing=Mixing(args, len(names)), average=average,
+        screen=screen, max_steps=max_steps, loss=criterion, inputs=inputs, mixing=Mixing(args, len(names)),
+        average=average,
     )  # fmt: skip
     if main_process and args.overwrite_output_dir:  # not before everything is in place
         clear(args.output_dir)
@@ -310,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     kept = progress.kept or {"epoch": training.epoch_number(), "step": progress.step}
     results = {name if name in ("epoch", "step") else f"eval_{name}": value for name, value in kept.items()}
     if "test" in loaders:
-        found = evaluate_split(accelerator, wrapped, loaders["test"], metrics, inputs, "test")
+        found = evaluate_split(accelerator, wrapped, loaders["test"], metrics, criterion, inputs, "test")
         results |= {f"test_{name}": value for name, value in found.items()}
     accelerator.log({name: value for name, value in results.items() if name.startswith("test")}, step=progress.step)
     results["train_loss"] = progress.train_loss[0] / max(progress.train_loss[1], 1)
@@ -323,7 +336,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         accelerator.print(text)
         if config is not None:
             split, prefix = ("test", "test_") if "test" in loaders else ("validation", "eval_")
-            figures = {k.removeprefix(prefix): v for k, v in results.items() if re.match(f"{prefix}.*accuracy", k)}
+            figures = {
+                k.removeprefix(prefix): v
+                for k, v in results.items()
+                if re.match(f"{prefix}.*(accuracy|precision|f1)", k)
+            }
             report: dict[str, Any] = {
                 "metrics": figures,
                 "dataset": data_title(args),

@@ -276,6 +276,8 @@ def prepare_data(
     ids = {split: class_ids(rows, split, names, several) for split, (rows, _) in named.items()}
     if len(names) < 2 - several:
         raise ValueError(f"The train split has one class, {some(names)}; there is nothing to tell apart.")
+    if bare := [split for split, split_ids in ids.items() if several and not split_ids.any()]:
+        raise ValueError(f"No sample of the {bare[0]} split has any class.")
     rows = {split: np.arange(len(data)) for split, data in splits.items()}
     share = (0.15 if args.select == "best" else 0) if args.train_val_split is None else args.train_val_split
     if "validation" not in splits and share:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -215,6 +216,39 @@ def class_weights(given: Sequence[str] | None, ids: np.ndarray, names: list[str]
     if not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
         raise ValueError(f"--class_weights {' '.join(given)}: weights must be 0 or greater, and one above 0.")
     return torch.tensor(weights, dtype=torch.float32)
+
+
+def check_flags(args: argparse.Namespace, several: bool, classes: int) -> None:
+    """Raise an error for flags that do not go with the labels, and choose what is best where none is given.
+
+    Args:
+        args: flags of the recipe; `metric_for_best_model` is set.
+        several: whether samples may have several classes.
+        classes: how many there are.
+    """
+    usual, others = ["accuracy", "mean_per_class_accuracy"], ["mean_average_precision", "micro_f1", "macro_f1"]
+    known = [*(others if several else usual), "loss"]
+    args.metric_for_best_model = args.metric_for_best_model or known[0]
+    kind = "samples that may have several classes" if several else "samples of one class each"
+    if args.metric_for_best_model not in known:
+        raise ValueError(f"--metric_for_best_model {args.metric_for_best_model}: {kind} have {', '.join(known)}.")
+    if several:
+        wrong = {
+            "--sampler balanced": args.sampler == "balanced",  # a draw for a class brings the others of the sample
+            f"--top_k {args.top_k}": args.top_k,
+            f"--label_smoothing_factor {args.label_smoothing_factor}": args.label_smoothing_factor,
+        }
+        if any(wrong.values()):
+            names = ", ".join(name for name, given in wrong.items() if given)
+            raise ValueError(
+                f"{names}: does not go with {kind}; leave it out. --class_weights balanced weighs classes."
+            )
+    if (args.top_k or 0) > classes:
+        raise ValueError(f"--top_k {args.top_k}: there are {classes} classes.")
+    if args.sampler == "balanced" and args.class_weights == ["balanced"]:
+        raise ValueError("--sampler balanced and --class_weights balanced would each do the whole; give one of them.")
+    if not 0 < args.threshold < 1:
+        raise ValueError(f"--threshold must be between 0 and 1, got {args.threshold}.")
 
 
 class Loss:

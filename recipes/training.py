@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from augmentation import Mixing
 from checkpoints import Checkpoints, Progress, trainable_state
+from labels import Loss
 from optimization import MovingAverage, follow_schedule
 from output_folder import earlier_output
 from screen import Screen
@@ -45,6 +45,7 @@ class Training:
         checkpoints: writes them.
         screen: shows what happens.
         max_steps: optimizer steps of the whole run.
+        loss: of logits and labels.
         inputs: further arguments of the model.
         mixing: of images within a batch.
         average: moving average of what trains, for evaluation; None without.
@@ -64,6 +65,7 @@ class Training:
     checkpoints: Checkpoints
     screen: Screen
     max_steps: int
+    loss: Loss
     inputs: dict[str, Any]
     mixing: Mixing
     average: MovingAverage | None
@@ -212,7 +214,7 @@ class Training:
             drawn = (self.progress.epoch, number, self.accelerator.process_index)
             batch["pixel_values"], labels = self.mixing(batch["pixel_values"], labels, drawn)
         logits = self.wrapped(**batch, **self.inputs).logits.float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.args.label_smoothing_factor)
+        loss = self.loss(logits, labels)
         # a batch counts by its images, so that the last one of an epoch, if smaller, has its share
         share = count / self.args.per_device_train_batch_size
         self.accelerator.backward(loss * share if share != 1 else loss)

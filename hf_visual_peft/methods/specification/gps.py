@@ -153,6 +153,11 @@ class GPSConfig(VisualPeftConfig):
         with summed_gradients(list(parts), of=lambda gradient: gradient) as sums:
             for batch in calibration.batches():
                 labels, pixels = batch.pop("labels"), batch[calibration.input_name]
+                if labels.ndim != 1:
+                    raise ValueError(
+                        f"dataloader: GPS contrasts classes: labels must be one class an image, (batch,), got shape "
+                        f"{tuple(labels.shape)}. SPT and SCT take images of several classes."
+                    )
                 if pixels.ndim == 5 and not calibration.backbone.architecture.video:
                     labels = labels.repeat_interleave(pixels.shape[1])
                     batch["pixel_values"] = pixels.flatten(0, 1)
