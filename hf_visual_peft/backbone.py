@@ -82,7 +82,7 @@ class VisionBackbone:
         class_name: its class.
         architecture: the role table that fits.
         blocks: the blocks in order.
-        depth: number of blocks of the whole backbone, also where `blocks` holds a selection.
+        depth: number of blocks of the whole backbone that are read, also where `blocks` holds a selection.
         patch_embedding: names of the modules that turn pixels into tokens.
         input_norms: names of the norms before the blocks.
         between: names of the linears and convolutions between lists of blocks.
@@ -92,7 +92,9 @@ class VisionBackbone:
         heads: names of the task heads in the model.
         head_sizes: output and input features of those that are linears.
         dense: whether these belong to a model that answers for places in the image, not for the image.
-        last_block_read: whether these read what the last block returns.
+        head_note: what a user should know of how the heads were found; empty where there is nothing to say.
+        headless: class of the model around the backbone in which no head was found; empty where none is missing.
+        unread: number of further blocks, behind these, that nothing reads.
         patch_features: numbers that one patch has before it is embedded: channels x height x width.
         image_channels: channels of the images, 0 where patches do not come as images.
         grid: rows and columns of patches of an image of the size in the backbone's config, None where it has none or
@@ -123,7 +125,9 @@ class VisionBackbone:
     times: int
     linears: Mapping[str, tuple[int, int]]
     head_sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    last_block_read: bool = True
+    head_note: str = ""
+    headless: str = ""
+    unread: int = 0
     stage: int | None = None
     width_before: int | None = None
     width_after: int | None = None

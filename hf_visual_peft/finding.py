@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .architectures import WITHOUT_LAST_BLOCK, Architecture, architecture_of, heads_of, known_backbones
+from .architectures import Architecture, architecture_of, known_backbones
 from .backbone import (
     BLOCK_ROLES,
     NORM_ROLES,
@@ -22,6 +21,9 @@ from .backbone import (
     linear_sizes,
     unwrapped,
 )
+from .paths import existing, join, original
+from .probing import probe
+from .task_heads import TaskHeads, heads_around, twins
 
 
 _SINGLE_ROLES = tuple(role for role in BLOCK_ROLES if role != "fc1")  # a gated MLP has two linears at its entrance
@@ -102,8 +104,9 @@ class _Resolver:
             start = embeddings[group] if len(embeddings) == len(lists) else embeddings[0]
             prefix_tokens = _count_prefix_tokens(self.backbone, self._module(start), table)
             for name in names:
-                blocks.append(self._block(len(blocks), _join(list_path, name), group, prefix_tokens))
-        heads, dense = self._heads()
+                blocks.append(self._block(len(blocks), join(list_path, name), group, prefix_tokens))
+        found = heads_around(self.model, self.path, table)
+        heads = found.paths
         outside: dict[str, Any] = {
             "patch_embedding": self._patch_embedding(),
             "input_norms": self._norms(table.input_norms),
@@ -117,6 +120,10 @@ class _Resolver:
         else:
             between = tuple(path for path in self._real(table.between) if path not in used)
         between, between_norms = self._apart(between)
+        outside |= {"between": between, "between_norms": between_norms}
+        unread, heads = self._read(found, blocks, [path for paths in outside.values() for path in paths])
+        blocks, depth = [block for block in blocks if block.path not in unread], len(blocks)
+        outside = {role: tuple(path for path in paths if path not in unread) for role, paths in outside.items()}
         embedding = outside["patch_embedding"]
         patch = tuple(_weight(self.model, embedding[0]).shape[1:]) if embedding else (0,)
         return VisionBackbone(
@@ -125,17 +132,17 @@ class _Resolver:
             architecture=table,
             blocks=tuple(blocks),
             depth=len(blocks),
-            between=between,
-            between_norms=between_norms,
+            unread=depth - len(blocks),
             embeddings=embeddings,
             heads=heads,
             head_sizes={
                 path: (head.out_features, head.in_features)
                 for path in heads
-                if isinstance(head := _original(self._module(path)), nn.Linear)
+                if isinstance(head := original(self._module(path)), nn.Linear)
             },
-            dense=dense,
-            last_block_read=type(self._module(self._parent())).__name__ not in WITHOUT_LAST_BLOCK,
+            dense=found.dense,
+            head_note=found.note,
+            headless=found.missing_in,
             patch_features=math.prod(patch),
             image_channels=patch[0] if len(patch) > 1 else 0,
             grid=_native_grid(getattr(self.backbone, "config", None)) if table.grid == "full" else None,
@@ -148,6 +155,36 @@ class _Resolver:
             },
             **outside,
         )
+
+    def _read(
+        self, heads: TaskHeads, blocks: Sequence[Block], outside: Sequence[str]
+    ) -> tuple[set[str], tuple[str, ...]]:
+        """Names of the last blocks, and of modules outside the blocks, that the model around passes by; and the heads.
+
+        Not looked for where one answer for the image comes of the backbone as a whole: in classes of transformers for
+        image classification, and in a backbone without a model around it that chooses no maps.
+        """
+        maps = hasattr(getattr(self.backbone, "config", None), "out_features") and hasattr(self.backbone, "channels")
+        whole = heads.known and not heads.dense and (heads.of_library or not self.path)
+        if whole and (heads.paths or not self.path) and not maps:
+            return set(), heads.paths
+        names = [block.path for block in blocks]
+        others = {} if heads.known else twins(self.model, heads.paths)
+        further = [path for head, paths in others.items() for path in (head, *paths)]
+        seen = probe(self.model, [*names, *outside, *further], self.path)
+        if seen is None:
+            told = _last_told(self.model, len(blocks))
+            return set() if told is None else set(names[told:]), heads.paths
+        paths = heads.paths
+        if seen.whole:
+            called = (
+                next((path for path in (head, *others.get(head, ())) if path in seen.called), head) for head in paths
+            )
+            paths = tuple(dict.fromkeys(called))
+        count = max((index + 1 for index, name in enumerate(names) if name in seen.read), default=0)
+        if not count:  # as where a model runs its backbone without gradients
+            return set(), paths
+        return {*names[count:], *(path for path in outside if path not in seen.read)}, paths
 
     def _patch_embedding(self) -> tuple[str, ...]:
         """The first that exists of those that the table names; none where it names none.
@@ -259,7 +296,7 @@ class _Resolver:
             norm = roles[SUBLAYER_ROLES[sublayer][0]]
             name = given[sublayer]
             if name is not None:
-                found[sublayer] = _join(path, name)
+                found[sublayer] = join(path, name)
             elif norm and not post_norm:
                 found[sublayer] = norm[0]
             else:
@@ -272,21 +309,6 @@ class _Resolver:
         reduction = self._existing(path, self.table.reduction)
         return tuple(dict.fromkeys((*roles["query"], *(reduction or (*roles["key"], *roles["value"])))))
 
-    def _heads(self) -> tuple[tuple[str, ...], bool]:
-        """Task heads: those of the nearest model around the backbone that has any known, or of the backbone."""
-        outer = self.path
-        while outer:
-            outer = outer.rpartition(".")[0]
-            dense = heads_of(type(self._module(outer)))
-            heads = self._trainable(outer, dense or self.table.heads)
-            if heads:
-                return heads, bool(dense)
-        return self._trainable(self.path, self.table.own_heads), False
-
-    def _trainable(self, prefix: str, names: Sequence[str]) -> tuple[str, ...]:
-        paths = self._existing(prefix, names)
-        return tuple(path for path in paths if any(True for _ in self._module(path).parameters()))
-
     def _parent(self) -> str:
         return self.path.rpartition(".")[0]
 
@@ -294,8 +316,7 @@ class _Resolver:
         return unwrapped(self.model.get_submodule(path))
 
     def _existing(self, prefix: str, names: Sequence[str]) -> tuple[str, ...]:
-        found = (path for name in names for path in _expand(self.model, prefix, name.split(".") if name else []))
-        return tuple(dict.fromkeys(path for path in found if isinstance(_lookup(self.model, path), nn.Module)))
+        return existing(self.model, prefix, names)
 
     def _required(self, prefix: str, names: Sequence[str], role: str) -> tuple[str, ...]:
         paths = self._existing(prefix, names)
@@ -324,7 +345,7 @@ class _Resolver:
         children = dict(module.named_children())
         if not children:
             return (path,) if isinstance(module, _OPERATIONS) and module.weight is not None else ()
-        return tuple(name for child in children for name in self._operations(_join(path, child), used))
+        return tuple(name for child in children for name in self._operations(join(path, child), used))
 
     def _apart(self, paths: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Linears and convolutions, and norms."""
@@ -346,33 +367,15 @@ class _Resolver:
         return next((number for number in found if isinstance(number, int)), None)
 
 
-def _original(module: nn.Module) -> nn.Module:
-    """The module itself where adapters train copies of it."""
-    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
-
-
-def _join(*names: str) -> str:
-    return ".".join(name for name in names if name)
-
-
-def _expand(model: nn.Module, prefix: str, names: Sequence[str]) -> Iterator[str]:
-    """Full names that a dotted name with wildcards stands for."""
-    if "*" not in names:
-        yield _join(prefix, *names)
-        return
-    first = names.index("*")
-    parent = _join(prefix, *names[:first])
-    module = _lookup(model, parent)
-    if isinstance(module, nn.Module):
-        for child, _ in unwrapped(module).named_children():
-            yield from _expand(model, _join(parent, child), names[first + 1 :])
-
-
-def _lookup(model: nn.Module, path: str) -> object:
-    target: object = model
-    for name in path.split(".") if path else ():
-        target = getattr(target, name, None)
-    return target
+def _last_told(model: nn.Module, depth: int) -> int | None:
+    """How many blocks a multimodal model reads by its config, None where that says nothing."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    told = (getattr(config, "vision_feature_layer", None) for config in configs)
+    layers = next((layers for layers in told if layers is not None), None)
+    if layers is None:
+        return None
+    # of the states before the first block and behind each
+    return max(range(depth + 1)[layer] for layer in ([layers] if isinstance(layers, int) else layers))
 
 
 def _is_norm(module: nn.Module) -> bool:

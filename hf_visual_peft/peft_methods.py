@@ -25,6 +25,7 @@ from .frozen_norms import keeps_statistics
 from .labels import name_classes
 from .peft_defaults import CONVOLUTIONAL_METHODS, METHODS, attention_or_mlp
 from .registry import Method, get_method, list_methods
+from .task_heads import announce
 
 
 ConfigT = TypeVar("ConfigT", bound=PeftConfig)
@@ -149,8 +150,9 @@ def with_visual_targets(config: ConfigT, model: nn.Module) -> ConfigT:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     backbone = find_backbone(base)
     filled: Any = copy.deepcopy(config)
-    if filled.modules_to_save is None and backbone.heads:
-        filled.modules_to_save = list(backbone.heads)
+    if filled.modules_to_save is None:
+        announce(backbone.head_note)
+        filled.modules_to_save = list(backbone.heads) or None
     if filled.target_modules is None and getattr(filled, "target_parameters", None) is None:
         part = backbone.select(_layers(filled, backbone))
         paths = _TARGETS.get(method, _linears)(base, part, method in CONVOLUTIONAL_METHODS)

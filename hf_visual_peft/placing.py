@@ -72,8 +72,6 @@ def _side_placements(config: VisualPeftConfig, placements: list[Placement], whol
             f"{type(config).__name__}.{field} is {getattr(config, field)!r}: the network must end in the last "
             f"stage of {whole.class_name}, blocks {', '.join(str(block.index) for block in stages[-1].blocks)}."
         )
-    if site.ends and not whole.last_block_read:
-        raise ValueError(f"{name}: the model around it does not read the last block, where the network's result goes.")
     placed = [p for p in placements if not isinstance(p.site, SideSite)]
     begun = False
     for index, path in enumerate(paths):

@@ -45,6 +45,7 @@ from .sites.mixed import BASE, check_samples_first, count_rows, instead_of_forwa
 from .sites.side import modules_before
 from .switching import concerned, switch
 from .targets import TargetedConfig, find_targets
+from .task_heads import announce
 
 
 class VisualTuner(BaseTuner):
@@ -163,8 +164,10 @@ class VisualTuner(BaseTuner):
             return
         backbone = find_backbone(model)
         self._check_layers(config, backbone)
-        if config.modules_to_save is None and backbone.heads and not config.copied_head:
-            config.modules_to_save = list(backbone.heads)
+        if config.modules_to_save is None:
+            announce(backbone.head_note)
+            if backbone.heads and not config.copied_head:
+                config.modules_to_save = list(backbone.heads)
         selected = self._without_excluded(backbone.select(config.layers), config)
         if not selected.blocks:
             raise ValueError(
@@ -207,10 +210,10 @@ class VisualTuner(BaseTuner):
     def _check_layers(self, config: VisualPeftConfig, backbone: VisionBackbone) -> None:
         for layer in config.layers or ():
             if layer >= backbone.depth:
-                raise ValueError(
-                    f"{type(config).__name__}.layers_to_transform has {layer}: {backbone.class_name} has "
-                    f"{backbone.depth} blocks, 0 to {backbone.depth - 1}."
-                )
+                known = f"{backbone.class_name} has {backbone.depth} blocks, 0 to {backbone.depth - 1}."
+                if layer < backbone.depth + backbone.unread:
+                    known = f"the model around {backbone.class_name} does not read it, but 0 to {backbone.depth - 1} only."
+                raise ValueError(f"{type(config).__name__}.layers_to_transform has {layer}: {known}")
 
     def _without_excluded(self, backbone: VisionBackbone, config: VisualPeftConfig) -> VisionBackbone:
         excluded = {block.index for block in backbone.blocks if _is_excluded(config, block.path)}

@@ -81,7 +81,10 @@ def test_model_inside_a_larger_one():
         def forward(self, pixel_values):
             return self.neck(self.encoder(pixel_values).logits)
 
-    model = get_peft_model(Detector(), AdaptFormerConfig(r=4))
+    with pytest.warns(
+        UserWarning, match="'neck': frozen, 'encoder.classifier': trained with the adapter; name modules"
+    ):
+        model = get_peft_model(Detector(), AdaptFormerConfig(r=4))
     assert model.peft_config["default"].modules_to_save == ["encoder.classifier"]
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert not any("neck" in name for name in trained)

@@ -12,8 +12,6 @@ from peft import get_peft_model
 from side_networks import kept, vit
 from torch import nn
 from transformers import (
-    BeitConfig,
-    BeitForSemanticSegmentation,
     SwinConfig,
     SwinForImageClassification,
 )
@@ -147,12 +145,6 @@ def test_state_crosses_the_stages_of_a_hierarchical_backbone():
 def test_what_does_not_fit():
     with pytest.raises(ValueError, match=r"layers_to_transform is \[0, 1\]: the network must end in the last stage"):
         get_peft_model(swin(), LSTConfig(r=2, layers_to_transform=[0, 1]))
-    beit = BeitConfig(
-        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8,
-        out_indices=[1, 2, 3, 4], auxiliary_num_convs=0,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="does not read the last block"):
-        get_peft_model(BeitForSemanticSegmentation(beit), LSTConfig(r=2))
 
 
 @pytest.mark.parametrize("name", ["vit", "beit", "dinov2_registers", "data2vec"])

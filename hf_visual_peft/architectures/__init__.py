@@ -1,7 +1,7 @@
 """Role tables: which module plays which part in each family of backbones. Data, and the way to add to it."""
 
 from .convolutional import CONVOLUTIONAL
-from .heads import HEADS, WITHOUT_LAST_BLOCK
+from .heads import HEADS
 from .hierarchical import HIERARCHICAL
 from .plain import PLAIN
 from .table import (
@@ -25,7 +25,6 @@ for _model, _heads in HEADS.items():
     register_heads(_model, _heads)
 
 __all__ = [
-    "WITHOUT_LAST_BLOCK",
     "Architecture",
     "GridKind",
     "Names",

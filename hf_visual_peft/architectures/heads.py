@@ -7,8 +7,7 @@ boxes): their own transformers are pretrained, and who wants to train them names
 # by their parts: peft finds modules by how their names end, and many a name ends in "neck" or "head"
 _DPT = ("neck.reassemble_stage", "neck.convs.*", "neck.fusion_stage", "head.head")
 
-# transformers counts the blocks that these read from the embeddings' output on: the last block is none of them
-WITHOUT_LAST_BLOCK = ("BeitForSemanticSegmentation",)
+_RT_DETR = ("model.enc_score_head", "model.decoder.class_embed.*", "model.decoder.bbox_embed.*")
 
 HEADS = {
     "SegformerForSemanticSegmentation": ("decode_head",),
@@ -22,11 +21,12 @@ HEADS = {
     "DetrForObjectDetection": ("class_labels_classifier", "bbox_predictor"),
     "DeformableDetrForObjectDetection": ("class_embed.*", "bbox_embed.*"),
     "ConditionalDetrForObjectDetection": ("class_labels_classifier", "bbox_predictor"),
-    "RTDetrForObjectDetection": (
-        "model.enc_score_head",
-        "model.decoder.class_embed.*",
-        "model.decoder.bbox_embed.*",
-    ),
+    "TableTransformerForObjectDetection": ("class_labels_classifier", "bbox_predictor"),
+    "RTDetrForObjectDetection": _RT_DETR,
+    "RTDetrV2ForObjectDetection": _RT_DETR,
+    "DFineForObjectDetection": _RT_DETR,
     "OwlViTForObjectDetection": ("class_head", "box_head"),
+    "Owlv2ForObjectDetection": ("class_head", "box_head"),
     "CLIPSegForImageSegmentation": ("decoder",),
+    "ShieldGemma2ForImageClassification": (),  # it reads its answer off words
 }

@@ -164,14 +164,14 @@ def register_heads(model: str, heads: Names) -> None:
 
     Args:
         model: name of its class; subclasses are recognised.
-        heads: names of the modules in it that a new task needs anew.
+        heads: names of the modules in it that a new task needs anew; `()` says that it has none.
     """
     _HEADS[model] = heads
 
 
-def heads_of(cls: type) -> Names:
-    """The task heads of a class of models, or of the nearest of its bases; none if nothing is known."""
-    return next((_HEADS[base.__name__] for base in cls.__mro__ if base.__name__ in _HEADS), ())
+def heads_of(cls: type) -> Names | None:
+    """The task heads of a class of models, or of the nearest of its bases; None if nothing is known."""
+    return next((_HEADS[base.__name__] for base in cls.__mro__ if base.__name__ in _HEADS), None)
 
 
 def known_backbones() -> Names:

@@ -49,6 +49,12 @@ class LinearProbeConfig(WholeModulesConfig):
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """The head."""
         if not backbone.heads:
+            name = backbone.headless
+            if name:
+                raise ValueError(
+                    f"LinearProbeConfig: {name} has no task head that is known here, so nothing would train. Tell "
+                    f"which of its modules are one, by hf_visual_peft.register_heads({name!r}, (...))."
+                )
             raise ValueError(
                 f"LinearProbeConfig: {backbone.class_name} has no task head here, so nothing would train. Load it "
                 "with one, for example by AutoModelForImageClassification."

@@ -1,0 +1,64 @@
+"""Names of modules in a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+from .backbone import unwrapped
+
+
+def join(*names: str) -> str:
+    """One dotted name."""
+    return ".".join(name for name in names if name)
+
+
+def is_in(path: str, outer: str) -> bool:
+    """Whether a module is another or lies in it, by their names."""
+    return not outer or path == outer or path.startswith(f"{outer}.")
+
+
+def existing(model: nn.Module, prefix: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Full names of the modules that there are under some names, which may have wildcards.
+
+    Args:
+        model: in which they are.
+        prefix: name of the module that the names are relative to.
+        names: of the modules.
+    """
+    found = (path for name in names for path in _expand(model, prefix, name.split(".") if name else []))
+    return tuple(dict.fromkeys(path for path in found if isinstance(lookup(model, path), nn.Module)))
+
+
+def trainable(model: nn.Module, prefix: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Those of `existing` that have parameters."""
+    paths = existing(model, prefix, names)
+    return tuple(path for path in paths if any(True for _ in unwrapped(model.get_submodule(path)).parameters()))
+
+
+def lookup(model: nn.Module, path: str) -> object:
+    """What is there under a dotted name, or None."""
+    target: object = model
+    for name in path.split(".") if path else ():
+        target = getattr(target, name, None)
+    return target
+
+
+def original(module: nn.Module) -> nn.Module:
+    """The module itself where adapters train copies of it."""
+    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+
+
+def _expand(model: nn.Module, prefix: str, names: Sequence[str]) -> Iterator[str]:
+    """Full names that a dotted name with wildcards stands for."""
+    if "*" not in names:
+        yield join(prefix, *names)
+        return
+    first = names.index("*")
+    parent = join(prefix, *names[:first])
+    module = lookup(model, parent)
+    if isinstance(module, nn.Module):
+        for child, _ in unwrapped(module).named_children():
+            yield from _expand(model, join(parent, child), names[first + 1 :])

@@ -1,0 +1,243 @@
+"""The task head of a model: by name where a table knows it, else by where it stands."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .architectures import Architecture, heads_of
+from .paths import is_in, join, original, trainable
+
+
+_LIBRARIES = ("open_clip", "timm", "torchvision", "transformers")
+_OTHERWISE = "name modules in modules_to_save to train others, [] for none"
+
+
+@dataclass(frozen=True)
+class TaskHeads:
+    """What was found.
+
+    Attributes:
+        paths: names of the heads in the model.
+        dense: whether they belong to a model that answers for places in the image, not for the image.
+        known: whether a table names them.
+        of_library: whether the model that they belong to is one of a library.
+        missing_in: class of the model in which none was found.
+        note: what a user should know of how they were found, or that none was; empty where there is nothing to say.
+    """
+
+    paths: tuple[str, ...] = ()
+    dense: bool = False
+    known: bool = True
+    of_library: bool = True
+    missing_in: str = ""
+    note: str = ""
+
+
+def announce(note: str) -> None:
+    """Say how heads were found, where nobody has named any."""
+    if note:
+        warnings.warn(note, UserWarning, stacklevel=3)
+
+
+def heads_around(model: nn.Module, path: str, table: Architecture) -> TaskHeads:
+    """The heads of the nearest model around a backbone that has any, or of the backbone.
+
+    Those that a table names, by the model's class or by the backbone's. Else, in a class of transformers for a task,
+    what it has beside its base model, and what has a row for each label; in a module of the user's own all that stands
+    beside the backbone and is no pretrained model of its own.
+
+    Args:
+        model: the whole model.
+        path: name of the backbone in it.
+        table: of the backbone.
+    """
+    own = trainable(model, path, table.own_heads)
+    searched: list[nn.Module] = []
+    holders = list(_holders(path))
+    for index, outer in enumerate(holders):
+        module = model.get_submodule(outer)
+        registered = heads_of(type(module))
+        if registered == ():
+            return TaskHeads()
+        known = trainable(model, outer, registered or table.heads)
+        if _is_of_library(module):
+            found = () if known or own else _of_task_model(model, outer, path)
+            searched += [module] if _has_task(module) else []
+        else:
+            found = () if registered and known else tuple(_beside(model, outer, path))
+            if all(any(is_in(head, part) for head in known) for part in found):
+                found = ()
+            searched.append(module)
+        parts, found = found, _nameable(model, found)
+        if found:
+            beside = type(model.get_submodule(path)).__name__
+            note = (
+                f"No table names the task head of {type(module).__name__}. {_listed(found)}: trained with the "
+                f"adapter, as what is new beside {beside}; {_OTHERWISE}.{_unnamed(model, parts, found)}"
+            )
+            return TaskHeads(found, _is_dense(model, module, found), known=False, note=note)
+        if known:
+            note = _left_out(model, path, holders[index + 1 :], known)
+            return TaskHeads(known, bool(registered), of_library=_is_of_library(module), note=note)
+    if own:
+        return TaskHeads(own, note=_left_out(model, path, holders, own))
+    if not searched:
+        return TaskHeads()
+    name = type(searched[-1]).__name__
+    note = (
+        f"No task head was found in {name}: nothing but the adapter trains. Name modules that shall train, too, in "
+        f"modules_to_save (for all adapters: hf_visual_peft.register_heads({name!r}, ...)), or set it to []."
+    )
+    return TaskHeads(known=False, missing_in=name, note=note)
+
+
+def _holders(path: str) -> Iterator[str]:
+    """Names of the modules around one, the nearest first."""
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def _unnamed(model: nn.Module, parts: Sequence[str], found: Sequence[str]) -> str:
+    """A sentence on parts that peft cannot tell from others, empty where there are none but norms."""
+    left = [part for part in parts if not any(is_in(path, part) for path in found)]
+    left = [part for part in left if "Norm" not in type(original(model.get_submodule(part))).__name__]
+    return (
+        f" {_listed(left)}: frozen, as names of other modules end in the same; rename to train them." if left else ""
+    )
+
+
+def _left_out(model: nn.Module, path: str, outside: Iterable[str], heads: Sequence[str]) -> str:
+    """A note of what stands in modules of the user's own further out, and stays frozen; empty where nothing does."""
+    own = (outer for outer in outside if not _is_of_library(model.get_submodule(outer)))
+    left = [part for outer in own for part in _beside(model, outer, path)]
+    return f"{_listed(left)}: frozen, {_listed(heads)}: trained with the adapter; {_OTHERWISE}." if left else ""
+
+
+def _is_of_library(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] in _LIBRARIES
+
+
+def _has_task(module: nn.Module) -> bool:
+    """Whether a class of transformers is for a task; what its base models hold beside a backbone is pretrained."""
+    return isinstance(module, PreTrainedModel) and re.search("For[A-Z]", type(module).__name__) is not None
+
+
+def _of_task_model(model: nn.Module, outer: str, path: str) -> tuple[str, ...]:
+    """Heads of a model of transformers."""
+    module = model.get_submodule(outer)
+    if not _has_task(module) or module.get_output_embeddings() is not None:  # its head is that of a language model
+        return ()
+    inner = path.removeprefix(f"{outer}.").partition(".")[0]
+    base = getattr(module, module.base_model_prefix, None) if module.base_model_prefix else None
+    composed = hasattr(getattr(module, inner), "out_features")  # of a backbone for maps and what reads these
+    beside = _beside(model, outer, path) if composed or base is getattr(module, inner) else []
+    return _nameable(model, [*beside, *_with_labels(model, outer, path)])
+
+
+def _beside(model: nn.Module, outer: str, path: str) -> list[str]:
+    """Names of the trainable modules in one beside the backbone, without pretrained models."""
+    module = model.get_submodule(outer)
+    embeddings = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
+    return [
+        name
+        for child, part in module.named_children()
+        if not is_in(path, name := join(outer, child))
+        and part is not embeddings
+        and _computes(part)
+        and not any(_is_pretrained(inside) for inside in part.modules())
+    ]
+
+
+def _computes(part: nn.Module) -> bool:
+    """Whether a module has a weight for features, and not only numbers as losses have them."""
+    return "Norm" in type(part).__name__ or any(parameter.ndim > 1 for parameter in part.parameters())
+
+
+def twins(model: nn.Module, heads: Sequence[str]) -> dict[str, list[str]]:
+    """Other modules with the very parameters of heads, by head: of two only one may be called."""
+    owners: dict[frozenset[int], list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        own = frozenset(id(parameter) for parameter in module.parameters())
+        if own:
+            owners.setdefault(own, []).append(name)
+    found = {}
+    for head in heads:
+        own = frozenset(id(parameter) for parameter in model.get_submodule(head).parameters())
+        # each by its own index, where parameters are those of a whole list, too
+        number = head.rpartition(".")[2]
+        found[head] = [name for name in owners[own] if name != head and name.rpartition(".")[2] == number]
+    return found
+
+
+def _is_pretrained(module: nn.Module) -> bool:
+    return isinstance(module, PreTrainedModel) or hasattr(module, "pretrained_cfg")  # timm's
+
+
+def _with_labels(model: nn.Module, outer: str, path: str) -> list[str]:
+    """Names of the modules in a model of transformers, outside the backbone, whose size is that of the labels.
+
+    A second one is made for other labels, on the meta device, and compared.
+    """
+    module = model.get_submodule(outer)
+    assert isinstance(module, PreTrainedModel)
+    config = copy.deepcopy(module.config)
+    try:
+        config.num_labels = module.config.num_labels + 1
+        with torch.device("meta"):
+            other = type(module)(config)
+    except Exception:  # a class that cannot be made from its config alone tells nothing of this kind
+        return []
+    shapes = {name: parameter.shape for name, parameter in other.named_parameters(remove_duplicate=False)}
+    names: dict[str, None] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        plain = name.replace(".original_module", "").replace(".base_layer", "")
+        owner = join(outer, plain.rpartition(".")[0])
+        if shapes.get(plain, parameter.shape) == parameter.shape or is_in(owner, path) or owner == outer:
+            continue
+        if not isinstance(original(model.get_submodule(owner)), nn.Embedding):
+            names[owner] = None
+    return list(names)
+
+
+def _nameable(model: nn.Module, paths: Iterable[str]) -> tuple[str, ...]:
+    """The same modules, or their parts, so that peft can copy them: no lists, and no name in which another's ends."""
+    found: dict[str, None] = {}
+    for path in paths:
+        if any(is_in(path, other) for other in found):
+            continue
+        module = original(model.get_submodule(path))
+        others = [name for name, _ in model.named_modules() if name != path and name.endswith(path)]
+        inside = [name for name, part in module.named_children() if any(True for _ in part.parameters())]
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) or (inside and _clash(model, path, others)):
+            for part in _nameable(model, [join(path, name) for name in inside]):
+                found[part] = None
+        elif not _clash(model, path, others):
+            found[path] = None
+    return tuple(found)
+
+
+def _clash(model: nn.Module, path: str, others: Iterable[str]) -> bool:
+    """Whether peft would copy further modules by this name: those that do not share its parameters."""
+    own = {id(p) for p in model.get_submodule(path).parameters()}
+    return any({id(p) for p in model.get_submodule(other).parameters()} != own for other in others)
+
+
+def _is_dense(model: nn.Module, holder: nn.Module, paths: Sequence[str]) -> bool:
+    if isinstance(holder, PreTrainedModel) and _is_of_library(holder):
+        return "Classification" not in type(holder).__name__
+    parts = (part for path in paths for part in model.get_submodule(path).modules())
+    return any(isinstance(part, nn.modules.conv._ConvNd) for part in parts)
+
+
+def _listed(paths: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, paths[:4]))
+    return shown if len(paths) <= 4 else f"{shown} and {len(paths) - 4} more"
