@@ -212,7 +212,9 @@ class VisualTuner(BaseTuner):
             if layer >= backbone.depth:
                 known = f"{backbone.class_name} has {backbone.depth} blocks, 0 to {backbone.depth - 1}."
                 if layer < backbone.depth + backbone.unread:
-                    known = f"the model around {backbone.class_name} does not read it, but 0 to {backbone.depth - 1} only."
+                    known = (
+                        f"the model around {backbone.class_name} does not read it, but 0 to {backbone.depth - 1} only."
+                    )
                 raise ValueError(f"{type(config).__name__}.layers_to_transform has {layer}: {known}")
 
     def _without_excluded(self, backbone: VisionBackbone, config: VisualPeftConfig) -> VisionBackbone:

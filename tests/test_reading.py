@@ -134,7 +134,12 @@ def test_what_a_users_module_reads_is_found_by_a_backward_pass(index, family, co
 
 
 def _reads_maps(blocks):
-    config = tf.DPTConfig(**VIT | {"num_hidden_layers": blocks}, backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8] * 4, fusion_hidden_size=8)
+    config = tf.DPTConfig(
+        **VIT | {"num_hidden_layers": blocks},
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[8] * 4,
+        fusion_hidden_size=8,
+    )
     return tf.DPTForDepthEstimation(config)
 
 
