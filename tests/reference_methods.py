@@ -1,0 +1,391 @@
+"""Every method's arithmetic in plain torch, after the papers and what their authors released.
+
+Each function takes the plain transformer and the adapter's weights, by names in which modules of the backbone are
+called by their roles; it returns logits, or what `beside_linears` and `blockwise` make a function of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from reference_backbone import (
+    DEPTH,
+    GRID,
+    HEADS,
+    ROLES,
+    TOKENS,
+    WIDTH,
+    Vit,
+    Weights,
+    attend,
+    to_maps,
+    to_tokens,
+)
+from torch import Tensor
+
+
+Logits = Callable[[Vit, Weights], Tensor]
+
+
+def bottleneck(v: Vit, w: Weights, x: Tensor, p: float = 0.0, act: Callable[[Tensor], Tensor] = F.gelu) -> Tensor:
+    return w.linear("up", v.drop(act(w.linear("down", x)), p))
+
+
+def beside_linears(roles: tuple[str, ...], change: Callable[[Vit, Weights, str, Tensor, Tensor], Tensor]) -> Logits:
+    """`change(v, weights, name, input, output)` gives the new output of the linears in some roles."""
+
+    def logits(v: Vit, w: Weights) -> Tensor:
+        v.at_linear = lambda n, x, y: change(v, w, n, x, y) if n.rpartition(".")[2] in roles else y
+        return v.logits()
+
+    return logits
+
+
+def blockwise(block: Callable[[Vit, Weights, int, Tensor], Tensor]) -> Logits:
+    """`block(v, weights, index, stream)` takes the place of a block."""
+
+    def logits(v: Vit, w: Weights) -> Tensor:
+        v.block = lambda index, x: block(v, w, index, x)
+        return v.logits()
+
+    return logits
+
+
+def adapterbias(v: Vit, w: Weights, name: str, x: Tensor, y: Tensor) -> Tensor:
+    own = w.of(f"{name}.adapterbias_shift.")
+    return y + own.linear("weight", x) * own["shift"]
+
+
+def adapterplus(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
+    own, out = w.of(f"{index}.adapterplus_mlp."), v.plain_block(index, x)
+    return out + own["scale"] * v.drop_path(bottleneck(v, own.of("bottleneck."), out), 0.1)
+
+
+def adaptformer(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
+    z = x + v.attended(index, x)
+    return z + v.fed(index, z) + 0.1 * bottleneck(v, w.of(f"{index}.adaptformer_mlp."), z, 0.1, F.relu)
+
+
+def aim(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
+    rate, own = 0.2 * index / (DEPTH - 1), w.of(f"{index}.aim_")
+    by_place = x.unflatten(0, (-1, v.frames)).transpose(1, 2).flatten(0, 1)  # each token's own frames as a sequence
+    mixed = bottleneck(v, own.of("temporal.adapter."), v.attended(index, by_place))
+    x = x + v.drop_path(mixed.unflatten(0, (-1, TOKENS)).transpose(1, 2).flatten(0, 1), rate)
+    a = v.attended(index, x)
+    z = x + a + bottleneck(v, own.of("spatial."), a)
+    n = v.norm(f"{index}.norm2", z)
+    return z + v.mlp(index, n) + v.drop_path(0.5 * bottleneck(v, own.of("joint.adapter."), n), rate)
+
+
+def arc(v: Vit, w: Weights) -> Tensor:
+    bases = {"norm1": w["0.norm1.arc_attention.weight"], "norm2": w["0.norm2.arc_mlp.weight"]}
+
+    def at_norm(name: str, x: Tensor) -> Tensor:
+        own, basis = w.of(f"{name}.arc_scaling."), bases.get(name.rpartition(".")[2])
+        return x if basis is None else x + v.drop(x @ basis * own["scale"], 0.1) @ basis.T + own["shift"]
+
+    v.at_norm = at_norm
+    return v.logits()
+
+
+def attnscale(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
+    own = w.of(f"{index}.attnscale_")
+    z = x + v.attention(index, v.norm(f"{index}.norm1", x), own["logits.factors"]) + own["attention.offset"]
+    return z + v.fed(index, z) + own["mlp.offset"]
+
+
+def quantised(weight: Tensor) -> Tensor:
+    """To four levels, those of Bi-AdaptFormer for a normal variable, straight through: `QLinear.forward`."""
+    normal, levels = torch.distributions.Normal(0.0, 1.0), torch.linspace(-1, 1, 4, dtype=torch.float64)
+    edge = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    for _ in range(500):
+        bounds = torch.cat([edge[:1], normal.cdf((levels[1:] + levels[:-1]) / 2), edge[1:]])
+        levels = normal.icdf((bounds[1:] + bounds[:-1]) / 2)
+    mean, std = weight.mean(), weight.std()
+    normed = (weight - mean) / (std + 1e-5)
+    nearest = levels.float()[(normed.detach().unsqueeze(-1) - levels.float()).abs().argmin(-1)]
+    return (nearest + normed - normed.detach()) * std + mean
+
+
+def biadaptformer(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
+    own, z = w.of(f"{index}.biadaptformer_mlp."), x + v.attended(index, x)
+    hidden = v.drop(F.relu(z @ quantised(own["down.weight"]).T), 0.1)
+    return z + v.fed(index, z) + hidden @ quantised(own["up.weight"]).T
+
+
+def bilora(v: Vit, w: Weights, name: str, x: Tensor, y: Tensor) -> Tensor:
+    own = w.of(f"{name}.bilora_update.")
+    return y + v.drop(x @ quantised(own["down.weight"]).T, 0.1) @ quantised(own["up.weight"]).T
+
+
+def bitfit(v: Vit, w: Weights) -> Tensor:
+    v.at_linear = lambda name, x, y: y + w[f"{name}.bitfit_bias.shift"]
+    v.at_norm = lambda name, y: y + w[f"{name}.bitfit_bias.shift"]
+    return v.logits()
+
+
+def compacter(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
+    def phm(own: Weights, which: str, x: Tensor) -> Tensor:
+        rules, left, right = w["0.compacter_rule.matrices"], own[f"{which}.left"], own[f"{which}.right"]
+        terms = [torch.kron(r, s @ t) for r, s, t in zip(rules, left, right, strict=True)]
+        return x @ sum(terms) + own[f"{which}.bias"]
+
+    def adapter(sublayer: str, y: Tensor) -> Tensor:
+        own = w.of(f"{index}.compacter_{sublayer}.")
+        return y + phm(own, "up", F.gelu(phm(own, "down", y), approximate="tanh"))
+
+    z = x + adapter("attention", v.attended(index, x))
+    return z + adapter("mlp", v.fed(index, z))
+
+
+def consolidator(v: Vit, w: Weights, name: str, x: Tensor, y: Tensor) -> Tensor:
+    """Their `ChannelShuffle1d` of as many groups, and a grouped convolution of kernel 1."""
+    own = w.of(f"{name}.consolidator_groups.")
+    batch, tokens, channels = x.shape
+    x = x.transpose(1, 2).view(batch, 8, channels // 8, tokens).transpose(1, 2).reshape(batch, channels, tokens)
+    branch = F.conv1d(x, own["weight"].flatten(0, 1).unsqueeze(-1), own["bias"], groups=8)
+    return y + v.drop_path(branch.transpose(1, 2), 0.1)
+
+
+def convpass(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
+    def quick_gelu(x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+    def branch(sublayer: str, n: Tensor) -> Tensor:
+        own = w.of(f"{index}.convpass_{sublayer}.")
+        t = quick_gelu(own.linear("down", n))
+        cls, patches = to_maps(t[:, :1], (1, 1)), to_maps(t[:, 1:])
+        parts = [to_tokens(F.conv2d(m, own["conv.weight"], own["conv.bias"], padding=1)) for m in (cls, patches)]
+        return own.linear("up", v.drop(quick_gelu(torch.cat(parts, dim=1)), 0.1))
+
+    n = v.norm(f"{index}.norm1", x)
+    z = x + v.attention(index, n) + branch("attention", n)
+    n = v.norm(f"{index}.norm2", z)
+    return z + v.mlp(index, n) + branch("mlp", n)
+
+
+def changed_norms(v: Vit, w: Weights, form: str) -> None:
+    """Norms whose weight and bias have addends, under names of that form."""
+    for name in [name for name in v.w if "norm" in name]:
+        module, _, kind = name.rpartition(".")
+        addend = w.get(form.format(module, module[:-1], module[-1], kind))
+        if addend is not None:
+            v.w[name] = v.w[name] + addend
+
+
+def difffit(v: Vit, w: Weights) -> Tensor:
+    def at_linear(name: str, x: Tensor, y: Tensor) -> Tensor:
+        if name.endswith(("output", "fc2")):
+            own = w.of(f"{name}.difffit_scale.")
+            return own["gamma"] * (y + own["bias.shift"])
+        return y + w[f"{name}.difffit_bias.shift"]
+
+    v.at_linear = at_linear
+    changed_norms(v, w, "{0}.difffit_norm.{3}.values")
+    return v.logits()
+
+
+def efft(v: Vit, w: Weights, name: str, x: Tensor, y: Tensor) -> Tensor:
+    role = name.rpartition(".")[2]
+    shared = w.of("0.fc1.efft_mlp." if role in ("fc1", "fc2") else "0.query.efft_attention.")
+    k = ("fc1", "fc2").index(role) if role in ("fc1", "fc2") else ROLES.index(role)
+    u, core, last = (v.drop(factor, 0.1) for factor in (shared["u"], shared["core"][:, :, k], shared["v"]))
+    update = u @ core @ last
+    return y + x @ (update.T if role == "fc2" else update)
+
+
+def fact(v: Vit, w: Weights, name: str, x: Tensor, y: Tensor) -> Tensor:
+    """Tucker, each slice of a weight V C_k U."""
+    shared, p = w.of("0.query.fact_factors."), w[f"{name}.fact_slices.p"]
+    cores = [sum(shared["core"][:, :, t] * p[t, k] for t in range(len(p))) for k in range(p.shape[1])]
+    u, last = shared["u.weight"], shared["v.weight"]
+    if name.endswith("fc2"):
+        read = sum(part @ u.T @ core.T for part, core in zip(x.split(WIDTH, dim=-1), cores, strict=True))
+        return y + v.drop(read, 0.1) @ last.T
+    return y + torch.cat([v.drop(x @ u.T @ core, 0.1) @ last.T for core in cores], dim=-1)
+
+
+def houlsby(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
+    a = v.attended(index, x)
+    z = x + a + bottleneck(v, w.of(f"{index}.houlsby_attention."), a, 0.1)
+    m = v.fed(index, z)
+    return z + m + bottleneck(v, w.of(f"{index}.houlsby_mlp."), m, 0.1)
+
+
+def hydra(v: Vit, w: Weights, name: str, x: Tensor, y: Tensor) -> Tensor:
+    own = w.of(f"{name}.hydra_branches.")
+    for branch, read in (("parallel", x), ("sequential", y)):
+        y = y + own.linear(f"{branch}.up", v.drop(own.linear(f"{branch}.down", read), 0.1))
+    return y
+
+
+def kadaptation(v: Vit, w: Weights, name: str, x: Tensor, y: Tensor) -> Tensor:
+    index, _, role = name.rpartition(".")
+    rules, own = w.of("0.query.kadaptation_rules."), w.of(f"{name}.kadaptation_{role}.")
+    update = sum(
+        torch.kron(torch.outer(a, b), torch.outer(left, right))
+        for a, b, left, right in zip(
+            rules[f"{role}_left"], rules[f"{role}_right"], own["left"], own["right"], strict=True
+        )
+    )
+    return y + 10.0 * x @ v.drop(update, 0.5) + rules[f"bias.{index}"]
+
+
+def linearprobe(v: Vit, w: Weights) -> Tensor:
+    return w.of("head.").linear("linearprobe_copy", v.features())
+
+
+def lorand(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
+    def adapter(sublayer: str, x: Tensor) -> Tensor:
+        own = w.of(f"{index}.lorand_{sublayer}.")
+        down, up = (
+            sum(p @ k @ q for p, k, q in zip(own[f"{n}.left"], own["kernel"], own[f"{n}.right"], strict=True))
+            for n in ("down", "up")
+        )
+        return x + F.gelu(x @ down + own["down.bias"]) @ up + own["up.bias"]
+
+    z = x + adapter("attention", v.attended(index, x))
+    return z + adapter("mlp", v.fed(index, z))
+
+
+def mona(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
+    def adapter(sublayer: str, x: Tensor) -> Tensor:
+        own = w.of(f"{index}.mona_{sublayer}.")
+        t = own.linear("down", own.norm("norm", x) * own["gamma"] + x * own["gamma_x"])
+
+        def convolve(maps: Tensor) -> Tensor:
+            three = [
+                F.conv2d(maps, own[f"convs.{i}.weight"], own[f"convs.{i}.bias"], padding=k // 2, groups=maps.shape[1])
+                for i, k in enumerate((3, 5, 7))
+            ]
+            maps = maps + sum(three) / 3
+            return to_tokens(maps + F.conv2d(maps, own["mix.weight"], own["mix.bias"]))
+
+        t = torch.cat([convolve(to_maps(t[:, :1], (1, 1))), convolve(to_maps(t[:, 1:]))], dim=1)
+        return x + own.linear("up", v.drop(F.gelu(t), 0.1))
+
+    z = adapter("attention", x + v.attended(index, x))
+    return adapter("mlp", z + v.fed(index, z))
+
+
+def mosa(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
+    """Number i of W_up belongs to module i mod 4; in training the second is drawn."""
+    own, z = w.of(f"{index}.mosa_mlp."), x + v.attended(index, x)
+    hidden = v.drop(F.gelu(own.linear("down", own.norm("norm", z))), 0.1)
+    up = own["up.weight"]
+    up = up * (torch.arange(up.numel()) % 4 == 1).view(up.shape) if v.training else up / 4
+    return z + v.fed(index, z) + 0.1 * F.linear(hidden, up, own["up.bias"])
+
+
+def partial(v: Vit, w: Weights) -> Tensor:
+    own = Weights({f"2.{name}": value for name, value in w.of("2.partial_copy.").items()})
+    v.w |= own | {f"norm.{name}": value for name, value in w.of("norm.partial_copy.").items()}
+    return v.logits()
+
+
+def pfeiffer(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
+    z = x + v.attended(index, x)
+    m = v.fed(index, z)
+    return z + m + bottleneck(v, w.of(f"{index}.pfeiffer_mlp."), m, 0.1)
+
+
+def repadapter(v: Vit, w: Weights) -> Tensor:
+    def at_norm(name: str, x: Tensor) -> Tensor:
+        own = w.of(f"{name}.repadapter_{'attention' if name.endswith('1') else 'mlp'}.")
+        if not own:
+            return x
+        hidden = v.drop(own.linear("down", x), 0.1).transpose(1, 2)
+        return x + F.conv1d(hidden, own["up"].flatten(0, 1).unsqueeze(-1), own["bias"], groups=2).transpose(1, 2)
+
+    v.at_norm = at_norm
+    return v.logits()
+
+
+def rlrr(v: Vit, w: Weights) -> Tensor:
+    for name in [name for name in v.w if name.endswith(tuple(f"{role}.weight" for role in ROLES))]:
+        own = w.of(f"{name.removesuffix('.weight')}.rlrr_weight.")
+        v.w[name] = v.w[name] + (own["scale_out"] @ own["scale_in"]) * v.w[name]
+        bias = name.replace("weight", "bias")
+        v.w[bias] = v.w[bias] + own["shift"]
+
+    def scaled(name: str, y: Tensor) -> Tensor:
+        return y * w[f"{name}.rlrr_output.scale"] + w[f"{name}.rlrr_output.shift"]
+
+    v.at_norm = scaled
+    v.at_linear = lambda name, x, y: scaled(name, y) if name == "patch" else y
+    return v.logits()
+
+
+def sharedlora(v: Vit, w: Weights, name: str, x: Tensor, y: Tensor) -> Tensor:
+    index = name.partition(".")[0]
+    down = w[f"{index}.query.sharedlora_down{index}.weight"]
+    return y + v.drop(x, 0.1) @ down.T @ w[f"{name}.sharedlora_up.up.weight"].T
+
+
+def snell(v: Vit, w: Weights, name: str, x: Tensor, y: Tensor) -> Tensor:
+    rows, columns = w[f"{name}.snell_delta.rows"], w[f"{name}.snell_delta.columns"]
+    distances = [(r[:, None] - c[None]).square().sum(-1).sqrt() for r, c in zip(rows, columns, strict=True)]
+    dense = 0.1 * distances[0] - 0.1 * distances[1]
+    size = dense.detach().abs()
+    kept = size > size.flatten().quantile(0.5, interpolation="lower")
+    update = dense * size * kept
+    return y + v.drop_path(v.drop(x, 0.0 if name.endswith("output") else 0.1) @ update.T, 0.1)
+
+
+def snf(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
+    def flow(sublayer: str, x: Tensor) -> Tensor:
+        own = w.of(f"{index}.snf_{sublayer}.")
+        z = own["mu"] + own["log_sigma"].exp() * x
+        for step in range(2):
+            z = z + own["u"][step] * torch.tanh((own["w"][step] * z).sum(-1, keepdim=True) + own["b"][step])
+        return z
+
+    z = flow("attention", x) + v.attended(index, x)
+    return flow("mlp", z) + v.fed(index, z)
+
+
+def ssf(v: Vit, w: Weights) -> Tensor:
+    def scaled(name: str, y: Tensor) -> Tensor:
+        return y * w[f"{name}.ssf_output.scale"] + w[f"{name}.ssf_output.shift"]
+
+    v.at_linear = lambda name, x, y: scaled(name, y)
+    v.at_norm = scaled
+    return v.logits()
+
+
+def stadapter(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
+    def adapter(sublayer: str, x: Tensor) -> Tensor:
+        own = w.of(f"{index}.stadapter_{sublayer}.")
+        t = own.linear("down", x[:, 1:]).unflatten(0, (-1, v.frames)).permute(0, 3, 1, 2)
+        t = t.unflatten(3, GRID)
+        t = F.conv3d(t, own["conv.weight"], own["conv.bias"], padding=(1, 0, 0), groups=t.shape[1])
+        patches = own.linear("up", t.flatten(3).permute(0, 2, 3, 1).flatten(0, 1))
+        return torch.cat([x[:, :1], x[:, 1:] + patches], dim=1)
+
+    x = adapter("attention", x)
+    z = adapter("mlp", x + v.attended(index, x))
+    return z + v.fed(index, z)
+
+
+def vpt(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
+    prompts = v.drop(w[f"{index}.vpt_tokens.prompts"].expand(len(x), -1, -1), 0.1)
+    x = v.plain_block(index, torch.cat([x[:, :1], prompts, x[:, 1:]], dim=1))
+    return torch.cat([x[:, :1], x[:, 1 + prompts.shape[1] :]], dim=1)
+
+
+def vqt(v: Vit, w: Weights) -> Tensor:
+    """Queries see keys and values of the tokens, which do not see them; one linear reads everything at unit length."""
+    x, found = v.embed(), []
+    for index in range(DEPTH):
+        own = w.of(f"{index}.vqt_queries.")
+        queries = v.drop(own["queries"].expand(len(x), -1, -1), 0.1)
+        query, n = v.norm(f"{index}.norm1", queries), v.norm(f"{index}.norm1", x)
+        q, k, value = v.linear(f"{index}.query", query), v.linear(f"{index}.key", n), v.linear(f"{index}.value", n)
+        z = queries + v.linear(f"{index}.output", attend(q, k, value, HEADS))
+        out = (z + v.fed(index, z)).flatten(1)
+        found.append(out / out.norm(dim=1, keepdim=True) @ own["head_columns.0.weight"].T)
+        x = v.plain_block(index, x)
+    features = v.norm("norm", x)[:, 0]
+    return v.w.linear("head", features / features.norm(dim=1, keepdim=True)) + sum(found)

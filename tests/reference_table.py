@@ -1,0 +1,143 @@
+"""Every method's plain arithmetic, with where it was read and the fields that it has here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import reference_choices as choices
+import reference_methods as methods
+import reference_side as side
+from reference_backbone import ROLES, Vit, Weights
+from reference_methods import beside_linears, blockwise
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A method's arithmetic.
+
+    Attributes:
+        logits: of the plain transformer with the adapter.
+        source: whose arithmetic it is: a file of the authors' repository, or the paper where none was compared.
+        fields: of the config.
+        identity: whether the fresh adapter changes nothing.
+        chooses: whether it chooses from data.
+        frames: of the videos it reads.
+        early: whether these become one before the last norm.
+    """
+
+    logits: Callable[[Vit, Weights], Tensor]
+    source: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    identity: bool = True
+    chooses: bool = False
+    frames: int = 1
+    early: bool = False
+
+
+ATTENTION = ("query", "key", "value")
+METHODS = {
+    "adapterbias": Reference(beside_linears(("fc2",), methods.adapterbias), "the paper"),
+    "adapterplus": Reference(blockwise(methods.adapterplus), "visinf/adapter_plus: vit_adapter.py", {"r": 4}, False),
+    "adaptformer": Reference(blockwise(methods.adaptformer), "ShoufaChen/AdaptFormer: models/adapter.py", {"r": 4}),
+    "aim": Reference(blockwise(methods.aim), "taoyang1122/adapt-image-models: vit_clip.py", frames=2),
+    "arc": Reference(methods.arc, "DavidYanAnDe/ARC: Model/ARC_ViT.py", {"r": 4}, False),
+    "attnscale": Reference(blockwise(methods.attnscale), "the paper"),
+    "biadaptformer": Reference(
+        blockwise(methods.biadaptformer),
+        "JieShibo/PETL-ViT: binary_adapter/adaptformer.py",
+        {"r": 4, "bits": 2},
+        False,
+    ),
+    "bilora": Reference(
+        beside_linears(("query", "value"), methods.bilora),
+        "JieShibo/PETL-ViT: binary_adapter/lora.py",
+        {"r": 4, "bits": 2},
+        False,
+    ),
+    "bitfit": Reference(methods.bitfit, "the paper"),
+    "compacter": Reference(blockwise(methods.compacter), "the paper", {"r": 4, "n": 2}, False),
+    "consolidator": Reference(
+        beside_linears(ROLES, methods.consolidator),
+        "THU-MIG/Consolidator: model/vision_transformer_timm.py",
+        {"groups": 8, "shuffle": True, "drop_path": 0.1},
+        False,
+    ),
+    "convpass": Reference(blockwise(methods.convpass), "JieShibo/PETL-ViT: convpass/convpass.py", {"r": 4}),
+    "difffit": Reference(methods.difffit, "the paper"),
+    "dtl": Reference(side.dtl, "heekhero/DTL: models/vision_transformer.py", {"plus": True, "kernel_size": 3}),
+    "e3va": Reference(side.e3va, "the paper", {"r": 4, "rank": 2}),
+    "efft": Reference(
+        beside_linears(ROLES, methods.efft),
+        "Dongping-Chen/EFFT-EFfective-Factor-Tuning: methods/Set_EFFT.py",
+        {"r": 4},
+    ),
+    "fact": Reference(
+        beside_linears(ROLES, methods.fact), "JieShibo/PETL-ViT: FacT/fact_tk.py", {"variant": "tk", "r": 4}
+    ),
+    "gps": Reference(choices.gps, "FightingFighting/GPS: utils/pruning.py, loss_utils.py", chooses=True),
+    "houlsby": Reference(blockwise(methods.houlsby), "the paper", {"r": 4, "dropout": 0.1}, False),
+    "hst": Reference(
+        side.hst,
+        "AFeng-x/HST: models/vit_hsn.py, vit_custom_modules.py",
+        {"dims": (4, 6, 8), "num_heads": (2, 2, 4), "drop_path": 0.2},
+        False,
+    ),
+    "hydra": Reference(
+        beside_linears(("output", "fc2"), methods.hydra),
+        "extremebird/Hydra: vtab1k/hydra.py",
+        {"r": 2, "dropout": 0.1},
+    ),
+    "kadaptation": Reference(
+        beside_linears(("query", "value"), methods.kadaptation),
+        "eric-ai-lab/PEViT: evaluation/model.py, with factors of the values' own",
+        {"n": 4, "scale": 10.0},
+    ),
+    "last": Reference(side.last, "the paper", {"r": 4}),
+    "linearprobe": Reference(methods.linearprobe, "the paper"),
+    "lorand": Reference(blockwise(methods.lorand), "DongshuoYin/CoLin: swin_lorand.py", {"r": 8, "rank": 4}, False),
+    "lst": Reference(
+        side.lst,
+        "ylsung/Ladder-Side-Tuning: VL-T5/src/modeling_t5.py",
+        {"r": 2, "num_heads": 2, "dropout": 0.1},
+        False,
+    ),
+    "mona": Reference(blockwise(methods.mona), "Leiyi-Hu/mona: swin_transformer_mona.py", {"r": 4}, False),
+    "mosa": Reference(blockwise(methods.mosa), "Theia-4869/MoSA: vit_mosa.py, pruner.py", {"r": 4}),
+    "partial": Reference(methods.partial, "the paper"),
+    "pfeiffer": Reference(blockwise(methods.pfeiffer), "the paper", {"r": 4, "dropout": 0.1}),
+    "repadapter": Reference(methods.repadapter, "luogen1996/RepAdapter: repadapter.py", {"r": 4}),
+    "restuning": Reference(side.restuning, "the paper", {"r": 4}, False),
+    "rlrr": Reference(methods.rlrr, "zstarN70/RLRR: models/networks.py", identity=False),
+    "sct": Reference(
+        choices.sct, "showlab/SCT: vision_transformer_sct.py, train_model_sct.py", {"channels": 6}, False, chooses=True
+    ),
+    "sharedlora": Reference(beside_linears(ATTENTION, methods.sharedlora), "the paper", {"r": 4}),
+    "sidetuning": Reference(side.sidetuning, "the paper", {"channels": 4, "depth": 2}, False),
+    "snell": Reference(
+        beside_linears(ROLES, methods.snell), "ssfgunner/SNELL: vision_transformer_timm.py", {"sparsity": 0.5}, False
+    ),
+    "snf": Reference(blockwise(methods.snf), "Wang-Yaoming/SNF: flow.py, snf.py", {"num_flows": 2}, False),
+    "spt": Reference(
+        choices.spt, "ziplab/SPT: engine.py, get_sensitivity", {"budget": choices.BUDGET, "r": 2}, chooses=True
+    ),
+    "ssf": Reference(methods.ssf, "dongzelian/SSF: models/vision_transformer.py", identity=False),
+    "stadapter": Reference(
+        blockwise(methods.stadapter),
+        "linziyi96/st-adapter: models_adapter.py",
+        {"channels": 6, "sublayers": ("attention", "mlp")},
+        frames=2,
+        early=True,
+    ),
+    "vitadapter": Reference(
+        side.vitadapter,
+        "czczup/ViT-Adapter: adapter_modules.py, with group norms",
+        {"channels": 4, "num_points": 2, "interactions": 2, "drop_path": 0.1},
+    ),
+    "vpt": Reference(
+        blockwise(methods.vpt), "KMnP/vpt: vit_prompt/vit.py", {"num_virtual_tokens": 3, "dropout": 0.1}, False
+    ),
+    "vqt": Reference(methods.vqt, "andytu28/VQT: h2t_vit.py", {"num_virtual_tokens": 2}, False),
+}
