@@ -42,7 +42,7 @@ from augmentation import Mixing
 from cached_features import cache_features
 from checkpoints import Checkpoints, load_trainable, saved_state
 from huggingface_hub import HfApi
-from image_data import load_processor, prepare_data
+from image_data import load_processor, prepare_data, save_processor
 from image_sources import load_splits
 from labels import BalancedSampler, Loss, check_flags, class_weights
 from optimization import MovingAverage, build_optimizer, build_schedule
@@ -319,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     state = accelerator.get_state_dict(wrapped) if deepspeed else saved_state(model)
     if main_process:  # before the test split, so that nothing there can cost the adapter
         save = functools.partial(model.save_pretrained, state_dict=state)
-        publish(args.output_dir, save, processor.save_pretrained)
+        publish(args.output_dir, save, functools.partial(save_processor, processor, model.config))
     kept = progress.kept or {"epoch": training.epoch_number(), "step": progress.step}
     results = {name if name in ("epoch", "step") else f"eval_{name}": value for name, value in kept.items()}
     if "test" in loaders:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -188,6 +190,19 @@ def resampling(processor: Any) -> Image.Resampling:
             processor.data_config["interpolation"].upper(), Image.Resampling.BICUBIC
         )
     return getattr(processor, "resample", None) or Image.Resampling.BICUBIC
+
+
+def save_processor(processor: Any, model_config: Any, folder: Path) -> None:
+    """Write an image processor so that `AutoImageProcessor.from_pretrained(folder)` gives it back.
+
+    timm's has no file of its own but stands in the model's `config.json`.
+    """
+    if not is_timm(processor):
+        processor.save_pretrained(folder)
+        return
+    config = copy.deepcopy(model_config)
+    config.pretrained_cfg = {**(getattr(config, "pretrained_cfg", None) or {}), **processor.data_config}
+    config.save_pretrained(folder)
 
 
 def load_processor(args: argparse.Namespace) -> Any:

@@ -43,8 +43,8 @@ def depths(model: nn.Module) -> tuple[dict[str, int], int]:
     """How deep in the backbone each parameter that trains stands, by name, and the greatest depth.
 
     What comes before the first block has 0 and block i has i + 1, with the adapters in it and with what comes between
-    it and the next. What comes behind the last block or beside the backbone, as heads and side networks, has the
-    greatest.
+    it and the next; weights that blocks share have the depth of the first. What comes behind the last block or
+    beside the backbone, as heads, has the greatest.
     """
     backbone = hf_visual_peft.find_backbone(model)
     blocks = [f"{block.path}." for block in backbone.blocks]
