@@ -19,6 +19,7 @@ from image_data import CROPS
 from image_sources import FORMATS, SPLITS
 from output_folder import earlier_output
 from peft import PeftConfig
+from prediction import add_prediction_flags, check_prediction
 from training_options import (
     SWITCH,
     TRACKERS,
@@ -90,8 +91,9 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     add("--image_processor_name", help="default: the checkpoint's")
     add("--ignore_mismatched_sizes", **SWITCH, help="replace a head for another number of classes")
     add("--interpolate_pos_encoding", **SWITCH, help="for an --image_size other than that of pretraining")
-    add("--method", required=True, help="name of the method, linear or full")
+    add("--method", help="name of the method, linear or full")
 
+    add_prediction_flags(parser)
     add_augmentation_flags(parser)
     add_training_flags(parser)
     add_output_flags(parser)
@@ -160,11 +162,25 @@ def parse_args(argv: list[str], description: str | None = None) -> tuple[argpars
         if values is not None:
             given[field.name] = values if len(values) > 1 or str(field.type).startswith("tuple") else values[0]
     try:
+        refuse_code(args)
+        if args.do_predict or args.eval_only:
+            check_prediction(args)
+            return args, None
+        if not method:
+            raise ValueError("the following arguments are required: --method")
         fill_defaults(args)
         check(args)
         return args, config_cls(**given) if config_cls else None
     except (ValueError, TypeError) as error:
         parser.error(str(error))
+
+
+def refuse_code(args: argparse.Namespace) -> None:
+    if args.trust_remote_code:
+        raise ValueError(
+            "--trust_remote_code: code that comes with a data set or a checkpoint is not run here. Take the data "
+            "set's parquet files (its branch refs/convert/parquet on the Hub), and checkpoints of transformers or timm"
+        )
 
 
 def check(args: argparse.Namespace) -> None:
@@ -174,11 +190,6 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"one of --dataset_name, --train_dir and --train_file is needed, got {len(sources)}")
     if args.train_split == "none":
         raise ValueError("--train_split none: training needs samples; name a split, or a slice as train[:800]")
-    if args.trust_remote_code:
-        raise ValueError(
-            "--trust_remote_code: code that comes with a data set or a checkpoint is not run here. Take the data "
-            "set's parquet files (its branch refs/convert/parquet on the Hub), and checkpoints of transformers or timm"
-        )
     for name in ("train_val_split", "horizontal_flip", "crop_scale"):
         if (getattr(args, name) or 0) > 1:
             raise ValueError(f"--{name} must be between 0 and 1, got {getattr(args, name)}")
@@ -228,6 +239,16 @@ def data_title(args: argparse.Namespace) -> str:
 
 
 def shown(argv: list[str]) -> str:
-    """The command for the card and the results, without the secrets in it."""
-    words = re.sub(r"--(hub_|data_)?token[ =]\S+ ?", "", shlex.join(argv)).strip()
+    """The command for the card and the results as others may see it: without secrets and folders of this machine."""
+    command = shlex.join(map(without_folders, argv))
+    words = re.sub(r"--(hub_|data_)?token[ =]\S+ ?", "", command).strip()
     return f"accelerate launch recipes/image_classification.py {words}"
+
+
+def without_folders(word: str) -> str:
+    """A word of a command line, of whose absolute path only the end is left: the name, behind that of its folder."""
+    flag, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+    path = Path(value)
+    if not (path.is_absolute() or value.startswith("~")) or len(path.parts) < 2:
+        return word
+    return f"{flag}{equals}{'/'.join(path.parts[-2:] if path.stem in SPLITS else path.parts[-1:])}"

@@ -10,7 +10,8 @@ top to bottom; the files beside it serve it, as README.md tells: copy the folder
 
 The weights to keep are the best on a validation split (`--select best`) or the last; the test split is used once, at
 the end. `--output_dir` then holds the adapter with its head (loadable by `PeftModel.from_pretrained`), the image
-processor, `all_results.json` and checkpoints, which hold only what trains.
+processor, `all_results.json` and checkpoints, which hold only what trains. With such a folder as
+`--model_name_or_path`, `--do_predict photos` predicts and `--eval_only` evaluates.
 
 Exit status: 0 done, 1 error, 2 wrong flags, 143 or 130 stopped by SIGTERM or SIGINT, with a checkpoint to go on from.
 """
@@ -30,6 +31,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import evaluate
@@ -48,6 +50,7 @@ from labels import BalancedSampler, Loss, check_flags, class_weights
 from optimization import MovingAverage, build_optimizer, build_schedule
 from output_folder import CARD, clear, is_own_readme, publish
 from peft import PeftConfig, PeftModel, get_peft_model
+from prediction import predict
 from screen import Screen, progress_kind
 from stopping import DivergedError, run_readably
 from torch import nn
@@ -97,7 +100,10 @@ def load_model(args: argparse.Namespace, config: PeftConfig | None, names: list[
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name.startswith(tuple(f"{head}." for head in heads)))
         else:
-            model = get_peft_model(model, hf_visual_peft.with_visual_targets(config, model))
+            adapted = hf_visual_peft.with_visual_targets(config, model)
+            # whoever loads the adapter gets the very checkpoint; a folder has no revisions
+            named = args.model_revision != "main" and not Path(args.model_name_or_path).exists()
+            model = get_peft_model(model, adapted, revision=args.model_revision if named else None)
         if not isinstance(config, hf_visual_peft.VisualPeftConfig):
             hf_visual_peft.freeze_norms(model)  # ours do it themselves
     if args.drop_path_rate:
@@ -181,9 +187,11 @@ def evaluate_split(
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Train, evaluate and save as the flags say; returns the content of `all_results.json`."""
+    """Train, evaluate and save as the flags say; returns the content of `all_results.json`, or what was predicted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args, config = parse_args(argv, __doc__)
+    if args.do_predict or args.eval_only:
+        return predict(args)
     trackers = [name for name in args.report_to if name != "none"]
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -346,6 +354,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 "dataset": data_title(args),
                 "dataset_split": split,
                 "command": command,
+                "interpolate_pos_encoding": args.interpolate_pos_encoding,
             }
             if is_own_readme(args.output_dir):
                 accelerator.print(f"{args.output_dir / CARD} is not the card of a run and stays as it is.")
@@ -353,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 hub.write_card(args.output_dir, model.peft_config["default"], labels=names, **report)
         if args.push_to_hub:
             private, token = args.hub_private_repo, args.hub_token
-            commit = hub.push(model, args.hub_model_id, private=private, token=token, **report)
+            commit = hub.push(model, args.hub_model_id, private=private, token=token, processor=processor, **report)
             accelerator.print(f"Pushed: {commit.commit_url}")
     accelerator.end_training()
     return results

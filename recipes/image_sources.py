@@ -56,7 +56,7 @@ def load_splits(args: argparse.Namespace) -> dict[str, datasets.Dataset]:
         shared = sum(
             max(0, min(end, other_end) - max(start, other_start))
             for name, start, end in taken[split]
-            for other, other_start, other_end in taken["train"]
+            for other, other_start, other_end in taken.get("train", ())
             if name == other
         )
         if shared:

@@ -114,9 +114,14 @@ def confusion(predicted: np.ndarray, true: np.ndarray, classes: int) -> np.ndarr
     return np.bincount(true * classes + predicted, minlength=classes**2).reshape(classes, classes)
 
 
-def per_class(matrix: np.ndarray) -> dict[str, np.ndarray]:
-    """Precision, recall, F1 and number of samples of each class from their confusion matrix; 0 for 0 by 0."""
-    hits, predicted, true = matrix.diagonal(), matrix.sum(0), matrix.sum(1)
+def per_class(hits: np.ndarray, predicted: np.ndarray, true: np.ndarray) -> dict[str, np.ndarray]:
+    """Precision, recall, F1 and number of samples of each class, from counts (classes,); 0 for 0 by 0.
+
+    Args:
+        hits: samples of a class that were taken for it.
+        predicted: samples taken for it.
+        true: samples of it.
+    """
 
     def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
         return np.divide(part, whole, out=np.zeros(len(part)), where=whole > 0)

@@ -44,5 +44,6 @@ class PerClassScores(evaluate.Metric):
         super().add_batch(predictions=class_ids(predictions), references=labels(references), **kwargs)
 
     def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, list[Any]]:
-        found = per_class(confusion(predictions, references, self.classes))
+        matrix = confusion(predictions, references, self.classes)
+        found = per_class(matrix.diagonal(), matrix.sum(0), matrix.sum(1))
         return {name: values.tolist() for name, values in found.items()}

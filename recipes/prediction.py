@@ -1,0 +1,457 @@
+"""Prediction and evaluation with what a run saved: an adapter, or the whole model of `linear` and `full`.
+
+`--do_predict SOURCE` takes any images, with or without labels, `--eval_only` the test split of the usual flags, or
+else validation. `--output_dir` then holds `predictions.csv` and `predictions.json`, with the probability of every
+class, and where there are labels `evaluation.json`. Images go through the image processor that the run saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import inspect
+import io
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator
+from image_data import Images, find_column, input_size, load_processor, usable_rows
+from image_folders import image_suffixes, list_folder, some, tell
+from image_sources import SAVED, cut, load_splits, named_sources, read_file, read_folder
+from labels import find_label_columns, read_labels
+from peft import PeftConfig, PeftModel
+from peft.utils.other import ModulesToSaveWrapper
+from screen import Screen, progress_kind
+from stopping import DivergedError
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from training_options import SWITCH
+from transformers.utils import cached_file, find_adapter_config_file
+
+from hf_visual_peft.hub import write_aside
+from hf_visual_peft.metrics import (
+    Accuracy,
+    CalibrationError,
+    ConfusionMatrix,
+    MacroF1,
+    MeanAveragePrecision,
+    MeanPerClassAccuracy,
+    MultilabelF1,
+    PerClassScores,
+    TopKAccuracy,
+)
+from hf_visual_peft.metrics.inputs import per_class
+from hf_visual_peft.sites import WholeLayer
+
+
+WRITTEN = ("predictions.csv", "predictions.json", "evaluation.json")
+OF_DATA = (
+    "dataset_name",
+    *(f"{split}_{kind}" for split in ("train", "validation", "test") for kind in ("dir", "file")),
+)
+OF_TRAINING = ("push_to_hub", "resume_from_checkpoint", "cache_features")
+PROCESSOR = "preprocessor_config.json"
+
+
+def add_prediction_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("prediction, with a saved adapter or model as --model_name_or_path").add_argument
+    add("--do_predict", metavar="SOURCE", help="predict: an image, a folder, a file as of --test_file, or a data set")
+    add("--eval_only", **SWITCH, help="predict and evaluate on the test split, or else on validation; no training")
+    add("--base_model_name_or_path", help="checkpoint that the adapter goes on; default: the one that it names")
+
+
+def check_prediction(args: argparse.Namespace) -> None:
+    """Raise an error for flags that do not go together, and for results that are there."""
+    if args.do_predict and args.eval_only:
+        raise ValueError("--do_predict and --eval_only: give one; with labels, --do_predict evaluates, too")
+    if args.do_predict:
+        given = [f"--{name}" for name in OF_DATA if getattr(args, name)]
+        if given:
+            raise ValueError(f"--do_predict says itself which images: leave {', '.join(given)} away")
+    given = [f"--{name}" for name in OF_TRAINING if getattr(args, name)]
+    if given:
+        raise ValueError(f"{', '.join(given)}: nothing trains with --do_predict and --eval_only")
+    left = [name for name in WRITTEN if (args.output_dir / name).exists()]
+    if left and not args.overwrite_output_dir:
+        raise ValueError(f"--output_dir {args.output_dir} has {', '.join(left)}: --overwrite_output_dir replaces them")
+
+
+# ------------------------------------------------------------------------------------------------------------- model
+
+
+@dataclass
+class Saved:
+    """What a run saved.
+
+    Attributes:
+        model: with the adapter, where there is one.
+        processor: of its images.
+        names: of its classes.
+        several: whether an image may have several of them.
+        inputs: further arguments of the model.
+    """
+
+    model: Any
+    processor: Any
+    names: list[str]
+    several: bool
+    inputs: dict[str, Any]
+
+
+def load_saved(args: argparse.Namespace) -> Saved:
+    """The model with its own image processor and classes.
+
+    Raises:
+        ValueError: it cannot classify: it has no trained head, or its base is not there.
+    """
+    where, flag = args.model_name_or_path, f"--model_name_or_path {args.model_name_or_path}"
+    access = {"cache_dir": args.cache_dir, "token": args.token}
+    local = Path(where).is_dir()
+    own = {**access, "revision": None if local else args.model_revision}
+    adapter = find_adapter_config_file(where, **own) is not None
+    whole = local and Path(where, "config.json").exists()
+    if adapter and whole:
+        raise ValueError(f"{flag} holds an adapter and a whole model: move adapter_config.json or config.json away.")
+    if local and not adapter and not whole:
+        raise ValueError(f"{flag} has neither adapter_config.json nor config.json: no run has saved a model there.")
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # what its table of new weights says is an error below
+    try:
+        model, missing, base = _load_adapter(args, own, access) if adapter else _load_whole(where, own)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    if missing:
+        raise ValueError(
+            f"{flag} lacks weights that would be random ({some(missing)}): give the adapter or model of a run that "
+            "trained its head."
+        )
+    if getattr(model.config, "id2label", None) is None:
+        raise ValueError(f"{flag}: its config names no classes.")
+    for origin in ((where, own["revision"]), base):
+        found = cached_file(
+            origin[0], PROCESSOR, revision=origin[1], **access,
+            _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+        if found and "TimmWrapper" not in Path(found).read_text(encoding="utf-8"):  # which is read off config.json
+            break
+    chosen = {"model_name_or_path": origin[0], "model_revision": origin[1]}
+    processor = load_processor(argparse.Namespace(**vars(args) | chosen))
+    adapted = model.peft_config["default"] if adapter else None
+    if bool(args.clip_frames) != bool(getattr(adapted, "video", False)):
+        wanted = "single images: leave --clip_frames out" if args.clip_frames else "videos: give --clip_frames"
+        raise ValueError(f"{flag} takes {wanted}.")
+    names = [str(model.config.id2label[index]) for index in range(len(model.config.id2label))]
+    several = getattr(model.config, "problem_type", None) == "multi_label_classification"
+    inputs = (
+        {"interpolate_pos_encoding": True} if args.interpolate_pos_encoding or _other_size(model, processor) else {}
+    )
+    return Saved(model, processor, names, several, inputs)
+
+
+def _load_whole(where: str, own: dict[str, Any]) -> tuple[Any, list[str], tuple[str, Any]]:
+    model, loading = transformers.AutoModelForImageClassification.from_pretrained(
+        where, **own, dtype=torch.float32, output_loading_info=True
+    )
+    return model, sorted(loading["missing_keys"]), (where, own["revision"])
+
+
+def _load_adapter(
+    args: argparse.Namespace, own: dict[str, Any], access: dict[str, Any]
+) -> tuple[Any, list[str], tuple[str, Any]]:
+    """The model, its weights that neither base nor adapter has, and the base with its revision."""
+    where = args.model_name_or_path
+    config = PeftConfig.from_pretrained(where, **own)
+    base = args.base_model_name_or_path or config.base_model_name_or_path
+    if not base:
+        raise ValueError(f"--model_name_or_path {where} names no base model: give --base_model_name_or_path.")
+    revision = None if args.base_model_name_or_path else config.revision
+    try:
+        model, loading = transformers.AutoModelForImageClassification.from_pretrained(
+            base, revision=revision, **access, dtype=torch.float32, output_loading_info=True
+        )
+    except OSError as error:
+        raise ValueError(
+            f"--model_name_or_path {where}: its base model {base} cannot be loaded; --base_model_name_or_path says "
+            f"where it is. {error}"
+        ) from error
+    model = PeftModel.from_pretrained(model, where, **own)
+    kinds = ModulesToSaveWrapper | WholeLayer
+    copied = tuple(f"{name}." for name, module in model.get_base_model().named_modules() if isinstance(module, kinds))
+    missing = [key for key in sorted(loading["missing_keys"]) if not key.startswith(copied)]
+    return model, missing, (base, revision)
+
+
+def _other_size(model: Any, processor: Any) -> bool:
+    """Whether images come in another size than that of pretraining, to a model that asks to be told."""
+    takers = (m for m in model.modules() if "interpolate_pos_encoding" in inspect.signature(m.forward).parameters)
+    size = getattr(model.config, "image_size", None)
+    if size is None or next(takers, None) is None:
+        return False
+    return input_size(processor) != ((size, size) if isinstance(size, int) else tuple(size))
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass
+class Samples:
+    """What there is to predict.
+
+    Attributes:
+        data: one column of images, not yet decoded.
+        rows: their numbers in what was read.
+        files: names of the files, None where there are none.
+        labels: class of each, or list of classes; None for a sample without.
+    """
+
+    data: datasets.Dataset
+    rows: np.ndarray
+    files: list[str | None]
+    labels: list[Any]
+
+
+def read_samples(accelerator: Accelerator, args: argparse.Namespace, saved: Saved) -> Samples:
+    """The images and what is known of their classes; every process calls this at the same time."""
+    with accelerator.main_process_first():  # the others find what it has cached
+        root, data = _read_evaluated(args) if args.eval_only else _read_source(args)
+    flag = "--eval_only" if args.eval_only else f"--do_predict {args.do_predict}"
+    kind = datasets.List if args.clip_frames else datasets.Image
+    image = find_column(data, "--image_column_name", args.image_column_name, kind, "image")
+    usual = {name for name in ("label", "labels", "cls") if name in data.column_names}
+    if args.label_column_name or usual or args.eval_only:
+        labels, _ = read_labels(data, find_label_columns(data, args.label_column_name))
+    else:
+        labels = [None] * len(data)
+    labels = _known(labels, saved, flag, required=args.eval_only)
+    encoded = datasets.Image(decode=False)
+    images = data.select_columns([image]).cast_column(image, datasets.List(encoded) if args.clip_frames else encoded)
+    rows = np.arange(len(data))
+    if args.max_eval_samples:
+        rows = np.sort(np.random.default_rng(args.seed).permutation(rows)[: args.max_eval_samples])
+    rows = rows[usable_rows(images.select(rows), "test", args)]
+    if not len(rows):
+        raise ValueError(f"{flag} has no image that can be used.")
+    images = images.select(rows)
+    files = [None if isinstance(value, list) else _name_of(value, root) for value in images[image][:]]
+    return Samples(images, rows, files, [labels[row] for row in rows])
+
+
+def _read_evaluated(args: argparse.Namespace) -> tuple[Path | None, datasets.Dataset]:
+    """The test split, or else validation, and the folder that it lies in."""
+    splits = load_splits(argparse.Namespace(**vars(args) | {"train_split": "none"}))
+    for split in ("test", "validation"):
+        if split in splits:
+            folder = getattr(args, f"{split}_dir") or args.dataset_name
+            tell(f"Evaluation on {len(splits[split])} samples of {split}.")
+            return Path(folder) if folder else None, splits[split]
+    raise ValueError(
+        "--eval_only: there is no test split and no validation split. Name one by --test_dir, --test_file or "
+        "--dataset_name, with --test_split where it is called otherwise."
+    )
+
+
+def _read_source(args: argparse.Namespace) -> tuple[Path | None, datasets.Dataset]:
+    """What `--do_predict` names, and the folder that it lies in."""
+    source, flag = args.do_predict, f"--do_predict {args.do_predict}"
+    path, suffixes = Path(source), image_suffixes()
+    if path.is_file() and path.suffix.lower() in suffixes:
+        return path.parent, _images_of([path], [None])
+    if path.is_file():
+        return path.parent, read_file(source, flag, args)
+    if path.is_dir() and not any((path / name).exists() for name in SAVED):
+        listing = list_folder(path)
+        if listing.metadata:
+            return path, read_folder(path, flag, args)
+        if listing.images:
+            if listing.left_out:
+                tell(f"{flag}: files left out: {', '.join(f'{n} {kind}' for kind, n in listing.left_out.items())}.")
+            labels = [image.parts[0] if len(image.parts) > 1 else None for image in listing.images]
+            return path, _images_of([path.resolve() / image for image in listing.images], labels)
+    sources = named_sources(argparse.Namespace(**vars(args) | {"dataset_name": source}))
+    split = args.test_split or ("test" if "test" in sources else next(iter(sources)) if len(sources) == 1 else None)
+    if split is None:
+        raise ValueError(f"{flag} has the splits {', '.join(sources)}: choose one by --test_split.")
+    return path if path.is_dir() else None, cut(sources, split, f"--test_split {split}")[0]
+
+
+def _images_of(files: list[Path], labels: list[str | None]) -> datasets.Dataset:
+    columns: dict[str, Any] = {"image": [str(file) for file in files]}
+    if any(label is not None for label in labels):
+        columns["label"] = labels
+    return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+
+
+def _known(labels: list[Any], saved: Saved, flag: str, required: bool) -> list[Any]:
+    """The labels that are classes of the model; others are an error where labels are required, and None else."""
+    names = set(saved.names)
+    kind = list if saved.several else str
+    good = [isinstance(row, kind) and ({*row} if saved.several else {row}) <= names for row in labels]
+    bad = [number for number, fine in enumerate(good) if not fine]
+    if bad and required:
+        row = labels[bad[0]]
+        what = "no label" if row is None else f"the label {row!r}"
+        raise ValueError(
+            f"{flag}: sample {bad[0]} has {what}, {len(bad)} such samples in all. The classes of the model are "
+            f"{some(saved.names, 20)}; an image has {'a list' if saved.several else 'one'} of them."
+        )
+    others = sorted({str(labels[number]) for number in bad if labels[number] is not None})
+    if others:
+        tell(f"{len(bad)} samples count as unlabelled: {some(others)} is no class of the model.")
+    return [row if fine else None for row, fine in zip(labels, good, strict=True)]
+
+
+def _name_of(value: dict[str, Any] | None, root: Path | None) -> str | None:
+    """The file of an image, from the folder on that was given; of one elsewhere, its name."""
+    path = ((value or {}).get("path") or "").partition("::")[0].removeprefix("zip://")
+    if not path:
+        return None
+    if not os.path.isabs(path):
+        return path
+    inside = root is not None and Path(path).is_relative_to(root.resolve())
+    return str(Path(path).relative_to(root.resolve())) if inside and root is not None else Path(path).name
+
+
+# ----------------------------------------------------------------------------------------------------------- results
+
+
+@torch.no_grad()
+def logits_of(accelerator: Accelerator, saved: Saved, images: Images, args: argparse.Namespace) -> Tensor:
+    """The logits of all samples in their order, (N, classes), on every process; `images` have their numbers as ids."""
+    loader = DataLoader(
+        images, batch_size=args.per_device_eval_batch_size, num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )  # fmt: skip
+    loader = accelerator.prepare(loader)
+    model = accelerator.prepare_model(saved.model, evaluation_mode=True).eval()
+    found, numbers = [], []
+    for batch in tqdm(loader, desc="Predict", leave=False, disable=not Screen.bars):
+        rows = batch.pop("labels")
+        logits, rows = accelerator.gather_for_metrics((model(**batch, **saved.inputs).logits.float(), rows))
+        found.append(logits.cpu())
+        numbers.append(rows.cpu())
+    logits, order = torch.cat(found), torch.cat(numbers).argsort()
+    assert len(order) == len(images)
+    if not logits.isfinite().all():
+        raise DivergedError("predictions are not finite")
+    return logits[order]
+
+
+def figures(logits: Tensor, labels: list[Any], saved: Saved, top_k: int | None) -> dict[str, Any]:
+    """Metrics of labelled samples, and a row of figures for each class."""
+    place = {name: number for number, name in enumerate(saved.names)}
+    classes = len(saved.names)
+    if saved.several:
+        truths = torch.tensor([[float(name in row) for name in saved.names] for row in labels])
+        given = {"predictions": logits, "references": truths.long()}
+        given_out, true = (logits >= 0).numpy(), truths.numpy() > 0
+        rows = per_class((given_out & true).sum(0), given_out.sum(0), true.sum(0))
+        metrics: list[evaluate.Metric] = [MultilabelF1(keep_in_memory=True)]
+        metrics += [MeanAveragePrecision(keep_in_memory=True)] if true.any() else []
+        loss = F.binary_cross_entropy_with_logits(logits, truths)
+    else:
+        ids = torch.tensor([place[row] for row in labels])
+        given = {"predictions": logits, "references": ids}
+        rows = PerClassScores(classes=classes, keep_in_memory=True).compute(**given)
+        metrics = [kind(keep_in_memory=True) for kind in (Accuracy, MeanPerClassAccuracy, MacroF1)]
+        if top_k or classes > 5:
+            metrics.append(TopKAccuracy(k=min(top_k or 5, classes), keep_in_memory=True))
+        loss = F.cross_entropy(logits, ids)
+    found: dict[str, Any] = {"samples": len(labels)}
+    for metric in metrics:
+        found |= metric.compute(**given)
+    found["loss"] = loss.item()
+    if not saved.several:
+        calibration = CalibrationError(keep_in_memory=True)
+        found |= calibration.compute(predictions=logits.softmax(-1), references=given["references"])
+    found["per_class"] = {
+        name: {key: values[number] if key != "support" else int(values[number]) for key, values in rows.items()}
+        for number, name in enumerate(saved.names)
+    }
+    if not saved.several:
+        found |= ConfusionMatrix(classes=classes, keep_in_memory=True).compute(**given)
+    return found
+
+
+def table_of(found: dict[str, Any], most: int = 30) -> str:
+    """The figures of each class, and the metrics, as they are shown."""
+    shown = list(found["per_class"].items())[:most]
+    width = max(len(name) for name, _ in [*shown, ("class", {})])
+    lines = [f"{'class':{width}}{'precision':>11}{'recall':>9}{'f1':>9}{'support':>10}"]
+    lines += [
+        f"{name:{width}}{row['precision']:>11.4f}{row['recall']:>9.4f}{row['f1']:>9.4f}{row['support']:>10,}"
+        for name, row in shown
+    ]
+    if len(found["per_class"]) > most:
+        lines.append(f"and {len(found['per_class']) - most} more classes")
+    numbers = {name: value for name, value in found.items() if isinstance(value, float)}
+    return "\n".join([*lines, ", ".join(f"{name} {value:.4f}" for name, value in numbers.items())])
+
+
+def predictions_of(logits: Tensor, samples: Samples, saved: Saved) -> list[dict[str, Any]]:
+    """A row for each sample: its number, file and label, what is predicted, and the probabilities."""
+    chances = (logits.sigmoid() if saved.several else logits.softmax(-1)).tolist()
+    rows = []
+    for number, file, label, values in zip(samples.rows, samples.files, samples.labels, chances, strict=True):
+        best = max(range(len(values)), key=values.__getitem__)
+        taken = [name for name, value in zip(saved.names, values, strict=True) if value >= 0.5]
+        rows.append(
+            {
+                "row": int(number),
+                "file": file,
+                "label": label,
+                "prediction": taken if saved.several else saved.names[best],
+                "probabilities": dict(zip(saved.names, values, strict=True)),
+            }
+        )
+    return rows
+
+
+def as_csv(rows: list[dict[str, Any]], saved: Saved) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["row", "file", "label", "prediction", *(f"probability of {name}" for name in saved.names)])
+    for row in rows:
+        cells = [row["row"], row["file"], row["label"], row["prediction"]]
+        cells = [";".join(cell) if isinstance(cell, list) else cell for cell in cells]
+        writer.writerow([*cells, *(f"{value:.6f}" for value in row["probabilities"].values())])
+    return text.getvalue()
+
+
+def predict(args: argparse.Namespace) -> dict[str, Any]:
+    """Predict, evaluate where there are labels, and write both; returns the content of `evaluation.json`."""
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    Screen(accelerator, progress_kind(args.progress))
+    saved = load_saved(args)
+    samples = read_samples(accelerator, args, saved)
+    images = Images(samples.data, np.arange(len(samples.data)), "test", saved.processor, args)
+    logits = logits_of(accelerator, saved, images, args)
+    rows = predictions_of(logits, samples, saved)
+    labelled = [number for number, label in enumerate(samples.labels) if label is not None]
+    found: dict[str, Any] = {}
+    if labelled:
+        found = figures(logits[labelled], [samples.labels[number] for number in labelled], saved, args.top_k)
+    if accelerator.is_main_process:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        for name in WRITTEN:
+            (args.output_dir / name).unlink(missing_ok=True)
+        write_aside(args.output_dir / "predictions.csv", as_csv(rows, saved))
+        content = {"classes": saved.names, "predictions": rows}
+        write_aside(args.output_dir / "predictions.json", json.dumps(content, indent=1, ensure_ascii=False))
+        if found:
+            found["classes"] = saved.names
+            write_aside(args.output_dir / "evaluation.json", json.dumps(found, indent=1, ensure_ascii=False))
+            accelerator.print(table_of(found))
+        accelerator.print(f"{len(rows)} predictions, {len(labelled)} of labelled samples, are in {args.output_dir}.")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return found
