@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.utils.other import _get_module_names_tied_with_embedding
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -138,7 +139,8 @@ def with_visual_targets(config: ConfigT, model: nn.Module) -> ConfigT:
         A copy.
 
     Raises:
-        ValueError: the method is none for linears or norms, or has nothing to act on in this backbone.
+        ValueError: the method is none for linears or norms, or has nothing to act on in this backbone; or peft refuses
+            the model, whatever the config.
         BackboneError: the model holds no backbone that a role table describes.
     """
     if isinstance(config, VisualPeftConfig):
@@ -148,6 +150,7 @@ def with_visual_targets(config: ConfigT, model: nn.Module) -> ConfigT:
         known = ", ".join(sorted({PEFT_METHODS[name].config_cls.__name__ for name in PEFT_METHODS}))
         raise ValueError(f"{type(config).__name__} acts on no modules of vision backbones: choose one of {known}.")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    _check_tied(base)
     backbone = find_backbone(base)
     filled: Any = copy.deepcopy(config)
     if filled.modules_to_save is None:
@@ -171,6 +174,23 @@ def with_visual_targets(config: ConfigT, model: nn.Module) -> ConfigT:
         filled.feedforward_modules = _pattern(_of_roles(base, backbone.blocks, backbone.architecture.fc2))
     name_classes(filled, base)
     return filled
+
+
+def _check_tied(model: nn.Module) -> None:
+    """Refuse a model in which peft looks for weights that are tied to its input embeddings, and finds no embeddings.
+
+    Raises:
+        ValueError: it is one, with the way round.
+    """
+    try:
+        _get_module_names_tied_with_embedding(model)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"peft's own methods refuse {type(model).__name__}: weights of its heads are tied, and it does not tell "
+            "its input embeddings (get_input_embeddings), which peft asks for. Set model.config.tie_word_embeddings = "
+            "False before with_visual_targets, get_peft_model, add_adapter and PeftModel.from_pretrained, and to True "
+            "again afterwards: peft then does not ask, and the heads stay tied. Methods of this library need nothing."
+        ) from error
 
 
 _NO_LINEARS = "its blocks have no linears that the method supports"

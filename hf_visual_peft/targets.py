@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
+    _ExcludedModule,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
@@ -17,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .backbone import linear_sizes, unwrapped
 from .config import VisualPeftConfig
+from .shared_modules import names_of_modules
 from .sites import Placement, VisualTunerLayer, output_channels
 
 
@@ -107,15 +110,16 @@ def find_targets(model: nn.Module, config: TargetedConfig) -> dict[str, nn.Modul
     names: Any = config.target_modules
     inside = tuple(f"{path}." for path, module in modules.items() if isinstance(module, BaseTunerLayer))
     free = [path for path in modules if path and not path.startswith(inside)]  # peft passes over the others
+    several = names_of_modules(model)
     for layer in config.layers or ():
         only = replace(config, layers_to_transform=[layer])
-        if not any(check_target_module_exists(only, path) for path in free):
+        if not any(names_target(only, several.get(path, [path])) for path in free):
             pattern = f" {config.layers_pattern!r}" if config.layers_pattern else ""
             raise ValueError(
                 f"{type(config).__name__}.layers_to_transform has {layer}: no list of blocks{pattern} has any of "
                 f"{', '.join(sorted(names))} at that index."
             )
-    targets = {path: unwrapped(modules[path]) for path in free if check_target_module_exists(config, path)}
+    targets = {path: unwrapped(modules[path]) for path in free if names_target(config, several.get(path, [path]))}
     for path in targets:
         parent = modules[path.rpartition(".")[0]]
         if isinstance(unwrapped(parent), nn.MultiheadAttention):
@@ -124,3 +128,10 @@ def find_targets(model: nn.Module, config: TargetedConfig) -> dict[str, nn.Modul
                 "weight without calling it. Leave it out by exclude_modules."
             )
     return targets
+
+
+def names_target(config: TargetedConfig, names: Iterable[str]) -> Any:
+    """Whether a module is a target under one of its names, and excluded under none; as peft's check has it."""
+    found = [check_target_module_exists(config, name) for name in names]
+    excluded = [each for each in found if isinstance(each, _ExcludedModule)]
+    return excluded[0] if excluded else any(found)

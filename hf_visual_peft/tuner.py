@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule
 from peft.utils.other import ModulesToSaveWrapper, match_target_against_key
 from torch import Tensor, nn
 
@@ -20,7 +20,9 @@ from .finding import find_backbone
 from .frozen_norms import freeze_norms, keeps_statistics, move_statistics, norms_with_statistics
 from .key_renames import to_present_keys, to_present_names
 from .labels import fitted, forget, record
+from .merging import MergingTuner
 from .placing import placements_of
+from .shared_modules import holders_of, names_of_modules, share_copies, with_all_names
 from .sites import (
     BlockLayer,
     BranchSite,
@@ -44,11 +46,11 @@ from .sites.input import InputLayer, InputSite
 from .sites.mixed import BASE, check_samples_first, count_rows, instead_of_forward, run_parts
 from .sites.side import modules_before
 from .switching import concerned, switch
-from .targets import TargetedConfig, find_targets
+from .targets import TargetedConfig, find_targets, names_target
 from .task_heads import announce
 
 
-class VisualTuner(BaseTuner):
+class VisualTuner(MergingTuner):
     """Base of the tuners; the registry makes one a method.
 
     A method says where its equations stand (`VisualPeftConfig.placements`); this class resolves the backbone, checks
@@ -109,6 +111,7 @@ class VisualTuner(BaseTuner):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict if config.target_modules is not None else None,
             )
+            share_copies(model, adapter_name)
             freeze_norms(self)
             self._watch_heads(model)
             if config.init_weights and self._backbone is not None:
@@ -142,6 +145,8 @@ class VisualTuner(BaseTuner):
     def _forget_plan(self) -> None:
         self._placements: dict[str, list[Placement]] = {}
         self._excluded: set[str] = set()
+        self._holders: dict[int, list[tuple[nn.Module, str]]] = {}
+        self._names: dict[str, list[str]] = {}
         self._backbone: VisionBackbone | None = None
         layers = (module for module in self.model.modules() if isinstance(module, VisualTunerLayer))
         self._exchange = next((layer.exchange for layer in layers), None) or Exchange()
@@ -154,6 +159,7 @@ class VisualTuner(BaseTuner):
                 "the fields if they are a mistake."
             )
         self._forget_plan()
+        self._holders, self._names = holders_of(model), names_of_modules(model)
         for field in ("exclude_modules", "modules_to_save", "target_modules"):
             if getattr(config, field) is not None:
                 setattr(config, field, to_present_names(model, getattr(config, field)))
@@ -243,7 +249,7 @@ class VisualTuner(BaseTuner):
 
     def _check_target_module_exists(self, peft_config: VisualPeftConfig, key: str) -> Any:
         if peft_config.target_modules is not None:
-            return check_target_module_exists(peft_config, key)
+            return names_target(peft_config, self._names.get(key, [key]))
         return _ExcludedModule() if key in self._excluded else key in self._placements
 
     def _create_and_replace(
@@ -283,7 +289,7 @@ class VisualTuner(BaseTuner):
             )
             self._connect(layer, current_key, placement.site)
         if layer is not target:
-            self._replace_module(parent, target_name, layer, target)
+            self._put_layer(layer, parent, target_name, target)
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, requires_grad=False)
 
@@ -317,10 +323,10 @@ class VisualTuner(BaseTuner):
         block = next(block for block in self._backbone.blocks if block.path == path)
         return BlockLayer(target, self.model, block, self._backbone, self._exchange)
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, new_module)
-        if isinstance(child, BlockLayer):
-            child.detach()
+    def _put_layer(self, layer: VisualTunerLayer, parent: nn.Module, name: str, target: nn.Module) -> None:
+        """Put a layer around a module, under all names that the module has."""
+        for holder, child in self._holders.get(id(target), [(parent, name)]):
+            self._replace_module(holder, child, layer, target)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As peft's, in a time that does not grow with the number of adapters."""
@@ -328,36 +334,9 @@ class VisualTuner(BaseTuner):
         self.active_adapter = adapter_name
 
     def unload(self) -> nn.Module:
-        """Take all adapter layers out; the model is then the very base again, its head included.
-
-        (With peft's own methods the trained copies of `modules_to_save` stay in the model.)
-        """
-        copies = [
-            (self.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module.original_module)
-            for name, module in self.model.named_modules()
-            if isinstance(module, ModulesToSaveWrapper)
-        ]
+        """As `MergingTuner.unload`, without names of labels that the adapter brought."""
         forget(self.model)
-        model = super().unload()
-        for parent, child, original in copies:
-            setattr(parent, child, original)
-        return model
-
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        layers = [module for module in self.model.modules() if isinstance(module, ModuleLayer) and module.plans]
-        read = {id(follower) for layer in layers for follower in layer.followers.values()}
-        for layer in layers:
-            if isinstance(layer, InputLayer) and id(layer.get_base_layer()) in read:
-                raise ValueError(
-                    f"Cannot merge: adapters by role and by target_modules both fold into {layer.get_base_layer()}, "
-                    "not in the order in which they act. Delete one of them, or keep them beside the backbone."
-                )
-        for module in self.model.modules():
-            if isinstance(module, BlockLayer) and module.plans:
-                module.merge()
-            if isinstance(module, ModuleLayer):
-                module.check_merge()
+        return super().unload()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -467,6 +446,7 @@ class VisualTuner(BaseTuner):
         # A file's tensors lie at any address, and sums round differently by how memory is aligned: in memory of their
         # own, weights give the outputs they gave when they were saved, also where loading would only refer to them.
         remapped = {key: value.clone() for key, value in remapped.items()}
+        remapped = with_all_names(remapped, model)
         wrong = [f"{key} is missing" for key in own if key not in remapped]
         wrong += [f"{key} is not expected" for key in remapped if f".{cls.prefix}" in key and key not in own]
         wrong += [

@@ -95,7 +95,9 @@ def test_ssf_folds_into_any_module(module, shape):
 
 
 def test_ssf_warns_where_merging_adds_a_bias():
-    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(3, 3, bias=False)), SSFConfig(target_modules=["0"]))
+    model = get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(3, 3, bias=False)), SSFConfig(target_modules=["0"], init_std=0.5)
+    )
     with pytest.warns(UserWarning, match="gets a bias by merging"):
         model.merge_adapter()
     model.unmerge_adapter()

@@ -105,6 +105,11 @@ class VisualTunerLayer(BaseTunerLayer):
                 raise
             return getattr(self.base_layer, name)
 
+    def get_base_layer(self) -> nn.Module:
+        """The module that the layer stands around; peft's would go on where that has a `base_layer` of its own."""
+        base = self.base_layer
+        return base.get_base_layer() if isinstance(base, BaseTunerLayer) else base
+
     def add_equation(
         self,
         adapter_name: str,

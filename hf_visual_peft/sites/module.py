@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from ..backbone import is_pointwise, linear_sizes
 from .exchange import Exchange
 from .layer import Equation, Site, VisualTunerLayer, call_equation
+from .shifts import Flow, Place, place_for_shift, put
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,11 @@ class ModuleLayer(VisualTunerLayer, nn.Module):
         self.base_layer = base_layer
         self._init_layer(exchange)
         self.followers: dict[str, nn.Module] = {}  # a plain dictionary: they are no submodules of the layer
+        self.places: dict[nn.Module, Place] = {}  # for shifts of modules without a bias; found before a merge
+        self.given: list[nn.Module] = []  # modules to which merging gave a bias
+        self._elsewhere: dict[nn.Module, Tensor] = {}  # shifts on their way to these places
         self._before_merge: list[_Weights] = []
+        self._originals: list[tuple[nn.Module, str, Tensor | None]] = []
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The module's output with the equations of the active adapters at work."""
@@ -131,10 +136,53 @@ class ModuleLayer(VisualTunerLayer, nn.Module):
         after = [self._fold(weights, equations) for weights in before]
         if safe_merge and not all(t.isfinite().all() for w in after for t in w[1:] if t is not None):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
+        if not self.merged:
+            self._originals = [(m, name, getattr(m, name, None)) for m in modules for name in ("weight", "bias")]
         self._before_merge = before
         for weights in after:
-            _set(weights)
+            self._set(weights)
         self.merged_adapters.extend(names)
+
+    def _set(self, weights: _Weights) -> None:
+        base = weights.module
+        put(base, "weight", weights.weight)
+        if getattr(base, "bias", None) is not None:
+            put(base, "bias", weights.bias)
+        elif weights.bias is not None and base in self.places:
+            self._elsewhere[base] = weights.bias
+        elif weights.bias is not None and weights.bias.any():
+            self._give(base, weights.bias)
+
+    def _give(self, base: nn.Module, bias: Tensor) -> None:
+        """Give a module a bias that did not have one.
+
+        Raises:
+            ValueError: modules of its class have none.
+        """
+        if not isinstance(base, nn.Linear | nn.LayerNorm | nn.modules.conv._ConvNd):
+            raise ValueError(f"Cannot merge a shift into {base}: modules of its class have no bias.")
+        put(base, "bias", bias)
+        self.given.append(base)
+
+    def settle(self) -> None:
+        """Bring shifts to their places, once all layers of the model are merged: some places are in these."""
+        for base, shift in self._elsewhere.items():
+            if not self.places[base].take(shift, base.weight):  # type: ignore[arg-type]
+                self._give(base, shift)
+        self._elsewhere.clear()
+
+    def find_places(self, flow: Flow, path: str) -> None:
+        """Look where shifts can go of modules without a bias, before anything is merged.
+
+        Args:
+            flow: of values in the model that the layer is in.
+            path: full name of the layer.
+        """
+        named = {path: self.get_base_layer(), **self.followers}
+        biased = (nn.Linear, nn.modules.conv._ConvNd)
+        without = {name: m for name, m in named.items() if isinstance(m, biased) and m.bias is None}
+        found = {module: place_for_shift(flow, name) for name, module in without.items()}
+        self.places = {module: place for module, place in found.items() if place is not None}
 
     def check_merge(self) -> None:
         """Find out whether the active adapters can be merged, before anything is.
@@ -179,14 +227,15 @@ class ModuleLayer(VisualTunerLayer, nn.Module):
         if not self._before_merge:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        for module, weight, bias in self._before_merge:
-            base: Any = module
-            base.weight.data = weight.to(base.weight)
-            if bias is not None:
-                base.bias.data = bias.to(base.bias)
-            elif getattr(base, "bias", None) is not None:
-                base.bias = None
-        self._before_merge = []
+        for module, name, original in self._originals:
+            if original is not None:  # the model may have been moved meanwhile
+                original.data = original.to(getattr(module, name))
+            put(module, name, original)
+        for place in self.places.values():
+            place.free()
+        self._originals, self._before_merge = [], []
+        self._elsewhere.clear()
+        self.given.clear()
         self.merged_adapters.clear()
 
 
@@ -389,23 +438,3 @@ def _evaluate(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None)
     if (bias is None) == (getattr(module, "bias", None) is None):
         return functional_call(module, {"weight": weight} | ({} if bias is None else {"bias": bias}), (x,))
     raise ValueError(f"Cannot run {module} with a bias: modules of its class have none.")
-
-
-def _set(weights: _Weights) -> None:
-    """Give a module weight and bias, also one that it did not have.
-
-    Raises:
-        ValueError: modules of its class have no bias.
-    """
-    base: Any = weights.module
-    base.weight.data = weights.weight
-    if getattr(base, "bias", None) is not None:
-        base.bias.data = weights.bias
-    elif weights.bias is not None:
-        if not isinstance(base, nn.Linear | nn.LayerNorm | nn.modules.conv._ConvNd):
-            raise ValueError(f"Cannot merge a shift into {base}: modules of its class have no bias.")
-        warnings.warn(
-            f"{base} gets a bias by merging. Saved, the merged model needs a config that gives it one when loaded.",
-            stacklevel=4,
-        )
-        base.bias = nn.Parameter(weights.bias, requires_grad=False)

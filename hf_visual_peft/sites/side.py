@@ -136,8 +136,8 @@ def call_piece(
             return None if x is None else layer._cast_input_dtype(x, dtype)
 
         state = cast(state)
-        streams_cast = {name: cast(getattr(tap, name)) for name in ("before", "between", "behind")}
-        tap = replace(tap, **streams_cast, pixels=cast(tap.pixels), tokens=cast(tap.tokens))
+        tap = replace(tap, before=cast(tap.before), between=cast(tap.between), behind=cast(tap.behind))
+        tap = replace(tap, pixels=cast(tap.pixels), tokens=cast(tap.tokens))
     state, added = (module.enter if enter else module)(state, tap, *equation.shared)
     assert state is not None
     return state, None if added is None else added.to(streams[0].dtype)
