@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     known = {"activations", *gpu_fast.METHODS}
     if unknown := sorted(set((arguments.methods or "full").split(",")) - known):
         parser.error(f"--methods {', '.join(unknown)}: choose from {', '.join(sorted(known))}.")
-    torch.set_num_threads(1 if arguments.stripe else max(1, min(4, os.cpu_count() or 1)))
+    torch.set_num_threads(1)  # what runs on the CPU is small, and several processes may do it
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     ended = run(arguments)

@@ -137,7 +137,7 @@ class Runs:
     def prepare(self, each: Contestant, inputs: Inputs) -> None:
         """Compile or record what the mode asks for."""
         torch._dynamo.config.recompile_limit = 64  # one function serves many contestants
-        options: Any = {"dynamic": False, "backend": "aot_eager" if self.scale.smoke else "inductor"}
+        options: Any = {"dynamic": False, "backend": "eager" if self.scale.smoke else "inductor"}
         if self.mode == COMPILED:
             each.model = torch.compile(each.model, **options)  # type: ignore[assignment]
         elif self.mode == PARTLY:

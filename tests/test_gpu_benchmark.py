@@ -37,9 +37,10 @@ def rows_of(path):
 @pytest.mark.slow
 def test_smoke(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
-    assert run(path) == 0
+    parts = [part for part in gpu.PARTS if part != "compile"]  # which "adapter" does, too, and faster
+    assert run(path, "--parts", ",".join(parts)) == 0
     rows = rows_of(path)
-    assert {row.part for row in rows.values()} == set(gpu.PARTS)
+    assert {row.part for row in rows.values()} == set(parts)
     bad = {key: row.values for key, row in rows.items() if row.status != gpu_rows.OK}
     assert not bad
     assert {case for part, case in rows if part == "right"} == {f"{model}/lst" for model in ("vit", "dinov2", "swin")}
@@ -51,11 +52,11 @@ def test_smoke(tmp_path, capsys):
     assert step["step"] > 0 < step["ms"]["host"]
     assert rows["base", "vit_b/eager/activations"].values["step"] == 1
     assert rows["limit", "vit_l/lst"].values["fits"] == 8
-    assert rows["cache", "lst"].values["bytes_per_image"] > rows["cache", "linearprobe"].values["bytes_per_image"]
+    assert rows["cache", "lst"].values["bytes_per_image"] == 2 * 3 * 5 * 64  # float16, images and two blocks' tokens
 
     before = path.read_bytes()
     capsys.readouterr()
-    assert run(path) == 0  # everything has a row
+    assert run(path, "--parts", ",".join(parts)) == 0  # everything has a row
     assert path.read_bytes() == before
     assert "right: 3 of 3 ok" in capsys.readouterr().out
 
@@ -184,7 +185,7 @@ def test_a_wrong_gradient_is_found():
         gpu_right.numbers(subject)
     handle.remove()
     with torch.no_grad():
-        parameter.add_(0.1)
+        parameter.mul_(2)
     with pytest.raises(AssertionError, match="logits are off by"):
         gpu_right.numbers(subject)
 
