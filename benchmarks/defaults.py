@@ -39,7 +39,7 @@ from hf_visual_peft.parameters import parameter_groups
 
 ROOT = Path(__file__).parents[1]
 SETS = ("digits", "emoji", "textile")
-RATES = (1e-3, 3e-3, 3e-4, 1e-2)  # in the order in which they are tried
+RATES = (1e-3, 3e-3, 1e-2, 3e-4)  # in the order in which they are tried
 FULL_RATES = (1e-4, 3e-5, 3e-4, 1e-5)  # a pretrained backbone falls apart at the rates of the methods
 BASELINES = ("full", "peft-lora", "peft-dora", "peft-ln-tuning")
 FEW = ("linearprobe", "adaptformer", "ssf", "vpt", "peft-lora")  # for questions that concern all methods alike
