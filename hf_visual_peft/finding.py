@@ -41,7 +41,7 @@ def find_backbone(model: nn.Module) -> VisionBackbone:
     """
     found: list[tuple[str, nn.Module, Architecture]] = []
     for path, module in model.named_modules():
-        architecture = architecture_of(type(module))
+        architecture = architecture_of(module)
         inside = any(path.startswith(f"{outer}.") or not outer for outer, _, _ in found)
         if architecture is not None and not inside:
             found.append((path, module, architecture))
@@ -195,18 +195,20 @@ class _Resolver:
         names = (names,) if isinstance(names, str) else names
         if not names:
             return ()
-        named = path = self._required(self.path, names, "patch_embedding")[0]
-        while not isinstance(self._module(path), _PROJECTIONS):
+        named = self._required(self.path, names, "patch_embedding")
+        for path in named:
             inside = [each for each in self._operations(path, ()) if isinstance(self._module(each), _PROJECTIONS)]
             if inside:
                 return (inside[-1],)
-            if path == self.path or not isinstance(self._module(named), nn.Identity):
-                raise BackboneError(
-                    f"{self.class_name} does not fit its role table: {named!r}, its patch_embedding, is a "
-                    f"{type(self._module(named)).__name__} without a convolution or linear. {_REMEDY}"
-                )
-            path = path.rpartition(".")[0]
-        return (path,)
+            if isinstance(self._module(path), nn.Identity):
+                around = self._operations(path.rpartition(".")[0], ())
+                before = [each for each in around if isinstance(self._module(each), _PROJECTIONS)]
+                if before:
+                    return (before[-1],)
+        raise BackboneError(
+            f"{self.class_name} does not fit its role table: {named[0]!r}, its patch_embedding, is a "
+            f"{type(self._module(named[0])).__name__} without a convolution or linear. {_REMEDY}"
+        )
 
     def _lists(self) -> list[tuple[str, list[str]]]:
         """Names of the lists of blocks and of the blocks in each."""

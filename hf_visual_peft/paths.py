@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterator, Sequence
 
 from peft.utils.other import ModulesToSaveWrapper
@@ -53,12 +54,13 @@ def original(module: nn.Module) -> nn.Module:
 
 def _expand(model: nn.Module, prefix: str, names: Sequence[str]) -> Iterator[str]:
     """Full names that a dotted name with wildcards stands for."""
-    if "*" not in names:
+    first = next((index for index, name in enumerate(names) if "*" in name), None)
+    if first is None:
         yield join(prefix, *names)
         return
-    first = names.index("*")
     parent = join(prefix, *names[:first])
     module = lookup(model, parent)
     if isinstance(module, nn.Module):
-        for child, _ in unwrapped(module).named_children():
+        children = [name for name, _ in unwrapped(module).named_children()]
+        for child in fnmatch.filter(children, names[first]):
             yield from _expand(model, join(parent, child), names[first + 1 :])

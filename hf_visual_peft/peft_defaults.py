@@ -102,7 +102,7 @@ def add_defaults(architecture: Architecture) -> None:
                 patterns[found] = None
                 for holder, path in _HOLDERS.items():
                     _add(method, mapping, holder, rf"{path}\.{_one_of(patterns)}")
-    names = [name for name in architecture.backbones if name.startswith("timm.")]
+    names = [name for name in architecture.backbones if name.startswith("timm.") and ":" not in name]
     if names:
         _timm.update(dict.fromkeys(names, architecture))
         tables = [replace(table, model_types=(TIMM_WRAPPER,)) for table in _timm.values()]

@@ -215,7 +215,11 @@ def _nameable(model: nn.Module, paths: Iterable[str]) -> tuple[str, ...]:
         if any(is_in(path, other) for other in found):
             continue
         module = original(model.get_submodule(path))
-        others = [name for name, _ in model.named_modules() if name != path and name.endswith(path)]
+        others = [
+            name
+            for name, other in model.named_modules()
+            if name != path and name.endswith(path) and (is_in(name, path) or any(True for _ in other.parameters()))
+        ]
         inside = [name for name, part in module.named_children() if any(True for _ in part.parameters())]
         if isinstance(module, nn.ModuleList | nn.ModuleDict) or (inside and _clash(model, path, others)):
             for part in _nameable(model, [join(path, name) for name in inside]):

@@ -196,3 +196,53 @@ def test_a_linear_of_another_class_that_does_the_same_merges():
     expected = adapted(x)
     with torch.no_grad():
         torch.testing.assert_close(adapted.merge_and_unload()(x), expected)
+
+
+class Maps(nn.Module):
+    """A user's module on one of timm's lists of maps."""
+
+    def __init__(self, name, **fields):
+        super().__init__()
+        self.enc = timm.create_model(name, pretrained=False, features_only=True, **fields)
+        self.out = nn.LazyLinear(3)
+
+    def forward(self, pixels):
+        x = self.enc(pixels)[-1]
+        return self.out(x if self.enc.__class__.__name__ == "FeatureGetterNet" else x.flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "patches", "blocks"),
+    [
+        ("resnet18", RESNET, "enc.conv1", 4),
+        ("resnet18d", RESNET, "enc.conv1.6", 4),
+        ("convnext_atto", CONVNEXT, "enc.stem_0", 4),
+        ("convnext_atto_ols", CONVNEXT, "enc.stem_1", 4),
+        ("convnext_zepto_rms_ols", CONVNEXT, "enc.stem_2", 4),
+        ("vit_tiny_patch16_224", VIT | {"out_indices": (0, 1)}, "enc.model.patch_embed.proj", 2),
+        ("swin_tiny_patch4_window7_224", {"img_size": 32, "embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2),
+                                          "window_size": 2, "out_indices": (0, 1)}, "enc.patch_embed.proj", 2),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:No table names")
+def test_timms_lists_of_maps(name, fields, patches, blocks):
+    torch.manual_seed(0)
+    model, pixels = Maps(name, **fields).eval(), torch.randn(2, 3, 32, 32)
+    before = model(pixels)
+    backbone = hvp.find_backbone(model)
+    assert (backbone.patch_embedding, len(backbone.blocks), backbone.heads) == ((patches,), blocks, ("out",))
+    adapted = stirred(model, hvp.BitFitConfig())
+    output = adapted(pixels)
+    assert not torch.allclose(output, before)
+    output.sum().backward()
+    assert [name for name, p in adapted.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("kind", ["DabDetr", "TableTransformer"])
+def test_detectors_on_timms_resnet(kind):
+    """Their default config."""
+    with torch.device("meta"):
+        model = getattr(tf, f"{kind}ForObjectDetection")(getattr(tf, f"{kind}Config")(encoder_layers=1, decoder_layers=1))
+    backbone = hvp.find_backbone(model)
+    assert (backbone.class_name, len(backbone.blocks), backbone.dense) == ("FeatureListNet", 16, True)
+    assert len(backbone.heads) == 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import nn
+
 from ..peft_defaults import add_defaults
 
 
@@ -17,14 +19,15 @@ Stream = Literal["tokens", "channels_last", "channels_first"]
 class Architecture:
     """Where the parts of one family of backbones are found.
 
-    Paths are dotted attribute names, in which `*` stands for any number or name. Those of blocks are relative to a
-    block, those of heads to the model that holds the backbone, all others to the backbone. A role with several names
-    takes every module that exists under one of them; a role marked *optional* may have none, and one that the table
-    leaves empty does not occur in the architecture.
+    Paths are dotted attribute names, in which `*` stands for any number or name, or for a part of one. Those of blocks
+    are relative to a block, those of heads to the model that holds the backbone, all others to the backbone. A role
+    with several names takes every module that exists under one of them; a role marked *optional* may have none, and
+    one that the table leaves empty does not occur in the architecture.
 
     Attributes:
         backbones: names of the backbone's classes, with their module (`"timm.models.resnet.ResNet"`) where the bare
-            name would do for others, too; subclasses are recognised.
+            name would do for others, too; subclasses are recognised. Where one class holds several architectures, with
+            a module that this one has (`"FeatureListNet:layer1"`).
         blocks: the list or lists of blocks, in order; of several the modules in each count.
         patch_embedding: the convolution or linear that turns pixels into tokens, or the stem whose last one does; of
             several names the first existing one counts. Empty where there is none.
@@ -153,9 +156,11 @@ def register_architecture(architecture: Architecture) -> None:
     add_defaults(architecture)
 
 
-def architecture_of(cls: type) -> Architecture | None:
-    """The role table for a class or the nearest of its bases, or None."""
-    names = (name for base in cls.__mro__ for name in (f"{base.__module__}.{base.__qualname__}", base.__name__))
+def architecture_of(module: nn.Module) -> Architecture | None:
+    """The role table for a module by its class or the nearest of its bases, or None."""
+    bases = type(module).__mro__
+    names = [name for base in bases for name in (f"{base.__module__}.{base.__qualname__}", base.__name__)]
+    names += [f"{name}:{child}" for name in names[:2] for child, _ in module.named_children()]
     return next((_ARCHITECTURES[name] for name in names if name in _ARCHITECTURES), None)
 
 

@@ -112,4 +112,24 @@ _RESNET = replace(
     model_types=(),
 )
 
-TIMM = (_VIT, _EVA, _SWIN, _MAXVIT, _EFFICIENTFORMER, _CONVNEXT, _RESNET)
+# as `features_only=True` makes them: without heads, with modules of the first two levels side by side
+_LIST = "timm.models._features.FeatureListNet"
+_RESNET_MAPS = replace(_RESNET, backbones=(f"{_LIST}:layer1",))
+_CONVNEXT_MAPS = replace(
+    _CONVNEXT,
+    backbones=(f"{_LIST}:stem_0",),
+    blocks="stages_*.blocks",
+    patch_embedding=("stem_2", "stem_1", "stem_0"),
+    embeddings="stem_1",
+    input_norms=("stem_*",),
+    norms=(),
+)
+_SWIN_MAPS = replace(
+    _SWIN,
+    backbones=(f"{_LIST}:layers_0",),
+    blocks="layers_*.blocks",
+    norms=(),
+    between=("layers_*.downsample.norm", "layers_*.downsample.reduction"),
+)
+
+TIMM = (_VIT, _EVA, _SWIN, _MAXVIT, _EFFICIENTFORMER, _CONVNEXT, _RESNET, _RESNET_MAPS, _CONVNEXT_MAPS, _SWIN_MAPS)
