@@ -241,8 +241,9 @@ def test_timms_lists_of_maps(name, fields, patches, blocks):
 @pytest.mark.parametrize("kind", ["DabDetr", "TableTransformer"])
 def test_detectors_on_timms_resnet(kind):
     """Their default config."""
+    config = getattr(tf, f"{kind}Config")(encoder_layers=1, decoder_layers=1)
     with torch.device("meta"):
-        model = getattr(tf, f"{kind}ForObjectDetection")(getattr(tf, f"{kind}Config")(encoder_layers=1, decoder_layers=1))
+        model = getattr(tf, f"{kind}ForObjectDetection")(config)
     backbone = hvp.find_backbone(model)
     assert (backbone.class_name, len(backbone.blocks), backbone.dense) == ("FeatureListNet", 16, True)
     assert len(backbone.heads) == 2
