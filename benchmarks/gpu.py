@@ -103,10 +103,9 @@ def side_by_side(arguments: argparse.Namespace, parts: Sequence[str], ledger: Le
     count = min(arguments.workers, len(ledger.missing(cases)))
 
     def start(index: int) -> subprocess.Popen[bytes]:
-        left = max(1.0, ledger.until - time.monotonic())
         command = [sys.executable, __file__, "--parts", ",".join(parts), "--stripe", f"{index}/{count}"]
         command += ["--out", str(arguments.out), "--again", arguments.again, "--device", str(ledger.device)]
-        command += ["--budget", str(left)] if left < float("inf") else []
+        command += ["--until", str(ledger.until)]
         command += ["--methods", arguments.methods] if arguments.methods else []
         command += ["--smoke"] if arguments.smoke else []
         return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -152,7 +151,8 @@ def all_cases(arguments: argparse.Namespace, part: str) -> list[Case]:
 def run(arguments: argparse.Namespace) -> str:
     """Run the parts; why it ended, as `Ledger.run` tells it."""
     parts = parsed_parts(arguments.parts)
-    ledger = Ledger(arguments.out, arguments.device, arguments.again, time.monotonic() + arguments.budget)
+    until = arguments.until or time.monotonic() + arguments.budget
+    ledger = Ledger(arguments.out, arguments.device, arguments.again, until, quiet=bool(arguments.stripe))
     position = 0
     while position < len(parts):
         together = [part for part in parts[position:] if part[0] in SHARED]
@@ -199,7 +199,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", type=torch.device, help="default: cuda, with --smoke cpu where there is none")
     parser.add_argument("--smoke", action="store_true", help="the smallest sizes and few methods, to test the script")
     parser.add_argument("--grace", type=float, default=20.0, help="seconds that a case may go on after the budget")
-    parser.add_argument("--stripe", help=argparse.SUPPRESS)
+    parser.add_argument("--stripe", help=argparse.SUPPRESS)  # these two are given to processes that share the work
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     try:
         parsed_parts(arguments.parts)

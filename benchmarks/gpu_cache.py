@@ -21,7 +21,7 @@ from hf_visual_peft import FeatureCache
 
 
 METHODS = ("linearprobe", "lst")
-IMAGES, EPOCHS, WORKERS, LIMIT_STEPS = 512, 3, 8, 20
+IMAGES, EPOCHS, WORKERS, LIMIT_STEPS = 512, 2, 8, 20
 LOADERS: dict[str, dict[str, Any]] = {  # ways to bring features to the card
     "plain": {},
     "pinned": {"pin_memory": True},

@@ -22,6 +22,7 @@ from step_rounds import (
     ACTIVATIONS,
     FORWARD,
     FULL,
+    IMAGE_SIZE,
     LABELS,
     Contestant,
     Inputs,
@@ -80,7 +81,11 @@ class Scale:
 
     def inputs(self, batch: int | None = None) -> Inputs:
         """Images and labels of a step."""
-        return example(batch or self.batch, 32 if self.smoke else None, str(self.device))
+        if batch is None:
+            return example(self.batch, 32 if self.smoke else None, str(self.device))
+        side = 32 if self.smoke else IMAGE_SIZE
+        pixels = torch.randn(batch, 3, side, side, device=self.device)  # thousands would take long on the host
+        return pixels, torch.randint(LABELS, (batch,), device=self.device)
 
     def model(self, name: str) -> nn.Module:
         """A model with random weights on the device."""

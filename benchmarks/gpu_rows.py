@@ -110,10 +110,18 @@ class Ledger:
         device: that cases run on.
         again: key of `AGAIN`.
         until: time of `time.monotonic` after which no case is begun.
+        quiet: whether to print only rows that are not ok.
     """
 
-    def __init__(self, path: Path, device: torch.device, again: str = "nothing", until: float = float("inf")) -> None:
-        self.path, self.device, self.until = path, device, until
+    def __init__(
+        self,
+        path: Path,
+        device: torch.device,
+        again: str = "nothing",
+        until: float = float("inf"),
+        quiet: bool = False,
+    ) -> None:
+        self.path, self.device, self.until, self.quiet = path, device, until, quiet
         card = card_name(device)
         rows = read_rows(path).values()
         self.done = {row.key[:2] for row in rows if row.card == card and row.status not in AGAIN[again]}
@@ -138,7 +146,10 @@ class Ledger:
             row, alive = outcome(case, self.device)
             append_lines(self.path, [asdict(row)])
             self.done.add((case.part, case.name))
-            print(f"{row.seconds:6.1f} s  {row.status:6}  {row.part}  {row.case}  {_short(row.values)}", flush=True)
+            if row.status != OK or not self.quiet:
+                print(
+                    f"{row.seconds:6.1f} s  {row.status:6}  {row.part}  {row.case}  {_short(row.values)}", flush=True
+                )
             if not alive:
                 return "lost"
         return "done"
