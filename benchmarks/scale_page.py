@@ -279,9 +279,9 @@ number. Times of few images contain what happens once. Extrapolated lines follow
 sizes that were measured, and stay level where that one falls.
 """
 RECIPE = """
-The recipe has no streaming: its metrics gather samples of known number (`gather_for_metrics` would count padded
-samples of a stream twice), its labels and its split are drawn from all samples, and its learning rate follows the
-number of steps. What it pays for that is the time before the first batch and disk space as above, once a data set.
+The recipe maps files, and streams with `--streaming`: it then reads the labels of all samples once before the first
+batch, as classes, their counts and the learning rate's schedule depend on them, and its evaluation counts every
+sample once. Mapped, it pays the time before the first batch and disk space as above, once a data set.
 """
 MEMORY = """
 A step needs weights + 16 bytes for every number that trains (itself, gradient, two moments of AdamW) + images x bytes

@@ -334,7 +334,7 @@ def mapped(files: str) -> Iterator[dict[str, Tensor]]:
         **dict.fromkeys(f"{split}_{kind}" for split in ("train", "validation", "test") for kind in ("dir", "split")),
         **dict.fromkeys(("validation_file", "test_file", "dataset_name", "dataset_config_name", "clip_frames")),
         **dict.fromkeys(("image_column_name", "label_column_name", "max_train_samples", "max_eval_samples")),
-        **dict.fromkeys(("cache_dir", "token", "data_token")),
+        **dict.fromkeys(("cache_dir", "token", "data_token", "streaming")),
         train_file=files, train_val_split=0, select="last", seed=0, check_images=True, skip_corrupt_images=False,
         dataloader_num_workers=0, train_crop="none", horizontal_flip=0.5,
     )  # fmt: skip

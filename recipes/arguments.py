@@ -11,6 +11,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import streaming
 import yaml
 from accelerate.tracking import get_available_trackers
 from augmentation import add_augmentation_flags, check_flags
@@ -57,6 +58,8 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
         add(f"--{split}_dir", help=f"folder for {split}, with one folder of images a class")
         add(f"--{split}_file", help=f"file for {split}: {', '.join(suffix.lstrip('.') for suffix in FORMATS)}")
         add(f"--{split}_split", help=f"split for {split} ('{split}'), or a slice as 'train[:800]', or none")
+    add("--streaming", **SWITCH, help="read samples as they come, without a copy on disk and a look at all before")
+    add("--shuffle_buffer", type=positive, default=1000, help="samples that --streaming draws the next one from")
     add("--cache_dir", help="folder for what is downloaded; default: that of each library")
     add("--token", help="access token for data set and checkpoint on the Hub; default: that of `hf auth login`")
     add("--data_token", help="access token for the data set, where it is another")
@@ -190,6 +193,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"one of --dataset_name, --train_dir and --train_file is needed, got {len(sources)}")
     if args.train_split == "none":
         raise ValueError("--train_split none: training needs samples; name a split, or a slice as train[:800]")
+    if args.streaming:
+        streaming.check_flags(args)
     for name in ("train_val_split", "horizontal_flip", "crop_scale"):
         if (getattr(args, name) or 0) > 1:
             raise ValueError(f"--{name} must be between 0 and 1, got {getattr(args, name)}")

@@ -53,6 +53,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from prediction import predict
 from screen import Screen, progress_kind
 from stopping import DivergedError, run_readably
+from streaming import StreamLoader, prepare_stream
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -175,10 +176,15 @@ def evaluate_split(
     model.eval()
     losses = []
     for batch in tqdm(loader, desc=f"Evaluate on {name}", leave=False, disable=not Screen.bars):
-        labels = batch.pop("labels")
+        labels, real = (
+            batch.pop("labels"),
+            batch.pop("real", None),
+        )  # the latter: of a stream, whose batches are filled
         logits = model(**batch, **inputs).logits.float()
         loss = criterion.samples(logits, labels)
         logits, labels, loss = accelerator.gather_for_metrics((logits, labels, loss))
+        if real is not None:
+            logits, labels, loss = (tensor[accelerator.gather(real)] for tensor in (logits, labels, loss))
         if not logits.isfinite().all():
             raise DivergedError(f"predictions on {name} are not finite")
         metrics.add_batch(predictions=logits, references=labels)
@@ -217,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     processor = load_processor(args)
     with accelerator.main_process_first():  # the others find what it has cached
         splits = load_splits(args)
-    data, names, skipped = prepare_data(args, processor, splits)
+    data, names, skipped = (prepare_stream if args.streaming else prepare_data)(args, processor, splits)
     for flag in ("early_stopping_patience", "eval_steps", "eval_epochs"):
         if getattr(args, flag) and "validation" not in data:
             raise ValueError(f"--{flag} needs a validation split: name one, or give --train_val_split above 0.")
@@ -226,6 +232,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     check_flags(args, several, len(names))
     model = load_model(args, config, names, several)
     if isinstance(config, hf_visual_peft.VisualPeftConfig) and config.chooses_from_data:
+        if args.streaming:
+            raise ValueError(
+                f"--method {args.method} reads samples before training, which --streaming does not allow."
+            )
         # every process reads the same batches, so that all choose the same; a run that resumes chooses again
         sampler = torch.Generator().manual_seed(args.seed)
         size = args.per_device_train_batch_size
@@ -265,6 +275,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         plugin["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size
     loaders = {}
     for split, images in data.items():
+        if args.streaming:
+            loaders[split] = StreamLoader(accelerator, images)
+            continue
         train = split == "train"
         balances = train and args.sampler == "balanced"
         loader = DataLoader(
@@ -293,6 +306,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         accelerator.register_for_checkpointing(average)
 
     run: dict[str, Any] = {name: str(value) for name, value in vars(args).items() if name not in FREE.split()}
+    run |= {"stream_workers": str(args.dataloader_num_workers)} if args.streaming else {}
     run |= {"max_steps": max_steps, "num_processes": accelerator.num_processes, "classes": names}
     run |= {
         "fields": config.to_dict() if config else {},

@@ -104,7 +104,7 @@ class Images(torch.utils.data.Dataset[dict[str, Any]]):
     pixels.
     """
 
-    def __init__(self, data: datasets.Dataset, ids: np.ndarray, split: str, processor: Any, args: argparse.Namespace):
+    def __init__(self, data: Any, ids: np.ndarray, split: str, processor: Any, args: argparse.Namespace) -> None:
         self.data, self.ids, self.split, self.processor, self.args = data, ids, split, processor, args
         self.epoch = 0
         self.further = Augmentation(args) if split == "train" else None
@@ -123,7 +123,17 @@ class Images(torch.utils.data.Dataset[dict[str, Any]]):
         (value,) = self.data[index % len(self)].values()
         label = self.ids[index % len(self)]
         where = f"sample {index % len(self)} of the {self.split} split"
-        drawn = (self.args.seed, self.epoch, index)
+        return self.sample(value, label, where, (self.args.seed, self.epoch, index))
+
+    def sample(self, value: Any, label: Any, where: str, drawn: tuple[int, ...]) -> dict[str, Any]:
+        """An image or clip as the model wants it, and its label.
+
+        Args:
+            value: of the column of images.
+            label: a number, or 0 and 1 for each class.
+            where: tells the sample from others, for messages.
+            drawn: what augmentation is drawn from.
+        """
         if self.args.clip_frames:
             places = np.random.default_rng((*drawn, 1)) if self.split == "train" else None
             images = decode_clip(value, self.args.clip_frames, places, where)
@@ -234,8 +244,9 @@ def usable_rows(data: datasets.Dataset, split: str, args: argparse.Namespace) ->
     state = PartialState()
     numbers = range(state.process_index, len(data), state.num_processes)
     loader = torch.utils.data.DataLoader(
-        Verdicts(data, numbers, split), batch_size=None, num_workers=args.dataloader_num_workers
-    )
+        Verdicts(data, numbers, split), batch_size=None, num_workers=args.dataloader_num_workers,
+        generator=torch.Generator(),  # its draws must not shift those of the model
+    )  # fmt: skip
     bar = tqdm(loader, desc=f"Check {split}", leave=False, disable=not state.is_local_main_process)
     found = gather_object([(number, fault) for number, fault in zip(numbers, bar, strict=True) if fault])
     faults = dict(sorted(found))
@@ -258,6 +269,41 @@ def columns_of(data: datasets.Dataset, args: argparse.Namespace) -> tuple[str, l
     return image, find_label_columns(data, args.label_column_name)
 
 
+def columns_of_all(splits: Mapping[str, Any], args: argparse.Namespace) -> dict[str, tuple[str, list[str]]]:
+    """The columns of each split: those of train, or its own where it is of another source."""
+    columns = {"train": columns_of(splits["train"], args)}
+    image, labels = columns["train"]
+    for split, data in splits.items():
+        if {image, *labels} <= set(data.features):
+            columns[split] = columns["train"]
+            continue
+        try:
+            columns[split] = columns_of(data, argparse.Namespace(**vars(args) | {"label_column_name": None}))
+        except ValueError:
+            missing = ", ".join({image, *labels} - set(data.features))
+            raise ValueError(
+                f"The {split} split lacks the column {missing}: it has {', '.join(data.features)}. --{split}_split "
+                "none leaves it out."
+            ) from None
+    return columns
+
+
+def encode_all(named: Mapping[str, tuple[Any, list[str] | None]]) -> tuple[list[str], dict[str, np.ndarray]]:
+    """The names of the classes, and what `class_ids` gives for each split.
+
+    Args:
+        named: what `read_labels` gives for each split.
+    """
+    names = class_names(*named["train"])
+    several = any(isinstance(row, list) for row in named["train"][0])
+    ids = {split: class_ids(rows, split, names, several) for split, (rows, _) in named.items()}
+    if len(names) < 2 - several:
+        raise ValueError(f"The train split has one class, {some(names)}; there is nothing to tell apart.")
+    if bare := [split for split, split_ids in ids.items() if several and not split_ids.any()]:
+        raise ValueError(f"No sample of the {bare[0]} split has any class.")
+    return names, ids
+
+
 def prepare_data(
     args: argparse.Namespace, processor: Any, splits: Mapping[str, datasets.Dataset]
 ) -> tuple[dict[str, Images], list[str], int]:
@@ -271,28 +317,8 @@ def prepare_data(
     splits = dict(splits)
     encoded = datasets.Image(decode=False)
     plain = datasets.List(encoded) if args.clip_frames else encoded
-    columns = {"train": columns_of(splits["train"], args)}
-    for split, data in splits.items():
-        image, labels = columns["train"]
-        if {image, *labels} <= set(data.features):
-            columns[split] = columns["train"]
-            continue
-        try:  # of another source
-            columns[split] = columns_of(data, argparse.Namespace(**vars(args) | {"label_column_name": None}))
-        except ValueError:
-            missing = ", ".join({image, *labels} - set(data.features))
-            raise ValueError(
-                f"The {split} split lacks the column {missing}: it has {', '.join(data.features)}. --{split}_split "
-                "none leaves it out."
-            ) from None
-    named = {split: read_labels(data, columns[split][1]) for split, data in splits.items()}
-    names = class_names(*named["train"])
-    several = any(isinstance(row, list) for row in named["train"][0])
-    ids = {split: class_ids(rows, split, names, several) for split, (rows, _) in named.items()}
-    if len(names) < 2 - several:
-        raise ValueError(f"The train split has one class, {some(names)}; there is nothing to tell apart.")
-    if bare := [split for split, split_ids in ids.items() if several and not split_ids.any()]:
-        raise ValueError(f"No sample of the {bare[0]} split has any class.")
+    columns = columns_of_all(splits, args)
+    names, ids = encode_all({split: read_labels(data, columns[split][1]) for split, data in splits.items()})
     rows = {split: np.arange(len(data)) for split, data in splits.items()}
     share = (0.15 if args.select == "best" else 0) if args.train_val_split is None else args.train_val_split
     if "validation" not in splits and share:

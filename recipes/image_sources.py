@@ -82,8 +82,9 @@ def named_sources(args: argparse.Namespace) -> dict[str, Source]:
             }
             return {split: functools.partial(source, args) for split, source in read.items()}
         token = args.data_token or args.token
-        whole = datasets.load_dataset(name, args.dataset_config_name, cache_dir=args.cache_dir, token=token)
-    whole = {"train": whole} if isinstance(whole, datasets.Dataset) else whole
+        where = {"cache_dir": args.cache_dir, "token": token, "streaming": args.streaming}
+        whole = datasets.load_dataset(name, args.dataset_config_name, **where)
+    whole = whole if isinstance(whole, dict) else {"train": whole}
     return {split: functools.partial(whole.__getitem__, split) for split in whole}
 
 
@@ -91,11 +92,13 @@ def cut(loaded: Mapping[str, Source], spec: str, flag: str) -> tuple[datasets.Da
     """A split or a slice of it, as `train[:80%]`, and what it is made of: splits, first and last sample numbers."""
     if spec in loaded:
         data = loaded[spec]()
-        return data, [(spec, 0, len(data))]
+        return data, [(spec, 0, len(data) if isinstance(data, datasets.Dataset) else 1)]
     names = [re.sub(r"\[.*", "", part) for part in spec.split("+")]
     if unknown := set(names) - set(loaded):
         names_known = ", ".join(loaded) or "none"
         raise ValueError(f"{flag}: the data set has the splits {names_known}. There is no {' or '.join(unknown)}.")
+    if not all(isinstance(loaded[name](), datasets.Dataset) for name in names):
+        raise ValueError(f"{flag}: --streaming takes whole splits of tables and of the Hub; name one, as train.")
     try:
         lengths = {name: len(loaded[name]()) for name in names}
         pieces = datasets.ReadInstruction.from_spec(spec).to_absolute(lengths)
@@ -125,7 +128,7 @@ def read_folder(folder: Path, flag: str, args: argparse.Namespace) -> datasets.D
         if not listing.images and set(FORMATS) & set(listing.left_out):
             raise ValueError(f"{flag} has no image but files that go with --train_file: {told(listing.left_out)}.")
         return class_folders(listing, flag, lambda path: str(folder.resolve() / path))
-    tables = []
+    tables, args = [], argparse.Namespace(**vars(args) | {"streaming": False})
     for path in listing.metadata:
         table = read_table(str(folder / path), f"{flag}, {path}", args, ("file_name", "file_names"))
         for column in set(table.column_names) & {"file_name", "file_names"}:
@@ -173,12 +176,19 @@ def read_table(file: str, flag: str, args: argparse.Namespace, paths: tuple[str,
         options |= {"keep_default_na": False, "na_values": [""], "sep": "\t" if file.lower().endswith(".tsv") else ","}
     try:
         data = datasets.load_dataset(
-            kind, data_files={"train": files}, split="train", cache_dir=args.cache_dir, **options
+            kind,
+            data_files={"train": files},
+            split="train",
+            cache_dir=args.cache_dir,
+            streaming=args.streaming,
+            **options,
         )
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         if "corresponds to no data" in str(error):
             raise ValueError(f"{flag} has no rows.") from error
         raise ValueError(f"{flag} cannot be read as {kind}: {error.__cause__ or error}") from error
+    if args.streaming and data.features is None:
+        data = data._resolve_features()  # of the first rows
     for column in set(paths) & set(data.column_names):
         data = absolute(data, column, Path(file).resolve().parent) if "://" not in file else data
     return data
@@ -192,10 +202,16 @@ def absolute(data: datasets.Dataset, column: str, folder: Path) -> datasets.Data
             return [place(part) for part in value]
         return str(folder / value) if value and "://" not in value else value
 
+    def as_image(value: Any) -> Any:
+        return [as_image(part) for part in value] if isinstance(value, list) else {"path": value, "bytes": None}
+
     feature = data.features[column]
     inner = getattr(feature, "feature", feature)
     if not isinstance(inner, datasets.Value) or "string" not in inner.dtype:
         return data
-    values = [place(value) for value in data.select_columns([column])[column][:]]
     image = datasets.Image() if inner is feature else datasets.List(datasets.Image())
+    if isinstance(data, datasets.IterableDataset):
+        features = datasets.Features(data.features | {column: image})
+        return data.map(lambda row: {column: as_image(place(row[column]))}, features=features)
+    values = [place(value) for value in data.select_columns([column])[column][:]]
     return data.remove_columns(column).add_column(column, values).cast_column(column, image)

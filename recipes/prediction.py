@@ -59,7 +59,7 @@ OF_DATA = (
     "dataset_name",
     *(f"{split}_{kind}" for split in ("train", "validation", "test") for kind in ("dir", "file")),
 )
-OF_TRAINING = ("push_to_hub", "resume_from_checkpoint", "cache_features")
+OF_TRAINING = ("push_to_hub", "resume_from_checkpoint", "cache_features", "streaming")
 PROCESSOR = "preprocessor_config.json"
 
 

@@ -171,7 +171,10 @@ class Training:
         progress, accelerator = self.progress, self.accelerator
         self.images.epoch = progress.epoch
         self.loader.set_epoch(progress.epoch)  # type: ignore[attr-defined]
-        batches = accelerator.skip_first_batches(self.loader, progress.batch) if progress.batch else self.loader
+        batches: Any = self.loader
+        if progress.batch:
+            skip = getattr(self.loader, "after", None)  # of a stream
+            batches = skip(progress.batch) if skip else accelerator.skip_first_batches(batches, progress.batch)
         if progress.batch == 0:
             progress.train_loss = [0.0, 0]
         self.wrapped.train()

@@ -51,7 +51,9 @@ def data_args(**given):
     kinds = [f"{split}_{kind}" for split in SPLITS for kind in ("dir", "file", "split")]
     names = ["dataset_name", "dataset_config_name", "image_column_name", "label_column_name", "cache_dir", "token"]
     names += ["data_token", "clip_frames", "train_val_split", "max_train_samples", "max_eval_samples"]
-    given = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    given = {"streaming": False} | {
+        name: str(value) if isinstance(value, Path) else value for name, value in given.items()
+    }
     return argparse.Namespace(**dict.fromkeys([*kinds, *names]) | given)
 
 

@@ -364,6 +364,21 @@ def test_balanced_draws():
     assert set(plain) >= set(range(990, 1000)), "every sample of the rarest class comes, each many times"
 
 
+def test_processes_share_balanced_draws():
+    from accelerate.data_loader import BatchSamplerShard
+
+    ids = np.repeat([0, 1], [30, 2])
+    parts = []
+    for process in range(2):
+        sampler = BalancedSampler(ids, seed=4)
+        sampler.set_epoch(3)
+        batches = torch.utils.data.BatchSampler(sampler, 4, drop_last=False)
+        parts.append([number for batch in BatchSamplerShard(batches, 2, process) for number in batch])
+    whole = BalancedSampler(ids, seed=4)
+    whole.set_epoch(3)
+    assert sorted(parts[0] + parts[1]) == sorted(whole)
+
+
 # -------------------------------------------------------------------------------------------------------- pixels
 
 
