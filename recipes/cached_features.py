@@ -10,6 +10,7 @@ from typing import Any
 import augmentation
 from accelerate import Accelerator
 from image_data import Images
+from screen import Screen
 from torch import nn
 
 from hf_visual_peft import CachedFeatures, FeatureCache
@@ -80,7 +81,7 @@ def cache_features(
         arguments=inputs,
         batch_size=args.per_device_eval_batch_size,
         num_workers=args.dataloader_num_workers,
-        progress=accelerator.is_local_main_process,
+        progress=Screen.bars,
     )
     found: dict[str, CachedFeatures] = {}
     for split, images in data.items():

@@ -60,7 +60,14 @@ from tqdm.auto import tqdm
 from training import Training
 
 from hf_visual_peft import hub
-from hf_visual_peft.metrics import Accuracy, MeanAveragePrecision, MeanPerClassAccuracy, MultilabelF1, TopKAccuracy
+from hf_visual_peft.metrics import (
+    Accuracy,
+    MacroF1,
+    MeanAveragePrecision,
+    MeanPerClassAccuracy,
+    MultilabelF1,
+    TopKAccuracy,
+)
 
 
 # flags that may change when a run resumes
@@ -264,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         logit = math.log(args.threshold / (1 - args.threshold))
         scores: list[evaluate.Metric] = [MeanAveragePrecision(**memory), MultilabelF1(threshold=logit, **memory)]
     else:
-        scores = [Accuracy(**memory), MeanPerClassAccuracy(**memory)]
+        scores = [Accuracy(**memory), MeanPerClassAccuracy(**memory), MacroF1(**memory)]
         if args.top_k or len(names) > 5:
             scores.append(TopKAccuracy(k=args.top_k or 5, **memory))
     metrics = evaluate.combine(scores)

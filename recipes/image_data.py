@@ -20,6 +20,7 @@ from augmentation import Augmentation
 from image_folders import some, tell
 from labels import class_ids, class_names, class_table, find_label_columns, hold_out, read_labels
 from PIL import Image
+from screen import Screen
 from tqdm.auto import tqdm
 
 
@@ -247,7 +248,7 @@ def usable_rows(data: datasets.Dataset, split: str, args: argparse.Namespace) ->
         Verdicts(data, numbers, split), batch_size=None, num_workers=args.dataloader_num_workers,
         generator=torch.Generator(),  # its draws must not shift those of the model
     )  # fmt: skip
-    bar = tqdm(loader, desc=f"Check {split}", leave=False, disable=not state.is_local_main_process)
+    bar = tqdm(loader, desc=f"Check {split}", leave=False, disable=not Screen.bars)
     found = gather_object([(number, fault) for number, fault in zip(numbers, bar, strict=True) if fault])
     faults = dict(sorted(found))
     if faults and not args.skip_corrupt_images:

@@ -226,9 +226,11 @@ def check_flags(args: argparse.Namespace, several: bool, classes: int) -> None:
         several: whether samples may have several classes.
         classes: how many there are.
     """
-    usual, others = ["accuracy", "mean_per_class_accuracy"], ["mean_average_precision", "micro_f1", "macro_f1"]
-    known = [*(others if several else usual), "loss"]
+    own = ["mean_average_precision", "micro_f1"] if several else ["accuracy", "mean_per_class_accuracy"]
+    known = [*own, "macro_f1", "loss"]
     args.metric_for_best_model = args.metric_for_best_model or known[0]
+    if args.metric_for_best_model == "f1":
+        args.metric_for_best_model = "macro_f1"
     kind = "samples that may have several classes" if several else "samples of one class each"
     if args.metric_for_best_model not in known:
         raise ValueError(f"--metric_for_best_model {args.metric_for_best_model}: {kind} have {', '.join(known)}.")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import yaml
 from huggingface_hub import ModelCard
 
 from hf_visual_peft.card import is_generated
@@ -28,10 +30,14 @@ def earlier_output(folder: Path) -> list[Path]:
 def clear(folder: Path) -> None:
     """Delete what earlier runs wrote, with a card of theirs and curves of trackers; anything else stays."""
     remains = [*folder.glob("preprocessor_config.json"), *folder.glob(".checkpoint-*.tmp")]
-    remains += [*folder.glob("image_classification/**/events.out.tfevents.*")]
+    for curves in ("events.out.tfevents.*", "hparams.yml"):
+        remains += folder.glob(f"image_classification/**/{curves}")
     card = [folder / CARD] if (folder / CARD).exists() and not is_own_readme(folder) else []
     for path in [*earlier_output(folder), *remains, *card]:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    for empty in sorted(folder.glob("image_classification/**"), reverse=True):
+        with contextlib.suppress(OSError):  # it holds something else
+            empty.rmdir()
 
 
 def is_own_readme(folder: Path) -> bool:
@@ -41,7 +47,7 @@ def is_own_readme(folder: Path) -> bool:
         return False
     try:
         return not is_generated(ModelCard.load(path).text)
-    except ValueError:  # its head is no metadata
+    except (ValueError, yaml.YAMLError):  # its head is no metadata
         return True
 
 

@@ -17,7 +17,7 @@ from transformers.hf_argparser import string_to_bool
 
 TRACKERS = sorted(LoggerType.list())
 SCHEDULES = ("cosine", "cosine_with_restarts", "linear", "polynomial", "constant", "constant_with_warmup")
-CRITERIA = ("accuracy", "mean_per_class_accuracy", "mean_average_precision", "micro_f1", "macro_f1", "loss")
+CRITERIA = ("accuracy", "mean_per_class_accuracy", "mean_average_precision", "micro_f1", "macro_f1", "f1", "loss")
 DEFAULTS = {
     "learning_rate": 1e-3,
     "weight_decay": 1e-4,
@@ -83,8 +83,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--eval_epochs", type=positive, help="evaluate on validation every so many epochs (1)")
     add("--select", choices=["best", "last"], default="best", help="weights to keep: best on validation, or last")
     add("--metric_for_best_model", choices=CRITERIA, help="default: accuracy, or "
-        "mean_average_precision where a sample may have several classes; of equal ones the lower loss is "
-        "better, and of these the later")  # fmt: skip
+        "mean_average_precision where a sample may have several classes; f1 is macro_f1; of equal ones the lower "
+        "loss is better, and of these the later")  # fmt: skip
     add("--early_stopping_patience", type=positive, help="stop after so many evaluations in a row without a better "
         "--metric_for_best_model (or, where it is equal, a lower loss)")  # fmt: skip
 

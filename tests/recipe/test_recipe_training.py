@@ -158,6 +158,24 @@ def test_equal_evaluations_go_by_loss_and_then_by_time(run, scripted, values, lo
     assert torch.equal(saved, seen[kept - 1]["classifier.weight"])
 
 
+def test_f1_chooses_what_accuracy_would_not(run, monkeypatch):
+    found = [
+        {"accuracy": 0.9, "macro_f1": 0.3},
+        {"accuracy": 0.8, "macro_f1": 0.6},
+        {"accuracy": 0.0, "macro_f1": 0.0},
+    ]
+    figures = iter([{**figure, "loss": 1.0} for figure in found])
+    monkeypatch.setattr(image_classification, "evaluate_split", lambda *args: next(figures))
+    flags = ["--max_train_samples", 4, "--metric_for_best_model", "f1", "--checkpointing_steps", "no"]
+    assert run(*flags, method="linear").results["epoch"] == 2
+
+
+def test_f1_is_measured(run):
+    done = run("--max_train_steps", 1, "--metric_for_best_model", "macro_f1", "--checkpointing_steps", "no")
+    assert 0 <= done.results["eval_macro_f1"] <= 1
+    assert done.results["test_macro_f1"] <= 1
+
+
 def test_early_stopping_counts_evaluations_without_a_better_one(run, scripted, tmp_path):
     seen = scripted([0.5, 0.7, 0.7, 0.6, 0.8, 0.9])
     flags = ["--num_train_epochs", 6, "--max_train_samples", 4, "--early_stopping_patience", 2]
