@@ -140,9 +140,9 @@ class _LossOnSaving:
         given = [name for name in self.names if name in parts and unwrapped(parts[name]).bias is not None]
         if given:
             warnings.warn(
-                f"This merged {type(model).__name__} has biases that its class does not make: {_listed(given)}. When "
-                "its class loads it from a file, they are lost, and it computes something else. Save the adapter, not "
-                "the merged model.",
+                f"This merged {type(model).__name__} has biases that its class does not make: {_listed(given)}. A "
+                "model that its class loads from a file has lost them, and with them what the adapter shifts there. "
+                "Save the adapter, not the merged model.",
                 stacklevel=6,
             )
 

@@ -217,6 +217,38 @@ def test_a_broken_adapter_is_refused_and_leaves_the_model(tmp_path):
 
 
 @pytest.mark.usefixtures("nothing_lost")
+def test_shifts_go_to_the_statistics_that_the_adapter_moved():
+    """The adapter has copies of the batch norms, one of which takes the shift; the base's stay as they are."""
+    config = random(SSFConfig, target_modules=["convolution"], train_norm_statistics=True)
+    model = adapted("resnet", config)
+    model.train()
+    outputs(model, MODELS["resnet"])
+    model.eval()
+    before, expected = states(model), outputs(model, MODELS["resnet"])
+    model.merge_adapter()
+    assert_same(outputs(model, MODELS["resnet"]), expected)
+    model.unmerge_adapter()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in states(model).items())
+    merged = model.merge_and_unload()
+    base = MODELS["resnet"].model().double()
+    base.load_state_dict(merged.state_dict())
+    assert_same(outputs(base.eval(), MODELS["resnet"]), expected)
+
+
+@pytest.mark.usefixtures("nothing_lost")
+def test_frozen_batch_norms_hold_shifts():
+    """Those of detectors keep weight and statistics as buffers."""
+    tiny = MODELS["detr_resnet"]
+    model = adapted("detr_resnet", random(SSFConfig))
+    frozen = [m for m in model.modules() if hasattr(m, "running_mean") and not isinstance(m, nn.BatchNorm2d)]
+    assert frozen
+    expected = outputs(model, tiny)
+    base = tiny.model().double()
+    base.load_state_dict(model.merge_and_unload().state_dict())
+    assert_same(outputs(base.eval(), tiny), expected)
+
+
+@pytest.mark.usefixtures("nothing_lost")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_merges(dtype):
     """What is folded is rounded once, to what its place can hold."""
