@@ -65,9 +65,10 @@ class SNFConfig(VisualPeftConfig):
 
     A normalizing flow on the shortcut beside attention and on that beside the MLP of every block: an affine map of
     each channel and a number of planar steps. Near the identity at the start, not it. As in the released code nothing
-    keeps a step invertible, and the flow's log-determinant is no part of the loss. The 0.036 M parameters of the
-    paper's abstract are as many as the affine maps alone have; six planar steps give the 0.25 M that V-PETL Bench
-    reports.
+    keeps a step invertible, and the flow's log-determinant is no part of the loss. Where the backbone has stochastic
+    depth its branches keep it here, as in the released blocks of EVA; in those of ViT and CLIP they lose it, which
+    shows in training alone. The 0.036 M parameters of the paper's abstract are as many as the affine maps alone have;
+    six planar steps give the 0.25 M that V-PETL Bench reports.
 
     Args:
         num_flows: T, planar steps of each flow; the released code's default is 16.
