@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -215,6 +216,44 @@ _NOTHING_OUTSIDE: dict[str, Any] = dict.fromkeys(
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module itself where an adapter layer has been put around it."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def versions(model: nn.Module, path: str) -> list[nn.Module]:
+    """What stands in a model under a name: one module, or one in each of the copies that adapters train around it.
+
+    Args:
+        model: with adapters or without.
+        path: the module's name without them. Where copies of the module itself are, what switches between them counts.
+    """
+    found = [model]
+    for name in path.split(".") if path else ():
+        parents: list[nn.Module] = []
+        for module in map(unwrapped, found):
+            copied = isinstance(module, ModulesToSaveWrapper)
+            parents += [module.original_module, *module.modules_to_save.values()] if copied else [module]  # type: ignore
+        found = [module.get_submodule(name) for module in parents]
+    return found
+
+
+def running(model: nn.Module, path: str) -> nn.Module:
+    """The module that a forward pass goes through under a name: of copies that adapters train the active one.
+
+    Args:
+        model: with adapters or without.
+        path: the module's name without them.
+    """
+    module = _active(unwrapped(model))
+    for name in path.split("."):
+        module = _active(unwrapped(module.get_submodule(name)))
+    return module
+
+
+def _active(module: nn.Module) -> nn.Module:
+    if not isinstance(module, ModulesToSaveWrapper):
+        return module
+    copies, names = module.modules_to_save, module.active_adapters
+    passed = module.disable_adapters or not names or any(name not in copies for name in names)
+    return unwrapped(module.original_module if passed else copies[names[0]])
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int] | None:

@@ -58,6 +58,8 @@ class VisualPeftConfig(PeftConfig):
     target_modules: ClassVar[Any] = None
     target_parameters: ClassVar[Any] = None
     unknown_fields: ClassVar[list[str]] = []
+    from_file: ClassVar[bool] = False  # whether the fields are those of a file, and so of an adapter that was trained
+    heads_added: ClassVar[list[str]] = []  # task heads of the model, where the adapter of the file was trained without
     whole_modules: ClassVar[bool] = False  # whether the method trains copies of modules, and no equations
     copied_head: ClassVar[str] = ""  # where the head is one of them: name under which its copy is saved
     widened_head: ClassVar[str] = ""  # the part of its equations that makes the head wider
@@ -79,8 +81,11 @@ class VisualPeftConfig(PeftConfig):
             if not all(type(layer) is int and layer >= 0 for layer in layers):
                 self._fail("layers_to_transform", "indices from 0")
             self.layers_to_transform = list(layers)
-        if isinstance(self.modules_to_save, str):
-            self._fail("modules_to_save", "None or a list of names")
+        names: Any = self.modules_to_save
+        if names is not None:
+            if not isinstance(names, list | tuple | set) or not all(isinstance(n, str) and n for n in names):
+                self._fail("modules_to_save", "None or a list of names")
+            self.modules_to_save = sorted(names) if isinstance(names, set) else list(names)
         if isinstance(self.exclude_modules, set | tuple):
             self.exclude_modules = sorted(self.exclude_modules)
 

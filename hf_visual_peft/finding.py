@@ -315,7 +315,7 @@ class _Resolver:
         return self.path.rpartition(".")[0]
 
     def _module(self, path: str) -> nn.Module:
-        return unwrapped(self.model.get_submodule(path))
+        return original(unwrapped(self.model.get_submodule(path)))
 
     def _existing(self, prefix: str, names: Sequence[str]) -> tuple[str, ...]:
         return existing(self.model, prefix, names)

@@ -88,10 +88,10 @@ def to_present_names(model: nn.Module, names: Names) -> Names:
 
 
 def _candidates(key: str, prefix: str, rename: Rename) -> list[str]:
-    """What an old key `<module>.<prefix><slot>.<parameter>` may be called today."""
+    """What an old key `<module>.<prefix><slot>.<parameter>`, or that of a copy of a module, may be called today."""
     module, found, tail = key.rpartition(f".{prefix}")
     if not found:
-        return []
+        return [rename(key)]
     slot, _, parameter = tail.partition(".")
     now = rename(module + SUFFIX).removesuffix(SUFFIX)
     # where the adapter is a copy of a module, its parameters have been renamed with those of the module

@@ -26,6 +26,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from .backbone import unwrapped
+from .copies import TrainedCopy
 from .finding import find_backbone
 from .key_renames import to_present_names
 from .sites import VisualTunerLayer, WholeLayer
@@ -163,14 +164,24 @@ class LabelledCopies(ModulesToSaveWrapper):
 
 
 @_tells_which_is_active
+class LabelledTrainedCopy(TrainedCopy):
+    """The same, put in for an adapter of this library."""
+
+    owners: _Owners
+
+
+@_tells_which_is_active
 class LabelledWholeLayer(WholeLayer):
     """A head with copies of it that a method of this library trains, whose classes differ."""
 
     owners: _Owners
 
 
+_LABELLED = {TrainedCopy: LabelledTrainedCopy, ModulesToSaveWrapper: LabelledCopies, WholeLayer: LabelledWholeLayer}
+
+
 def _owners_in(model: nn.Module) -> _Owners | None:
-    return next((m.owners for m in model.modules() if isinstance(m, LabelledCopies | LabelledWholeLayer)), None)
+    return next((m.owners for m in model.modules() if isinstance(m, tuple(_LABELLED.values()))), None)
 
 
 def record(model: nn.Module, adapter_name: str) -> None:
@@ -241,7 +252,7 @@ def fitted(model: nn.Module, config: PeftConfig, adapter_name: str) -> Iterator[
     for path in heads:
         holder: Any = model.get_submodule(path)
         if isinstance(holder, ModulesToSaveWrapper | WholeLayer):
-            holder.__class__ = LabelledCopies if isinstance(holder, ModulesToSaveWrapper) else LabelledWholeLayer
+            holder.__class__ = next(labelled for kind, labelled in _LABELLED.items() if isinstance(holder, kind))
             holder.owners = owners
             owners.tell(holder)
 

@@ -47,7 +47,7 @@ class MergingTuner(BaseTuner):
             if isinstance(layer, ModuleLayer):
                 layer.settle()
                 names += [name] if layer.get_base_layer() in layer.given else []
-                names += [path for path, follower in layer.followers.items() if follower in layer.given]
+                names += [path for path, follower in layer.followers.items() if follower() in layer.given]
         if names:
             warn_of_biases(self.model, list(dict.fromkeys(names)))
 
@@ -98,7 +98,7 @@ class MergingTuner(BaseTuner):
         super()._check_merge_allowed()
         named = {name: module for name, module in self.model.named_modules() if isinstance(module, ModuleLayer)}
         layers = [module for module in named.values() if module.plans]
-        read = {id(follower) for layer in layers for follower in layer.followers.values()}
+        read = {id(follower()) for layer in layers for follower in layer.followers.values()}
         for layer in layers:
             if isinstance(layer, InputLayer) and id(layer.get_base_layer()) in read:
                 raise ValueError(

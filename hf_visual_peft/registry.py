@@ -232,6 +232,7 @@ def _accept_saved_fields(config_cls: type) -> None:
             )
         init(self, *args, **{key: value for key, value in kwargs.items() if key not in unknown})
         self.unknown_fields = unknown
+        self.from_file = "peft_type" in kwargs
 
     from_call_or_file.__signature__ = inspect.signature(init)  # type: ignore[attr-defined]
     config_cls.__init__ = from_call_or_file  # type: ignore[misc]

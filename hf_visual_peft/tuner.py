@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -9,17 +10,20 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule
 from peft.utils.other import ModulesToSaveWrapper, match_target_against_key
 from torch import Tensor, nn
 
-from .backbone import VisionBackbone, unwrapped
+from .backbone import VisionBackbone, running, unwrapped
 from .calibration import Calibration
 from .config import VisualPeftConfig
+from .copies import activate_copies, copy_modules, find_copied, replace_lost_heads, within
 from .finding import find_backbone
-from .frozen_norms import freeze_norms, keeps_statistics, move_statistics, norms_with_statistics
+from .frozen_norms import NormStatistics, freeze_norms, keeps_statistics, move_statistics, norms_with_statistics
 from .key_renames import to_present_keys, to_present_names
 from .labels import fitted, forget, record
+from .loading import across_heads, copies_of, with_copies, without_layers
 from .merging import MergingTuner
 from .placing import placements_of
 from .shared_modules import holders_of, names_of_modules, share_copies, with_all_names
@@ -44,10 +48,12 @@ from .sites import (
 )
 from .sites.input import InputLayer, InputSite
 from .sites.mixed import BASE, check_samples_first, count_rows, instead_of_forward, run_parts
+from .sites.reach import reaches_into
 from .sites.side import modules_before
 from .switching import concerned, switch
 from .targets import TargetedConfig, find_targets, names_target
 from .task_heads import announce
+from .undoing import Structure
 
 
 class VisualTuner(MergingTuner):
@@ -59,6 +65,7 @@ class VisualTuner(MergingTuner):
 
     tuner_layer_cls = VisualTunerLayer
     target_module_mapping: dict[str, list[str]] = {}
+    _before: dict[str, Structure] = {}  # what the model was before an adapter whose weights come from a file
 
     def inject_adapter(
         self,
@@ -82,8 +89,21 @@ class VisualTuner(MergingTuner):
             ValueError: the config does not fit the model; the model is then untouched.
         """
         config: VisualPeftConfig = self.peft_config[adapter_name]
-        with fitted(model, config, adapter_name):
-            self._inject(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        fields = dict(vars(config))
+        self._forget_plan()
+        before = Structure(model, self._exchange, *filter(None, [getattr(model, "config", None)]))
+        try:
+            with fitted(model, config, adapter_name):
+                self._plan(model, config)
+                self._inject(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        except BaseException:
+            before.restore()
+            vars(config).update(fields)
+            self.peft_config.pop(adapter_name)
+            raise
+        finally:
+            self._forget_plan()
+        self._before = {adapter_name: before} if config.from_file else {}
 
     def _inject(
         self,
@@ -94,16 +114,24 @@ class VisualTuner(MergingTuner):
         low_cpu_mem_usage: bool,
         state_dict: dict[str, Tensor] | None,
     ) -> None:
-        self._plan(model, config)
+        active = adapter_name in self.active_adapters
+        self._exchange.unwatch_heads()
+        if self._crossing:
+            self._exchange.crossing.add(adapter_name)
+        with self._looking_away(model):  # copies shall not have the hooks
+            copy_modules(model, self._copied, adapter_name, active)
+            share_copies(model, adapter_name)
+        if config.train_norm_statistics:
+            norms = norms_with_statistics(model)
+            acted_on = [path for path in norms if self._check_target_module_exists(config, path)]
+            copied = [path for path, (first, *_) in self._placements.items() if isinstance(first.site, WholeSite)]
+            move_statistics(model, adapter_name, active, acted_on, [*copied, *self._copied])
+            share_copies(model, adapter_name)
+        self._holders = holders_of(model)
+        if self._backbone is not None and config.video:
+            self._exchange.watch_frames(model, self._backbone, config.frames_meet_before_norms)
+        names, config.modules_to_save = config.modules_to_save, None  # peft has nothing left to do for them
         try:
-            if config.train_norm_statistics:
-                norms = norms_with_statistics(model)
-                acted_on = [path for path in norms if self._check_target_module_exists(config, path)]
-                copied = [path for path, (first, *_) in self._placements.items() if isinstance(first.site, WholeSite)]
-                move_statistics(model, adapter_name, adapter_name in self.active_adapters, acted_on, copied)
-            if self._backbone is not None and config.video:
-                self._exchange.watch_frames(model, self._backbone, config.frames_meet_before_norms)
-            self._exchange.unwatch_heads()  # copies of heads shall not have the hooks
             super().inject_adapter(
                 model,
                 adapter_name,
@@ -111,13 +139,39 @@ class VisualTuner(MergingTuner):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict if config.target_modules is not None else None,
             )
-            share_copies(model, adapter_name)
-            freeze_norms(self)
-            self._watch_heads(model)
-            if config.init_weights and self._backbone is not None:
-                config.initialise(self._opened(model, adapter_name))
         finally:
-            self._forget_plan()
+            config.modules_to_save = names
+        if active:
+            activate_copies(model, self._copied, adapter_name, config.inference_mode)
+        self._check_layers_around(model, config)
+        freeze_norms(self)
+        self._watch_heads(model)
+        if config.init_weights and self._backbone is not None:
+            config.initialise(self._opened(model, adapter_name))
+
+    @contextmanager
+    def _looking_away(self, model: nn.Module) -> Iterator[None]:
+        """Have no hooks of adapters meanwhile at what is copied."""
+        exchange = self._exchange
+        watching = self._copied and (exchange.handles or exchange.pixel_handles)
+        layers = [m for m in model.modules() if isinstance(m, BlockLayer) and m.holds(self._copied)]
+        with ExitStack() as stack:
+            if watching:
+                stack.enter_context(exchange.looking_away(model, self._backbone or find_backbone(model)))
+            for layer in layers:
+                stack.enter_context(layer.looking_away(model))
+            yield
+
+    def _check_layers_around(self, model: nn.Module, config: VisualPeftConfig) -> None:
+        """Refuse copies of what a layer around them, of any adapter, works in by more than hooks.
+
+        Raises:
+            ValueError: there is one.
+        """
+        for layer in [m for m in model.modules() if isinstance(m, BlockLayer) and m.holds(self._copied)]:
+            for path in self._copied:
+                if layer.holds([path]) and layer.reaches_into(path):
+                    _refuse_together(config, path, layer.path)
 
     def _watch_heads(self, model: nn.Module) -> None:
         layers = [module for module in model.modules() if isinstance(module, VisualTunerLayer)]
@@ -147,6 +201,9 @@ class VisualTuner(MergingTuner):
         self._excluded: set[str] = set()
         self._holders: dict[int, list[tuple[nn.Module, str]]] = {}
         self._names: dict[str, list[str]] = {}
+        self._copied: list[str] = []  # by modules_to_save
+        self._left_out: list[str] = []  # those of them in which the method would act
+        self._crossing = False
         self._backbone: VisionBackbone | None = None
         layers = (module for module in self.model.modules() if isinstance(module, VisualTunerLayer))
         self._exchange = next((layer.exchange for layer in layers), None) or Exchange()
@@ -164,35 +221,97 @@ class VisualTuner(MergingTuner):
             if getattr(config, field) is not None:
                 setattr(config, field, to_present_names(model, getattr(config, field)))
         if isinstance(config, TargetedConfig) and config.target_modules is not None:
+            self._copied = find_copied(model, config)
             targets = find_targets(model, config)
-            trained = sum(self._place(model, config.placement_at(path, module)) for path, module in targets.items())
+            trained = 0
+            for path, module in targets.items():
+                if within(path, self._copied):
+                    self._excluded.add(path)
+                else:
+                    trained += self._place(model, config.placement_at(path, module))
             self._check_trained(trained, config, type(model).__name__)
             return
         backbone = find_backbone(model)
         self._check_layers(config, backbone)
+        replace_lost_heads(model, config, backbone.heads)
         if config.modules_to_save is None:
             announce(backbone.head_note)
             if backbone.heads and not config.copied_head:
                 config.modules_to_save = list(backbone.heads)
+        self._copied = find_copied(model, config, backbone.heads)
         selected = self._without_excluded(backbone.select(config.layers), config)
         if not selected.blocks:
-            raise ValueError(
-                f"{type(config).__name__}.exclude_modules is {config.exclude_modules!r}: no block is left to adapt."
-            )
+            fields = f"exclude_modules is {config.exclude_modules!r}"
+            fields += f", modules_to_save {config.modules_to_save!r}" if self._left_out else ""
+            raise ValueError(f"{type(config).__name__}.{fields}: no block is left to adapt.")
         trained = 0
         for placement in placements_of(config, selected, backbone):
+            self._check_beside_copies(placement, config, backbone)
             passage = isinstance(placement.site, SideSite) and placement.build is None
             if passage and placement.path in self._excluded:  # all but the way through it
                 self._excluded.remove(placement.path)
                 children = model.get_submodule(placement.path).named_children()
                 self._excluded.update(f"{placement.path}.{name}" for name, _ in children)
             acts_on = placement.site.path if isinstance(placement.site, NormSite) else placement.path
-            if not passage and _is_excluded(config, acts_on):
+            if copied := within(acts_on, self._copied):
+                self._excluded.add(acts_on)
+                self._left_out.append(copied)
+            elif not passage and _is_excluded(config, acts_on):
                 self._excluded.add(acts_on)
             else:
                 trained += self._place(model, placement)
         self._check_trained(trained, config, backbone.class_name)
         self._backbone = backbone
+        self._tell_of_copies(config, backbone)
+
+    def _check_beside_copies(self, placement: Placement, config: VisualPeftConfig, backbone: VisionBackbone) -> None:
+        """Refuse copies of modules that the method needs as they are, or trains as a whole itself.
+
+        Raises:
+            ValueError: there is one.
+        """
+        start, path = f"{type(config).__name__}.modules_to_save is {config.modules_to_save!r}", placement.path
+        if isinstance(placement.site, WholeSite):
+            same = within(path, self._copied) or next((p for p in self._copied if within(p, [path])), None)
+            if same:
+                raise ValueError(f"{start}: the method trains {path!r} as a whole anyway. Leave {same!r} out.")
+        if isinstance(placement.site, SideSite) and (copied := within(path, self._copied)):
+            raise ValueError(
+                f"{start}: the method's network reads the block {path!r} from outside, so {copied!r} cannot be copied "
+                "as a whole. Name the parts of the block that shall train, such as its attention or its MLP, or "
+                "choose a method that has no network beside the backbone."
+            )
+
+        if isinstance(placement.site, NormSite):  # it is left out where the norm is copied
+            return
+        for block in [block for block in backbone.blocks if block.path == path]:
+            for part in [p for p in self._copied if p.startswith(f"{path}.")]:
+                if reaches_into([placement.site], block, backbone.architecture.prompts, part):
+                    _refuse_together(config, part, path)
+
+    def _tell_of_copies(self, config: VisualPeftConfig, backbone: VisionBackbone) -> None:
+        """Say what copies of modules change for the method."""
+        sites = [placement.site for placements in self._placements.values() for placement in placements]
+        ahead = (*backbone.patch_embedding, *backbone.embeddings, *backbone.input_norms, *backbone.between)
+        ahead += tuple(block.path for block in backbone.blocks)
+        frozen = any(isinstance(site, SideSite) and site.frozen for site in sites)
+        inside = [p for p in self._copied if within(p, ahead) or any(within(path, [p]) for path in ahead)]
+        self._crossing = frozen and bool(inside)
+        if config.inference_mode:
+            return
+        name = type(config).__name__
+        if self._left_out:
+            paths = [path for path in self._copied if path in self._left_out]
+            them = "it" if len(paths) == 1 else "them"
+            warnings.warn(
+                f"{name} leaves out {', '.join(paths)}: modules_to_save trains {them} as a whole.", stacklevel=2
+            )
+        if self._crossing:
+            warnings.warn(
+                f"{name}: gradients cross the backbone, because modules_to_save trains {', '.join(inside)} in it. "
+                "That takes memory that the method saves otherwise.",
+                stacklevel=2,
+            )
 
     def _place(self, model: nn.Module, placement: Placement) -> int:
         """Plan for an equation that fits its module, which is free, and return how many of its numbers train."""
@@ -224,7 +343,10 @@ class VisualTuner(MergingTuner):
                 raise ValueError(f"{type(config).__name__}.layers_to_transform has {layer}: {known}")
 
     def _without_excluded(self, backbone: VisionBackbone, config: VisualPeftConfig) -> VisionBackbone:
-        excluded = {block.index for block in backbone.blocks if _is_excluded(config, block.path)}
+        copied = {} if config.whole_modules else {b.index: within(b.path, self._copied) for b in backbone.blocks}
+        excluded = {b.index for b in backbone.blocks if _is_excluded(config, b.path)}
+        self._left_out += [path for index, path in copied.items() if path and index not in excluded]
+        excluded |= {index for index, path in copied.items() if path}
         if not excluded:
             return backbone
         self._excluded.update(block.path for block in backbone.blocks if block.index in excluded)
@@ -243,12 +365,19 @@ class VisualTuner(MergingTuner):
                     f"{type(self).__name__} cannot act on {path!r}: {name!r} already belongs to another adapter "
                     f"({type(module).__name__}). Use one model for each, or methods that act on the same sites."
                 )
+            if isinstance(module, ModulesToSaveWrapper) and not isinstance(module, NormStatistics):
+                raise ValueError(
+                    f"{type(self).__name__} cannot act on {path!r}: another adapter trains a copy of {name!r} "
+                    f"(modules_to_save). Use one model for each, or leave it out by exclude_modules=[{name!r}]."
+                )
 
     def _prepare_adapter_config(self, peft_config: VisualPeftConfig, model_config: dict) -> VisualPeftConfig:
         return peft_config  # targets are found by role, from the model itself
 
     def _check_target_module_exists(self, peft_config: VisualPeftConfig, key: str) -> Any:
         if peft_config.target_modules is not None:
+            if within(key, self._copied) or key in self._excluded:
+                return _ExcludedModule()
             return names_target(peft_config, self._names.get(key, [key]))
         return _ExcludedModule() if key in self._excluded else key in self._placements
 
@@ -313,10 +442,10 @@ class VisualTuner(MergingTuner):
         if isinstance(layer, BlockLayer) and isinstance(site, TokenSite):
             layer.watch_tokens()
         if isinstance(layer, BlockLayer) and isinstance(site, NormSite):
-            layer.watch_norm(site.path, unwrapped(self.model.get_submodule(site.path)))
+            layer.watch_norm(site.path, self.model)
         if isinstance(layer, ModuleLayer) and isinstance(site, OutputSite):
             for path in site.followers or ():
-                layer.followers[path] = unwrapped(self.model.get_submodule(path))
+                layer.followers[path] = partial(running, self.model, path)
 
     def _new_block_layer(self, target: nn.Module, path: str) -> BlockLayer:
         assert self._backbone is not None
@@ -441,26 +570,45 @@ class VisualTuner(MergingTuner):
             if f".{cls.prefix}" in key and f".{adapter_name}." in key.rpartition(f".{cls.prefix}")[2]
         }
         saved_as = {cls._remove_adapter_name_from_key(key, adapter_name) for key in own}
-        state_dict = to_present_keys(model, state_dict, saved_as, cls.prefix)
+        copied = {key for keys in copies_of(model, adapter_name).values() for key in keys.values()}
+        state_dict = without_layers(state_dict, copied)
+        state_dict = to_present_keys(model, state_dict, saved_as | copied, cls.prefix)
+        state_dict = across_heads(model, state_dict, saved_as | copied)
+        state_dict, wrong = with_copies(model, config, adapter_name, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         # A file's tensors lie at any address, and sums round differently by how memory is aligned: in memory of their
         # own, weights give the outputs they gave when they were saved, also where loading would only refer to them.
         remapped = {key: value.clone() for key, value in remapped.items()}
         remapped = with_all_names(remapped, model)
-        wrong = [f"{key} is missing" for key in own if key not in remapped]
+        wrong += [f"{key} is missing" for key in own if key not in remapped]
         wrong += [f"{key} is not expected" for key in remapped if f".{cls.prefix}" in key and key not in own]
         wrong += [
             f"{key} has shape {tuple(remapped[key].shape)} in the file and {tuple(value.shape)} in the model"
             for key, value in own.items()
             if key in remapped and remapped[key].shape != value.shape
         ]
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        tuner = model.base_model if isinstance(model, PeftModel) else None
+        before = tuner._before.pop(adapter_name, None) if isinstance(tuner, VisualTuner) else None
         if wrong:
+            if before is not None:  # the adapter was put in for this file
+                before.restore()
+                model.peft_config.pop(adapter_name)
             trained_on = config.base_model_name_or_path or "a model whose name was not recorded"
             raise ValueError(
-                f"The adapter was trained on {trained_on} and does not fit this {type(model).__name__}: {wrong[0]}"
+                f"The adapter was trained on {trained_on} and does not fit this {type(base).__name__}: {wrong[0]}"
                 + (f" (and {len(wrong) - 1} more)." if len(wrong) > 1 else ".")
+                + " Load it into a model of the class and size that it was trained in."
             )
         return remapped
+
+
+def _refuse_together(config: VisualPeftConfig, path: str, block: str) -> None:
+    raise ValueError(
+        f"{type(config).__name__} and a trained copy of {path!r} (modules_to_save) do not go together: an adapter "
+        "changes how the block works there. Name other modules in modules_to_save, or the whole block, or leave the "
+        f"block to one of them by exclude_modules=[{block!r}]."
+    )
 
 
 def _check_length(names: Sequence[str], inputs: int) -> None:

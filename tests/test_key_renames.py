@@ -165,7 +165,7 @@ def test_what_fits_no_table_is_still_refused(tmp_path):
     weights = load_file(tmp_path / "adapter_model.safetensors")
     strange = {key.replace("encoder.layer.", "encoder.stage."): value for key, value in weights.items()}
     save_file(strange, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"does not fit this PeftModel: .*layers\.0.* is missing"):
+    with pytest.raises(ValueError, match=r"does not fit this ViTForImageClassification: .*layers\.0.* is missing"):
         PeftModel.from_pretrained(model_of("vit"), tmp_path)
 
 
@@ -215,14 +215,18 @@ def test_names_of_today_and_unknown_ones_stay(names):
     assert to_present_names(model_of("vit"), names) is names
 
 
-def test_old_modules_to_save_load_with_a_key_mapping(tmp_path):
-    """peft looks the weights of copied modules up itself, so the caller has to say how they were called."""
+@pytest.mark.parametrize("mapping", [None, {r"encoder\.layer\.": "layers.", r"output\.dense": "mlp.fc2"}])
+def test_old_modules_to_save_load(mapping, tmp_path):
     torch.manual_seed(2)
     names = ["vit.encoder.layer.2.output.dense", "classifier"]
     saved = get_peft_model(model_of("vit"), hf_visual_peft.AdaptFormerConfig(r=4, modules_to_save=names)).eval()
     assert saved.peft_config["default"].modules_to_save == ["vit.layers.2.mlp.fc2", "classifier"]
+    copied = saved.get_base_model().vit.layers[2].mlp.fc2.modules_to_save["default"]
+    with torch.no_grad():
+        copied.weight.add_(0.1)
     saved.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "adapter_model.safetensors")
-    save_file({old(key, VIT): value for key, value in weights.items()}, tmp_path / "adapter_model.safetensors")
-    mapping = {r"encoder\.layer\.": "layers.", r"output\.dense": "mlp.fc2"}
+    plain = {key.replace(".base_layer.", "."): value for key, value in weights.items()}
+    assert "base_model.model.vit.layers.2.mlp.fc2.weight" in plain
+    save_file({old(key, VIT): value for key, value in plain.items()}, tmp_path / "adapter_model.safetensors")
     assert_same_adapter(PeftModel.from_pretrained(model_of("vit"), tmp_path, key_mapping=mapping).eval(), saved)

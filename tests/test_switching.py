@@ -66,16 +66,18 @@ def test_what_is_looked_at_does_not_grow(method):
     assert seen[0] == seen[1]
 
 
-def test_layers_inside_copies_are_switched():
-    """A copy that `modules_to_save` makes of a module holds the layers that stand in it."""
+def test_copies_are_switched_with_their_adapters():
+    """A copy that `modules_to_save` makes of a module holds no layers, as the method leaves that module out."""
     path = hf_visual_peft.find_backbone(FAMILY.model()).patch_embedding[0].rpartition(".")[0]
-    ours, peft = (with_adapters("ssf", 3, modules_to_save=[path]) for _ in range(2))
+    with pytest.warns(UserWarning, match=rf"SSFConfig leaves out {path}"):
+        ours, peft = (with_adapters("ssf", 3, modules_to_save=[path]) for _ in range(2))
     for name in ("a1", "a2", "a0"):
         ours.base_model.set_adapter(name)
         tuners_utils.set_adapter(peft.base_model.model, name)
         assert torch.equal(output_of(ours, FAMILY.inputs(1)), output_of(peft, FAMILY.inputs(1)))
-        copies = ours.get_submodule(f"base_model.model.{path}").modules_to_save
-        assert list(copies[name].projection.active_adapters) == [name]
+        wrapper = ours.get_submodule(f"base_model.model.{path}")
+        assert wrapper.active_adapters == [name]
+        assert not any(isinstance(module, tuners_utils.BaseTunerLayer) for module in wrapper.modules())
 
 
 @pytest.mark.parametrize("method", ["ssf", "hydra", "partial"])

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbone import SUBLAYER_ROLES, Block, VisionBackbone
+from ..backbone import SUBLAYER_ROLES, Block, VisionBackbone, unwrapped, versions
 from .block_attention import AttentionLayer
 from .block_side import BypassedLayer, key_of
 from .block_sites import BranchSite, NormSite, Pass, Reads, TokenSite
@@ -39,6 +39,7 @@ from .layer import Equation, call_equation
 from .masks import PositionBias, seen_tokens, widen
 from .mixed import BASE
 from .module import evaluate_changed
+from .reach import reaches_into
 from .side import SideSite
 from .weights import changed_forward
 
@@ -88,15 +89,13 @@ class BlockLayer(AttentionLayer, BypassedLayer, nn.Module):
         self._forward_before = base_layer.__dict__.get("forward")
         base_layer.forward = self._adapted_forward
         self._handles: list[Any] = []
-        # tuples, so that they are no submodules of the layer
+        self._stream_handles: list[Any] = []
+        self._block = block
         modules = {role: tuple(map(model.get_submodule, paths)) for role, paths in block.roles.items()}
-        self._attention: tuple[tuple[nn.Module, ...], ...] = tuple(
-            modules[role][:1] for role in SUBLAYER_ROLES["attention"]
-        )
         self._holder: tuple[nn.Module, ...] = (
             (model.get_submodule(_holder_of_lists(backbone)),) if table.grid == "units" else ()
         )
-        self._watch_sublayers(block, model)
+        self._watch_sublayers(model)
         rates = (getattr(module, "drop_prob", None) for module in modules["drop_path"])
         self.drop_path_rate = next((rate for rate in rates if rate), 0.0)
         self._position_biases = [
@@ -105,29 +104,68 @@ class BlockLayer(AttentionLayer, BypassedLayer, nn.Module):
             if self._prompts == "sequence"
         ]
 
-    def _watch_sublayers(self, block: Block, model: nn.Module) -> None:
+    def _watch_sublayers(self, model: nn.Module) -> None:
         """Set the hooks at which the block's stream can be seen."""
+        block, roles = self._block, self._block.roles
+        # tuples, so that they are no submodules of the layer
+        self._attention: tuple[tuple[nn.Module, ...], ...] = tuple(
+            tuple(map(model.get_submodule, roles[role][:1])) for role in SUBLAYER_ROLES["attention"]
+        )
         self._reads_block: list[str] = []  # sub-layers whose entrance is that of the block
+        handles = self._stream_handles
         for sublayer, path in block.entrances.items():
             if path == block.path:
                 self._reads_block.append(sublayer)
                 continue
-            entrance = model.get_submodule(path)
-            if path in block.roles[SUBLAYER_ROLES[sublayer][0]]:
-                if sublayer == "mlp":
-                    self._handles.append(entrance.register_forward_pre_hook(self._before_mlp))
-                self._handles.append(entrance.register_forward_hook(partial(self._after_norm, sublayer)))
-            else:
-                self._handles.append(entrance.register_forward_pre_hook(partial(self._before_sublayer, sublayer)))
-        for path in block.rest:
-            self._handles.append(model.get_submodule(path).register_forward_pre_hook(self._before_rest))
+            for entrance in versions(model, path):
+                if path in roles[SUBLAYER_ROLES[sublayer][0]]:
+                    if sublayer == "mlp":
+                        handles.append(entrance.register_forward_pre_hook(self._before_mlp))
+                    handles.append(entrance.register_forward_hook(partial(self._after_norm, sublayer)))
+                else:
+                    handles.append(entrance.register_forward_pre_hook(partial(self._before_sublayer, sublayer)))
+        for module in (module for path in block.rest for module in versions(model, path)):
+            handles.append(module.register_forward_pre_hook(self._before_rest))
+
+    @contextmanager
+    def looking_away(self, model: nn.Module) -> Iterator[None]:
+        """Have no hooks in the block meanwhile, and then also at copies that were made of its modules.
+
+        Args:
+            model: with the block.
+        """
+        for handle in self._stream_handles:
+            handle.remove()
+        self._stream_handles.clear()
+        yield
+        self._watch_sublayers(model)
+        for path in self._changed_norms:
+            self._hook_changed_norm(path, model)
+
+    @property
+    def path(self) -> str:
+        """Full name of the block in the model, without adapters."""
+        return self._block.path
+
+    def holds(self, paths: Iterable[str]) -> bool:
+        """Whether one of some modules, given by their full names, is a part of the block."""
+        return any(path.startswith(f"{self.path}.") for path in paths)
+
+    def reaches_into(self, path: str) -> bool:
+        """Whether the layer works in a module of the block by more than hooks, so that a copy would lack something.
+
+        Args:
+            path: full name of the module.
+        """
+        sites = [site for plan in self.plans.values() for _, site, _ in plan]
+        return reaches_into(sites, self._block, self._prompts, path)
 
     def detach(self) -> nn.Module:
         """Undo everything that was done to the block and return it."""
         del self.base_layer.forward
         if self._forward_before is not None:
             self.base_layer.forward = self._forward_before
-        for handle in self._handles:
+        for handle in (*self._handles, *self._stream_handles):
             handle.remove()
         for bias in self._position_biases:
             bias.remove()
@@ -322,18 +360,22 @@ class BlockLayer(AttentionLayer, BypassedLayer, nn.Module):
         finally:
             self._pass = whole
 
-    def watch_norm(self, path: str, norm: nn.Module) -> None:
+    def watch_norm(self, path: str, model: nn.Module) -> None:
         """Let equations change weight and bias of a norm of the block from now on.
 
         Args:
             path: the norm's full name, as sites have it.
-            norm: the norm.
+            model: with the block.
         """
         if path not in self._changed_norms:
             self._changed_norms += (path,)
-            hook = partial(self._after_changed_norm, path)
-            # before all others, which see the norm's new output
-            self._handles.append(norm.register_forward_hook(hook, prepend=True))
+            self._hook_changed_norm(path, model)
+
+    def _hook_changed_norm(self, path: str, model: nn.Module) -> None:
+        hook = partial(self._after_changed_norm, path)
+        norm = unwrapped(model.get_submodule(path))
+        # before all others, which see the norm's new output
+        self._stream_handles.append(norm.register_forward_hook(hook, prepend=True))
 
     def _after_changed_norm(self, path: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         equations = [e for e in self._active() if isinstance(e.site, NormSite) and e.site.path == path]

@@ -31,8 +31,9 @@ class BypassedLayer(VisualTunerLayer):
     @property
     def bypassed(self) -> bool:
         """Whether all that is active here are networks beside the block, and no gradient crosses it."""
-        sites = [equation.site for equation in self._active()]
-        return bool(sites) and all(isinstance(site, SideSite) and site.frozen for site in sites)
+        active = list(self._active())
+        frozen = (isinstance(e.site, SideSite) and e.site.frozen for e in active)
+        return bool(active) and all(frozen) and self.exchange.crossing.isdisjoint(e.adapter for e in active)
 
     def train(self, mode: bool = True) -> Any:
         """As ever; but the block, and what comes before the blocks, stay in eval mode where it is bypassed."""

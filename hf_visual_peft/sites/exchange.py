@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..backbone import VisionBackbone, unwrapped
+from ..backbone import VisionBackbone, unwrapped, versions
 from .grid import Grid, TokenLayout
 from .heads import HeadPart, HeadUse, HeadWatch
 from .mixed import MixedBatch
@@ -39,6 +39,7 @@ class Exchange:
         head_handles: the hooks at the heads.
         stages: what could be computed again as a whole, with the blocks in it; names in the backbone.
         stage_handles: the hook that keeps them from it.
+        crossing: adapters that train copies of modules before or in the blocks, so that gradients cross these.
     """
 
     grid: Grid | None = None
@@ -57,26 +58,46 @@ class Exchange:
     head_handles: list[Any] = field(default_factory=list)
     stages: dict[str, list[str]] = field(default_factory=dict)
     stage_handles: list[Any] = field(default_factory=list)
+    crossing: set[str] = field(default_factory=set)
 
     def watch_grid(self, model: nn.Module, backbone: VisionBackbone) -> None:
         """Read the grid off the embeddings in every forward from now on."""
         if self.handles:
             return
-        embeddings = model.get_submodule(backbone.embeddings[0])
-        patch_embedding = model.get_submodule(backbone.patch_embedding[0])
+        embeddings = versions(model, backbone.embeddings[0])
         if backbone.architecture.grid == "spatial_shapes":
-            self.handles.append(embeddings.register_forward_hook(self._from_spatial_shapes, with_kwargs=True))
+            hook: Any = self._from_spatial_shapes
+            self.handles += [module.register_forward_hook(hook, with_kwargs=True) for module in embeddings]
             return
-        self.handles.append(patch_embedding.register_forward_hook(self._from_patch_embedding))
+        for module in versions(model, backbone.patch_embedding[0]):
+            self.handles.append(module.register_forward_hook(self._from_patch_embedding))
         if backbone.architecture.grid == "masked":
             hook = _RestoreIds(self, backbone.prefix_tokens)
-            self.handles.append(embeddings.register_forward_hook(hook))
+            self.handles += [module.register_forward_hook(hook) for module in embeddings]
 
     def watch_pixels(self, model: nn.Module, backbone: VisionBackbone) -> None:
         """Keep what goes into the patch embedding from now on: images, (batch, channels, height, width)."""
         if not self.pixel_handles:
-            patch_embedding = model.get_submodule(backbone.patch_embedding[0])
-            self.pixel_handles.append(patch_embedding.register_forward_pre_hook(self._from_pixels))
+            for module in versions(model, backbone.patch_embedding[0]):
+                self.pixel_handles.append(module.register_forward_pre_hook(self._from_pixels))
+
+    @contextmanager
+    def looking_away(self, model: nn.Module, backbone: VisionBackbone | None) -> Iterator[None]:
+        """Have no hooks at the embeddings meanwhile, and then also at copies that were made of them.
+
+        Args:
+            model: with the adapters.
+            backbone: in the model; None where nothing in it is watched.
+        """
+        again = []
+        for handles, watch in ((self.handles, self.watch_grid), (self.pixel_handles, self.watch_pixels)):
+            if handles and backbone is not None:
+                _remove(handles)
+                again.append(watch)
+        yield
+        for watch in again:
+            assert backbone is not None
+            watch(model, backbone)
 
     def watch_stages(self, model: nn.Module, backbone: VisionBackbone) -> None:
         """Let gradient checkpointing compute single blocks again from now on, and no stage of several.
@@ -119,9 +140,7 @@ class Exchange:
 
     def unwatch_heads(self) -> None:
         """Undo it."""
-        for handle in self.head_handles:
-            handle.remove()
-        self.head_handles.clear()
+        _remove(self.head_handles)
 
     def leave_to_heads(self, adapter: str, state: Tensor, use: HeadUse) -> None:
         """Put the logits of an adapter where the heads find them."""
@@ -150,8 +169,8 @@ class Exchange:
             return
         self.frame_handles.append(model.register_forward_pre_hook(self._split_frames, with_kwargs=True))
         norms = backbone.final_norms if before_norms and backbone.heads else ()
-        for path in (*norms, *backbone.heads):
-            self.frame_handles.append(model.get_submodule(path).register_forward_pre_hook(_FrameMean(self)))
+        for module in (module for path in (*norms, *backbone.heads) for module in versions(model, path)):
+            self.frame_handles.append(module.register_forward_pre_hook(_FrameMean(self)))
 
     @contextmanager
     def mixing(self, names: Sequence[str]) -> Iterator[None]:
@@ -173,9 +192,7 @@ class Exchange:
     def unwatch(self) -> None:
         """Remove all hooks, and forget the last pass."""
         for handles in (self.handles, self.frame_handles, self.pixel_handles, self.stage_handles):
-            for handle in handles:
-                handle.remove()
-            handles.clear()
+            _remove(handles)
         self.unwatch_heads()
         vars(self).update(self.__getstate__())
 
@@ -206,6 +223,12 @@ class Exchange:
         token = torch.arange(output.shape[1], device=output.device)
         cells = torch.where(token < rows * columns, token // columns * width + token % columns, height * width)
         self.grid = Grid(height, width, cells)
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
 
 
 _OF_A_PASS = {"grid", "handed_on", "layouts", "pixels", "collected", "for_heads", "images", "frames"}

@@ -73,7 +73,8 @@ class ModuleLayer(VisualTunerLayer, nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self._init_layer(exchange)
-        self.followers: dict[str, nn.Module] = {}  # a plain dictionary: they are no submodules of the layer
+        # by name; called for, as an adapter may train a copy, which then is what runs
+        self.followers: dict[str, Callable[[], nn.Module]] = {}
         self.places: dict[nn.Module, Place] = {}  # for shifts of modules without a bias; found before a merge
         self.given: list[nn.Module] = []  # modules to which merging gave a bias
         self._elsewhere: dict[nn.Module, Tensor] = {}  # shifts on their way to these places
@@ -178,7 +179,7 @@ class ModuleLayer(VisualTunerLayer, nn.Module):
             flow: of values in the model that the layer is in.
             path: full name of the layer.
         """
-        named = {path: self.get_base_layer(), **self.followers}
+        named = {path: self.get_base_layer(), **{name: follower() for name, follower in self.followers.items()}}
         biased = (nn.Linear, nn.modules.conv._ConvNd)
         without = {name: m for name, m in named.items() if isinstance(m, biased) and m.bias is None}
         found = {module: place_for_shift(flow, name) for name, module in without.items()}
@@ -203,7 +204,7 @@ class ModuleLayer(VisualTunerLayer, nn.Module):
         own = any(_followers(e) is None for e in equations)
         return [
             *([self.get_base_layer()] if own else []),
-            *(self.followers[path] for path in dict.fromkeys(followers)),
+            *(self.followers[path]() for path in dict.fromkeys(followers)),
         ]
 
     @torch.no_grad()

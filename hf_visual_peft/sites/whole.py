@@ -30,8 +30,8 @@ def whole_module(path: str) -> Placement:
     return Placement(path, "copy", WholeSite(), _copy_of)
 
 
-def _copy_of(module: nn.Module) -> nn.Module:
-    """A copy that can be trained.
+def require_trainable(module: nn.Module) -> None:
+    """Refuse a module of which no copy can be trained.
 
     Raises:
         ValueError: a weight is quantised.
@@ -42,6 +42,11 @@ def _copy_of(module: nn.Module) -> nn.Module:
                 f"Cannot train a copy of {type(module).__name__}: the weight of its {name or 'own'} is quantised. "
                 "Leave that module in floating point, or choose a method that adds weights of its own."
             )
+
+
+def _copy_of(module: nn.Module) -> nn.Module:
+    """A copy that can be trained."""
+    require_trainable(module)
     return copy.deepcopy(module)
 
 

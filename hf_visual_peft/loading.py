@@ -1,0 +1,105 @@
+"""The weights of a file, brought to the model that they are loaded into, or why they do not fit it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+from peft import PeftModel
+from torch import Tensor, nn
+
+from .copies import TrainedCopy
+from .key_renames import PEFT_PREFIX
+
+
+if TYPE_CHECKING:
+    from .config import VisualPeftConfig
+
+
+def across_heads(model: nn.Module, weights: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
+    """Give weights the names they have where the backbone stands alone, or in a model with a head.
+
+    transformers does the same for a checkpoint by the model's `base_model_prefix`: `vit.layers.0` of a classifier is
+    `layers.0` of the bare backbone. A key that is expected stays, and so does one that this leads to nothing.
+
+    Args:
+        model: with the adapter's layers in it.
+        weights: of the adapter's file.
+        expected: keys under which the adapter would be saved now.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    prefix = getattr(base, "base_model_prefix", "")
+    if not prefix or all(key in expected for key in weights):
+        return dict(weights)
+    found = {}
+    for key, value in weights.items():
+        root = PEFT_PREFIX if key.startswith(PEFT_PREFIX) else ""
+        name = key.removeprefix(root)
+        other = root + (name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}")
+        found[other if key not in expected and other in expected and other not in weights else key] = value
+    return found
+
+
+def without_layers(weights: Mapping[str, Tensor], copied: Collection[str]) -> dict[str, Tensor]:
+    """The weights of an adapter, those of copies by the names that their modules have without layers around them.
+
+    Args:
+        weights: of the adapter's file.
+        copied: these names.
+    """
+    plain = {key: key.replace(".base_layer.", ".") for key in weights}
+    return {plain[key] if plain[key] in copied else key: value for key, value in weights.items()}
+
+
+def copies_of(model: nn.Module, adapter_name: str) -> dict[str, dict[str, str]]:
+    """For each module of which an adapter trains a copy: its weights in a file, by their names in the model.
+
+    A file has the names without layers around the module, as `without_layers` makes them.
+
+    Args:
+        model: with the adapter.
+        adapter_name: whose copies.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, TrainedCopy) and adapter_name in module.modules_to_save:
+            keys = module.modules_to_save[adapter_name].state_dict()
+            plain = path.replace(".base_layer", "")
+            found[plain] = {f"{path}.modules_to_save.{adapter_name}.{key}": f"{plain}.{key}" for key in keys}
+    return found
+
+
+def with_copies(
+    model: nn.Module, config: VisualPeftConfig, adapter_name: str, weights: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Give the weights of copies the names that they have in the model.
+
+    An adapter that was trained without a task head goes beside the head that the model has.
+
+    Args:
+        model: with the adapter.
+        config: of the adapter.
+        adapter_name: its name.
+        weights: of its file.
+
+    Returns:
+        The weights, and what is wrong with those of copies.
+    """
+    weights = dict(weights)
+    wrong = []
+    for path, keys in copies_of(model, adapter_name).items():
+        missing = [key for key in keys.values() if key not in weights]
+        name = path.removeprefix(PEFT_PREFIX)
+        if missing and len(missing) == len(keys) and name in config.heads_added:
+            weights |= {key: value for key, value in model.state_dict().items() if key in keys}
+            warnings.warn(
+                f"The adapter was trained without this task head. {name!r} keeps the weights that it has in the base "
+                "model, in a copy that belongs to the adapter. Train it, or take a base model whose head is trained.",
+                stacklevel=2,
+            )
+            continue
+        for key in missing:
+            wrong.append(f"{key} is missing")
+        weights |= {key: weights.pop(saved) for key, saved in keys.items() if saved in weights}
+    return weights, wrong

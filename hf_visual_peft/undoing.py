@@ -1,0 +1,49 @@
+"""Going back to what a model was, where putting an adapter in fails half-way."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+
+class Structure:
+    """What modules stand in a model, with their hooks and attributes, as it is now. Values of tensors are no part.
+
+    Args:
+        model: the model.
+        others: objects besides, whose attributes belong to it.
+    """
+
+    def __init__(self, model: nn.Module, *others: object) -> None:
+        self._objects = [(each, type(each), _contents(vars(each))) for each in (*model.modules(), *others)]
+        self._trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def restore(self) -> None:
+        """Make the model what it was."""
+        for each, kind, contents in self._objects:
+            if type(each) is not kind:
+                each.__class__ = kind
+            attributes = vars(each)
+            attributes.clear()
+            for name, (value, copied) in contents.items():
+                if copied is not None:
+                    _refill(value, copied)
+                attributes[name] = value
+        for parameter, trains in self._trains:
+            parameter.requires_grad_(trains)
+
+
+def _contents(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Attributes, with copies of those that may be changed in place."""
+    return {
+        name: (value, copy.copy(value) if isinstance(value, dict | list | set) else None)
+        for name, value in attributes.items()
+    }
+
+
+def _refill(container: Any, contents: Any) -> None:
+    # the same object: who holds a hook finds it by the dictionary that the hook is in
+    container.clear()
+    container.extend(contents) if isinstance(container, list) else container.update(contents)
