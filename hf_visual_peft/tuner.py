@@ -314,7 +314,18 @@ class VisualTuner(MergingTuner):
             )
 
     def _place(self, model: nn.Module, placement: Placement) -> int:
-        """Plan for an equation that fits its module, which is free, and return how many of its numbers train."""
+        """Plan for an equation that fits its module, which is free, and return how many of its numbers train.
+
+        Raises:
+            ValueError: it does not fit, or its block is several of a list.
+        """
+        if not isinstance(placement.site, OutputSite | LinearSite | WeightSite | WholeSite):
+            holders = self._holders.get(id(model.get_submodule(placement.path)), [])
+            if len({id(holder) for holder, _ in holders}) < len(holders):
+                raise ValueError(
+                    f"{', '.join(self._names[placement.path])} are one module, and the method acts on each block by "
+                    "itself. Methods on single modules, as SSFConfig and LoraConfig, work there."
+                )
         self._check_free(model, placement.path)
         built = []
         if placement.build is not None:  # a module that does not fit is an error now, not half-way through

@@ -8,7 +8,16 @@ import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from hf_visual_peft import AdaptFormerConfig, BitFitConfig, RLRRConfig, SSFConfig, with_visual_targets
+from hf_visual_peft import (
+    AdaptFormerConfig,
+    BitFitConfig,
+    LSTConfig,
+    RepAdapterConfig,
+    RLRRConfig,
+    SSFConfig,
+    VPTConfig,
+    with_visual_targets,
+)
 
 
 class Shared(nn.Module):
@@ -75,6 +84,60 @@ def test_a_module_is_left_alone_under_all_names_if_under_one():
     assert {name.partition(".ssf_")[0] for name, _ in model.named_parameters() if "ssf_" in name} == {
         "base_model.model.head"
     }
+
+
+def shared_blocks():
+    torch.manual_seed(0)
+    config = tf.ViTConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
+    config.update({"image_size": 16, "patch_size": 8, "num_labels": 3})
+    model = tf.ViTForImageClassification(config)
+    model.vit.layers[2] = model.vit.layers[0]
+    return model.double().eval()
+
+
+@pytest.mark.parametrize("layers", [None, [0]], ids=str)
+@pytest.mark.parametrize("config_cls", [SSFConfig, BitFitConfig, RepAdapterConfig])
+def test_by_roles_a_shared_block_has_one_adapter(config_cls, layers, tmp_path):
+    fields = {"r": 4} if config_cls is RepAdapterConfig else {}
+    config = config_cls(init_weights=False, modules_to_save=[], layers_to_transform=layers, **fields)
+    model = adapted(config, shared_blocks())
+    pixels = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(pixels).logits
+        assert not torch.equal(expected, shared_blocks()(pixels).logits)
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(shared_blocks(), tmp_path).double().eval()
+        torch.testing.assert_close(again(pixels).logits, expected)
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(pixels).logits, expected)
+        assert merged.vit.layers[2] is merged.vit.layers[0]
+
+
+@pytest.mark.parametrize("config_cls", [AdaptFormerConfig, VPTConfig, LSTConfig])
+def test_methods_on_blocks_refuse_a_block_that_is_two(config_cls):
+    base = shared_blocks()
+    names = list(base.state_dict())
+    fields = {"r": 4} if hasattr(config_cls, "r") else {}
+    with pytest.raises(ValueError, match=r"vit.layers.0, vit.layers.2 are one module.*as SSFConfig"):
+        get_peft_model(base, config_cls(**fields))
+    assert list(base.state_dict()) == names
+
+
+def test_a_list_of_blocks_may_have_two_names(tmp_path):
+    base = detector(lambda: shared_blocks().float())
+    base.vit.layers[2] = type(base.vit.layers[1])(base.config)
+    base.blocks = base.vit.layers
+    model = get_peft_model(base.eval(), AdaptFormerConfig(r=4, init_weights=False, modules_to_save=[])).eval()
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = model(pixels).logits
+        weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if "adaptformer" in name}
+        assert len(weights) == 2 * len({id(p) for n, p in model.named_parameters() if "adaptformer" in n})
+        model.save_pretrained(tmp_path)
+        unloaded = model.unload()
+        assert not torch.equal(unloaded(pixels).logits, expected)
+        again = PeftModel.from_pretrained(unloaded, tmp_path).eval()
+        assert torch.equal(again(pixels).logits, expected)
 
 
 def test_unload_puts_back_what_was_there():
