@@ -48,6 +48,11 @@ def skewed(*shape):
     return 0.05 * torch.randn(*shape) ** 5 + 0.3
 
 
+def small(*shape):
+    """As B is at the start: so small that the constant of the division shows."""
+    return torch.nn.init.trunc_normal_(torch.empty(*shape), std=1e-3, a=-2e-3, b=2e-3)
+
+
 @every_bits
 def test_levels_are_those_of_the_paper(bits):
     levels = torch.tensor(gaussian_levels(bits), dtype=torch.float64)
@@ -98,7 +103,7 @@ def test_gradient_is_that_of_the_straight_through_estimator(bits):
 
 
 @every_bits
-@pytest.mark.parametrize("draw", [torch.randn, torch.rand, skewed], ids=["normal", "uniform", "skewed"])
+@pytest.mark.parametrize("draw", [torch.randn, torch.rand, skewed, small], ids=lambda draw: draw.__name__)
 @torch.no_grad()
 def test_parameter_made_from_codes_gives_the_same_weight(bits, draw):
     saved = BinaryWeight(draw(16, 33), bits)
@@ -111,6 +116,29 @@ def test_parameter_made_from_codes_gives_the_same_weight(bits, draw):
         assert loaded.state_dict().keys() == {"codes", "stats"}
         assert torch.equal(loaded.codes, saved.codes), "the same bits after any number of saves"
         torch.testing.assert_close(loaded.stats, saved.stats, rtol=1e-5, atol=1e-7)
+
+
+@torch.no_grad()
+def test_levels_lie_in_standard_deviations_without_a_constant():
+    """The constant keeps the division from zero; the product, and what is saved, have none."""
+    weight = small(768, 32)
+    module = BinaryWeight(weight.clone(), 1)
+    for mode in (True, False):
+        level = (module.train(mode)().max() - weight.mean()) / (weight.std() * 0.67449)
+        assert level.item() == pytest.approx(1, abs=1e-4)
+    torch.testing.assert_close(module.state_dict()["stats"], torch.stack([weight.mean(), weight.std()]))
+
+
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+@torch.no_grad()
+def test_what_is_loaded_counts_more_than_what_was_written_before(mode, assign):
+    saved, module = BinaryWeight(torch.randn(16, 32), 2), BinaryWeight(torch.randn(16, 32), 2).train(mode)
+    module()
+    module.weight.data.add_(1.0)
+    module.load_state_dict(saved.state_dict(), assign=assign)
+    for again in (mode, not mode, mode):
+        torch.testing.assert_close(module.train(again)(), saved(), rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
