@@ -130,6 +130,9 @@ def run_readably(main: Callable[[], object], show_traceback: bool) -> None:
     """Run a program; an error ends it with one line and status 1, below its traceback if that is asked for."""
     try:
         main()
+    except KeyboardInterrupt:  # before or after training, which has its own way to stop
+        print("Stopped by SIGINT.", file=sys.stderr, flush=True)
+        raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
         if show_traceback:
             traceback.print_exc()

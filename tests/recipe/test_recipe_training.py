@@ -450,6 +450,9 @@ def test_errors_are_one_line_with_what_caused_them(capsys):
     assert capsys.readouterr().err == (
         "error: RuntimeError: cannot read <- OSError: no such file (--traceback shows where it arose.)\n"
     )
+    with pytest.raises(SystemExit) as stop:
+        stopping.run_readably(lambda: signal.raise_signal(signal.SIGINT), show_traceback=False)
+    assert (stop.value.code, capsys.readouterr().err) == (130, "Stopped by SIGINT.\n")
     with pytest.raises(SystemExit):
         stopping.run_readably(fail, show_traceback=True)
     shown = capsys.readouterr().err
