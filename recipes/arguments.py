@@ -239,7 +239,7 @@ def data_title(args: argparse.Namespace) -> str:
     """The data set as the card names it: its id on the Hub, or the name of its folder and not where that lies."""
     if args.dataset_name and not Path(args.dataset_name).exists():
         return args.dataset_name
-    path = Path(args.dataset_name or args.train_dir or args.train_file).resolve()
+    path = Path(re.sub(r"[-_.]*[*?].*", "", str(args.dataset_name or args.train_dir or args.train_file))).resolve()
     return path.parent.name if path.stem in SPLITS else path.stem
 
 

@@ -283,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     loaders = {}
     for split, images in data.items():
         if args.streaming:
-            loaders[split] = StreamLoader(accelerator, images)
+            loaders[split] = StreamLoader(accelerator, images)  # type: ignore[arg-type]
             continue
         train = split == "train"
         balances = train and args.sampler == "balanced"

@@ -279,7 +279,8 @@ def columns_of_all(splits: Mapping[str, Any], args: argparse.Namespace) -> dict[
             columns[split] = columns["train"]
             continue
         try:
-            columns[split] = columns_of(data, argparse.Namespace(**vars(args) | {"label_column_name": None}))
+            usual = {"image_column_name": None, "label_column_name": None}
+            columns[split] = columns_of(data, argparse.Namespace(**vars(args) | usual))
         except ValueError:
             missing = ", ".join({image, *labels} - set(data.features))
             raise ValueError(

@@ -212,7 +212,7 @@ def split_folders(root: Path, tables: frozenset[str], source: str) -> dict[str, 
         return split_folders(root / "data", tables, source)
     files = [path for folder in (root, *folders) for path in folder.iterdir() if path.is_file()]
     card = root / "README.md"
-    if any({*path.suffixes} & tables or path.name in METADATA for path in files) or (
+    if any({*path.suffixes} & tables and path.name not in METADATA for path in files) or (
         card.exists() and card.read_text(encoding="utf-8", errors="replace").startswith("---")
     ):
         return {}
@@ -224,6 +224,8 @@ def split_folders(root: Path, tables: frozenset[str], source: str) -> dict[str, 
                 f"{source} has several folders for {split}: {', '.join(folder.name for folder in these)}."
             )
         found |= dict.fromkeys([split] * len(these), *these)
+    if found and any((root / name).exists() for name in METADATA):
+        return {}
     others = [folder.name for folder in folders if folder not in found.values()]
     if found and others:
         tell(f"{source}: {some(others)} read by no split.")

@@ -169,7 +169,9 @@ def read_table(file: str, flag: str, args: argparse.Namespace, paths: tuple[str,
         found = [file] if Path(file).is_file() else sorted(glob.glob(file, recursive=True))
         if not found:
             raise ValueError(f"{flag}: there is no such file.")
-        files = [glob.escape(str(Path(path).resolve())) for path in found]
+        if len({Path(path).parent for path in found}) > 1:  # each has paths relative to itself
+            return datasets.concatenate_datasets([read_table(path, flag, args, paths) for path in found])
+        files = [glob.escape(str(Path(path).absolute())) for path in found]
     options: dict[str, Any] = {}
     if kind == "csv":  # text stays as it is: a class may be named NA or 007
         options = {"converters": dict.fromkeys([*paths, *(args.label_column_name or ["label"])], str)}
@@ -190,7 +192,7 @@ def read_table(file: str, flag: str, args: argparse.Namespace, paths: tuple[str,
     if args.streaming and data.features is None:
         data = data._resolve_features()  # of the first rows
     for column in set(paths) & set(data.column_names):
-        data = absolute(data, column, Path(file).resolve().parent) if "://" not in file else data
+        data = absolute(data, column, Path(file).absolute().parent) if "://" not in file else data
     return data
 
 

@@ -150,6 +150,17 @@ def test_local_data_sets_are_read_alike(tmp_path, capsys):
     assert len(load(dataset_name=tmp_path / "c")["train"]) == 2
 
 
+def test_local_data_sets_with_metadata(tmp_path):
+    put(tmp_path / "a", "x.png", "y.png")
+    (tmp_path / "a" / "metadata.csv").write_text("file_name,label\nx.png,NA\ny.png,007\n")
+    assert load(dataset_name=tmp_path / "a")["train"]["label"][:] == ["NA", "007"]
+    put(tmp_path / "b", "train/x.png", "test/y.png")
+    for split, row in (("train", "x.png,None"), ("test", "y.png,1")):
+        (tmp_path / "b" / split / "metadata.csv").write_text(f"file_name,label\n{row}\n")
+    found = load(dataset_name=tmp_path / "b")
+    assert {split: data["label"][:] for split, data in found.items()} == {"train": ["None"], "test": ["1"]}
+
+
 @pytest.mark.parametrize("flag", ["train_dir", "train_file"])
 @pytest.mark.parametrize("top", ["", "photos/"])
 def test_zip_files_of_class_folders(tmp_path, flag, top):

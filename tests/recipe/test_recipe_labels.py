@@ -110,6 +110,16 @@ def test_tables_of_any_format(pictures, tmp_path, name, monkeypatch):
     assert np.array_equal(data[2]["image"], Image.open(pictures / "img" / "2.png"))
 
 
+def test_tables_in_several_folders(tmp_path):
+    for name in "ab":
+        paint(tmp_path / name / "img" / "0.png", "ab".index(name), np.random.default_rng(0))
+        table(tmp_path / name, "t.csv", [name])
+    data = load(train_file=str(tmp_path / "*" / "t.csv"))["train"]
+    assert labels_of(data)[0] == ["a", "b"]
+    for number, name in enumerate("ab"):
+        assert np.array_equal(data[number]["image"], Image.open(tmp_path / name / "img" / "0.png"))
+
+
 def test_tables_that_hold_nothing(tmp_path):
     (tmp_path / "empty.csv").write_text("image,label\n")
     (tmp_path / "bad.json").write_text("{not json")

@@ -123,9 +123,15 @@ def test_a_resumed_run_ends_as_one_that_went_through(run, shards):
         )
 
 
-def test_two_processes(vit, shards, tmp_path, run):
+def test_two_processes(vit, photos, tmp_path, run):
     """Test images are counted once each, however the files are dealt out: 3 for 2 processes, and 4."""
-    data = [*files(shards), "--validation_file", str(shards / "train-*.parquet")]
+    for split, counts in {"train": (3, 7, 5, 7), "test": (5, 1, 5)}.items():
+        rows = iter(f"{path},{path.parent.name}" for path in sorted((photos / split).glob("*/*.png")))
+        for number, count in enumerate(counts):
+            lines = ["image,label", *itertools.islice(rows, count)]
+            (tmp_path / f"{split}-{number}.csv").write_text("\n".join(lines))
+    data = [w for s in ("train", "test") for w in (f"--{s}_file", str(tmp_path / f"{s}-*.csv"))]
+    data += ["--validation_file", str(tmp_path / "train-*.csv"), "--select", "last"]
     words = ["--model_name_or_path", vit, *data, "--method", "vpt", "--max_train_steps", "4", "--learning_rate", "0"]
     words += ["--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "4", "--streaming"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", *TWO.split()]
