@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PROCESSOR_NAME = "preprocessor_config.json"
+TIMM_PROCESSOR = "TimmWrapperImageProcessor"
 IMPORT_LINE = "import hf_visual_peft"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 # What transformers' class names end in.
@@ -83,7 +84,7 @@ class SavedAdapter:
         labels: the names of the classes that travel with the adapter.
         unnamed: whether these are the numbered ones that transformers makes up.
         several: whether an image may have several of them.
-        processor: whether the image processor lies beside the adapter.
+        processor: class of the image processor that lies beside the adapter, where there is one.
     """
 
     base_class: str | None = None
@@ -95,7 +96,7 @@ class SavedAdapter:
     labels: Sequence[str] = ()
     unnamed: bool = False
     several: bool = False
-    processor: bool = False
+    processor: str | None = None
 
     @classmethod
     def read(cls, folder: str | Path, config: PeftConfig) -> SavedAdapter:
@@ -109,7 +110,10 @@ class SavedAdapter:
         from .config import VisualPeftConfig
         from .labels import Labels
 
-        facts: dict[str, Any] = {"processor": Path(folder, PROCESSOR_NAME).is_file()}
+        facts: dict[str, Any] = {}
+        if Path(folder, PROCESSOR_NAME).is_file():
+            content = json.loads(Path(folder, PROCESSOR_NAME).read_text(encoding="utf-8"))
+            facts["processor"] = content.get("image_processor_type") or "AutoImageProcessor"
         saved = Path(folder, CONFIG_NAME)
         if saved.is_file():
             mapping = json.loads(saved.read_text(encoding="utf-8")).get("auto_mapping") or {}
@@ -302,7 +306,9 @@ def _usage(
         return "\n".join(["## Use", "", *text, _fenced("\n".join(snippet), "python")])
 
     names, options = [], f", revision={json.dumps(config.revision)}" if config.revision else ""
-    origin = where if saved.processor else f"{json.dumps(base)}{options}"
+    reader, origin = "AutoImageProcessor", where if saved.processor else f"{json.dumps(base)}{options}"
+    if saved.processor == TIMM_PROCESSOR:
+        reader, origin = TIMM_PROCESSOR, f"{where}, image_processor_filename={json.dumps(PROCESSOR_NAME)}"
     classify = tag == "image-classification"
     if classify and saved.labels and method is None:  # peft alone does not read the names of the classes
         snippet = ["from peft import PeftConfig, PeftModel"]
@@ -317,14 +323,14 @@ def _usage(
     snippet = [
         "import torch",
         *snippet[:1],
-        f"from transformers import AutoImageProcessor, {saved.base_class}",
+        f"from transformers import {', '.join(sorted((reader, saved.base_class or '')))}",
         "from transformers.image_utils import load_image",
         *snippet[1:],
         "",
         *names,
         f"base = {saved.base_class}.from_pretrained({json.dumps(base)}{options})",
         load,
-        f"processor = AutoImageProcessor.from_pretrained({origin})",
+        f"processor = {reader}.from_pretrained({origin})",
         *_inputs(config),
         "with torch.no_grad():",
         f"    outputs = model(**inputs{', interpolate_pos_encoding=True' if run.interpolate_pos_encoding else ''})",

@@ -20,6 +20,7 @@ from .card import (
     CONFIG_NAME,
     IMPORT_LINE,
     PROCESSOR_NAME,
+    TIMM_PROCESSOR,
     WEIGHTS_NAME,
     Run,
     SavedAdapter,
@@ -128,7 +129,7 @@ def push(
         model.save_pretrained(scratch, selected_adapters=[adapter_name])
         folder = Path(scratch) if adapter_name == "default" else Path(scratch, adapter_name)
         if processor is not None:
-            processor.save_pretrained(folder)
+            save_processor(processor, folder)
         if base_model is not None:
             _set_base_model(folder / CONFIG_NAME, base_model)
         elif not is_hub_id(config.base_model_name_or_path):
@@ -236,6 +237,24 @@ def merge_cards(there: ModelCard, new: ModelCard) -> ModelCard:
     if not generated:
         new.text = _with_usage(there.text, new.text)
     return new
+
+
+def save_processor(processor: Any, folder: str | Path) -> None:
+    """Write an image processor beside an adapter, as `preprocessor_config.json`.
+
+    timm's are read off the `config.json` of a model, which beside an adapter would pass for that of a whole model.
+    They come back by `TimmWrapperImageProcessor.from_pretrained` with
+    `image_processor_filename="preprocessor_config.json"`.
+
+    Args:
+        processor: of transformers.
+        folder: of the adapter.
+    """
+    if type(processor).__name__ != TIMM_PROCESSOR:
+        processor.save_pretrained(folder)
+        return
+    content = {"image_processor_type": TIMM_PROCESSOR, "pretrained_cfg": processor.data_config}
+    write_aside(Path(folder, PROCESSOR_NAME), json.dumps(content, indent=2, sort_keys=True))
 
 
 def write_aside(path: Path, text: str) -> None:

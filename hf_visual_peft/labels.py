@@ -14,7 +14,7 @@ them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,6 +85,8 @@ class Labels:
         config.id2label = dict(enumerate(self.names))
         config.label2id = {name: index for index, name in enumerate(self.names)}
         config.problem_type = self.problem_type
+        if hasattr(config, "label_names"):  # under which timm's wrapper saves them
+            config.label_names = list(self.names)
 
     def tell_adapter(self, config: PeftConfig, model: nn.Module) -> None:
         """Put them into the config of an adapter for a model, beside what peft writes there."""
@@ -263,6 +265,23 @@ def forget(model: nn.Module) -> None:
     if owners is not None and owners.owner is not None:
         owners.keep()
         owners.base.tell_model(owners.config)
+
+
+def check_mixed(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise an error where the logits of a batch that mixes adapters would be of different lengths.
+
+    Args:
+        model: with adapters.
+        names: of those that the batch mixes; other names stand for the base.
+    """
+    owners = _owners_in(model)
+    counts = {} if owners is None else {name: len(owners.of(name).names) for name in dict.fromkeys(names)}
+    if len(set(counts.values())) > 1:
+        told = ", ".join(f"{name} has {count}" for name, count in counts.items())
+        raise ValueError(
+            f"adapter_names: heads for different numbers of classes do not mix in a batch ({told}). Use set_adapter "
+            "and one batch for each."
+        )
 
 
 def teach_peft() -> None:

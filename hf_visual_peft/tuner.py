@@ -22,7 +22,7 @@ from .copies import activate_copies, copy_modules, find_copied, replace_lost_hea
 from .finding import find_backbone
 from .frozen_norms import NormStatistics, freeze_norms, keeps_statistics, move_statistics, norms_with_statistics
 from .key_renames import to_present_keys, to_present_names
-from .labels import fitted, forget, record
+from .labels import check_mixed, fitted, forget, record
 from .loading import across_heads, copies_of, with_copies, without_layers
 from .merging import MergingTuner
 from .placing import placements_of
@@ -506,6 +506,7 @@ class VisualTuner(MergingTuner):
         unknown = sorted(set(names) - {BASE} - set(self.peft_config))
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        check_mixed(self.model, names)
         given = (kwargs[key] for key in ("pixel_values", *kwargs) if key in kwargs)
         samples = next((value for value in (*args[:1], *given) if isinstance(value, Tensor)), None)
         if samples is None:

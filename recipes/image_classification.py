@@ -95,6 +95,8 @@ def load_model(args: argparse.Namespace, config: PeftConfig | None, names: list[
         )  # fmt: skip
     finally:
         transformers.logging.set_verbosity(verbosity)
+    if hasattr(model.config, "label_names"):  # timm's wrapper would save those of the checkpoint
+        model.config.label_names = list(names)
     takers = [m for m in model.modules() if "interpolate_pos_encoding" in inspect.signature(m.forward).parameters]
     if args.interpolate_pos_encoding and not takers:
         raise ValueError(f"--interpolate_pos_encoding: {type(model).__name__} takes no such argument; leave it away.")
@@ -348,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     state = accelerator.get_state_dict(wrapped) if deepspeed else saved_state(model)
     if main_process:  # before the test split, so that nothing there can cost the adapter
         save = functools.partial(model.save_pretrained, state_dict=state)
-        publish(args.output_dir, save, functools.partial(save_processor, processor, model.config))
+        publish(args.output_dir, save, functools.partial(save_processor, processor, model))
     kept = progress.kept or {"epoch": training.epoch_number(), "step": progress.step}
     results = {name if name in ("epoch", "step") else f"eval_{name}": value for name, value in kept.items()}
     if "test" in loaders:

@@ -19,9 +19,12 @@ from accelerate.utils import gather_object
 from augmentation import Augmentation
 from image_folders import some, tell
 from labels import class_ids, class_names, class_table, find_label_columns, hold_out, read_labels
+from peft import PeftModel
 from PIL import Image
 from screen import Screen
 from tqdm.auto import tqdm
+
+from hf_visual_peft import hub
 
 
 CROPS = {
@@ -203,26 +206,36 @@ def resampling(processor: Any) -> Image.Resampling:
     return getattr(processor, "resample", None) or Image.Resampling.BICUBIC
 
 
-def save_processor(processor: Any, model_config: Any, folder: Path) -> None:
-    """Write an image processor so that `AutoImageProcessor.from_pretrained(folder)` gives it back.
+def save_processor(processor: Any, model: Any, folder: Path) -> None:
+    """Write an image processor beside an adapter, or where `AutoImageProcessor` looks for that of a whole model.
 
-    timm's has no file of its own but stands in the model's `config.json`.
+    timm's has no file of its own there but stands in the model's `config.json`.
     """
-    if not is_timm(processor):
-        processor.save_pretrained(folder)
+    if isinstance(model, PeftModel) or not is_timm(processor):
+        hub.save_processor(processor, folder)
         return
-    config = copy.deepcopy(model_config)
+    config = copy.deepcopy(model.config)
     config.pretrained_cfg = {**(getattr(config, "pretrained_cfg", None) or {}), **processor.data_config}
     config.save_pretrained(folder)
 
 
-def load_processor(args: argparse.Namespace) -> Any:
-    """The checkpoint's image processor, for inputs of `--image_size`."""
+def load_processor(args: argparse.Namespace, *, timm_file: str | None = None) -> Any:
+    """The checkpoint's image processor, for inputs of `--image_size`.
+
+    Args:
+        args: of the recipe.
+        timm_file: where timm's stands in a file of its own, as beside an adapter.
+    """
     own = {"pretrained_model_name_or_path": args.model_name_or_path, "revision": args.model_revision}
     other = {"pretrained_model_name_or_path": args.image_processor_name}
     access = {"cache_dir": args.cache_dir, "token": args.token}
     chosen = other if args.image_processor_name else own
-    processor = transformers.AutoImageProcessor.from_pretrained(**chosen, **access)
+    if timm_file is None or args.image_processor_name:
+        processor = transformers.AutoImageProcessor.from_pretrained(**chosen, **access)
+    else:
+        processor = transformers.TimmWrapperImageProcessor.from_pretrained(
+            **own, **access, image_processor_filename=timm_file
+        )
     if args.image_size is None:
         return processor
     if is_timm(processor):

@@ -38,6 +38,7 @@ from tqdm.auto import tqdm
 from training_options import SWITCH
 from transformers.utils import cached_file, find_adapter_config_file
 
+from hf_visual_peft.card import PROCESSOR_NAME, TIMM_PROCESSOR
 from hf_visual_peft.hub import write_aside
 from hf_visual_peft.metrics import (
     Accuracy,
@@ -60,7 +61,6 @@ OF_DATA = (
     *(f"{split}_{kind}" for split in ("train", "validation", "test") for kind in ("dir", "file")),
 )
 OF_TRAINING = ("push_to_hub", "resume_from_checkpoint", "cache_features", "streaming")
-PROCESSOR = "preprocessor_config.json"
 
 
 def add_prediction_flags(parser: argparse.ArgumentParser) -> None:
@@ -139,13 +139,14 @@ def load_saved(args: argparse.Namespace) -> Saved:
         raise ValueError(f"{flag}: its config names no classes.")
     for origin in ((where, own["revision"]), base):
         found = cached_file(
-            origin[0], PROCESSOR, revision=origin[1], **access,
+            origin[0], PROCESSOR_NAME, revision=origin[1], **access,
             _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
         )  # fmt: skip
-        if found and "TimmWrapper" not in Path(found).read_text(encoding="utf-8"):  # which is read off config.json
+        if found:
             break
+    timm = found is not None and TIMM_PROCESSOR in Path(found).read_text(encoding="utf-8")
     chosen = {"model_name_or_path": origin[0], "model_revision": origin[1]}
-    processor = load_processor(argparse.Namespace(**vars(args) | chosen))
+    processor = load_processor(argparse.Namespace(**vars(args) | chosen), timm_file=PROCESSOR_NAME if timm else None)
     adapted = model.peft_config["default"] if adapter else None
     if bool(args.clip_frames) != bool(getattr(adapted, "video", False)):
         wanted = "single images: leave --clip_frames out" if args.clip_frames else "videos: give --clip_frames"
@@ -374,7 +375,7 @@ def figures(logits: Tensor, labels: list[Any], saved: Saved, top_k: int | None) 
         calibration = CalibrationError(keep_in_memory=True)
         found |= calibration.compute(predictions=logits.softmax(-1), references=given["references"])
     found["per_class"] = {
-        name: {key: values[number] if key != "support" else int(values[number]) for key, values in rows.items()}
+        name: {key: (int if key == "support" else float)(values[number]) for key, values in rows.items()}
         for number, name in enumerate(saved.names)
     }
     if not saved.several:

@@ -156,6 +156,22 @@ def test_each_adapter_of_a_model_keeps_its_classes(checkpoints, tmp_path, method
     assert logits(merged).shape[1] == len(names_of(merged))
 
 
+def test_heads_of_other_sizes_do_not_mix_in_a_batch(checkpoints, tmp_path):
+    folder = checkpoints / "vit" / "bare"
+    for name, names in {"a": NAMES, "b": ["cat", "dog"], "c": ["x", "y", "z"]}.items():
+        adapted(folder, "vpt", names).save_pretrained(tmp_path / name)
+    base = AutoModelForImageClassification.from_pretrained(folder)
+    model = PeftModel.from_pretrained(base, tmp_path / "a", adapter_name="a").eval()
+    for name in "bc":
+        model.load_adapter(tmp_path / name, name)
+    for names, told in ((["a", "b"], "a has 3, b has 2"), (["__base__", "c"], "__base__ has 2, c has 3")):
+        with pytest.raises(ValueError, match=f"different numbers of classes do not mix in a batch .{told}"):
+            model(pixel_values=pixels(), adapter_names=names)
+    with torch.no_grad():
+        assert model(pixel_values=pixels(), adapter_names=["a", "c"]).logits.shape == (2, 3)
+        assert model(pixel_values=pixels(), adapter_names=["__base__", "b"]).logits.shape == (2, 2)
+
+
 def pickled(model):
     file = io.BytesIO()
     torch.save(model, file)

@@ -2,6 +2,7 @@
 
 import re
 
+import image_classification
 import optimization
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import (
     SwinForImageClassification,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
+    TimmWrapperImageProcessor,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -67,7 +69,16 @@ def test_checkpoints_of_timm_train_and_reload(run, timm_checkpoint, photos, name
     whole = method in ("full", "linear")
     base = AutoModelForImageClassification.from_pretrained(done.output if whole else checkpoint, num_labels=3)
     model = base if whole else PeftModel.from_pretrained(base, done.output)
-    processor = AutoImageProcessor.from_pretrained(done.output)
+    beside = {"image_processor_filename": "preprocessor_config.json"}  # not config.json, which is that of whole models
+    if whole:
+        processor = AutoImageProcessor.from_pretrained(done.output)
+    else:
+        processor = TimmWrapperImageProcessor.from_pretrained(done.output, **beside)
+        again = AutoModelForImageClassification.from_pretrained(done.output)
+        assert list(again.config.id2label.values()) == ["blue", "green", "red"]
+    words = ["--model_name_or_path", done.output, "--eval_only", "--test_dir", photos / "test"]
+    found = image_classification.main([*map(str, words), "--output_dir", str(done.output / "predicted")])
+    assert found["loss"] == pytest.approx(done.results["test_loss"], abs=1e-6)
     side = dict(zip(flags[::2], flags[1::2], strict=True)).get("--image_size", 32)
     assert tuple(processor.data_config["input_size"][1:]) == (side, side)
     assert accuracy_by_hand(model, photos / "test", processor) == done.results["test_accuracy"]
