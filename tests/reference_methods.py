@@ -71,8 +71,10 @@ def adaptformer(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
 def aim(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
     rate, own = 0.2 * index / (DEPTH - 1), w.of(f"{index}.aim_")
     by_place = x.unflatten(0, (-1, v.frames)).transpose(1, 2).flatten(0, 1)  # each token's own frames as a sequence
-    mixed = bottleneck(v, own.of("temporal.adapter."), v.attended(index, by_place))
-    x = x + v.drop_path(mixed.unflatten(0, (-1, TOKENS)).transpose(1, 2).flatten(0, 1), rate)
+    place = own["temporal.embedding"].transpose(0, 1)[:, : v.frames] if "temporal.embedding" in own else 0.0
+    mixed = bottleneck(v, own.of("temporal.adapter."), v.attended(index, by_place + place))
+    mixed = v.drop_path(mixed, rate) + place
+    x = x + mixed.unflatten(0, (-1, TOKENS)).transpose(1, 2).flatten(0, 1)
     a = v.attended(index, x)
     z = x + a + bottleneck(v, own.of("spatial."), a)
     n = v.norm(f"{index}.norm2", z)
@@ -205,6 +207,16 @@ def fact(v: Vit, w: Weights, name: str, x: Tensor, y: Tensor) -> Tensor:
         read = sum(part @ u.T @ core.T for part, core in zip(x.split(WIDTH, dim=-1), cores, strict=True))
         return y + v.drop(read, 0.1) @ last.T
     return y + torch.cat([v.drop(x @ u.T @ core, 0.1) @ last.T for core in cores], dim=-1)
+
+
+def fact_tt(v: Vit, w: Weights, name: str, x: Tensor, y: Tensor) -> Tensor:
+    """Tensor train, each slice of a weight V S_k U."""
+    shared, s = w.of("0.query.fact_factors."), w[f"{name}.fact_slices.s.weight"]
+    u, last = shared["u.weight"], shared["v.weight"]
+    if name.endswith("fc2"):
+        parts = zip(x.split(WIDTH, dim=-1), s.chunk(2, dim=1), strict=True)
+        return y + v.drop(sum(part @ u.T @ core.T for part, core in parts), 0.1) @ last.T
+    return y + torch.cat([v.drop(x @ u.T @ core.T, 0.1) @ last.T for core in s.split(len(u))], dim=-1)
 
 
 def houlsby(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
@@ -373,6 +385,16 @@ def vpt(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
     prompts = v.drop(w[f"{index}.vpt_tokens.prompts"].expand(len(x), -1, -1), 0.1)
     x = v.plain_block(index, torch.cat([x[:, :1], prompts, x[:, 1:]], dim=1))
     return torch.cat([x[:, :1], x[:, 1 + prompts.shape[1] :]], dim=1)
+
+
+def vpt_shallow(v: Vit, w: Weights) -> Tensor:
+    """Prompts, from a narrower space, that travel through all blocks."""
+    prompts = w.linear("0.vpt_shared", w["0.vpt_tokens.prompts"])
+    x, count = v.embed(), len(prompts)
+    x = torch.cat([x[:, :1], v.drop(prompts.expand(len(x), -1, -1), 0.1), x[:, 1:]], dim=1)
+    for index in range(DEPTH):
+        x = v.plain_block(index, x)
+    return v.w.linear("head", v.norm("norm", torch.cat([x[:, :1], x[:, 1 + count :]], dim=1))[:, 0])
 
 
 def vqt(v: Vit, w: Weights) -> Tensor:

@@ -16,16 +16,18 @@ def with_stream(v: Vit, x: Tensor) -> Tensor:
 
 
 def dtl(v: Vit, w: Weights) -> Tensor:
-    """DTL+ that adds from the second block on."""
+    """That adds from the second block on, and DTL+ where there is a kernel."""
     x, h = v.embed(), 0.0
-    kernel = next(value for name, value in w.items() if "dtl_conv" in name)
+    kernel = next((value for name, value in w.items() if "dtl_conv" in name), None)
     for index in range(DEPTH):
         h = h + x @ w[f"{index}.dtl_piece.down"].T @ w[f"{index}.dtl_piece.up"].T
         x = v.plain_block(index, x)
         if index >= 1:
             added = h * torch.sigmoid(100.0 * h)
-            maps = F.conv2d(to_maps(added[:, 1:]), kernel, padding=1, groups=len(kernel))
-            x = x + torch.cat([added[:, :1], to_tokens(maps)], dim=1)
+            if kernel is not None:
+                maps = F.conv2d(to_maps(added[:, 1:]), kernel, padding=1, groups=len(kernel))
+                added = torch.cat([added[:, :1], to_tokens(maps)], dim=1)
+            x = x + added
     return with_stream(v, x)
 
 

@@ -1,4 +1,7 @@
-"""Every method's plain arithmetic, with where it was read and the fields that it has here."""
+"""Every method's plain arithmetic, with where it was read and the fields that it has here.
+
+Further forms of a method have a word behind its name.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +46,12 @@ METHODS = {
     "adapterplus": Reference(blockwise(methods.adapterplus), "visinf/adapter_plus: vit_adapter.py", {"r": 4}, False),
     "adaptformer": Reference(blockwise(methods.adaptformer), "ShoufaChen/AdaptFormer: models/adapter.py", {"r": 4}),
     "aim": Reference(blockwise(methods.aim), "taoyang1122/adapt-image-models: vit_clip.py", frames=2),
+    "aim-positions": Reference(
+        blockwise(methods.aim),
+        "taoyang1122/adapt-image-models: vit_clip.py, but for where the embedding enters",
+        {"num_frames": 3},
+        frames=2,
+    ),
     "arc": Reference(methods.arc, "DavidYanAnDe/ARC: Model/ARC_ViT.py", {"r": 4}, False),
     "attnscale": Reference(blockwise(methods.attnscale), "the paper"),
     "biadaptformer": Reference(
@@ -67,7 +76,8 @@ METHODS = {
     ),
     "convpass": Reference(blockwise(methods.convpass), "JieShibo/PETL-ViT: convpass/convpass.py", {"r": 4}),
     "difffit": Reference(methods.difffit, "the paper"),
-    "dtl": Reference(side.dtl, "heekhero/DTL: models/vision_transformer.py", {"plus": True, "kernel_size": 3}),
+    "dtl": Reference(side.dtl, "heekhero/DTL: models/vision_transformer.py"),
+    "dtl-kernel": Reference(side.dtl, "heekhero/DTL: models/vision_transformer.py", {"plus": True, "kernel_size": 3}),
     "e3va": Reference(side.e3va, "the paper", {"r": 4, "rank": 2}),
     "efft": Reference(
         beside_linears(ROLES, methods.efft),
@@ -76,6 +86,9 @@ METHODS = {
     ),
     "fact": Reference(
         beside_linears(ROLES, methods.fact), "JieShibo/PETL-ViT: FacT/fact_tk.py", {"variant": "tk", "r": 4}
+    ),
+    "fact-tt": Reference(
+        beside_linears(ROLES, methods.fact_tt), "JieShibo/PETL-ViT: FacT/fact_tt.py", {"variant": "tt", "r": 4}
     ),
     "gps": Reference(choices.gps, "FightingFighting/GPS: utils/pruning.py, loss_utils.py", chooses=True),
     "houlsby": Reference(blockwise(methods.houlsby), "the paper", {"r": 4, "dropout": 0.1}, False),
@@ -138,6 +151,12 @@ METHODS = {
     ),
     "vpt": Reference(
         blockwise(methods.vpt), "KMnP/vpt: vit_prompt/vit.py", {"num_virtual_tokens": 3, "dropout": 0.1}, False
+    ),
+    "vpt-shallow": Reference(
+        methods.vpt_shallow,
+        "KMnP/vpt: vit_prompt/vit.py",
+        {"num_virtual_tokens": 3, "deep": False, "projection_dim": 5, "dropout": 0.1},
+        False,
     ),
     "vqt": Reference(methods.vqt, "andytu28/VQT: h2t_vit.py", {"num_virtual_tokens": 2}, False),
 }

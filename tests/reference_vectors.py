@@ -78,11 +78,17 @@ def base_model() -> ViTForImageClassification:
     return model
 
 
+def method_of(name: str) -> str:
+    """The method of an entry of the table."""
+    return name.partition("-")[0]
+
+
 def adapted(name: str) -> PeftModel:
     """The model with a fresh adapter, which has chosen if it chooses."""
     torch.manual_seed(0)
     reference = METHODS[name]
-    model = get_peft_model(base_model(), get_method(name).config_cls(**reference.fields)).eval()
+    config_cls = get_method(method_of(name)).config_cls
+    model = get_peft_model(base_model(), config_cls(**reference.fields)).eval()
     if reference.chooses:
         batch = {"pixel_values": images(len(LABELS)), "labels": torch.tensor(LABELS)}
         calibrate(model, [batch], progress=False)
@@ -91,7 +97,7 @@ def adapted(name: str) -> PeftModel:
 
 def adapter_of(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
     """The adapter's parameters by the names that the plain arithmetic has."""
-    roles = roles_of(base_model())
+    roles, name = roles_of(base_model()), method_of(name)
     inside = {path.partition(".")[2].partition(".")[2].partition(".")[2]: role for path, role in roles.items()}
     found = {}
     for full, parameter in model.named_parameters():
