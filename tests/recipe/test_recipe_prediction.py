@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 
 import datasets
 import image_classification
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from arguments import shown
 from peft import PeftModel
 from PIL import Image, ImageOps
 from recipe_runs import RECIPES, fails
@@ -189,6 +191,40 @@ def test_the_code_of_the_card_does_what_was_evaluated(trained, photos, vit, tmp_
     (expected,) = by_hand(trained / kind, kind, [Image.open(tmp_path / "image.jpg")], vit)
     assert list(printed) == NAMES
     assert list(printed.values()) == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["vpt", "lora"])
+def test_the_code_of_the_readme_does_what_was_evaluated(trained, photos, vit, monkeypatch, capsys, kind):
+    text = (RECIPES / "README.md").read_text()
+    code = textwrap.dedent(re.search(r"( +)```python\n(.*?)```", text, flags=re.DOTALL)[2])
+    for name, here in {"google/vit-base-patch16-224-in21k": vit, "out/vpt-beans": str(trained / kind)}.items():
+        assert name in code
+        code = code.replace(name, here)
+    code = code.replace("model(**inputs)", "model(**inputs, interpolate_pos_encoding=True)")  # as its comment says
+    monkeypatch.chdir(photos / "test" / "green")
+    names = {}
+    exec(compile(code.replace("photo.jpg", "1.png"), "README", "exec"), names)
+    (expected,) = by_hand(trained / kind, kind, [Image.open("1.png")], vit)
+    assert names["logits"].softmax(-1)[0].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    assert capsys.readouterr().out.splitlines()[-1] == NAMES[expected.argmax()]
+
+
+@pytest.mark.parametrize(
+    ("word", "seen"),
+    [
+        ("/home/me/photos/train", "photos/train"),
+        ("--test_file=/home/me/photos/test.csv", "--test_file=photos/test.csv"),
+        ("/home/me/models/my vit", "'my vit'"),
+        ("~/out", "out"),
+        ("--output_dir=/out", "--output_dir=out"),
+        ("photos/train", "photos/train"),
+        ("google/vit-base-patch16-224", "google/vit-base-patch16-224"),
+        ("--method=vpt", "--method=vpt"),
+    ],
+)
+def test_a_command_is_shown_without_folders_of_this_machine(word, seen):
+    command = shown(["--a", word, "--hub_token", "hf_secret", "--token=hf_other"])
+    assert command == f"accelerate launch recipes/image_classification.py --a {seen}"
 
 
 def test_a_pipeline_has_the_names(trained, photos):

@@ -96,11 +96,17 @@ from peft import AutoPeftModel
 _, recipes, vit, photos, output = sys.argv
 HfApi().create_repo("tester/tiny-vit")
 HfApi().upload_folder(repo_id="tester/tiny-vit", folder_path=vit)
+HfApi().create_branch("tester/tiny-vit", branch="v1.2")
 datasets.load_dataset("imagefolder", data_dir=photos).push_to_hub("tester/photos")
-flags = "--model_name_or_path tester/tiny-vit --dataset_name tester/photos --method ssf --num_train_epochs 1"
+flags = "--model_name_or_path tester/tiny-vit --model_revision v1.2 --dataset_name tester/photos --method ssf"
+flags += " --num_train_epochs 1"
 flags += f" --push_to_hub --hub_model_id tester/adapted --hub_private_repo --output_dir {output}"
 image_classification.main([*flags.split(), "--hub_token", "hf_test"])
-assert AutoPeftModel.from_pretrained("tester/adapted", num_labels=3).peft_config["default"].peft_type == "SSF"
+loaded = AutoPeftModel.from_pretrained("tester/adapted")
+assert loaded.peft_config["default"].revision == "v1.2"
+assert list(loaded.config.id2label.values()) == ["blue", "green", "red"]
+words = f"--model_name_or_path tester/adapted --eval_only --dataset_name tester/photos --output_dir {output}-evaluated"
+image_classification.main(words.split())
 """
 
 
@@ -119,9 +125,14 @@ def test_from_the_hub_to_the_hub(vit, photos, tmp_path):
         files = hub.model("tester/adapted").at("main").files
         assert not hub.unknown
     card = files["README.md"].data.decode()
+    assert 'from_pretrained("tester/tiny-vit", revision="v1.2")' in card
+    assert 'AutoImageProcessor.from_pretrained("tester/adapted")' in card
+    assert "preprocessor_config.json" in files
+    evaluated = json.loads((tmp_path / "out-evaluated" / "evaluation.json").read_text())
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())
     for needed in ("base_model: tester/tiny-vit", "tester/photos", "import hf_visual_peft", results["command"]):
         assert needed in card
+    assert evaluated["loss"] == pytest.approx(results["test_loss"], abs=1e-6)
     assert ModelCard(card).data.eval_results[0].metric_value == pytest.approx(results["test_accuracy"], abs=1e-4)
     assert "hf_test" not in card
     weights = next(blob for name, blob in files.items() if name == "adapter_model.safetensors")
