@@ -94,8 +94,10 @@ class BinaryWeight(nn.Module):
         if not self.training and not (self.weight.requires_grad and torch.is_grad_enabled()):
             if self.fitted.is_meta:  # codes were loaded, unseen, into a module that had no numbers
                 self._follow_codes()
-            written = (self.weight != self.fitted).any()  # no `if`, which would wait for the device
-            return torch.where(written, self._decoded(*self._encoded()), self._decoded(self._codes(), self.stats))
+            # no `if`, which would wait for the device
+            return torch.where(
+                self._differs(), self._decoded(*self._encoded()), self._decoded(self._codes(), self.stats)
+            )
         if not self.follows and not torch.compiler.is_compiling():
             self._follow_codes()  # transformers loads codes unseen, and need not call `train`
         mean, std = self.weight.mean(), self.weight.std()
@@ -132,7 +134,11 @@ class BinaryWeight(nn.Module):
 
     def _is_written(self) -> bool:
         """Whether the parameter is another than when the codes fitted it."""
-        return not self.weight.is_meta and not self.fitted.is_meta and not torch.equal(self.weight, self.fitted)
+        return not self.weight.is_meta and not self.fitted.is_meta and bool(self._differs())
+
+    def _differs(self) -> Tensor:
+        # what offloads weights leaves attributes where they are
+        return (self.weight != self.fitted.to(self.weight.device)).any()
 
     def _levels(self, like: Tensor) -> Tensor:
         # filled in on the device: a copy from the host would make it wait
@@ -162,12 +168,14 @@ class BinaryWeight(nn.Module):
 
         The levels themselves would not do: neither is their mean that of `stats`, nor their standard deviation.
         """
-        if self.codes.is_meta or self._is_written():  # they will be loaded, or are older
+        if self.codes.is_meta:  # they will be loaded
+            return
+        self.follows = True
+        if self._is_written():  # they are older
             return
         if self.weight.is_meta:
             empty = torch.empty_like(self.weight, device=self.codes.device)
             self.weight = nn.Parameter(empty, requires_grad=self.weight.requires_grad)
-        self.follows = True
         codes = self._codes()
         mean, std = self.stats.float()
         levels = self._levels(mean)
