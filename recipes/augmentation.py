@@ -75,6 +75,11 @@ def drawn_from(*numbers: int) -> Iterator[None]:
         yield
 
 
+def check_shape(pixels: Tensor, dimensions: int, flag: str) -> None:
+    if pixels.ndim != dimensions:
+        raise ValueError(f"{flag} needs images, and this image processor cuts patches itself; leave it out.")
+
+
 class Augmentation:
     """What the flags add to an image in training.
 
@@ -113,8 +118,9 @@ class Augmentation:
         return image
 
     def pixels(self, pixels: Tensor, drawn: tuple[int, ...]) -> Tensor:
-        """The normalised image or frames, (..., channels, height, width)."""
+        """The normalised images or frames, (images, channels, height, width)."""
         if self.on_pixels:
+            check_shape(pixels, 4, "--random_erasing")
             with drawn_from(*drawn, 4):
                 for transform in self.on_pixels:
                     pixels = transform(pixels)
@@ -147,6 +153,7 @@ class Mixing:
         """
         if not self.kinds:
             return pixels, labels
+        check_shape(pixels, pixels.ndim if pixels.ndim == 5 else 4, "--mixup or --cutmix")
         with drawn_from(self.seed, *drawn, 5):
             if torch.rand(()) >= self.probability:
                 return pixels, labels

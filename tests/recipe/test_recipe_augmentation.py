@@ -53,9 +53,9 @@ def test_an_image_is_changed_by_seed_epoch_and_number_alone(flags):
 
     def changed(*drawn):
         image = np.asarray(further.image(picture(), drawn))
-        return further.pixels(torch.tensor(image).permute(2, 0, 1) / 255, drawn)
+        return further.pixels(torch.tensor(image).permute(2, 0, 1)[None] / 255, drawn)
 
-    plain = torch.tensor(np.asarray(picture())).permute(2, 0, 1) / 255
+    plain = torch.tensor(np.asarray(picture())).permute(2, 0, 1)[None] / 255
     torch.manual_seed(5)
     state = torch.get_rng_state()
     first = [changed(0, epoch, number) for epoch in range(3) for number in range(4)]
@@ -83,9 +83,9 @@ def test_frames_of_a_video_change_alike():
     further = augmentation.Augmentation(argparse.Namespace(**NOTHING | flags))
     one, two = (np.asarray(further.image(picture(), (0, 1, 2))) for _ in range(2))
     assert np.array_equal(one, two)
-    erased = further.pixels(torch.ones(1, 3, 3, 16, 16), (0, 1, 2)) == 0
+    erased = further.pixels(torch.ones(4, 3, 16, 16), (0, 1, 2)) == 0
     assert erased.any()
-    assert torch.equal(erased[:, 0], erased[:, 1])
+    assert torch.equal(erased[0], erased[1])
 
 
 def test_only_training_is_augmented(vit, photos):
@@ -177,6 +177,14 @@ def test_views_of_cached_features_hold_the_augmentation(run, tmp_path):
     assert found["train_loss"] == pytest.approx(plain["train_loss"], abs=1e-6)
     run(*cached, "--checkpointing_steps", "no", method="linear", output="other")
     assert len(list(tmp_path.glob("features/train-*"))) == 2, "other augmentation is another cache"
+
+
+def test_patches_are_not_taken_for_images():
+    further = augmentation.Augmentation(argparse.Namespace(**NOTHING | {"random_erasing": 1.0}))
+    with pytest.raises(ValueError, match="--random_erasing needs images, and this image processor cuts patches"):
+        further.pixels(torch.zeros(1, 16, 48), (0, 0, 0))
+    with pytest.raises(ValueError, match="--mixup or --cutmix needs images"):
+        mixed((4, 16, 48), mixup=1.0)
 
 
 @pytest.mark.parametrize(
