@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -21,8 +22,9 @@ from .backbone import (
     linear_sizes,
     unwrapped,
 )
-from .paths import existing, join, original
+from .paths import existing, is_in, join, original
 from .probing import probe
+from .registry import targeted_methods
 from .task_heads import TaskHeads, heads_around, twins
 
 
@@ -46,14 +48,12 @@ def find_backbone(model: nn.Module) -> VisionBackbone:
         if architecture is not None and not inside:
             found.append((path, module, architecture))
     if not found:
-        raise BackboneError(
-            f"{type(model).__name__} holds no vision backbone that hf_visual_peft knows. Looked for a module of class "
-            f"{', '.join(known_backbones())}. {_REMEDY}"
-        )
+        raise BackboneError(_unknown(model))
     if len(found) > 1:
         names = ", ".join(f"{path!r} ({type(module).__name__})" for path, module, _ in found)
         raise BackboneError(
-            f"{type(model).__name__} holds several vision backbones: {names}. Apply the method to one of them."
+            f"{type(model).__name__} holds several vision backbones: {names}. Adapt one of them by itself, the rest "
+            f"frozen: model.requires_grad_(False); model.{found[0][0]} = get_peft_model(model.{found[0][0]}, config)."
         )
     return _Resolver(model, *found[0]).resolve()
 
@@ -63,6 +63,48 @@ _REMEDY = (
     "hf_visual_peft.register_architecture(hf_visual_peft.Architecture(backbones=('MyViT',), blocks='blocks', "
     "patch_embedding='patch_embed', ...))."
 )
+
+
+def _unknown(model: nn.Module) -> str:
+    """What to do about a model without a known backbone: the remedy, known classes of like names, and what works."""
+    path, tower = _tower(model)
+    name, outer = type(tower).__name__, type(model).__name__
+    where = f"{name} ({path!r} in {outer}) is" if path else f"{name} holds"
+    known = {each.partition(":")[0].rpartition(".")[2] for each in known_backbones()}
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return (
+        f"{where} no vision backbone that hf_visual_peft knows. {_REMEDY.replace('MyViT', name)} "
+        + (f"Known classes with like names: {', '.join(close)}. " if close else "")
+        + f"Without a table, name linears in target_modules: {', '.join(targeted_methods())} and peft's own methods "
+        "take them."
+    )
+
+
+def _tower(model: nn.Module) -> tuple[str, nn.Module]:
+    """The smallest module that holds a convolution of pixels and a list of blocks; the model where there is none."""
+    modules = dict(model.named_modules())
+    pixels = [
+        path
+        for path, module in modules.items()
+        if isinstance(module, nn.Conv2d | nn.Conv3d) and module.in_channels in (1, 3, 4)
+    ]
+    lists = [
+        path
+        for path, module in modules.items()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+        and len(module) > 1
+        and len({type(block) for block in module}) == 1
+        and any(True for _ in module[0].children())
+    ]
+    around = [
+        path
+        for path, module in modules.items()
+        if not isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict)
+        and any(is_in(each, path) for each in pixels)
+        and any(is_in(each, path) for each in lists)
+    ]
+    path = max(around, key=lambda path: path.count(".") + bool(path), default="")
+    return path, modules[path]
 
 
 _OPERATIONS = (

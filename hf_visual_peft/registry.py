@@ -138,6 +138,15 @@ def list_methods() -> MappingProxyType[str, Method]:
     return MappingProxyType(dict(sorted(_METHODS.items())))
 
 
+def targeted_methods() -> tuple[str, ...]:
+    """Names of the methods that take `target_modules`: their equations can stand at single modules of any model."""
+    return tuple(
+        name
+        for name, method in list_methods().items()
+        if "target_modules" in {field.name for field in fields(method.config_cls)}
+    )
+
+
 def get_method(name: str) -> Method:
     """The method of that name.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .backbone import linear_sizes, unwrapped
 from .config import VisualPeftConfig
+from .probing import probe
 from .shared_modules import names_of_modules
 from .sites import Placement, VisualTunerLayer, output_channels
 
@@ -127,7 +128,41 @@ def find_targets(model: nn.Module, config: TargetedConfig) -> dict[str, nn.Modul
                 f"{type(config).__name__}.target_modules: {path!r} belongs to a MultiheadAttention, which uses its "
                 "weight without calling it. Leave it out by exclude_modules."
             )
+    _require_calls(model, targets, type(config).__name__)
     return targets
+
+
+def _require_calls(model: nn.Module, targets: Collection[str], name: str) -> None:
+    """Refuse a target whose weight the model uses without calling it: nothing there would have an effect.
+
+    Told by the biases that such attention has beside its projection, or by a pass through a copy of the model.
+
+    Raises:
+        ValueError: there is one.
+    """
+    suspects = [path for path in targets if _holds_tensors(model.get_submodule(path.rpartition(".")[0]))]
+    if not suspects:
+        return
+    seen = probe(model, suspects)
+    if seen is None:
+        past = [path for path in suspects if _has_bias_beside(model, path)]
+    else:
+        past = [path for path in suspects if path in seen.read and path not in seen.called]
+    if past:
+        names = ", ".join(map(repr, past[:3])) + (f" and {len(past) - 3} more" if len(past) > 3 else "")
+        raise ValueError(
+            f"{name}.target_modules: {names}: the model reads the weight without calling the module, so nothing there "
+            "would have an effect. Leave it out, by exclude_modules or by naming others."
+        )
+
+
+def _holds_tensors(parent: nn.Module) -> bool:
+    """Whether a module has parameters beside its modules, and so may use weights of these, too."""
+    return any(True for _ in parent.parameters(recurse=False))
+
+
+def _has_bias_beside(model: nn.Module, path: str) -> bool:
+    return getattr(model.get_submodule(path.rpartition(".")[0]), "q_bias", None) is not None
 
 
 def names_target(config: TargetedConfig, names: Iterable[str]) -> Any:

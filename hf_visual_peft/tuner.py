@@ -243,7 +243,11 @@ class VisualTuner(MergingTuner):
         if not selected.blocks:
             fields = f"exclude_modules is {config.exclude_modules!r}"
             fields += f", modules_to_save {config.modules_to_save!r}" if self._left_out else ""
-            raise ValueError(f"{type(config).__name__}.{fields}: no block is left to adapt.")
+            raise ValueError(
+                f"{type(config).__name__}.{fields}: no block is left to adapt in {backbone.class_name} "
+                f"({backbone.path!r}), and methods by role act on vision backbones only. For other parts of the model "
+                "name target_modules, in methods that take them."
+            )
         trained = 0
         for placement in placements_of(config, selected, backbone):
             self._check_beside_copies(placement, config, backbone)
@@ -632,9 +636,12 @@ def _check_length(names: Sequence[str], inputs: int) -> None:
 
 
 def _is_excluded(config: VisualPeftConfig, path: str) -> bool:
+    """Whether the config leaves alone a module, or one that it lies in."""
     names = config.exclude_modules
     if not names:
         return False
+    parts = path.split(".")
+    around = [".".join(parts[: end + 1]) for end in range(len(parts))]
     if isinstance(names, str):
-        return bool(match_target_against_key(names, path))
-    return any(path == name or path.endswith(f".{name}") for name in names)
+        return any(match_target_against_key(names, each) for each in around)
+    return any(each == name or each.endswith(f".{name}") for name in names for each in around)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import transformers as tf
@@ -9,6 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import hf_visual_peft as hvp
+from hf_visual_peft.architectures import architecture_of
+from hf_visual_peft.coverage.cell import small_config
 
 
 timm = pytest.importorskip("timm")
@@ -247,3 +251,184 @@ def test_detectors_on_timms_resnet(kind):
     backbone = hvp.find_backbone(model)
     assert (backbone.class_name, len(backbone.blocks), backbone.dense) == ("FeatureListNet", 16, True)
     assert len(backbone.heads) == 2
+
+
+BEIT = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "called"),
+    [
+        ("beit_base_patch16_224", BEIT, False),
+        ("eva02_base_patch14_224", BEIT | {"qkv_fused": True}, False),
+        ("eva02_base_patch14_224", BEIT | {"qkv_fused": True, "qkv_bias": False}, True),
+        ("swinv2_tiny_window8_256", {"img_size": 32, "embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2),
+                                     "window_size": 2}, False),
+        ("vit_tiny_patch16_224", VIT, True),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("config", [hvp.SSFConfig, hvp.BitFitConfig])
+def test_named_targets_that_are_read_and_not_called(name, fields, called, config):
+    model, pixels = build(name, **fields), torch.randn(2, 3, 32, 32)
+    before = model(pixels)
+    keys = list(model.state_dict())
+    if called:
+        adapted = stirred(model, hvp.SSFConfig(target_modules=["qkv"]))
+        assert not torch.allclose(adapted(pixels), before)
+        return
+    with pytest.raises(ValueError, match=r"target_modules: '.*attn.qkv'.*without calling the module.*exclude_modules"):
+        get_peft_model(model, config(target_modules=["qkv", "proj"]))
+    assert list(model.state_dict()) == keys
+    adapted = stirred(model, config(target_modules=["qkv", "proj"], exclude_modules=["qkv"]))
+    assert not torch.equal(adapted(pixels), before)
+
+
+class Listed(nn.Module):
+    """A block that is called with a list of images' tokens, as in DINOv3's own code."""
+
+    def __init__(self, packed):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.packed = packed
+
+    def one(self, x):
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)
+        x = x + self.proj(nn.functional.scaled_dot_product_attention(q[None], k[None], v[None])[0])
+        return x + self.fc2(self.fc1(self.norm2(x)).relu())
+
+    def forward(self, x):
+        return self.one(x) if self.packed else [self.one(each) for each in x]
+
+
+class ListedTower(nn.Module):
+    def __init__(self, packed):
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 8, 8)
+        self.layers = nn.ModuleList(Listed(packed) for _ in range(2))
+        self.packed = packed
+
+    def forward(self, pixels):
+        x = self.embed(pixels).flatten(2).transpose(1, 2)
+        x = x.flatten(0, 1) if self.packed else list(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x if self.packed else torch.cat(x)
+
+
+@pytest.fixture
+def _tables(monkeypatch):
+    from hf_visual_peft.architectures.table import _ARCHITECTURES
+
+    monkeypatch.setattr("hf_visual_peft.architectures.table._ARCHITECTURES", dict(_ARCHITECTURES))
+    fused = dict.fromkeys(("query", "key", "value"), ("qkv",))
+    table = hvp.Architecture(
+        backbones=("ListedTower",), blocks="layers", patch_embedding="embed", embeddings="embed", prefix_tokens=(),
+        norms=(), norm1=("norm1",), **fused, output=("proj",), norm2=("norm2",), fc1=("fc1",), fc2=("fc2",),
+        drop_path=(),
+    )  # fmt: skip
+    hvp.register_architecture(table)
+
+
+@pytest.mark.usefixtures("_tables")
+@pytest.mark.parametrize("packed", [True, False])
+def test_blocks_that_get_no_batch_of_sequences_say_what_works(packed):
+    pixels, what = torch.randn(2, 3, 16, 16), "a stream of 2 dimensions" if packed else "a list"
+    refused = set()
+    for name, method in hvp.list_methods().items():
+        if method.video or method.calibrated or name in ("attnscale", "linearprobe", "vqt"):
+            continue
+        model = get_peft_model(ListedTower(packed), small_config(method))
+        try:
+            model(pixels)
+        except ValueError as error:
+            listed = str(error)
+            refused.add(name)
+    assert listed.startswith(f"Listed gets {what}, where methods at blocks need (batch, tokens, width)")
+    working = set(listed.partition("linears and norms: ")[2].partition(", and peft")[0].split(", "))
+    assert working == {"adapterbias", "bilora", "bitfit", "consolidator", "fact", "hydra", "repadapter", "rlrr",
+                       "snell", "ssf"}  # fmt: skip
+    assert not working & refused
+    assert {"vpt", "adaptformer", "lst", "convpass"} <= refused
+
+
+@pytest.mark.usefixtures("_tables")
+def test_a_table_that_has_norms_before_what_they_follow_is_refused_at_the_first_call():
+    class Post(Listed):
+        def one(self, x):
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+            x = x + self.norm1(self.proj(nn.functional.scaled_dot_product_attention(q, k, v)))
+            return x + self.norm2(self.fc2(self.fc1(x).relu()))
+
+    def tower():
+        model = ListedTower(packed=False)
+        model.layers = nn.ModuleList(Post(packed=True) for _ in range(2))
+        model.forward = lambda pixels: model.layers[0](model.embed(pixels).flatten(2).transpose(1, 2))
+        return model
+
+    pixels = torch.randn(2, 3, 16, 16)
+    model = get_peft_model(tower(), hvp.AdaptFormerConfig(r=2))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"'layers.0.qkv' is called before 'layers.0.norm1'.*post_norm=True"):
+            model(pixels)
+    table = architecture_of(tower())
+    hvp.register_architecture(dataclasses.replace(table, post_norm_blocks=("Post",)))
+    get_peft_model(tower(), hvp.AdaptFormerConfig(r=2))(pixels)
+
+
+@pytest.mark.parametrize(
+    ("names", "left"),
+    [
+        (["vision_model"], ""),
+        (["encoder"], ""),
+        (r".*\.encoder", ""),
+        (["mlp"], "self_attn"),
+        (["layers.1"], "layers.0"),
+    ],
+)
+def test_a_module_that_is_left_alone_is_so_with_all_that_lies_in_it(names, left):
+    """A name of the tower is not passed by in silence."""
+    config = tf.CLIPConfig(vision_config=VISION, text_config=VISION | {"vocab_size": 9, "eos_token_id": 1})
+    model = tf.CLIPModel(config)
+    if not left:
+        with pytest.raises(
+            ValueError, match=r"exclude_modules is .*no block is left to adapt in CLIPVisionModel.*target_modules"
+        ):
+            get_peft_model(model, hvp.SSFConfig(exclude_modules=names))
+        return
+    adapted = get_peft_model(model, hvp.SSFConfig(exclude_modules=names))
+    inside = [name for name, p in adapted.named_parameters() if p.requires_grad and ".layers." in name]
+    assert any(left in name for name in inside)
+    assert not any(f".{names[0]}." in name for name in inside)
+
+
+VISION = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+VISION |= {"image_size": 32, "patch_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("make", "tower", "like"),
+    [
+        (lambda: timm.create_model("beit_base_patch16_224"), "Beit holds", "BeitModel"),
+        (lambda: tf.Qwen2VLForConditionalGeneration(tf.Qwen2VLConfig()), r"\('model.visual' in Qwen2VL", "Vision"),
+        (lambda: tf.Idefics3Model(tf.Idefics3Config()), r"Idefics3VisionTransformer \('vision_model' in", "Siglip"),
+    ],
+)
+def test_a_model_without_a_table_is_told_what_to_do(make, tower, like):
+    with torch.device("meta"):
+        model = make()
+    with pytest.raises(hvp.BackboneError, match=tower) as caught:
+        get_peft_model(model, hvp.VPTConfig())
+    message = str(caught.value)
+    assert len(message) < 700
+    assert message.index("register_architecture") < message.index("target_modules")
+    assert like in message
+    assert "ssf" in message
+
+
+def test_several_towers():
+    with torch.device("meta"):
+        model = nn.ModuleDict({name: tf.ViTModel(tf.ViTConfig()) for name in ("left", "right")})
+    with pytest.raises(hvp.BackboneError, match=r"model.left = get_peft_model\(model.left, config\)"):
+        get_peft_model(model, hvp.VPTConfig())

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from ..backbone import SUBLAYER_ROLES, Block, VisionBackbone, unwrapped, versions
 from .block_attention import AttentionLayer
+from .block_checks import norms_first, require_stream
 from .block_side import BypassedLayer, key_of
 from .block_sites import BranchSite, NormSite, Pass, Reads, TokenSite
 from .exchange import Exchange
@@ -126,6 +127,7 @@ class BlockLayer(AttentionLayer, BypassedLayer, nn.Module):
                     handles.append(entrance.register_forward_pre_hook(partial(self._before_sublayer, sublayer)))
         for module in (module for path in block.rest for module in versions(model, path)):
             handles.append(module.register_forward_pre_hook(self._before_rest))
+        handles += norms_first(block, model)
 
     @contextmanager
     def looking_away(self, model: nn.Module) -> Iterator[None]:
@@ -200,6 +202,7 @@ class BlockLayer(AttentionLayer, BypassedLayer, nn.Module):
         exchange.for_heads.clear()  # of a pass that did not reach the heads
         if not any(True for _ in self._active()):
             return self.base_layer(hidden_states, *args, **kwargs)
+        require_stream(self.base_layer, hidden_states)
         sites = {key_of(e): e.site for e in self._active() if isinstance(e.site, TokenSite | SideSite)}
         self._require_whole_pass(sites.values())
         tokens = {name: self._taken(name) for name, site in sites.items() if site.takes}

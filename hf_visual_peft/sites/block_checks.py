@@ -1,0 +1,86 @@
+"""What a block must be like for equations inside and around it, as its first call shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone import SUBLAYER_ROLES, Block, versions
+from ..registry import targeted_methods
+
+
+def require_stream(block: nn.Module, stream: Any) -> None:
+    """Refuse a block that is not called with a batch of token sequences or maps.
+
+    Raises:
+        ValueError: it gets something else; the message names methods that do not look at it.
+    """
+    if isinstance(stream, Tensor) and stream.ndim > 2:
+        return
+    what = f"a stream of {stream.ndim} dimensions" if isinstance(stream, Tensor) else f"a {type(stream).__name__}"
+    raise ValueError(
+        f"{type(block).__name__} gets {what}, where methods at blocks need (batch, tokens, width) or maps. Methods "
+        f"that work on it act on its linears and norms: {', '.join(targeted_methods())}, and peft's own, as LoRA."
+    )
+
+
+@dataclass
+class NormFirst:
+    """The hooks that find out, in the first call, whether a norm precedes its sub-layer, as the role table has it.
+
+    Attributes:
+        norm: its name in the model.
+        reader: name of the first module of the sub-layer.
+        called: whether the norm was called.
+        handles: of both hooks.
+    """
+
+    norm: str
+    reader: str
+    called: bool = False
+    handles: list[Any] = field(default_factory=list)
+
+    def watch(self, model: nn.Module) -> None:
+        """Set them."""
+        self.handles = [
+            *(module.register_forward_pre_hook(self._at_norm) for module in versions(model, self.norm)),
+            *(module.register_forward_pre_hook(self._at_reader) for module in versions(model, self.reader)),
+        ]
+
+    def remove(self) -> None:
+        """Take them off."""
+        while self.handles:
+            self.handles.pop().remove()
+
+    def _at_norm(self, module: nn.Module, args: tuple) -> None:
+        if not torch.compiler.is_compiling():
+            self.called = True
+
+    def _at_reader(self, module: nn.Module, args: tuple) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if not self.called:
+            raise ValueError(
+                f"{self.reader!r} is called before {self.norm!r}, though the role table has this norm before it. Say "
+                "there that norms follow their sub-layers: Architecture(post_norm=True, ...), or post_norm_blocks."
+            )
+        self.remove()
+
+
+def norms_first(block: Block, model: nn.Module) -> list[NormFirst]:
+    """Watch that the norms of a block precede what the table says they do.
+
+    Args:
+        block: whose norms do not follow its sub-layers.
+        model: that it belongs to.
+    """
+    watches = []
+    for sublayer in block.sublayers:
+        norm, reader, *_ = (block.roles[role] for role in SUBLAYER_ROLES[sublayer])
+        if norm and reader and block.entrances[sublayer] == norm[0]:
+            watches.append(NormFirst(norm[0], reader[0]))
+            watches[-1].watch(model)
+    return watches
