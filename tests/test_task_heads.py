@@ -63,7 +63,10 @@ def _owlv2():
 
 TASKS = {
     "masked_vit": (lambda: tf.ViTForMaskedImageModeling(tf.ViTConfig(**VIT)), ("decoder",)),
-    "masked_beit": (lambda: tf.BeitForMaskedImageModeling(tf.BeitConfig(**VIT, vocab_size=9)), ("layernorm", "lm_head")),
+    "masked_beit": (
+        lambda: tf.BeitForMaskedImageModeling(tf.BeitConfig(**VIT, vocab_size=9)),
+        ("layernorm", "lm_head"),
+    ),
     "masked_swin": (lambda: tf.SwinForMaskedImageModeling(tf.SwinConfig(**SWIN)), ("decoder",)),
     "mae": (lambda: tf.ViTMAEForPreTraining(tf.ViTMAEConfig(**VIT, **MAE)), ("decoder",)),
     "mobilevit": (
