@@ -59,6 +59,7 @@ class VisualPeftConfig(PeftConfig):
     target_parameters: ClassVar[Any] = None
     unknown_fields: ClassVar[list[str]] = []
     from_file: ClassVar[bool] = False  # whether the fields are those of a file, and so of an adapter that was trained
+    filled_heads: ClassVar[list[str] | None] = None  # what took the place of None in `modules_to_save`, for one model
     heads_added: ClassVar[list[str]] = []  # task heads of the model, where the adapter of the file was trained without
     whole_modules: ClassVar[bool] = False  # whether the method trains copies of modules, and no equations
     copied_head: ClassVar[str] = ""  # where the head is one of them: name under which its copy is saved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -89,6 +90,10 @@ class VisualTuner(MergingTuner):
             ValueError: the config does not fit the model; the model is then untouched.
         """
         config: VisualPeftConfig = self.peft_config[adapter_name]
+        if config.filled_heads is not None and config.filled_heads is config.modules_to_save:
+            # it belongs to an adapter already, whose model may have another head
+            config = self.peft_config[adapter_name] = copy.copy(config)
+            config.modules_to_save = None
         fields = dict(vars(config))
         self._forget_plan()
         before = Structure(model, self._exchange, *filter(None, [getattr(model, "config", None)]))
@@ -237,7 +242,7 @@ class VisualTuner(MergingTuner):
         if config.modules_to_save is None:
             announce(backbone.head_note)
             if backbone.heads and not config.copied_head:
-                config.modules_to_save = list(backbone.heads)
+                config.modules_to_save = config.filled_heads = list(backbone.heads)  # type: ignore[misc]
         self._copied = find_copied(model, config, backbone.heads)
         selected = self._without_excluded(backbone.select(config.layers), config)
         if not selected.blocks:

@@ -361,6 +361,13 @@ def test_methods_that_train_it_anyway():
     assert train(model, images()) == []
 
 
+def test_one_config_serves_models_with_other_heads():
+    config = SSFConfig()
+    models = [said(vit(cls), config)[0] for cls in (ViTForImageClassification, ViTModel, ViTForMaskedImageModeling)]
+    named = [model.peft_config["default"].modules_to_save for model in models]
+    assert named == [["classifier"], None, ["decoder"]]
+
+
 # ------------------------------------------------------------------ several adapters
 
 
