@@ -12,7 +12,7 @@
 #
 #   python3 -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 #     --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d wheels \
-#     transformers==5.24.0 peft==0.21.2 datasets==5.2.0 evaluate==0.4.6 multiprocess==0.70.19 dill==0.4.1 torchao==0.18.0
+#     transformers==5.23.0 peft==0.21.2 datasets==5.2.0 evaluate==0.4.6 multiprocess==0.70.19 dill==0.4.1 torchao==0.18.0
 #
 # and then WHEELS=wheels bash benchmarks/gpu.sh: they are installed into a folder of their own, and nothing else changes.
 set -euo pipefail

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,12 +29,12 @@ from transformers import (
 
 import hf_visual_peft
 from hf_visual_peft import FeatureCache
-from hf_visual_peft.coverage.cell import small_config
+from hf_visual_peft.coverage.cell import FRAMES, mean_over_frames, small_config
 from hf_visual_peft.coverage.models import MODELS
 from hf_visual_peft.coverage.tiny import TinyModel
 
 
-BATCH, FRAMES, LABELS = 4, 2, 10
+BATCH, LABELS = 4, 10
 METHODS = ("peft-lora", "peft-ln-tuning", *hf_visual_peft.list_methods())
 # float32 on the device against float64 on the CPU: of the logits by their largest, of all gradients by their norm
 OUTPUT_BOUND, GRADIENT_BOUND = 2e-5, 2e-4
@@ -163,24 +162,14 @@ class Subject:
         """The same without gradients."""
         return self.logits(model, **kwargs)
 
+    @torch.no_grad()
     def base_logits(self, base: nn.Module) -> Tensor:
-        """Those of the model without an adapter, whose head sees the mean over frames of videos."""
-        with torch.no_grad(), _mean_over_frames(base, self.video):
-            pixels = self.pixels.flatten(0, 1) if self.video else self.pixels
-            return base(pixels.to(next(base.parameters()).device)).logits
-
-
-@contextmanager
-def _mean_over_frames(base: Any, video: bool) -> Iterator[None]:
-    def mean(module: nn.Module, args: tuple) -> tuple:
-        return (args[0].unflatten(0, (-1, FRAMES)).mean(dim=1), *args[1:])
-
-    handle = base.classifier.register_forward_pre_hook(mean) if video else None
-    try:
-        yield
-    finally:
-        if handle is not None:
-            handle.remove()
+        """Those of the model without an adapter; of videos it gets the frames, and its head their mean."""
+        device = next(base.parameters()).device
+        if not self.video:
+            return base(self.pixels.to(device)).logits
+        with mean_over_frames(base, BATCH, self.config.frames_meet_before_norms):
+            return base(self.pixels.flatten(0, 1).to(device)).logits
 
 
 def distance(found: Tensor, expected: Tensor) -> float:

@@ -116,6 +116,7 @@ def test_other_backbones(name, tiny):
     ("name", "tiny"),
     [
         ("attnscale", "dinov2_with_registers"),
+        ("attnscale", "swin"),
         ("vpt", "segformer_segmentation"),
         ("linearprobe", "segformer_segmentation"),
         ("ssf", "upernet_swin"),

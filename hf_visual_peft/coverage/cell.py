@@ -163,12 +163,20 @@ class _Subject:
         if not self.makes_videos or "pixel_values" not in arguments:
             return tensors_of(self.tiny.call(base, arguments))
         arguments["pixel_values"] = arguments["pixel_values"].flatten(0, 1)
-        with _mean_over_frames(base, self.batch, self.before_norms):
+        with mean_over_frames(base, self.batch, self.before_norms):
             return tensors_of(self.tiny.call(base, arguments))
 
 
 @contextmanager
-def _mean_over_frames(base: nn.Module, batch: int, before_norms: bool) -> Iterator[None]:
+def mean_over_frames(base: nn.Module, batch: int, before_norms: bool) -> Iterator[None]:
+    """Meanwhile the heads of a model see the mean over the frames of videos, or the norms before them do.
+
+    Args:
+        base: whose batches are the frames of all videos.
+        batch: videos.
+        before_norms: as a method's config has it, `frames_meet_before_norms`.
+    """
+
     def mean(module: nn.Module, args: tuple) -> tuple:
         if len(args[0]) == batch:
             return args

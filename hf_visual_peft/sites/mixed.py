@@ -147,6 +147,8 @@ def run_parts(
     back = index_of(order, device).argsort()
 
     def together(*leaves: Any) -> Any:
+        if any(leaf is None for leaf in leaves):  # what only some adapters put out, as attention weights
+            return None
         return torch.cat(leaves)[back] if isinstance(leaves[0], Tensor) else leaves[0]
 
     return tree_map(together, *outputs)
