@@ -73,7 +73,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     )
     add("--class_weights", nargs="+", metavar="WEIGHT", help="in the loss: balanced, or CLASS=NUMBER for some (1)")
     add("--sampler", choices=["shuffle", "balanced"], default="shuffle", help="balanced: each class as often")
-    add("--threshold", type=real, default=0.5, help="probability that gives a class, for F1 of several classes")
+    add("--threshold", type=real, help="probability that gives a class, for F1 of several classes a sample (0.5)")
     add("--max_train_samples", type=positive, help="train on that many random samples")
     add("--max_eval_samples", type=positive, help="evaluate each split on that many random samples")
     add("--check_images", **(SWITCH | {"default": True}), help="decode every image once before training")

@@ -353,6 +353,8 @@ def prepare_data(
         skipped += len(images) - len(good)
         if len(good) == 0:
             raise ValueError(f"The {split} split has no image that can be used.")
+        if ids[split].ndim == 2 and not ids[split][kept[good]].any():  # what is measured needs one
+            raise ValueError(f"No sample of the {split} split has any class.")
         found[split] = Images(images.select(good), ids[split][kept[good]], split, processor, args)
     tell(class_table({split: images.ids for split, images in found.items()}, names))
     return found, names, skipped

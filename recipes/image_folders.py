@@ -216,7 +216,7 @@ def split_folders(root: Path, tables: frozenset[str], source: str) -> dict[str, 
         card.exists() and card.read_text(encoding="utf-8", errors="replace").startswith("---")
     ):
         return {}
-    found = {}
+    found: dict[str, Path] = {}
     for split, names in SPLIT_FOLDERS.items():
         these = [folder for folder in folders if folder.name.lower() in names]
         if len(these) > 1:

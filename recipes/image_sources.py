@@ -6,6 +6,7 @@ import argparse
 import functools
 import glob
 import re
+import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,11 @@ def load_splits(args: argparse.Namespace) -> dict[str, datasets.Dataset]:
             raise ValueError(f"--{split}_dir {folder} and --{split}_file {file}: {split} is read from one; give one.")
         if folder or file:
             given[split] = f"--{split}_dir {folder}" if folder else f"--{split}_file {file}"
-            read = read_folder if folder else read_file
-            sources[split] = functools.partial(read, Path(folder) if folder else file, given[split], args)
+            sources[split] = (
+                functools.partial(read_folder, Path(folder), given[split], args)
+                if folder
+                else functools.partial(read_file, file, given[split], args)
+            )
     loaded = {name: functools.cache(source) for name, source in sources.items()}
     chosen, taken = {}, {}
     for split in SPLITS:
@@ -60,7 +64,8 @@ def load_splits(args: argparse.Namespace) -> dict[str, datasets.Dataset]:
             if name == other
         )
         if shared:
-            tell(f"{shared} samples of {split} are in train, too, as --{split}_split and --train_split say.")
+            many = str(shared) if isinstance(chosen[split], datasets.Dataset) else "all"
+            tell(f"Samples of {split} that are in train, too, as --{split}_split and --train_split say: {many}.")
     return chosen
 
 
@@ -149,6 +154,8 @@ def read_folder(folder: Path, flag: str, args: argparse.Namespace) -> datasets.D
 
 def read_file(file: str, flag: str, args: argparse.Namespace) -> datasets.Dataset:
     """A table of images and labels, tar files for WebDataset, or a zip file of class folders."""
+    if Path(file).is_dir():
+        raise ValueError(f"{flag} is a folder: give it by {flag.split()[0].replace('_file', '_dir')}.")
     if Path(file).suffix.lower() == ".zip":
         if not Path(file).exists():
             raise ValueError(f"{flag}: there is no such file.")
@@ -185,7 +192,7 @@ def read_table(file: str, flag: str, args: argparse.Namespace, paths: tuple[str,
             streaming=args.streaming,
             **options,
         )
-    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+    except (datasets.exceptions.DatasetsError, ValueError, OSError, tarfile.TarError) as error:
         if "corresponds to no data" in str(error):
             raise ValueError(f"{flag} has no rows.") from error
         raise ValueError(f"{flag} cannot be read as {kind}: {error.__cause__ or error}") from error
@@ -208,6 +215,9 @@ def absolute(data: datasets.Dataset, column: str, folder: Path) -> datasets.Data
         return [as_image(part) for part in value] if isinstance(value, list) else {"path": value, "bytes": None}
 
     feature = data.features[column]
+    if isinstance(feature, dict) and set(feature) == {"path"} and isinstance(data, datasets.Dataset):
+        data = data.flatten().rename_column(f"{column}.path", column)
+        feature = data.features[column]
     inner = getattr(feature, "feature", feature)
     if not isinstance(inner, datasets.Value) or "string" not in inner.dtype:
         return data

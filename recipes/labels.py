@@ -222,7 +222,7 @@ def check_flags(args: argparse.Namespace, several: bool, classes: int) -> None:
     """Raise an error for flags that do not go with the labels, and choose what is best where none is given.
 
     Args:
-        args: flags of the recipe; `metric_for_best_model` is set.
+        args: flags of the recipe; `metric_for_best_model` and `threshold` are set.
         several: whether samples may have several classes.
         classes: how many there are.
     """
@@ -249,6 +249,9 @@ def check_flags(args: argparse.Namespace, several: bool, classes: int) -> None:
         raise ValueError(f"--top_k {args.top_k}: there are {classes} classes.")
     if args.sampler == "balanced" and args.class_weights == ["balanced"]:
         raise ValueError("--sampler balanced and --class_weights balanced would each do the whole; give one of them.")
+    if args.threshold is not None and not several:
+        raise ValueError(f"--threshold {args.threshold}: {kind} get the best one; leave it out.")
+    args.threshold = 0.5 if args.threshold is None else args.threshold
     if not 0 < args.threshold < 1:
         raise ValueError(f"--threshold must be between 0 and 1, got {args.threshold}.")
 

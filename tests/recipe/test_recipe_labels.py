@@ -82,8 +82,9 @@ def test_slices_of_any_source(pictures, capsys):
     train = table(pictures, "slices.csv", list("ababab"))
     found = load(train_file=train, train_split="train[2:]", test_split="train[:2]", validation_split="train[:50%]")
     assert {split: len(data) for split, data in found.items()} == {"train": 4, "validation": 3, "test": 2}
-    assert capsys.readouterr().out.strip() == "1 samples of validation are in train, too, as --validation_split and " \
-        "--train_split say."  # fmt: skip
+    assert "Samples of validation that are in train, too, as --validation_split and --train_split say: 1." in (
+        capsys.readouterr().out
+    )
     for spec, message in [
         ("dev", r"the data set has the splits train\. There is no dev"),
         ("train[:1]+dev[:2]", "There is no dev"),
@@ -110,6 +111,13 @@ def test_tables_of_any_format(pictures, tmp_path, name, monkeypatch):
     assert np.array_equal(data[2]["image"], Image.open(pictures / "img" / "2.png"))
 
 
+def test_images_by_a_struct_with_their_path(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (pictures / "struct.jsonl").write_text('{"image": {"path": "img/1.png"}, "label": "a"}\n')
+    data = load(train_file=pictures / "struct.jsonl")["train"]
+    assert np.array_equal(data[0]["image"], Image.open(pictures / "img" / "1.png"))
+
+
 def test_tables_in_several_folders(tmp_path):
     for name in "ab":
         paint(tmp_path / name / "img" / "0.png", "ab".index(name), np.random.default_rng(0))
@@ -122,10 +130,15 @@ def test_tables_in_several_folders(tmp_path):
 
 def test_tables_that_hold_nothing(tmp_path):
     (tmp_path / "empty.csv").write_text("image,label\n")
-    (tmp_path / "bad.json").write_text("{not json")
-    for name, message in [("empty.csv", "has no rows"), ("bad.json", "cannot be read as json")]:
+    for name in ("bad.json", "bad.tar", "bad.parquet"):
+        (tmp_path / name).write_text("{not json")
+    (tmp_path / "bad.csv").write_bytes("image,label\n1.png,é\n".encode("latin-1"))
+    bad = [("bad.json", "json"), ("bad.tar", "webdataset"), ("bad.parquet", "parquet"), ("bad.csv", "csv")]
+    for name, message in [("empty.csv", "has no rows"), *((name, f"cannot be read as {kind}") for name, kind in bad)]:
         with pytest.raises(ValueError, match=rf"--train_file .*{name} {message}"):
             load(train_file=tmp_path / name)
+    with pytest.raises(ValueError, match=r"--train_file .* is a folder: give it by --train_dir\."):
+        load(train_file=tmp_path)
 
 
 def test_webdataset(pictures, tmp_path):

@@ -73,6 +73,7 @@ def test_what_does_not_go_with_several_classes(run, tagged):
         with pytest.raises(ValueError, match=message):
             run("--label_column_name", "tags", *flags, data=files(tagged))
     for flags, message in [
+        (["--threshold", 0.3], r"--threshold 0\.3: samples of one class each get the best one"),
         (
             ["--metric_for_best_model", "micro_f1"],
             "--metric_for_best_model micro_f1: samples of one class each have acc",
