@@ -6,7 +6,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from .backbone import BLOCK_ROLES, VisionBackbone
@@ -101,6 +101,7 @@ def methods_json() -> str:
             "mergeable": method.mergeable,
             "gradients_through_backbone": method.gradients,
             "identity_at_start": method.identity_at_start,
+            "training": asdict(method.training),
             "calibrated": method.calibrated,
             "video": method.video,
         }
@@ -155,6 +156,7 @@ def _section(method: Method, backbone: VisionBackbone) -> str:
         f"Parameters: {counts}",
         f"Merges: {_yes(method.mergeable)}. Identity at the start: {_yes(method.identity_at_start)}. "
         f"Activations: {_ACTIVATIONS[method.gradients]}",
+        f"AdamW: learning rate {method.training.learning_rate:g} by default (defaults.md)",
     ]
     if issubclass(method.config_cls, TargetedConfig):
         items.append(f"Explicit `target_modules`: {method.config_cls.valid_targets}")

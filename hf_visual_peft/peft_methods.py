@@ -27,6 +27,7 @@ from .labels import name_classes
 from .peft_defaults import CONVOLUTIONAL_METHODS, METHODS, attention_or_mlp
 from .registry import Method, get_method, list_methods
 from .task_heads import announce
+from .training import Training
 
 
 ConfigT = TypeVar("ConfigT", bound=PeftConfig)
@@ -34,6 +35,8 @@ ConfigT = TypeVar("ConfigT", bound=PeftConfig)
 # AdaLoRA needs the number of training steps and a call after each, Poly the task of every sample
 _NEED_MORE = ("ADALORA", "POLY")
 _NOT_MERGEABLE = ("LILY",)
+_LOW_RANK = Training(1e-3)
+_TRAINING = {"ln_tuning": Training(1e-2), "ia3": Training(1e-2)}  # few numbers, which have to move far
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,11 @@ class PeftMethod:
     def mergeable(self) -> bool:
         """Whether it folds into the weights of the backbone."""
         return self.peft_type not in _NOT_MERGEABLE
+
+    @property
+    def training(self) -> Training:
+        """Settings for AdamW that suit it."""
+        return _TRAINING.get(self.name, _LOW_RANK)
 
     @property
     def acts_on(self) -> str:

@@ -19,6 +19,8 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 
+from .training import USUAL, Training
+
 
 class VisualPeftType(str):
     """The `peft_type` of a method of ours.
@@ -96,6 +98,7 @@ class Method:
         calibrated: whether the method chooses from data, by `hf_visual_peft.calibrate`, before it can train.
         head_inputs: further inputs of the task head on ViT-B/16-224 with the first of the counts. Each class has as
             many numbers more, which the counts leave out, as they do the head.
+        training: settings for AdamW that suit it; the recipe's where a user gives none.
     """
 
     name: str
@@ -111,6 +114,7 @@ class Method:
     identity_at_start: bool
     calibrated: bool
     head_inputs: int = 0
+    training: Training = USUAL
 
     @property
     def video(self) -> bool:
@@ -171,6 +175,7 @@ def register(
     gradients: Literal["full", "partial", "none"] = "full",
     calibrated: bool = False,
     head_inputs: int = 0,
+    training: Training = USUAL,
 ) -> Callable[[ConfigT], ConfigT]:
     """Make a config class a peft method: `get_peft_model`, saving, loading and transformers then know it.
 
@@ -214,6 +219,7 @@ def register(
             identity_at_start=identity_at_start,
             calibrated=calibrated,
             head_inputs=head_inputs,
+            training=training,
         )
         return config_cls
 

@@ -84,9 +84,9 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
         choices=CROPS,
         help="default: the method's; " + "; ".join(f"{k}: {v}" for k, v in CROPS.items()),
     )
-    add("--crop_scale", type=real, default=0.08, help="least share of the image in a random_resized crop")
+    add("--crop_scale", type=real, help="least share of the image in a random_resized crop; default: 0.5")
     add("--clip_frames", type=positive, help="frames of each video, whose column holds lists of images")
-    add("--horizontal_flip", type=real, default=0.5, help="probability of a mirrored image in training")
+    add("--horizontal_flip", type=real, help="probability of a mirrored image in training; default: 0")
 
     add = parser.add_argument_group("model").add_argument
     add("--model_name_or_path", required=True, help="checkpoint on the Hub or local folder")

@@ -7,6 +7,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,13 @@ from accelerate.utils import LoggerType
 from optimization import OPTIMIZERS
 from transformers.hf_argparser import string_to_bool
 
+from hf_visual_peft.peft_methods import any_method
+from hf_visual_peft.training import ALL_WEIGHTS, HEAD_ALONE
+
 
 TRACKERS = sorted(LoggerType.list())
 SCHEDULES = ("cosine", "cosine_with_restarts", "linear", "polynomial", "constant", "constant_with_warmup")
 CRITERIA = ("accuracy", "mean_per_class_accuracy", "mean_average_precision", "micro_f1", "macro_f1", "f1", "loss")
-DEFAULTS = {
-    "learning_rate": 1e-3,
-    "weight_decay": 1e-4,
-    "lr_scheduler_type": "cosine",
-    "num_warmup_steps": 0.0,
-    "train_crop": "random_resized",
-}
 SWITCH: dict[str, Any] = {"type": string_to_bool, "nargs": "?", "const": True, "default": False}
 
 
@@ -44,7 +41,7 @@ natural, positive, real = at_least(0), at_least(1), at_least(0, float)
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of training; those whose default is None and that stand in `DEFAULTS` get it from there."""
+    """Flags of training; those that the method has a default for get it in `fill_defaults`."""
     add = parser.add_argument_group("training").add_argument
     add("--per_device_train_batch_size", type=positive, default=32)
     add("--per_device_eval_batch_size", type=positive, default=64)
@@ -116,8 +113,15 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def training_defaults(args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags take that are not given, by name."""
-    return DEFAULTS
+    """What the flags take that are not given, by name: what suits the method under AdamW."""
+    own = {"linear": HEAD_ALONE, "full": ALL_WEIGHTS}
+    training = own[args.method] if args.method in own else any_method(args.method).training
+    if args.learning_rate is None and args.optim != "adamw_torch":
+        raise ValueError(
+            f"--optim {args.optim} needs --learning_rate: the default of --method {args.method}, "
+            f"{training.learning_rate:g}, is for adamw_torch"
+        )
+    return asdict(training)
 
 
 def fill_defaults(args: argparse.Namespace) -> None:

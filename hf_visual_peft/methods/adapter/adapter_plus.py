@@ -12,6 +12,7 @@ from ...backbone import VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import BranchSite, Placement, drop_path
+from ...training import Training
 from .bottleneck import Bottleneck
 
 
@@ -60,6 +61,7 @@ POSITIONS: dict[str, tuple[BranchSite, ...]] = {
     counts=(({"r": 8}, 165_984), ({"r": 1}, 36_876)),
     mergeable=False,
     identity_at_start=False,
+    training=Training(3e-3),
 )
 @dataclass
 class AdapterPlusConfig(VisualPeftConfig):

@@ -15,6 +15,7 @@ from ...backbone import VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import BranchSite, Placement
+from ...training import Training
 
 
 class AdaptFormer(nn.Module):
@@ -63,6 +64,7 @@ class AdaptFormer(nn.Module):
     counts=(({"r": 64}, 1_189_632), ({"r": 8}, 156_768)),
     mergeable=False,
     identity_at_start=True,
+    training=Training(3e-3),
 )
 @dataclass
 class AdaptFormerConfig(VisualPeftConfig):

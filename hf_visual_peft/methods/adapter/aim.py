@@ -14,6 +14,7 @@ from ...backbone import VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import BranchSite, Placement, TokenLayout, drop_path
+from ...training import Training
 from .bottleneck import Bottleneck
 from .video import by_video, require_full_grid
 
@@ -95,6 +96,7 @@ class Joint(nn.Module):
     counts=(({}, 10_651_392), ({"num_frames": 8}, 10_657_536)),
     mergeable=False,
     identity_at_start=True,
+    training=Training(3e-4),
 )
 @dataclass
 class AIMConfig(VisualPeftConfig):

@@ -13,6 +13,7 @@ from ...backbone import VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import Placement, Shared
+from ...training import Training
 from ..reparameter.rep_adapter import NORMS, norms_before
 
 
@@ -69,6 +70,7 @@ class ARC(nn.Module):
     counts=(({"r": 50}, 96_432),),
     mergeable=True,
     identity_at_start=False,
+    training=Training(3e-3),
 )
 @dataclass
 class ARCConfig(VisualPeftConfig):

@@ -13,6 +13,7 @@ from ...backbone import VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import BranchSite, Placement
+from ...training import Training
 from .binary import BinaryWeight, packed_numbers
 
 
@@ -64,6 +65,7 @@ class BiAdaptFormer(nn.Module):
     counts=(({"r": 32, "bits": 1}, 589_824),),
     mergeable=False,
     identity_at_start=False,
+    training=Training(3e-3),
 )
 @dataclass
 class BiAdaptFormerConfig(VisualPeftConfig):

@@ -14,6 +14,7 @@ from ...backbone import VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import BranchSite, Placement, Shared
+from ...training import Training
 
 
 class Rule(nn.Module):
@@ -88,6 +89,7 @@ SUBLAYERS = ("attention", "mlp")
     counts=(({"r": 24, "n": 4}, 57_088), ({"r": 24, "n": 4, "sublayers": ("mlp",)}, 28_576)),
     mergeable=False,
     identity_at_start=False,
+    training=Training(3e-3),
 )
 @dataclass
 class CompacterConfig(VisualPeftConfig):

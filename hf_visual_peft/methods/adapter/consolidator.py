@@ -14,6 +14,7 @@ from ...backbone import LINEAR_ROLES, VisionBackbone
 from ...registry import Paper, register
 from ...sites import LinearSite, Placement, drop_path
 from ...targets import TargetedConfig
+from ...training import Training
 
 
 INIT_BOUND = 1e-3
@@ -81,6 +82,7 @@ class Consolidator(nn.Module):
     counts=(({}, 304_128), ({"groups": 384}, 304_128)),
     mergeable=True,
     identity_at_start=False,
+    training=Training(3e-3),
 )
 @dataclass
 class ConsolidatorConfig(TargetedConfig):

@@ -13,6 +13,7 @@ from ...backbone import VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import BranchSite, Placement, TokenLayout
+from ...training import Training
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -73,6 +74,7 @@ SUBLAYERS = ("attention", "mlp")
     counts=(({}, 327_552), ({"sublayers": ("attention",)}, 163_776)),
     mergeable=False,
     identity_at_start=True,
+    training=Training(1e-3),
 )
 @dataclass
 class ConvpassConfig(VisualPeftConfig):

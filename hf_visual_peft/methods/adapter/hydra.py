@@ -14,6 +14,7 @@ from ...backbone import VisionBackbone
 from ...registry import Paper, register
 from ...sites import LinearSite, Placement
 from ...targets import TargetedConfig
+from ...training import Training
 
 
 class LowRank(nn.Module):
@@ -86,6 +87,7 @@ class Hydra(nn.Module):
     counts=(({"r": 2}, 239_712),),
     mergeable=True,
     identity_at_start=True,
+    training=Training(3e-3),
 )
 @dataclass
 class HydraConfig(TargetedConfig):

@@ -14,6 +14,7 @@ from ...backbone import VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import BranchSite, Placement
+from ...training import Training
 
 
 def _uniform(*shape: int) -> nn.Parameter:
@@ -87,6 +88,7 @@ class LoRand(nn.Module):
     counts=(({}, 915_456), ({"share_kernel": False}, 918_528)),
     mergeable=False,
     identity_at_start=False,
+    training=Training(3e-3),
 )
 @dataclass
 class LoRandConfig(VisualPeftConfig):

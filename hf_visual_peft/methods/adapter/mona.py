@@ -13,6 +13,7 @@ from ...backbone import VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import BranchSite, Placement, TokenLayout
+from ...training import Training
 
 
 KERNELS = (3, 5, 7)
@@ -78,6 +79,7 @@ def _at_centre(conv: nn.Module, tokens: Tensor) -> Tensor:
     counts=(({"r": 64}, 2_684_928),),
     mergeable=False,
     identity_at_start=False,
+    training=Training(3e-3),
 )
 @dataclass
 class MonaConfig(VisualPeftConfig):

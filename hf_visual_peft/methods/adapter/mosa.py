@@ -14,6 +14,7 @@ from ...backbone import VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import BranchSite, Placement
+from ...training import Training
 
 
 SEED_STEP = 1_000_003  # between blocks; generators look at the lower 32 bits only
@@ -75,6 +76,7 @@ class MoSA(nn.Module):
     counts=(({"r": 64}, 1_208_064), ({"r": 16}, 322_752)),
     mergeable=False,
     identity_at_start=True,
+    training=Training(3e-3),
 )
 @dataclass
 class MoSAConfig(VisualPeftConfig):

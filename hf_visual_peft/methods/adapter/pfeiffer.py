@@ -11,6 +11,7 @@ from ...backbone import VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import BranchSite, Placement
+from ...training import Training
 from .bottleneck import Bottleneck
 
 
@@ -22,6 +23,7 @@ from .bottleneck import Bottleneck
     counts=(({"r": 8}, 156_768),),
     mergeable=False,
     identity_at_start=True,
+    training=Training(3e-3),
 )
 @dataclass
 class PfeifferConfig(VisualPeftConfig):

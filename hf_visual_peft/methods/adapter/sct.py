@@ -14,6 +14,7 @@ from ...calibration import Calibration
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import BranchSite, Placement, to_tokens
+from ...training import Training
 from ..specification.deltas import Chosen
 
 
@@ -80,6 +81,7 @@ class ClassNorms:
     mergeable=False,
     identity_at_start=False,
     calibrated=True,
+    training=Training(1e-3),
 )
 @dataclass
 class SCTConfig(VisualPeftConfig):

@@ -12,6 +12,7 @@ from ...backbone import VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import BranchSite, Placement
+from ...training import Training
 
 
 INIT_BOUND = 0.01
@@ -58,6 +59,7 @@ class Flow(nn.Module):
     counts=(({"num_flows": 6}, 258_192), ({"num_flows": 4}, 184_416)),
     mergeable=False,
     identity_at_start=False,
+    training=Training(1e-3),
 )
 @dataclass
 class SNFConfig(VisualPeftConfig):

@@ -13,6 +13,7 @@ from ...backbone import VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import BranchSite, Placement, TokenLayout
+from ...training import Training
 from .video import by_video, require_full_grid
 
 
@@ -66,6 +67,7 @@ SITES = {
     counts=(({}, 7_110_144),),
     mergeable=False,
     identity_at_start=True,
+    training=Training(2.5e-4),
 )
 @dataclass
 class STAdapterConfig(VisualPeftConfig):

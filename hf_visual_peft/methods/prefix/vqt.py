@@ -18,6 +18,7 @@ from ...registry import Paper, register
 from ...sites import Placement, SideSite, Tap
 from ...sites.heads import HeadUse
 from ...sites.queries import takes_queries
+from ...training import Training
 from ..prompt.vpt import MAX_VIRTUAL_TOKENS
 
 
@@ -82,6 +83,7 @@ class QueryTokens(nn.Module):
     mergeable=False,
     identity_at_start=False,
     gradients="partial",
+    training=Training(1e-2),
 )
 @dataclass
 class VQTConfig(VisualPeftConfig):

@@ -14,6 +14,7 @@ from ...backbone import VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import Placement, Shared, TokenSite
+from ...training import Training
 
 
 MAX_VIRTUAL_TOKENS = 10_000  # the papers stop at 200; attention is quadratic in them
@@ -63,6 +64,7 @@ class Projection(nn.Linear):
     ),
     mergeable=False,
     identity_at_start=False,
+    training=Training(3e-3),
 )
 @dataclass
 class VPTConfig(VisualPeftConfig):

@@ -12,6 +12,7 @@ from ...backbone import Block, VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import BranchSite, LogitSite, Placement, TokenLayout, attention_of
+from ...training import Training
 
 
 class AttnScale(nn.Module):
@@ -67,6 +68,7 @@ class Offset(nn.Module):
     counts=(({}, 484_140),),
     mergeable=False,
     identity_at_start=True,
+    training=Training(3e-3),
 )
 @dataclass
 class AttnScaleConfig(VisualPeftConfig):

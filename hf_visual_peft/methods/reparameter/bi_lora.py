@@ -14,6 +14,7 @@ from ...backbone import VisionBackbone
 from ...registry import Paper, register
 from ...sites import LinearSite, Placement
 from ...targets import TargetedConfig
+from ...training import Training
 from ..adapter.bi_adaptformer import BITS, binary_pair
 from ..adapter.binary import packed_numbers
 from .products import plus_product
@@ -74,6 +75,7 @@ class BiLoRA(nn.Module):
     counts=(({"r": 32, "bits": 1}, 1_179_648),),
     mergeable=True,
     identity_at_start=False,
+    training=Training(3e-3),
 )
 @dataclass
 class BiLoRAConfig(TargetedConfig):

@@ -13,6 +13,7 @@ from ...backbone import Block, VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import LinearSite, Placement, Shared
+from ...training import Training
 from .products import plus_product
 from .rows import Rows, projections
 
@@ -82,6 +83,7 @@ ZERO = ("vv", "vu", "uv", "uu")
     counts=(({"r": 16}, 87_552),),
     mergeable=True,
     identity_at_start=True,
+    training=Training(3e-3),
 )
 @dataclass
 class EFFTConfig(VisualPeftConfig):

@@ -14,6 +14,7 @@ from ...backbone import LINEAR_ROLES, VisionBackbone, linear_sizes
 from ...registry import Paper, register
 from ...sites import LinearSite, Placement, Shared
 from ...targets import TargetedConfig
+from ...training import Training
 from .products import plus_product
 
 
@@ -113,6 +114,7 @@ def slices(size: int, width: int) -> int:
     counts=(({"variant": "tt", "r": 16}, 61_440), ({"variant": "tk", "r": 32}, 86_528)),
     mergeable=True,
     identity_at_start=True,
+    training=Training(3e-3),
 )
 @dataclass
 class FacTConfig(TargetedConfig):

@@ -14,6 +14,7 @@ from ...backbone import VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import LinearSite, Placement, Shared
+from ...training import Training
 from .rows import Rows, projections
 
 
@@ -105,6 +106,7 @@ class KAdaptation(nn.Module):
     counts=(({"n": 32}, 50_176),),
     mergeable=True,
     identity_at_start=True,
+    training=Training(3e-3),
 )
 @dataclass
 class KAdaptationConfig(VisualPeftConfig):

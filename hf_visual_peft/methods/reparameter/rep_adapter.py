@@ -14,6 +14,7 @@ from ...registry import Paper, register
 from ...sites import OutputSite, Placement
 from ...sites.input import InputSite, OnInput
 from ...targets import TargetedConfig
+from ...training import Training
 
 
 class RepAdapter(nn.Module):
@@ -79,6 +80,7 @@ def norms_before(block: Block, sublayer: str) -> Iterator[tuple[str, OutputSite]
     counts=(({"r": 8, "groups": 2}, 239_808), ({"r": 8, "groups": 2, "sublayers": ("attention",)}, 119_904)),
     mergeable=True,
     identity_at_start=True,
+    training=Training(3e-3),
 )
 @dataclass
 class RepAdapterConfig(TargetedConfig):

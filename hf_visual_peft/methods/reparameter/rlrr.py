@@ -13,6 +13,7 @@ from ...backbone import LINEAR_ROLES, NORM_ROLES, OTHER_ROLES, VisionBackbone, l
 from ...registry import Paper, register
 from ...sites import OutputSite, Placement, WeightSite
 from ...targets import ANY_CHANNELS, TargetedConfig
+from ...training import Training
 from .ssf import INIT_STD, after
 
 
@@ -55,6 +56,7 @@ class RLRR(nn.Module):
     counts=(({}, 288_768),),
     mergeable=True,
     identity_at_start=False,
+    training=Training(3e-3),
 )
 @dataclass
 class RLRRConfig(TargetedConfig):

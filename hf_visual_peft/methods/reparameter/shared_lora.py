@@ -13,6 +13,7 @@ from ...backbone import VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import LinearSite, Placement, Shared
+from ...training import Training
 from .products import plus_product
 
 
@@ -55,6 +56,7 @@ class SharedLoRA(nn.Module):
     counts=(({"r": 8}, 294_912),),
     mergeable=True,
     identity_at_start=True,
+    training=Training(3e-3),
 )
 @dataclass
 class SharedLoRAConfig(VisualPeftConfig):

@@ -17,6 +17,7 @@ from ...backbone import LINEAR_ROLES, VisionBackbone
 from ...registry import Paper, register
 from ...sites import LinearSite, Placement, drop_path
 from ...targets import TargetedConfig
+from ...training import Training
 
 
 COEFFICIENTS = (0.1, -0.1)  # of the two distances, fixed in the authors' code
@@ -116,6 +117,7 @@ class SNELL(nn.Module):
     counts=(({"r": 8}, 1_327_104), ({"r": 32}, 5_308_416)),
     mergeable=True,
     identity_at_start=False,
+    training=Training(1e-2),
 )
 @dataclass
 class SNELLConfig(TargetedConfig):

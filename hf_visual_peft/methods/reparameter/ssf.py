@@ -15,6 +15,7 @@ from ...backbone import LINEAR_ROLES, VisionBackbone
 from ...registry import Paper, register
 from ...sites import OutputSite, Placement, output_channels
 from ...targets import ANY_CHANNELS, TargetedConfig
+from ...training import Training
 
 
 INIT_STD = 0.02  # of the paper
@@ -126,6 +127,7 @@ def after(module: nn.Module, init_std: float, recover: bool = False) -> SSF:
     counts=(({}, 205_824),),
     mergeable=True,
     identity_at_start=False,
+    training=Training(3e-3),
 )
 @dataclass
 class SSFConfig(TargetedConfig):

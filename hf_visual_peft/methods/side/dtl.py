@@ -16,6 +16,7 @@ from ...backbone import Block, VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import Placement, Shared, SideSite, Tap
+from ...training import Training
 
 
 class CompactPiece(nn.Module):
@@ -66,6 +67,7 @@ class CompactPiece(nn.Module):
     mergeable=False,
     identity_at_start=True,
     gradients="partial",
+    training=Training(3e-3),
 )
 @dataclass
 class DTLConfig(VisualPeftConfig):

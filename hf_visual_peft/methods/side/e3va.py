@@ -12,6 +12,7 @@ from ...backbone import Block, VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import Placement, SideSite, Tap
+from ...training import Training
 
 
 def _low_rank(in_features: int, rank: int, out_features: int) -> nn.Sequential:
@@ -91,6 +92,7 @@ class HighwayPiece(nn.Module):
     mergeable=False,
     identity_at_start=True,
     gradients="none",
+    training=Training(3e-3),
 )
 @dataclass
 class E3VAConfig(VisualPeftConfig):

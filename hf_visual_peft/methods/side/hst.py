@@ -15,6 +15,7 @@ from ...backbone import NORM_ROLES, Block, VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import NormSite, Placement, Shared, SideSite, Tap, TokenSite, drop_path
+from ...training import Training
 from ..specification.difffit import norm_deltas
 
 
@@ -192,6 +193,7 @@ def _deltas(name: str, block: nn.Module) -> nn.Module:
     counts=(({"num_virtual_tokens": 1}, 820_904),),
     mergeable=False,
     identity_at_start=False,
+    training=Training(1e-3),
 )
 @dataclass
 class HSTConfig(VisualPeftConfig):

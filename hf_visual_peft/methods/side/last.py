@@ -13,6 +13,7 @@ from ...backbone import Block, VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import Placement, SideSite, Tap
+from ...training import Training
 
 
 class LowRankAttention(nn.Module):
@@ -93,6 +94,7 @@ class SidePiece(nn.Module):
     mergeable=False,
     identity_at_start=True,
     gradients="none",
+    training=Training(3e-3),
 )
 @dataclass
 class LASTConfig(VisualPeftConfig):

@@ -16,6 +16,7 @@ from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import Placement, SideSite, Tap
 from ...sites.module import is_quantised_weight
+from ...training import Training
 from ..specification.deltas import Chosen, summed_gradients
 from .pruning import best_stream, parts_of, pruned, why_not
 
@@ -135,6 +136,7 @@ class Rung(nn.Module):
     mergeable=False,
     identity_at_start=False,
     gradients="none",
+    training=Training(1e-3),
 )
 @dataclass
 class LSTConfig(VisualPeftConfig):

@@ -16,6 +16,7 @@ from ...backbone import VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import BranchSite, Placement, SideSite, Tap
+from ...training import Training
 
 
 PLACES = ("attention", "mlp", "block")
@@ -150,6 +151,7 @@ class Bypass(nn.Module):
     mergeable=False,
     identity_at_start=False,
     gradients="none",
+    training=Training(3e-3),
 )
 @dataclass
 class ResTuningConfig(VisualPeftConfig):

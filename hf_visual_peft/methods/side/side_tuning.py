@@ -13,6 +13,7 @@ from ...backbone import VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import Placement, SideSite, Tap
+from ...training import Training
 
 
 class SideTuning(nn.Module):
@@ -81,6 +82,7 @@ class SideTuning(nn.Module):
     mergeable=False,
     identity_at_start=False,
     gradients="none",
+    training=Training(3e-3),
 )
 @dataclass
 class SideTuningConfig(VisualPeftConfig):

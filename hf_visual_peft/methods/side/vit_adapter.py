@@ -14,6 +14,7 @@ from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import Placement, SideSite
 from ...sites.weights import BlockWeightSite, trainable_names
+from ...training import Training
 from ..specification.deltas import Addend
 from .interaction import Extractor, Injector, Interaction
 from .spatial_prior import Pyramid, SpatialPrior
@@ -64,6 +65,7 @@ def _key(name: str) -> str:
     mergeable=False,
     identity_at_start=True,
     gradients="full",
+    training=Training(1e-3),
 )
 @dataclass
 class ViTAdapterConfig(VisualPeftConfig):

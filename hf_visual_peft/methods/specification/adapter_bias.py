@@ -12,6 +12,7 @@ from ...backbone import VisionBackbone
 from ...registry import Paper, register
 from ...sites import LinearSite, Placement
 from ...targets import TargetedConfig
+from ...training import Training
 
 
 class AdapterBias(nn.Module):
@@ -54,6 +55,7 @@ class AdapterBias(nn.Module):
     counts=(({}, 46_092),),
     mergeable=True,
     identity_at_start=True,
+    training=Training(3e-3),
 )
 @dataclass
 class AdapterBiasConfig(TargetedConfig):

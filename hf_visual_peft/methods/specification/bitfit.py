@@ -12,6 +12,7 @@ from ...backbone import VisionBackbone
 from ...registry import Paper, register
 from ...sites import OutputSite, Placement, output_channels
 from ...targets import ANY_CHANNELS, TargetedConfig
+from ...training import Training
 
 
 class Shift(nn.Module):
@@ -59,6 +60,7 @@ class Shift(nn.Module):
     counts=(({}, 102_912),),
     mergeable=True,
     identity_at_start=True,
+    training=Training(3e-3),
 )
 @dataclass
 class BitFitConfig(TargetedConfig):

@@ -12,6 +12,7 @@ from ...backbone import NORM_ROLES, VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import OutputSite, Placement, WeightSite
+from ...training import Training
 from .bitfit import Shift
 from .deltas import Addend, Deltas
 
@@ -59,6 +60,7 @@ def norm_deltas(norm: nn.Module) -> Deltas:
     counts=(({}, 140_544),),
     mergeable=True,
     identity_at_start=True,
+    training=Training(3e-3),
 )
 @dataclass
 class DiffFitConfig(VisualPeftConfig):

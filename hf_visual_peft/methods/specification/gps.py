@@ -16,6 +16,7 @@ from ...calibration import Calibration
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import Placement, WeightSite, as_matrix
+from ...training import Training
 from .deltas import Addend, Deltas, SparseAddend, summed_gradients
 
 
@@ -108,6 +109,7 @@ def head_input(calibration: Calibration, inputs: dict[str, Tensor]) -> Tensor:
     mergeable=True,
     identity_at_start=True,
     calibrated=True,
+    training=Training(3e-3),
 )
 @dataclass
 class GPSConfig(VisualPeftConfig):

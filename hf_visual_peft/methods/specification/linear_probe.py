@@ -10,6 +10,7 @@ from ...backbone import VisionBackbone
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import Placement, whole_module
+from ...training import Training
 
 
 @dataclass
@@ -35,6 +36,7 @@ class WholeModulesConfig(VisualPeftConfig):
     mergeable=True,
     gradients="none",
     identity_at_start=True,
+    training=Training(1e-2),
 )
 @dataclass
 class LinearProbeConfig(WholeModulesConfig):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from ...backbone import VisionBackbone
 from ...registry import Paper, register
 from ...sites import Placement, whole_module
+from ...training import Training
 from .linear_probe import WholeModulesConfig
 
 
@@ -20,6 +21,7 @@ from .linear_probe import WholeModulesConfig
     mergeable=True,
     gradients="partial",
     identity_at_start=True,
+    training=Training(1e-3),
 )
 @dataclass
 class PartialConfig(WholeModulesConfig):

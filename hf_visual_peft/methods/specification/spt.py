@@ -15,6 +15,7 @@ from ...calibration import Calibration
 from ...config import VisualPeftConfig
 from ...registry import Paper, register
 from ...sites import LinearSite, Placement, WeightSite, as_matrix
+from ...training import Training
 from .deltas import summed_gradients
 from .spt_parts import LORA, WHOLE, SPTEntries, SPTLoRA, largest, named_modules, tensors_of
 
@@ -32,6 +33,7 @@ BATCHES = 16  # of the authors' code
     mergeable=True,
     identity_at_start=True,
     calibrated=True,
+    training=Training(1e-3),
 )
 @dataclass
 class SPTConfig(VisualPeftConfig):
