@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader, IterableDataset
 
 from hf_visual_peft import GPSConfig, NotCalibratedError, SCTConfig, SSFConfig, VPTConfig, calibrate
+from hf_visual_peft.calibration import Calibration
 
 
 CONFIGS = {"sct": lambda: SCTConfig(channels=5), "gps": lambda: GPSConfig()}
@@ -125,6 +127,17 @@ def test_images_that_are_not_finite_name_their_batch(name, value):
 )
 def test_batches_without_images_or_labels(name, batch, got):
     broken(rf"batch 1 must be a mapping with the tensors pixel_values and labels, got .*{got}", name, [BATCH, batch])
+
+
+def test_loss_and_contrast_of_images_with_several_classes():
+    """The loss is binary cross entropy; GPS, which contrasts one class an image, refuses."""
+    several = {**images(4), "labels": torch.tensor([[1.0, 0, 1], [0, 0, 0], [0, 1, 0], [1, 1, 1]])}
+    broken(r"GPS contrasts classes: .* got shape \(4, 3\)", "gps", [several])
+    logits = torch.randn(4, 3)
+    model = SimpleNamespace(backbone=SimpleNamespace(heads=["head"]), model=None, output=lambda batch: logits)
+    p, y = logits.sigmoid(), several["labels"]
+    by_hand = -(y * p.log() + (1 - y) * (1 - p).log()).mean()
+    torch.testing.assert_close(Calibration.loss(model, dict(several), "this test"), by_hand)
 
 
 @both_methods

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from recipe_runs import paint
+from recipe_runs import fails, paint
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -209,3 +209,39 @@ def test_bad_clips(run, clips, tmp_path, capsys):
         run(*flags, method="aim", data=data)
     run(*flags, "--skip_corrupt_images", method="aim", data=data, output="skipped")
     assert "2 corrupt ones skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--trust_remote_code"],
+            "--trust_remote_code: code that comes with a data set or a checkpoint is not run here",
+        ),
+        (["--trust_remote_code", "true"], "refs/convert/parquet"),
+        (["--train_split", "none"], "--train_split none: training needs samples; name a split"),
+        (["--train_file", "x.csv"], "one of --dataset_name, --train_dir and --train_file is needed, got 2"),
+        (["--dataset_name", "x"], "one of --dataset_name, --train_dir and --train_file is needed, got 2"),
+    ],
+)
+def test_flags_of_the_data_that_are_refused(run, capsys, flags, message):
+    assert message in fails(capsys, run, *flags)
+
+
+def test_tokens_and_folder_of_what_is_downloaded(run, photos, tmp_path, monkeypatch):
+    """The token of the data goes to the data, the other one to the rest, and neither into any file."""
+    seen = []
+    real = datasets.load_dataset
+
+    def watched(name, *rest, **given):
+        seen.append((given["token"], given["cache_dir"]))
+        given["token"] = None
+        return real(str(photos), *rest, **given)
+
+    monkeypatch.setattr("image_sources.datasets.load_dataset", watched)
+    flags = ("--max_train_steps", 1, "--cache_dir", tmp_path / "cache", "--token", "hf_one")
+    for more, token in (((), "hf_one"), (("--data_token", "hf_two"), "hf_two")):
+        done = run(*flags, *more, data=["--dataset_name", "me/photos"], output=f"out{len(more)}")
+        assert seen.pop() == (token, str(tmp_path / "cache"))
+        texts = [path.read_bytes() for path in done.output.rglob("*") if path.is_file()]
+        assert not any(secret in text for text in texts for secret in (b"hf_one", b"hf_two"))
