@@ -24,14 +24,12 @@ import hf_visual_peft  # first: it silences notices that other packages give whi
 # isort: split
 import argparse
 import functools
-import inspect
 import json
 import math
 import re
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import evaluate
@@ -47,9 +45,9 @@ from huggingface_hub import HfApi
 from image_data import load_processor, prepare_data, save_processor
 from image_sources import load_splits
 from labels import BalancedSampler, Loss, check_flags, class_weights
+from model import load_model
 from optimization import MovingAverage, build_optimizer, build_schedule
 from output_folder import CARD, clear, is_own_readme, publish
-from peft import PeftConfig, PeftModel, get_peft_model
 from prediction import predict
 from screen import Screen, progress_kind
 from stopping import DivergedError, run_readably
@@ -77,78 +75,6 @@ FREE = """config output_dir overwrite_output_dir resume_from_checkpoint checkpoi
     traceback by_default"""
 
 
-# --------------------------------------------------------------------------------------------------------- model
-
-
-def load_model(args: argparse.Namespace, config: PeftConfig | None, names: list[str], several: bool = False) -> Any:
-    """The pretrained model with a head for the classes, and the method applied."""
-    own = {"pretrained_model_name_or_path": args.model_name_or_path, "revision": args.model_revision}
-    own |= {"cache_dir": args.cache_dir, "token": args.token}
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # its table says that the head is new; other gaps are errors below
-    try:
-        model, loading = transformers.AutoModelForImageClassification.from_pretrained(
-            **own, **drop_path_options(args, own), ignore_mismatched_sizes=args.ignore_mismatched_sizes,
-            num_labels=len(names), id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)},
-            problem_type="multi_label_classification" if several else None,
-            dtype=torch.float32, output_loading_info=True,
-        )  # fmt: skip
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-    if hasattr(model.config, "label_names"):  # timm's wrapper would save those of the checkpoint
-        model.config.label_names = list(names)
-    takers = [m for m in model.modules() if "interpolate_pos_encoding" in inspect.signature(m.forward).parameters]
-    if args.interpolate_pos_encoding and not takers:
-        raise ValueError(f"--interpolate_pos_encoding: {type(model).__name__} takes no such argument; leave it away.")
-    if args.method != "full":
-        given = getattr(config, "modules_to_save", None)
-        heads = list(hf_visual_peft.find_backbone(model).heads if given is None else given)
-        fresh = [key for key in loading["missing_keys"] if not key.startswith(tuple(heads))]
-        if fresh:
-            raise ValueError(f"{args.model_name_or_path} lacks weights that would stay random: {', '.join(fresh)}.")
-        if config is None:
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(name.startswith(tuple(f"{head}." for head in heads)))
-        else:
-            adapted = hf_visual_peft.with_visual_targets(config, model)
-            # whoever loads the adapter gets the very checkpoint; a folder has no revisions
-            named = args.model_revision != "main" and not Path(args.model_name_or_path).exists()
-            model = get_peft_model(model, adapted, revision=args.model_revision if named else None)
-        if not isinstance(config, hf_visual_peft.VisualPeftConfig):
-            hf_visual_peft.freeze_norms(model)  # ours do it themselves
-    if args.drop_path_rate:
-        check_drop_path(model, args)
-    if args.gradient_checkpointing:
-        inner = model.get_base_model() if isinstance(model, PeftModel) else model
-        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
-
-
-def drop_path_options(args: argparse.Namespace, own: dict[str, Any]) -> dict[str, Any]:
-    """How `from_pretrained` is told `--drop_path_rate`."""
-    if args.drop_path_rate is None:
-        return {}
-    found = transformers.AutoConfig.from_pretrained(**own)
-    if found.model_type == "timm_wrapper":
-        return {"model_args": {**(found.model_args or {}), "drop_path_rate": args.drop_path_rate}}
-    if not hasattr(found, "drop_path_rate"):
-        raise ValueError(f"--drop_path_rate: {found.model_type} models have no stochastic depth; leave it out.")
-    return {"drop_path_rate": args.drop_path_rate}
-
-
-def check_drop_path(model: nn.Module, args: argparse.Namespace) -> None:
-    """Raise an error where no stochastic depth of the backbone would act in training."""
-    training = {module: module.training for module in model.modules()}
-    model.train()
-    acts = any(type(m).__name__.endswith("DropPath") and m.training for m in model.modules())
-    for module, mode in training.items():
-        module.training = mode
-    if not acts:
-        raise ValueError(
-            f"--drop_path_rate {args.drop_path_rate} acts nowhere in this model with --method {args.method}."
-        )
-
-
 # ------------------------------------------------------------------------------------------------------- training
 
 
@@ -163,7 +89,7 @@ def check_sharded(accelerator: Accelerator, args: argparse.Namespace) -> None:
         "--push_to_hub": args.push_to_hub,
         "--cache_features": args.cache_features,
         "--method full": args.method == "full",
-        "--ema_decay": args.ema_decay is not None,
+        "--ema_decay": getattr(args, "ema_decay", None) is not None,
         "--select other than last": kind == DistributedType.DEEPSPEED and args.select != "last",
     }
     if any(wrong.values()):

@@ -205,3 +205,12 @@ def test_a_run_takes_the_rates(run):
     slow = run(*CHEAP, "--layer_lr_decay", 0.1, "--select", "last", method="bitfit", output="slow")
     plain = run(*CHEAP, "--select", "last", method="bitfit", output="plain")
     assert slow.results["train_loss"] != plain.results["train_loss"]
+
+
+def test_a_head_for_other_classes_is_named_with_the_way_out(run, tmp_path):
+    model = ViTForImageClassification(ViTConfig(**SIZE, intermediate_size=64, num_labels=10))
+    checkpoint = save(model, tmp_path / "ten")
+    flags = ["--model_name_or_path", checkpoint, *CHEAP]
+    with pytest.raises(ValueError, match="is for another number of classes than the 3 of the data: give --ignore_mis"):
+        run(*flags, method="linear")
+    run(*flags, "--ignore_mismatched_sizes", method="linear", output="new")
