@@ -141,7 +141,8 @@ class Runs:
 
     def prepare(self, each: Contestant, inputs: Inputs) -> None:
         """Compile or record what the mode asks for."""
-        torch._dynamo.config.recompile_limit = 64  # one function serves many contestants
+        if self.mode in (COMPILED, PARTLY):
+            torch._dynamo.config.recompile_limit = 64  # one function serves many contestants
         options: Any = {"dynamic": False, "backend": "eager" if self.scale.smoke else "inductor"}
         if self.mode == COMPILED:
             each.model = torch.compile(each.model, **options)  # type: ignore[assignment]
