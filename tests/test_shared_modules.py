@@ -11,6 +11,7 @@ from torch import nn
 from hf_visual_peft import (
     AdaptFormerConfig,
     BitFitConfig,
+    LinearProbeConfig,
     LSTConfig,
     RepAdapterConfig,
     RLRRConfig,
@@ -407,6 +408,20 @@ def test_methods_of_peft_take_them_the_way_that_the_error_names(build, tmp_path)
     model.save_pretrained(tmp_path)
     again = untied(lambda base: PeftModel.from_pretrained(base, tmp_path))
     torch.testing.assert_close(detected(again), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_whole_modules_merge_into_tied_weights_one_by_one():
+    """The linear probe trains a copy of each head; merged, each has its own, and unmerged they are tied again."""
+    base = detector(deformable_detr)
+    tied = dict(base.named_parameters(remove_duplicate=False))
+    model = get_peft_model(base, LinearProbeConfig(init_weights=False)).eval()
+    expected = detected(model)
+    model.merge_adapter()
+    torch.testing.assert_close(detected(model), expected)
+    model.unmerge_adapter()
+    assert torch.equal(detected(model), expected)
+    after = dict(model.unload().named_parameters(remove_duplicate=False))
+    assert all(after[name] is parameter for name, parameter in tied.items())
 
 
 def test_tied_heads_train_as_one(tmp_path):

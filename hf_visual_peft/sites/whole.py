@@ -15,6 +15,7 @@ from .exchange import Exchange
 from .layer import Placement, Shared, Site, VisualTunerLayer
 from .mixed import BASE, check_samples_first, instead_of_forward
 from .module import is_quantised
+from .shifts import put
 
 
 class WholeSite(Site):
@@ -66,6 +67,16 @@ def _state_of(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
+def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Set a tensor of `_state_of` anew, under all names that the module has for it; other modules keep theirs."""
+    tensors = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
+    old, new = tensors[name], tensor
+    for same in [other for other, value in tensors.items() if value is old]:
+        owner, _, last = same.rpartition(".")
+        put(module.get_submodule(owner), last, new)
+        new = getattr(module.get_submodule(owner), last)
+
+
 def _count_outputs(module: nn.Module) -> None:
     """Let linears tell how many outputs they have, as the copy of a head may be for more or fewer classes."""
     for part in module.modules():
@@ -111,7 +122,7 @@ class WholeLayer(VisualTunerLayer, nn.Module):
         assert equation is not None
         if self.merged:  # what was copied are the weights of another adapter
             for name, tensor in _state_of(equation).items():
-                tensor.data = self._before_merge[name].to(tensor, copy=True)
+                tensor.data = self._before_merge[name].detach().to(tensor, copy=True)
         super().add_equation(adapter_name, prefix, slot, site, equation, init_weights, shared)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -181,8 +192,8 @@ class WholeLayer(VisualTunerLayer, nn.Module):
         if safe_merge and not all(value.isfinite().all() for value in new.values()):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
         for name, tensor in _state_of(self.base_layer).items():
-            self._before_merge[name] = tensor.data
-            tensor.data = new[name].data.to(tensor.dtype)
+            self._before_merge[name] = tensor
+            _put(self.base_layer, name, new[name].detach().to(tensor.dtype))
         _count_outputs(self.base_layer)
         self.merged_adapters.extend(names)
 
@@ -192,7 +203,9 @@ class WholeLayer(VisualTunerLayer, nn.Module):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         for name, tensor in _state_of(self.base_layer).items():
-            tensor.data = self._before_merge[name].to(tensor)
+            original = self._before_merge[name]
+            original.data = original.to(tensor)  # the model may have been moved meanwhile
+            _put(self.base_layer, name, original)
         _count_outputs(self.base_layer)
         self._before_merge.clear()
         self.merged_adapters.clear()
