@@ -29,8 +29,9 @@ class VisualPeftConfig(PeftConfig):
     Args:
         layers_to_transform: index or indices of the blocks to adapt, from 0; all by default.
         exclude_modules: names, or a regular expression that matches full names, of modules to leave alone.
-        modules_to_save: further modules to train and save. None means the task head, found by its role in the
-            architecture; `[]` means none.
+        modules_to_save: modules to train copies of and save, by names or ends of names. None means the task head,
+            found by its role in the architecture; `[]` means none. The method leaves these modules out where it would
+            act in them, and says so.
         init_weights: the method's own initialisation, or (False) with random numbers added to every weight.
         train_norm_statistics: let the running statistics of batch norms move; they are then saved with the adapter.
             Else they stay as they are in the backbone.
