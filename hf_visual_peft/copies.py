@@ -52,7 +52,7 @@ def inner(module: nn.Module) -> nn.Module:
     """The module of the backbone, where layers or copies of adapters have been put around it."""
     while isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
         around = isinstance(module, AuxiliaryTrainingWrapper)
-        module = module.original_module if around else module.base_layer  # type: ignore[assignment]
+        module = module.original_module if around else module.base_layer
     return module
 
 
@@ -138,7 +138,7 @@ def _reject(name: str, modules: Mapping[str, nn.Module], class_name: str, config
         named = [path for path in holders if path]
         advice = f"Name the module that holds it: {_listed(named)}." if named else "It belongs to the model itself."
         raise ValueError(f"{start}, which is a parameter, not a module: whole modules are copied. {advice}")
-    short = {path.rpartition(".")[2]: path for path in reversed(modules) if path}
+    short = {path.rpartition(".")[2]: path for path in reversed(list(modules)) if path}
     close = difflib.get_close_matches(name.rpartition(".")[2], [key for key in short if not key.isdigit()], n=3)
     close = difflib.get_close_matches(name, modules, n=1, cutoff=0.8) + [short[key] for key in close]
     advice = f"Did you mean {_listed(dict.fromkeys(close), 'or')}?" if close else "See model.named_modules()."

@@ -183,7 +183,8 @@ _LABELLED = {TrainedCopy: LabelledTrainedCopy, ModulesToSaveWrapper: LabelledCop
 
 
 def _owners_in(model: nn.Module) -> _Owners | None:
-    return next((m.owners for m in model.modules() if isinstance(m, tuple(_LABELLED.values()))), None)
+    labelled: Any = (module for module in model.modules() if isinstance(module, tuple(_LABELLED.values())))
+    return next((module.owners for module in labelled), None)
 
 
 def record(model: nn.Module, adapter_name: str) -> None:

@@ -66,6 +66,9 @@ class VisualTuner(MergingTuner):
 
     tuner_layer_cls = VisualTunerLayer
     target_module_mapping: dict[str, list[str]] = {}
+    _exchange: Exchange
+    _crossing: bool
+    _holders: dict[int, list[tuple[nn.Module, str]]]
     _before: dict[str, Structure] = {}  # what the model was before an adapter whose weights come from a file
 
     def inject_adapter(
@@ -103,7 +106,8 @@ class VisualTuner(MergingTuner):
                 self._inject(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except BaseException:
             before.restore()
-            vars(config).update(fields)
+            for name, value in fields.items():
+                setattr(config, name, value)
             self.peft_config.pop(adapter_name)
             raise
         finally:
@@ -204,7 +208,7 @@ class VisualTuner(MergingTuner):
     def _forget_plan(self) -> None:
         self._placements: dict[str, list[Placement]] = {}
         self._excluded: set[str] = set()
-        self._holders: dict[int, list[tuple[nn.Module, str]]] = {}
+        self._holders = {}
         self._names: dict[str, list[str]] = {}
         self._copied: list[str] = []  # by modules_to_save
         self._left_out: list[str] = []  # those of them in which the method would act
@@ -495,6 +499,7 @@ class VisualTuner(MergingTuner):
             TypeError: `adapter_names` is no list of names.
             ValueError: it does not fit the model or the batch, or the model cannot mix adapters.
         """
+        self._before = {}  # who uses an adapter keeps it
         names = kwargs.get("adapter_names")
         if names is None:
             yield
@@ -608,13 +613,14 @@ class VisualTuner(MergingTuner):
             for key, value in own.items()
             if key in remapped and remapped[key].shape != value.shape
         ]
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        tuner = model.base_model if isinstance(model, PeftModel) else None
+        whole: Any = model
+        base = whole.get_base_model() if isinstance(model, PeftModel) else model
+        tuner = whole.base_model if isinstance(model, PeftModel) else None
         before = tuner._before.pop(adapter_name, None) if isinstance(tuner, VisualTuner) else None
         if wrong:
             if before is not None:  # the adapter was put in for this file
                 before.restore()
-                model.peft_config.pop(adapter_name)
+                whole.peft_config.pop(adapter_name)
             trained_on = config.base_model_name_or_path or "a model whose name was not recorded"
             raise ValueError(
                 f"The adapter was trained on {trained_on} and does not fit this {type(base).__name__}: {wrong[0]}"
