@@ -30,7 +30,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import evaluate
 import torch
@@ -97,13 +97,19 @@ def check_sharded(accelerator: Accelerator, args: argparse.Namespace) -> None:
         raise ValueError(f"{kind.value} does not go with {names}.")
 
 
+class Measures(NamedTuple):
+    """What is measured on a split: the figures and the loss."""
+
+    figures: Any
+    loss: Loss
+
+
 @torch.no_grad()
 def evaluate_split(
     accelerator: Accelerator,
     model: nn.Module,
     loader: DataLoader[Any],
-    metrics: Any,
-    criterion: Loss,
+    metrics: Measures,
     inputs: dict[str, Any],
     name: str,
 ) -> dict[str, float]:
@@ -111,20 +117,18 @@ def evaluate_split(
     model.eval()
     losses = []
     for batch in tqdm(loader, desc=f"Evaluate on {name}", leave=False, disable=not Screen.bars):
-        labels, real = (
-            batch.pop("labels"),
-            batch.pop("real", None),
-        )  # the latter: of a stream, whose batches are filled
+        labels = batch.pop("labels")
+        real = batch.pop("real", None)  # of a stream, whose batches are filled
         logits = model(**batch, **inputs).logits.float()
-        loss = criterion.samples(logits, labels)
+        loss = metrics.loss.samples(logits, labels)
         logits, labels, loss = accelerator.gather_for_metrics((logits, labels, loss))
         if real is not None:
             logits, labels, loss = (tensor[accelerator.gather(real)] for tensor in (logits, labels, loss))
         if not logits.isfinite().all():
             raise DivergedError(f"predictions on {name} are not finite")
-        metrics.add_batch(predictions=logits, references=labels)
+        metrics.figures.add_batch(predictions=logits, references=labels)
         losses.append(loss)
-    return {**metrics.compute(), "loss": torch.cat(losses).mean().item()}
+    return {**metrics.figures.compute(), "loss": torch.cat(losses).mean().item()}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -202,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         scores = [Accuracy(**memory), MeanPerClassAccuracy(**memory), MacroF1(**memory)]
         if args.top_k or len(names) > 5:
             scores.append(TopKAccuracy(k=args.top_k or 5, **memory))
-    metrics = evaluate.combine(scores)
+    metrics = Measures(evaluate.combine(scores), criterion)
 
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     if deepspeed:  # the loaders are prepared before the model
@@ -249,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     }
 
     def validate() -> dict[str, float]:
-        return evaluate_split(accelerator, wrapped, loaders["validation"], metrics, criterion, inputs, "validation")
+        return evaluate_split(accelerator, wrapped, loaders["validation"], metrics, inputs, "validation")
 
     training = Training(
         accelerator, args, model, wrapped, optimizer, scheduler, loaders["train"], data["train"],
@@ -280,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     kept = progress.kept or {"epoch": training.epoch_number(), "step": progress.step}
     results = {name if name in ("epoch", "step") else f"eval_{name}": value for name, value in kept.items()}
     if "test" in loaders:
-        found = evaluate_split(accelerator, wrapped, loaders["test"], metrics, criterion, inputs, "test")
+        found = evaluate_split(accelerator, wrapped, loaders["test"], metrics, inputs, "test")
         results |= {f"test_{name}": value for name, value in found.items()}
     accelerator.log({name: value for name, value in results.items() if name.startswith("test")}, step=progress.step)
     results["train_loss"] = progress.train_loss[0] / max(progress.train_loss[1], 1)

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 import hf_visual_peft
 
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
 DECOUPLED = {"decoupled_weight_decay": True}
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adamw_torch": (torch.optim.AdamW, {}),
@@ -104,12 +105,12 @@ class MovingAverage:
     """
 
     def __init__(self, parameters: list[nn.Parameter], decay: float) -> None:
-        def step(average: Tensor, value: Tensor, count: Tensor | int) -> Tensor:
-            n = int(count)
-            return torch.lerp(average, value, 1 - min(decay, (1 + n) / (10 + n)))
+        def step(averages: Tensors, values: Tensors, count: Tensor | int) -> None:
+            n = int(self.average.n_averaged)  # `count` is a copy on the device, for which this would wait
+            torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + n) / (10 + n)))
 
         self.parameters = parameters
-        self.average = AveragedModel(nn.ParameterList(parameters), avg_fn=step)
+        self.average = AveragedModel(nn.ParameterList(parameters), multi_avg_fn=step)
         self.average.update_parameters(nn.ParameterList(parameters))  # begins with what is there
 
     def update(self) -> None:
