@@ -254,7 +254,7 @@ def test_labels_of_videos_give_a_loss(config, name):
 
 @every_config
 def test_images_are_refused(config):
-    model = get_peft_model(FAMILIES["vit"].model(), config)
+    model = get_peft_model(FAMILIES["vit"].model(), copy.copy(config))
     for pixels in (torch.zeros(2, 3, SIZE, SIZE), torch.zeros(1, 2, 3, 3, SIZE, SIZE)):
         message = rf"pixel_values has shape \({', '.join(map(str, pixels.shape))}\).*\(batch, frames, channels, height"
         for call in (lambda p=pixels: model(p), lambda p=pixels: model(pixel_values=p)):
@@ -293,7 +293,7 @@ def test_copies_have_frames_of_their_own(config, tmp_path):
 
 @every_config
 def test_bare_backbones_give_every_frame(config):
-    model = get_peft_model(FAMILIES["vit"].backbone(), config).eval()
+    model = get_peft_model(FAMILIES["vit"].backbone(), copy.copy(config)).eval()
     assert model(videos(2, 3)).last_hidden_state.shape == (6, 1 + PATCHES, WIDTH)
 
 
@@ -305,7 +305,7 @@ def test_backbones_without_one_grid_are_refused(config, name, why):
     model = FAMILIES[name].model()
     modules = {key: id(module) for key, module in model.named_modules()}
     with pytest.raises(ValueError, match=rf"{type(config).__name__} does not fit .*{why}: videos need images of one"):
-        get_peft_model(model, config)
+        get_peft_model(model, copy.copy(config))
     assert modules == {key: id(module) for key, module in model.named_modules()}
 
 
