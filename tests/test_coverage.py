@@ -248,6 +248,17 @@ def test_markdown():
     assert f"| vpt | ✓ {reasons['no other image size: 17 tokens']} |" in lines
     assert f"| vpt | - {reasons['no tokens']} |" in lines
     assert f"| ssf | · {reasons['natten is not installed']} |" in lines
+    assert (
+        "| vit | ViTModel | `classifier` | 2 of 2 |" in lines or "| vit | ViTModel | `classifier` | 3 of 3 |" in lines
+    )
+
+
+def test_heads_and_what_is_read():
+    lines = [" ".join(line.split()) for line in report.heads_table(["clip", "beit_segmentation"]).splitlines()]
+    assert lines[2:] == [
+        "| clip | CLIPVisionModel | `classifier` | 3 of 3 |",
+        "| beit_segmentation | BeitModel | `fpn`, `decode_head`, `auxiliary_head` | 3 of 4 |",
+    ]
 
 
 def coverage(*arguments):

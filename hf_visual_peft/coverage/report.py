@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 
+from ..finding import find_backbone
 from ..peft_methods import PEFT_METHODS
 from ..tables import format_table
 from .cell import Cell
@@ -36,6 +39,9 @@ _LEGEND = (
     "✓ works, - not applicable, · skipped for want of a package, ✗ fails. A number is that of the reason or, where a "
     "cell works, of a restriction; the reasons are below the tables."
 )
+_HEADS = """What trains beside an adapter where `modules_to_save` is None, and how many blocks the model around the
+backbone reads; adapters stand at no others. Where no table names the head of a model, what stands beside its backbone
+counts, and a warning says so."""
 
 
 def to_json(matrix: Matrix) -> str:
@@ -111,8 +117,22 @@ def summary(matrix: Matrix) -> str:
     return format_table(header, rows, right=header[1:])
 
 
+def heads_table(rows: Iterable[str]) -> str:
+    """Which head trains with an adapter by default, a row an architecture: a table."""
+    lines = []
+    for row in rows:
+        if MODELS[row].missing_package:
+            lines.append([row, "", "skipped", ""])
+            continue
+        backbone = find_backbone(MODELS[row].build())
+        names = dict.fromkeys(re.sub(r"\.\d+$", ".*", path) for path in backbone.heads)
+        read = f"{backbone.depth} of {backbone.depth + backbone.unread}"
+        lines.append([row, backbone.class_name, ", ".join(f"`{name}`" for name in names) or "none", read])
+    return format_table(["architecture", "backbone", "head that trains", "blocks that are read"], lines)
+
+
 def to_markdown(matrix: Matrix) -> str:
-    """The page: shares by kind, for each kind a table with methods as rows, one with peft's, and the reasons."""
+    """The page: shares by kind, for each kind a table with methods as rows, one with peft's, heads, and reasons."""
     reasons: dict[str, int] = {}
 
     def shown(cell: Cell | None) -> str:
@@ -132,6 +152,7 @@ def to_markdown(matrix: Matrix) -> str:
             lines = [[name, *(shown(matrix[row].get(name)) for row in rows)] for name in group]
             if lines:
                 parts.append(f"{format_table([header, *rows], lines)}\n")
+    parts.append(f"## Task heads\n\n{_HEADS}\n\n{heads_table(matrix)}\n")
     if reasons:
         listed = [f"{number}. {reason}" for reason, number in reasons.items()]
         parts.append("## Reasons\n\n" + "\n".join(listed) + "\n")
