@@ -389,7 +389,7 @@ def test_methods_take_detectors_with_tied_heads(build, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:No table names the task head")
-@every_detector
+@pytest.mark.parametrize("build", [rt_detr_v2, grounding_dino])
 def test_methods_of_peft_take_them_the_way_that_the_error_names(build, tmp_path):
     config = LoraConfig(r=2, init_lora_weights=False)
     with pytest.raises(ValueError, match=r"Set model.config.tie_word_embeddings = False before with_visual_targets"):
