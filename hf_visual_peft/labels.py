@@ -197,7 +197,8 @@ def record(model: nn.Module, adapter_name: str) -> None:
         adapter_name: which of them.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    labels, config = Labels.of_model(base), model.peft_config[adapter_name]
+    configs: Any = model.peft_config
+    labels, config = Labels.of_model(base), configs[adapter_name]
     holders = [module for module in base.modules() if isinstance(module, ModulesToSaveWrapper | WholeLayer)]
     owners = _owners_in(base)
     if owners is not None:
