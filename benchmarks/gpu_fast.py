@@ -381,7 +381,7 @@ def cases(part: str, device: torch.device, smoke: bool, methods: Sequence[str] =
     by_part: dict[str, Callable[[], list[Case]]] = {
         "base": lambda: some("vit_b", EAGER, everything),
         "small": lambda: some("vit_s", EAGER, everything),
-        "graph": lambda: some("vit_b", GRAPH, SOME),
+        "graph": lambda: some("vit_b", GRAPH, ("peft-lora", *TARGETED)),
         "compile": lambda: some("vit_b", COMPILED, SOME),
         "adapter": lambda: some("vit_b", PARTLY, SOME),
         "large": lambda: some("vit_l", EAGER, LARGE),

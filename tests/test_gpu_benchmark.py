@@ -274,7 +274,8 @@ def test_page():
         row("right", "vit/ssf", numbers={"output": 1e-6, "gradient": 2e-6}, refused={}, failed={}),
         row("right", "vit/lst", "failed", numbers={"output": 3e-6, "gradient": 1e-6}, failed={"mixing": "off by 1"}),
         row("sync", "vit/ssf"),
-        row("sync", "vit/lst", "failed", failed={"float32": "lst.py:1"}),
+        row("sync", "vit/lst", "failed", waits={"float32": {"lst.py:1": 1, "torch/cuda/__init__.py:9": 1}}),
+        row("sync", "vit/vpt", "failed", waits={"float32": {"torch/cuda/__init__.py:9": 1}}),
         row("limit", "vit_l/lst", fits=512, fails=576, peak=2**36),
         row("cache", "lst", **dict.fromkeys(gpu_page.CACHE_COLUMNS, 1234.5)),
     ]
@@ -287,14 +288,14 @@ def test_page():
     assert table["ssf"] == ["1.14", "1.25", "2.00", "0.10", "12.5", "40.0", "1", "0.03", "2"]
     assert table["adaptformer"][0] == "-"
     assert list(table)[2:] == ["*F*", "lst", "*A*", "adaptformer", "ssf", "full"]
-    assert found["adaptformer: step / A"] == ["at most 1.10", "1.050", "yes"]
-    assert found["ssf: step / A"] == ["at most 1.20", "1.250", "**no**"]
-    assert found["lst: step / F"] == ["at most 1.25", "1.300", "**no**"]
-    assert found["lst: peak / full's"] == ["at most 0.25", "0.200", "yes"]
+    assert found["adaptformer: step / A"] == ["at most 1.10", "1.050", "yes", "-"]
+    assert found["ssf: step / A"] == ["at most 1.20", "1.250", "**no**", "1.100"]
+    assert found["lst: step / F"] == ["at most 1.25", "1.300", "**no**", "-"]
+    assert found["lst: peak / full's"] == ["at most 0.25", "0.200", "yes", "-"]
     assert "The host sets the pace, launching kernels, of: ssf." in flat
     assert "- base, vit_b/eager/vpt: RuntimeError: out of everything" in text
     assert "- right, vit/lst: mixing: off by 1" in text
-    assert "In 1 of 2 cases" in flat
+    assert "In 2 of 3 cases" in flat
     assert "It does in: vit/lst." in flat
     assert found["vit"] == ["1 of 2", "3.0e-06 (lst)", "2.0e-06 (ssf)"]
     modes = cells([parts[parts.index("#### Graphs and compilers, ViT-B/16") + 2]])
