@@ -101,8 +101,14 @@ def test_runs_of_a_sweep_share_features(trained, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--cache_features", "f"), "--cache_views N for N fixed augmentations of each training image"),
-        (("--cache_features", "f", "--train_crop", "none"), "--horizontal_flip 0 for none"),
+        (
+            ("--cache_features", "f", "--horizontal_flip", "0.5"),
+            "--cache_views N for N fixed augmentations of each training image",
+        ),
+        (
+            ("--cache_features", "f", "--train_crop", "none", "--horizontal_flip", "0.5"),
+            "--horizontal_flip 0 for none",
+        ),
         (("--cache_features", "f", *PLAIN, "--cache_views", "2"), "all are equal"),
         (("--cache_views", "2"), "--cache_views needs --cache_features"),
     ],
