@@ -17,10 +17,8 @@ from hf_visual_peft import (
     AdaptFormerConfig,
     ARCConfig,
     AttnScaleConfig,
-    BitFitConfig,
     ConvpassConfig,
     DiffFitConfig,
-    FacTConfig,
     HoulsbyConfig,
     LinearProbeConfig,
     LSTConfig,
@@ -186,7 +184,7 @@ PARTS = [
 
 
 @pytest.mark.parametrize("names", PARTS, ids=str)
-@pytest.mark.parametrize("config_cls", [RepAdapterConfig, ARCConfig, SSFConfig, BitFitConfig, FacTConfig])
+@pytest.mark.parametrize("config_cls", [RepAdapterConfig, ARCConfig, SSFConfig])
 def test_what_folds_into_copies_merges_right(config_cls, names, tmp_path):
     small = {key: value for key, value in SMALL.items() if key in config_cls.__dataclass_fields__}
     model, _ = said(vit(), config_cls(**small, modules_to_save=["classifier", *names], init_weights=False))
