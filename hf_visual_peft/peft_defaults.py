@@ -12,7 +12,9 @@ model types of the role tables get their entries, as vision papers use these met
 | LN tuning | all norms of the backbone but batch norms: on ViT-B/16 38,400 parameters |
 
 peft knows no more than the model type, so that some things need naming in `target_modules`; `with_visual_targets`
-(`peft_methods.py`) looks at the model itself and leaves nothing to name.
+(`peft_methods.py`) looks at the model itself and leaves nothing to name. Of multimodal models peft has entries of its
+own (BLIP-2, Gemma 4, Llama 4) or none; these stay, so that `LoraConfig()` adapts the language model there or asks for
+`target_modules`, and `with_visual_targets(LoraConfig(), model)` the vision tower.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -45,6 +47,11 @@ _HOLDERS = {
     "conditional_detr": r"model\.backbone\.model",
     "deformable_detr": r"model\.backbone\.model",
     "rt_detr": r"model\.backbone\.model",
+    "rt_detr_v2": r"model\.backbone\.model",
+    "d_fine": r"model\.backbone\.model",
+    "depth_anything": r"backbone",
+    "prompt_depth_anything": r"backbone",
+    "dpt": r"backbone",  # or one of its own
 }
 _HELD = "held"  # in place of a model type: a backbone in one of these
 _FEEDFORWARD = "IA3 feedforward"  # beside its targets IA3 looks up which of them are in the MLP
@@ -77,12 +84,13 @@ _NAMED_ALIKE = frozenset({"perceiver", "siglip", "siglip_vision_model", "siglip2
 _TRANSPOSED = frozenset({"imagegpt"})  # its linears are `Conv1D`, which OSF passes by without a word
 # models with a second tower or a decoder whose modules are called as those of the backbone
 _AMBIGUOUS = _NAMED_ALIKE | {
-    *("blip-2", "clip", "clipseg", "hiera", "metaclip_2", "owlv2", "owlvit", "videomae", "vit_mae"),
+    *("blip-2", "clip", "clipseg", "dpt", "hiera", "metaclip_2", "owlv2", "owlvit", "videomae", "vit_mae"),
 }
 
 _added: dict[tuple[str, str], Targets] = {}
 _timm: dict[str, Architecture] = {}
 _held: dict[str, dict[str, None]] = {}  # patterns by method
+_owned: dict[tuple[str, str], str] = {}  # by method and model type, of holders that have backbones of their own, too
 
 
 def add_defaults(architecture: Architecture) -> None:
@@ -94,14 +102,17 @@ def add_defaults(architecture: Architecture) -> None:
     """
     for model_type in architecture.model_types:
         for method, mapping, targets in _targets_by_method(architecture, model_type):
+            if model_type in _HOLDERS and isinstance(targets, str):
+                _owned[method, model_type] = targets
+                targets = _in_holder(method, model_type)
             _add(method, mapping, model_type, targets)
     if any(name.endswith("Backbone") for name in architecture.backbones):
         for method, mapping, found in _targets_by_method(architecture, _HELD):
             patterns = _held.setdefault(method, {})
             if isinstance(found, str) and found not in patterns:
                 patterns[found] = None
-                for holder, path in _HOLDERS.items():
-                    _add(method, mapping, holder, rf"{path}\.{_one_of(patterns)}")
+                for holder in _HOLDERS:
+                    _add(method, mapping, holder, _in_holder(method, holder))
     names = [name for name in architecture.backbones if name.startswith("timm.") and ":" not in name]
     if names:
         _timm.update(dict.fromkeys(names, architecture))
@@ -109,6 +120,13 @@ def add_defaults(architecture: Architecture) -> None:
         for together in zip(*(_targets_by_method(table, TIMM_WRAPPER) for table in tables), strict=True):
             method, mapping, _ = together[0]
             _add(method, mapping, TIMM_WRAPPER, _union([targets for _, _, targets in together]))
+
+
+def _in_holder(method: str, holder: str) -> str:
+    """The pattern of all backbones that a model may hold, and of its own where it has one."""
+    patterns, own = _held.get(method), _owned.get((method, holder))
+    held = rf"{_HOLDERS[holder]}\.{_one_of(patterns)}" if patterns else None
+    return "|".join(filter(None, (own, held)))
 
 
 def _targets_by_method(architecture: Architecture, model_type: str) -> Iterator[tuple[str, dict[str, Any], Targets]]:

@@ -96,9 +96,9 @@ def _copy(model: nn.Module, on_meta: bool) -> nn.Module:
 
 def _images(tower: nn.Module) -> dict[str, Tensor]:
     """One image, or video, of the size that the tower is made for; patches where it takes these."""
-    config = getattr(tower, "config", None)
+    config: Any = getattr(tower, "config", None)
     weight = next(p for p in tower.parameters() if p.is_floating_point())
-    made = {"dtype": weight.dtype, "device": weight.device}
+    made: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
     convolutions = (m for m in tower.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
     first = next(convolutions, None)
     if first is None and getattr(config, "num_patches", None):

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -133,7 +134,7 @@ def _has_task(module: nn.Module) -> bool:
 
 def _of_task_model(model: nn.Module, outer: str, path: str) -> tuple[str, ...]:
     """Heads of a model of transformers."""
-    module = model.get_submodule(outer)
+    module: Any = model.get_submodule(outer)
     if not _has_task(module) or module.get_output_embeddings() is not None:  # its head is that of a language model
         return ()
     inner = path.removeprefix(f"{outer}.").partition(".")[0]

@@ -315,3 +315,36 @@ def test_backbones_that_others_hold(name, config_cls):
     exact = adapted(with_visual_targets(config_cls(), MODELS[name].build()))
     assert exact
     assert adapted(config_cls()) == exact
+
+
+VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+VIT |= {"image_size": 32, "patch_size": 8}
+NECK = {"neck_hidden_sizes": [8, 8], "reassemble_factors": [1, 1], "fusion_hidden_size": 8}
+
+
+def _maps():
+    return tf.Dinov2Config(**VIT, out_features=["stage1", "stage2"], reshape_hidden_states=False)
+
+
+@pytest.mark.parametrize("config", [LoraConfig, LNTuningConfig])
+@pytest.mark.parametrize(
+    ("make", "blocks"),
+    [
+        (lambda: tf.DPTForDepthEstimation(tf.DPTConfig(backbone_config=_maps(), **NECK)), "backbone.encoder.layer."),
+        (lambda: tf.DPTForDepthEstimation(tf.DPTConfig(**VIT, backbone_out_indices=[0, 1], **NECK)),
+         "dpt.encoder.layer."),
+        (lambda: tf.DepthAnythingForDepthEstimation(
+            tf.DepthAnythingConfig(backbone_config=_maps(), patch_size=8, reassemble_hidden_size=16, **NECK)),
+         "backbone.encoder.layer."),
+    ],
+    ids=["dpt_dinov2", "dpt", "depth_anything"],
+)  # fmt: skip
+def test_depth_models_hold_backbones_of_their_own_or_of_others(make, blocks, config):
+    model = get_peft_model(make(), config())
+    names = trained(model)
+    inside = {name for name in names if blocks in name}
+    kinds = {part for name in inside for part in ("query", "value", "q_proj", "v_proj", "norm") if part in name}
+    assert len(inside) >= 8
+    if config is LoraConfig:
+        assert kinds in ({"query", "value"}, {"q_proj", "v_proj"})
+        assert names == inside
