@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hf_visual_peft import GPSConfig, NotCalibratedError, SCTConfig, SSFConfig, VPTConfig, calibrate
 from hf_visual_peft.calibration import Calibration
+from hf_visual_peft.sites.block_checks import NormFirst
 
 
 CONFIGS = {"sct": lambda: SCTConfig(channels=5), "gps": lambda: GPSConfig()}
@@ -78,9 +79,14 @@ def snapshot(model):
         "active": {
             n: (m.active_adapters, m.disable_adapters) for n, m in modules.items() if isinstance(m, BaseTunerLayer)
         },
-        "hooks": {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in modules.items()},
+        "hooks": {n: (len(m._forward_hooks), _lasting(m._forward_pre_hooks)) for n, m in modules.items()},
         "hooks of parameters": {n: len(p._post_accumulate_grad_hooks or ()) for n, p in model.named_parameters()},
     }
+
+
+def _lasting(hooks):
+    """How many there are, but for those that look at the first call and then go."""
+    return sum(not isinstance(getattr(hook, "__self__", None), NormFirst) for hook in hooks.values())
 
 
 def assert_unchanged(before, model):

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers as tf
 from peft import get_peft_model
 from test_hierarchical import assert_close
 
@@ -51,7 +50,7 @@ def test_a_role_missing_in_one_block(role):
 def test_two_candidates_for_a_role(role, monkeypatch):
     model = MODELS["swin"].model()
     other = "mlp.fc1" if role != "norm1" else "layernorm_after"
-    table = replace(architecture_of(tf.SwinModel), **{role: (SWIN_ROLES[role], other)})
+    table = replace(architecture_of(model.swin), **{role: (SWIN_ROLES[role], other)})
     monkeypatch.setitem(tables._ARCHITECTURES, "SwinModel", table)
     path = "swin.encoder.layers.0.blocks.0"
     with pytest.raises(

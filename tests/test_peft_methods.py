@@ -228,6 +228,9 @@ def test_model_types_and_models_agree():
                 found, exact = found - behind, {p for p in exact if not (behind and p.endswith(("value", "v_proj")))}
             if name == "osf":  # which passes convolutions by
                 found = {path for path in found if not isinstance(model.get_submodule(path), nn.Conv2d)}
+            if architecture in ("beit_segmentation", "dpt_depth"):  # which leave parts of their backbone unread
+                assert found >= exact, (architecture, name)
+                continue
             assert found == exact, (architecture, name)
             compared[name] += 1
     assert min(compared.values()) > 25, compared

@@ -46,6 +46,7 @@ SMALL_OF_PEFT: dict[str, dict[str, Any]] = {
     "shira": {"r": 2},
     "supertuning": {"sparsity": 0.5},
     "tinylora": {"init_weights": True},  # its random start is too large for random models
+    "osf": {"init_weights": True},  # likewise: a product of three random matrices, where rounding shows
     "vblora": {"r": 2, "num_vectors": 8, "vector_length": 2},
     "waveft": {"n_frequency": 8},
 }
