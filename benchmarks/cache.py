@@ -34,12 +34,12 @@ from transformers.utils import logging as transformers_logging
 
 import hf_visual_peft
 from hf_visual_peft import CachedFeatures, FeatureCache
+from hf_visual_peft.cli.tables import format_table
 from hf_visual_peft.demo.digits import CLASSES, load_digits
 from hf_visual_peft.demo.models import forward_options, load_classifier
 from hf_visual_peft.demo.weights import DESCRIPTION, demo_checkpoint
-from hf_visual_peft.feature_cache.storage import size
-from hf_visual_peft.hub import write_aside
-from hf_visual_peft.tables import format_table
+from hf_visual_peft.features.storage import size
+from hf_visual_peft.sharing.hub import write_aside
 
 
 ROOT = Path(__file__).parents[1]
@@ -125,7 +125,7 @@ def compare_storage(numbers: int, count: int, folder: Path, rounds: int) -> dict
     """Seconds to read a random batch: as we do, through a memory map of safetensors, and from Arrow."""
     from safetensors import safe_open
 
-    from hf_visual_peft.feature_cache.storage import Layout, open_folder
+    from hf_visual_peft.features.storage import Layout, open_folder
 
     layout = Layout("0", {}, count, 1, "float32", {"features": [numbers]}, {})
     shards = open_folder(folder / "shards", layout, read_only=False)

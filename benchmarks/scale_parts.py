@@ -39,7 +39,7 @@ from transformers import (
 )
 
 import hf_visual_peft
-from hf_visual_peft.peft_methods import PEFT_METHODS
+from hf_visual_peft.peft_methods.methods import PEFT_METHODS
 
 
 HERE = Path(__file__).parent

@@ -10,7 +10,7 @@ from step_rounds import ACTIVATIONS, FORWARD, FULL, Contestant, Setup, build_mod
 from torch import nn
 
 import hf_visual_peft
-from hf_visual_peft.peft_methods import PEFT_METHODS
+from hf_visual_peft.peft_methods.methods import PEFT_METHODS
 
 
 PEFT_BASELINES = {"peft-lora": "lora", "peft-ln-tuning": "ln_tuning", "peft-ia3": "ia3"}

@@ -14,20 +14,21 @@ from . import third_party_notices  # noqa: F401  first: the notices come while p
 
 
 # isort: split
-from .architectures import Architecture, register_architecture, register_heads
-from .backbone import BackboneError, VisionBackbone
-from .calibration import NotCalibratedError, calibrate
-from .config import VisualPeftConfig
-from .feature_cache import CachedFeatures, FeatureCache
-from .finding import find_backbone
-from .frozen_norms import freeze_norms, norms_with_statistics, thaw_norms
-from .interpolation import Interpolation, interpolate
-from .labels import teach_peft
-from .parameters import parameter_groups
-from .peft_methods import with_visual_targets
-from .pyramid import feature_pyramid
-from .registry import get_method, list_methods, load_methods
-from .split_attention import SplitAttention, merge_attention, split_attention
+from .backbones.architectures import Architecture, register_architecture, register_heads
+from .backbones.backbone import BackboneError, VisionBackbone
+from .backbones.finding import find_backbone
+from .backbones.frozen_norms import freeze_norms, norms_with_statistics, thaw_norms
+from .backbones.split_attention import SplitAttention, merge_attention, split_attention
+from .core.calibration import NotCalibratedError, calibrate
+from .core.config import VisualPeftConfig
+from .core.registry import get_method, list_methods, load_methods
+from .features import CachedFeatures, FeatureCache
+from .features.pyramid import feature_pyramid
+from .peft_methods.methods import with_visual_targets
+from .sharing import hub
+from .sharing.labels import teach_peft
+from .training.interpolation import Interpolation, interpolate
+from .training.parameters import parameter_groups
 
 
 load_methods()
@@ -51,6 +52,7 @@ __all__ = [
     "find_backbone",
     "freeze_norms",
     "get_method",
+    "hub",
     "interpolate",
     "list_methods",
     "merge_attention",

@@ -33,7 +33,7 @@ from training_options import (
 )
 
 import hf_visual_peft
-from hf_visual_peft.peft_methods import PEFT_METHODS, PeftMethod, any_method
+from hf_visual_peft.peft_methods.methods import PEFT_METHODS, PeftMethod, any_method
 
 
 def literal(text: str) -> Any:

@@ -14,7 +14,7 @@ from screen import Screen
 from torch import nn
 
 from hf_visual_peft import CachedFeatures, FeatureCache
-from hf_visual_peft.feature_cache import fingerprint
+from hf_visual_peft.features import fingerprint
 
 
 def check_augmentation(args: argparse.Namespace) -> None:

@@ -57,7 +57,6 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from training import Training
 
-from hf_visual_peft import hub
 from hf_visual_peft.metrics import (
     Accuracy,
     MacroF1,
@@ -66,6 +65,7 @@ from hf_visual_peft.metrics import (
     MultilabelF1,
     TopKAccuracy,
 )
+from hf_visual_peft.sharing import hub
 
 
 # flags that may change when a run resumes

@@ -24,7 +24,7 @@ from PIL import Image
 from screen import Screen
 from tqdm.auto import tqdm
 
-from hf_visual_peft import hub
+from hf_visual_peft.sharing import hub
 
 
 CROPS = {

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard
 
-from hf_visual_peft.card import is_generated
+from hf_visual_peft.sharing.card import is_generated
 
 
 CARD = "README.md"

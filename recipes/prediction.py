@@ -38,8 +38,6 @@ from tqdm.auto import tqdm
 from training_options import SWITCH
 from transformers.utils import cached_file, find_adapter_config_file
 
-from hf_visual_peft.card import PROCESSOR_NAME, TIMM_PROCESSOR
-from hf_visual_peft.hub import write_aside
 from hf_visual_peft.metrics import (
     Accuracy,
     CalibrationError,
@@ -52,6 +50,8 @@ from hf_visual_peft.metrics import (
     TopKAccuracy,
 )
 from hf_visual_peft.metrics.inputs import per_class
+from hf_visual_peft.sharing.card import PROCESSOR_NAME, TIMM_PROCESSOR
+from hf_visual_peft.sharing.hub import write_aside
 from hf_visual_peft.sites import WholeLayer
 
 

@@ -15,8 +15,8 @@ from accelerate.utils import LoggerType
 from optimization import OPTIMIZERS
 from transformers.hf_argparser import string_to_bool
 
-from hf_visual_peft.peft_methods import any_method
-from hf_visual_peft.training import ALL_WEIGHTS, HEAD_ALONE
+from hf_visual_peft.peft_methods.methods import any_method
+from hf_visual_peft.training.defaults import ALL_WEIGHTS, HEAD_ALONE
 
 
 TRACKERS = sorted(LoggerType.list())

@@ -12,14 +12,14 @@ from transformers import BertConfig, BertModel, ViTConfig, ViTForImageClassifica
 
 import hf_visual_peft
 from hf_visual_peft import AdaptFormerConfig, Architecture, BackboneError, ConvpassConfig, SSFConfig, VPTConfig
-from hf_visual_peft.architectures.table import _ARCHITECTURES
-from hf_visual_peft.backbone import BLOCK_ROLES
+from hf_visual_peft.backbones.architectures.table import _ARCHITECTURES
+from hf_visual_peft.backbones.backbone import BLOCK_ROLES
 
 
 @pytest.fixture
 def _tables(monkeypatch):
     """Tables registered in a test are gone after it."""
-    monkeypatch.setattr("hf_visual_peft.architectures.table._ARCHITECTURES", dict(_ARCHITECTURES))
+    monkeypatch.setattr("hf_visual_peft.backbones.architectures.table._ARCHITECTURES", dict(_ARCHITECTURES))
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader, IterableDataset
 
 from hf_visual_peft import GPSConfig, NotCalibratedError, SCTConfig, SSFConfig, VPTConfig, calibrate
-from hf_visual_peft.calibration import Calibration
+from hf_visual_peft.core.calibration import Calibration
 from hf_visual_peft.sites.block_checks import NormFirst
 
 

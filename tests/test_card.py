@@ -14,8 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 import hf_visual_peft
-from hf_visual_peft.card import Run, SavedAdapter, build_card, is_generated, is_hub_id
-from hf_visual_peft.hub import add_usage_to_card, write_card
+from hf_visual_peft.sharing.card import Run, SavedAdapter, build_card, is_generated, is_hub_id
+from hf_visual_peft.sharing.hub import add_usage_to_card, write_card
 
 
 METHODS = hf_visual_peft.list_methods()
@@ -344,7 +344,7 @@ def test_the_card_survives_another_version_of_peft(tmp_path):
 
 
 def test_the_package_carries_the_template():
-    template = Path(hf_visual_peft.__file__).with_name("card_template.md")
+    template = Path(hf_visual_peft.__file__).parent / "sharing" / "card_template.md"
     assert "{{ usage }}" in template.read_text()
     saved = json.dumps(build_card(config_of("vpt")).data.to_dict())
     assert "{{" not in saved + build_card(config_of("vpt")).text

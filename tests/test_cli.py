@@ -7,9 +7,9 @@ import sys
 import pytest
 
 import hf_visual_peft
-from hf_visual_peft.cli import main
-from hf_visual_peft.peft_methods import PEFT_METHODS
-from hf_visual_peft.tables import format_table
+from hf_visual_peft.cli.main import main
+from hf_visual_peft.cli.tables import format_table
+from hf_visual_peft.peft_methods.methods import PEFT_METHODS
 
 
 def test_methods_table_has_every_method(capsys):
@@ -53,7 +53,7 @@ def test_methods_json_says_what_the_registry_says(capsys):
 
 @pytest.mark.slow
 def test_methods_as_a_process():
-    command = [sys.executable, "-m", "hf_visual_peft.cli", "methods", "--json"]
+    command = [sys.executable, "-m", "hf_visual_peft.cli.main", "methods", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert {entry["name"] for entry in json.loads(done.stdout)} == set(hf_visual_peft.list_methods())
 

@@ -10,7 +10,7 @@ import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from hf_visual_peft import get_method, list_methods
-from hf_visual_peft.cli import main
+from hf_visual_peft.cli.main import main
 from hf_visual_peft.coverage import cell as cells
 from hf_visual_peft.coverage import report
 from hf_visual_peft.coverage.cell import Cell, run_cell

@@ -261,7 +261,7 @@ def test_methods_of_peft_run_by_name(tiny_checkpoint, shades, tmp_path, monkeypa
 
 
 def test_every_method_runs_twice_into_one_folder(tiny_checkpoint, shades, tmp_path, monkeypatch):
-    from hf_visual_peft import registry
+    from hf_visual_peft.core import registry
 
     monkeypatch.setattr(run, "evaluate_in_new_process", run_in_this_process)
     options = small_run(tiny_checkpoint, shades, tmp_path, method="all", json=None)
@@ -358,7 +358,7 @@ def test_methods_for_videos_are_refused(method, tiny_checkpoint, shades, tmp_pat
 
 
 def test_every_method_for_images_is_one_of_all():
-    from hf_visual_peft import registry
+    from hf_visual_peft.core import registry
 
     left_out = set(registry.list_methods()) - set(run.chosen_methods("all"))
     assert left_out == {name for name, method in registry.list_methods().items() if method.video}

@@ -11,8 +11,8 @@ from families import FAMILIES
 
 import hf_visual_peft
 from hf_visual_peft import find_backbone
-from hf_visual_peft.catalogue import describe_sites
-from hf_visual_peft.cli import main
+from hf_visual_peft.cli.catalogue import describe_sites
+from hf_visual_peft.cli.main import main
 from hf_visual_peft.sites import BranchSite, LinearSite, OutputSite, Placement, Shared, TokenSite, whole_module
 
 

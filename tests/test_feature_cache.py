@@ -22,7 +22,7 @@ from transformers import (
 
 import hf_visual_peft
 from hf_visual_peft import FeatureCache, LinearProbeConfig, LSTConfig
-from hf_visual_peft.feature_cache import storage
+from hf_visual_peft.features import storage
 
 
 COUNT = 11

@@ -15,8 +15,8 @@ import pytest
 import torch
 from test_feature_cache import COUNT, Pictures, batch_of, build, cache_of
 
-from hf_visual_peft.feature_cache import filling, storage
-from hf_visual_peft.feature_cache.storage import DamagedError
+from hf_visual_peft.features import filling, storage
+from hf_visual_peft.features.storage import DamagedError
 
 
 SHARDS = 6

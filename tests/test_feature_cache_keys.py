@@ -15,7 +15,7 @@ from torch import nn
 from transformers import ViTConfig, ViTModel
 
 from hf_visual_peft import LSTConfig
-from hf_visual_peft.feature_cache.fingerprint import digest
+from hf_visual_peft.features.fingerprint import digest
 
 
 def assert_apart(make, *changes, folder):

@@ -14,9 +14,7 @@ from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model, inject_a
 from torch import nn
 
 import hf_visual_peft
-from hf_visual_peft.coverage.models import MODELS
-from hf_visual_peft.coverage.tiny import LABELS
-from hf_visual_peft.frozen_norms import (
+from hf_visual_peft.backbones.frozen_norms import (
     NormStatistics,
     freeze_norms,
     keeps_statistics,
@@ -24,6 +22,8 @@ from hf_visual_peft.frozen_norms import (
     norms_with_statistics,
     thaw_norms,
 )
+from hf_visual_peft.coverage.models import MODELS
+from hf_visual_peft.coverage.tiny import LABELS
 
 
 CLASSIFIERS = (

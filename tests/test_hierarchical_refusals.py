@@ -10,9 +10,9 @@ from peft import get_peft_model
 from test_hierarchical import assert_close
 
 from hf_visual_peft import AdaptFormerConfig, ConvpassConfig, SSFConfig, VPTConfig, get_method
-from hf_visual_peft.architectures import architecture_of
-from hf_visual_peft.architectures import table as tables
-from hf_visual_peft.backbone import BackboneError
+from hf_visual_peft.backbones.architectures import architecture_of
+from hf_visual_peft.backbones.architectures import table as tables
+from hf_visual_peft.backbones.backbone import BackboneError
 from hf_visual_peft.coverage.cell import tensors_of
 from hf_visual_peft.coverage.models import MODELS
 

@@ -36,7 +36,7 @@ from transformers import (
 )
 
 import hf_visual_peft
-from hf_visual_peft.hub import push
+from hf_visual_peft.sharing.hub import push
 
 
 BASE = "tester/tiny-vit"

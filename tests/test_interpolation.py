@@ -11,7 +11,7 @@ from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, get_peft_model
 from test_conformance import VARIANTS, adapted, assert_close, run
 
 import hf_visual_peft
-from hf_visual_peft.interpolation import Interpolation, interpolate
+from hf_visual_peft.training.interpolation import Interpolation, interpolate
 
 
 VIT = FAMILIES["vit"]

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import hf_visual_peft
-from hf_visual_peft.key_renames import to_present_names
+from hf_visual_peft.backbones.key_renames import to_present_names
 
 
 # what transformers 4 called what it calls this today, written down from its modelling files; in this order

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, pipeline
 
 import hf_visual_peft
-from hf_visual_peft.peft_methods import any_method
+from hf_visual_peft.peft_methods.methods import any_method
 
 
 NAMES = ["blue", "green", "red"]

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import hf_visual_peft as hvp
-from hf_visual_peft.architectures import architecture_of
+from hf_visual_peft.backbones.architectures import architecture_of
 from hf_visual_peft.coverage.cell import small_config
 
 
@@ -319,9 +319,9 @@ class ListedTower(nn.Module):
 
 @pytest.fixture
 def _tables(monkeypatch):
-    from hf_visual_peft.architectures.table import _ARCHITECTURES
+    from hf_visual_peft.backbones.architectures.table import _ARCHITECTURES
 
-    monkeypatch.setattr("hf_visual_peft.architectures.table._ARCHITECTURES", dict(_ARCHITECTURES))
+    monkeypatch.setattr("hf_visual_peft.backbones.architectures.table._ARCHITECTURES", dict(_ARCHITECTURES))
     fused = dict.fromkeys(("query", "key", "value"), ("qkv",))
     table = hvp.Architecture(
         backbones=("ListedTower",), blocks="layers", patch_embedding="embed", embeddings="embed", prefix_tokens=(),

@@ -17,15 +17,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA
 from torch import nn
 
-from hf_visual_peft import (
-    Architecture,
-    find_backbone,
-    peft_defaults,
-    register_architecture,
-    with_visual_targets,
-)
-from hf_visual_peft.architectures import table
+from hf_visual_peft import Architecture, find_backbone, register_architecture, with_visual_targets
+from hf_visual_peft.backbones.architectures import table
 from hf_visual_peft.coverage.models import MODELS
+from hf_visual_peft.peft_methods import defaults as peft_defaults
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type")
@@ -280,9 +275,9 @@ for mapping, earlier in zip(mappings, before):
     assert {key: mapping[key] for key in earlier} == earlier
     assert len(mapping) > len(earlier) + 10
 after = [dict(mapping) for mapping in mappings]
-import importlib, hf_visual_peft.peft_defaults, hf_visual_peft.architectures
-importlib.reload(hf_visual_peft.peft_defaults)
-importlib.reload(hf_visual_peft.architectures)
+import importlib, hf_visual_peft.peft_methods.defaults, hf_visual_peft.backbones.architectures
+importlib.reload(hf_visual_peft.peft_methods.defaults)
+importlib.reload(hf_visual_peft.backbones.architectures)
 assert [dict(mapping) for mapping in mappings] == after
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -20,8 +20,8 @@ from peft.utils.hotswap import hotswap_adapter
 
 import hf_visual_peft
 from hf_visual_peft import SSFConfig
+from hf_visual_peft.core.targets import TargetedConfig
 from hf_visual_peft.sites import BlockLayer
-from hf_visual_peft.targets import TargetedConfig
 
 
 METHODS = {name: method for name, method in hf_visual_peft.list_methods().items() if not method.video}

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import hf_visual_peft as hvp
-from hf_visual_peft import probing
+from hf_visual_peft.backbones import probing
 from hf_visual_peft.coverage.cell import small_config
 from hf_visual_peft.coverage.models import MODELS
 

@@ -9,7 +9,7 @@ import pytest
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 import hf_visual_peft
-from hf_visual_peft.registry import Paper, VisualPeftType, register
+from hf_visual_peft.core.registry import Paper, VisualPeftType, register
 
 
 def test_methods_are_peft_types():

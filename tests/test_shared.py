@@ -23,7 +23,7 @@ from hf_visual_peft import (
     get_method,
     parameter_groups,
 )
-from hf_visual_peft.architectures.table import _ARCHITECTURES
+from hf_visual_peft.backbones.architectures.table import _ARCHITECTURES
 
 
 FAMILY = FAMILIES["vit"]

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from peft.tuners import tuners_utils
 
 import hf_visual_peft
-from hf_visual_peft.switching import concerned
+from hf_visual_peft.core.switching import concerned
 
 
 FAMILY = FAMILIES["vit"]

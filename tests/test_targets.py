@@ -11,7 +11,7 @@ from torch import nn
 
 import hf_visual_peft
 from hf_visual_peft import RepAdapterConfig, SSFConfig
-from hf_visual_peft.targets import ANY_CHANNELS, LINEARS, TargetedConfig
+from hf_visual_peft.core.targets import ANY_CHANNELS, LINEARS, TargetedConfig
 
 
 METHODS = {

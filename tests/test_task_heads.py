@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import hf_visual_peft as hvp
-from hf_visual_peft.architectures import table
-from hf_visual_peft.architectures.table import _HEADS
+from hf_visual_peft.backbones.architectures import table
+from hf_visual_peft.backbones.architectures.table import _HEADS
 from hf_visual_peft.coverage.dense import DETR
 
 
@@ -30,7 +30,7 @@ TAKEN, MISSING = "trained with the adapter", "No task head was found in"
 @pytest.fixture
 def _tables(monkeypatch):
     """Heads registered in a test are gone after it."""
-    monkeypatch.setattr("hf_visual_peft.architectures.table._HEADS", dict(_HEADS))
+    monkeypatch.setattr("hf_visual_peft.backbones.architectures.table._HEADS", dict(_HEADS))
 
 
 def _depth_anything():

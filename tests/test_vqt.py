@@ -16,10 +16,10 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 import hf_visual_peft
-from hf_visual_peft.card import SavedAdapter
-from hf_visual_peft.catalogue import methods_table
+from hf_visual_peft.cli.catalogue import methods_table
 from hf_visual_peft.coverage.models import MODELS
 from hf_visual_peft.methods.prefix.vqt import QueryTokens, VQTConfig
+from hf_visual_peft.sharing.card import SavedAdapter
 
 
 FEW = 3

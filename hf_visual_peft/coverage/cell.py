@@ -15,11 +15,11 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from ..calibration import calibrate
-from ..finding import find_backbone
-from ..frozen_norms import freeze_norms
-from ..peft_methods import PeftMethod
-from ..registry import Method
+from ..backbones.finding import find_backbone
+from ..backbones.frozen_norms import freeze_norms
+from ..core.calibration import calibrate
+from ..core.registry import Method
+from ..peft_methods.methods import PeftMethod
 from .tiny import Size, TinyModel
 
 

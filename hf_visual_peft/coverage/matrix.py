@@ -10,8 +10,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 
 from tqdm.auto import tqdm
 
-from ..peft_methods import any_method
-from ..registry import list_methods
+from ..core.registry import list_methods
+from ..peft_methods.methods import any_method
 from .cell import Cell, broken, run_cell
 from .models import MODELS
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 
-from ..finding import find_backbone
-from ..peft_methods import PEFT_METHODS
-from ..tables import format_table
+from ..backbones.finding import find_backbone
+from ..cli.tables import format_table
+from ..peft_methods.methods import PEFT_METHODS
 from .cell import Cell
 from .matrix import Matrix
 from .models import MODELS

@@ -8,7 +8,7 @@ from typing import Any
 import transformers as tf
 from torch import nn
 
-from ..split_attention import split_attention
+from ..backbones.split_attention import split_attention
 from .tiny import Size, TinyModel, images
 
 

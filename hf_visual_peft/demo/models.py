@@ -11,9 +11,9 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers import logging as transformers_logging
 
-from ..finding import find_backbone
-from ..peft_methods import PeftMethod
-from ..registry import Method
+from ..backbones.finding import find_backbone
+from ..core.registry import Method
+from ..peft_methods.methods import PeftMethod
 
 
 @dataclass(frozen=True)

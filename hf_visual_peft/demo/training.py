@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
-from ..parameters import parameter_groups
+from ..training.parameters import parameter_groups
 
 
 @dataclass(frozen=True)

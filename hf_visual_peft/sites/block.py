@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbone import SUBLAYER_ROLES, Block, VisionBackbone, unwrapped, versions
+from ..backbones.backbone import SUBLAYER_ROLES, Block, VisionBackbone, unwrapped, versions
 from .block_attention import AttentionLayer
 from .block_checks import norms_first, require_stream
 from .block_side import BypassedLayer, key_of

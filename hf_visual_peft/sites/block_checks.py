@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbone import SUBLAYER_ROLES, Block, versions
-from ..registry import targeted_methods
+from ..backbones.backbone import SUBLAYER_ROLES, Block, versions
+from ..core.registry import targeted_methods
 
 
 def require_stream(block: nn.Module, stream: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..architectures import GridKind, Stream
+from ..backbones.architectures import GridKind, Stream
 from .block_sites import Pass
 from .grid import TokenLayout, from_tokens, map_grid, to_tokens
 from .layer import Equation, VisualTunerLayer

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..architectures import Stream
+from ..backbones.architectures import Stream
 from .grid import Grid, TokenLayout, from_tokens
 from .layer import Site
 

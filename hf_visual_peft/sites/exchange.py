@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..backbone import VisionBackbone, unwrapped, versions
+from ..backbones.backbone import VisionBackbone, unwrapped, versions
 from .grid import Grid, TokenLayout
 from .heads import HeadPart, HeadUse, HeadWatch
 from .mixed import MixedBatch

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..architectures import Stream
+from ..backbones.architectures import Stream
 
 
 def to_tokens(x: Tensor, stream: Stream) -> Tensor:

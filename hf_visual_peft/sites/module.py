@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from ..backbone import is_pointwise, linear_sizes
+from ..backbones.backbone import is_pointwise, linear_sizes
 from .exchange import Exchange
 from .layer import Equation, Site, VisualTunerLayer, call_equation
 from .shifts import Flow, Place, place_for_shift, put

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..backbone import SUBLAYER_ROLES, Block
+from ..backbones.backbone import SUBLAYER_ROLES, Block
 from .attention import LogitSite
 from .block_sites import BranchSite, NormSite, TokenSite
 from .layer import Site

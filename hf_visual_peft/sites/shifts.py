@@ -19,7 +19,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, fx, nn
 
-from ..backbone import unwrapped
+from ..backbones.backbone import unwrapped
 
 
 # Methods and functions that put the same numbers in other places, or hand them on as they are.

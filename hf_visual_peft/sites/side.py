@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbone import VisionBackbone
+from ..backbones.backbone import VisionBackbone
 from .grid import TokenLayout
 from .heads import HeadUse
 from .layer import Site

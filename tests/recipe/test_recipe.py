@@ -28,8 +28,8 @@ from transformers import (
 )
 
 import hf_visual_peft
-from hf_visual_peft.peft_methods import PeftMethod, any_method
-from hf_visual_peft.targets import TargetedConfig
+from hf_visual_peft.core.targets import TargetedConfig
+from hf_visual_peft.peft_methods.methods import PeftMethod, any_method
 
 
 IMAGE_METHODS = [name for name, method in hf_visual_peft.list_methods().items() if not method.video]

@@ -10,11 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...backbone import VisionBackbone
-from ...config import VisualPeftConfig
-from ...registry import Paper, register
+from ...backbones.backbone import VisionBackbone
+from ...core.config import VisualPeftConfig
+from ...core.registry import Paper, register
 from ...sites import BranchSite, Placement, TokenLayout, drop_path
-from ...training import Training
+from ...training.defaults import Training
 from .bottleneck import Bottleneck
 from .video import by_video, require_full_grid
 

@@ -10,11 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ...backbone import LINEAR_ROLES, VisionBackbone
-from ...registry import Paper, register
+from ...backbones.backbone import LINEAR_ROLES, VisionBackbone
+from ...core.registry import Paper, register
+from ...core.targets import TargetedConfig
 from ...sites import LinearSite, Placement, drop_path
-from ...targets import TargetedConfig
-from ...training import Training
+from ...training.defaults import Training
 
 
 INIT_BOUND = 1e-3

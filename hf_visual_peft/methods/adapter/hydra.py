@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...backbone import VisionBackbone
-from ...registry import Paper, register
+from ...backbones.backbone import VisionBackbone
+from ...core.registry import Paper, register
+from ...core.targets import TargetedConfig
 from ...sites import LinearSite, Placement
-from ...targets import TargetedConfig
-from ...training import Training
+from ...training.defaults import Training
 
 
 class LowRank(nn.Module):

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...backbone import VisionBackbone
-from ...calibration import Calibration
-from ...config import VisualPeftConfig
-from ...registry import Paper, register
+from ...backbones.backbone import VisionBackbone
+from ...core.calibration import Calibration
+from ...core.config import VisualPeftConfig
+from ...core.registry import Paper, register
 from ...sites import BranchSite, Placement, to_tokens
-from ...training import Training
+from ...training.defaults import Training
 from ..specification.deltas import Chosen
 
 

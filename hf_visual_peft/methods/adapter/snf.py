@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ...backbone import VisionBackbone
-from ...config import VisualPeftConfig
-from ...registry import Paper, register
+from ...backbones.backbone import VisionBackbone
+from ...core.config import VisualPeftConfig
+from ...core.registry import Paper, register
 from ...sites import BranchSite, Placement
-from ...training import Training
+from ...training.defaults import Training
 
 
 INIT_BOUND = 0.01

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...backbone import VisionBackbone
+from ...backbones.backbone import VisionBackbone
 from ...sites import TokenLayout
 
 

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...backbone import VisionBackbone
-from ...config import VisualPeftConfig
-from ...registry import Paper, register
+from ...backbones.backbone import VisionBackbone
+from ...core.config import VisualPeftConfig
+from ...core.registry import Paper, register
 from ...sites import Placement, SideSite, Tap
 from ...sites.heads import HeadUse
 from ...sites.queries import takes_queries
-from ...training import Training
+from ...training.defaults import Training
 from ..prompt.vpt import MAX_VIRTUAL_TOKENS
 
 

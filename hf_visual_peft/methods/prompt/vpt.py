@@ -10,11 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ...backbone import VisionBackbone
-from ...config import VisualPeftConfig
-from ...registry import Paper, register
+from ...backbones.backbone import VisionBackbone
+from ...core.config import VisualPeftConfig
+from ...core.registry import Paper, register
 from ...sites import Placement, Shared, TokenSite
-from ...training import Training
+from ...training.defaults import Training
 
 
 MAX_VIRTUAL_TOKENS = 10_000  # the papers stop at 200; attention is quadratic in them

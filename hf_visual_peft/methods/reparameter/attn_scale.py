@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ...backbone import Block, VisionBackbone
-from ...config import VisualPeftConfig
-from ...registry import Paper, register
+from ...backbones.backbone import Block, VisionBackbone
+from ...core.config import VisualPeftConfig
+from ...core.registry import Paper, register
 from ...sites import BranchSite, LogitSite, Placement, TokenLayout, attention_of
-from ...training import Training
+from ...training.defaults import Training
 
 
 class AttnScale(nn.Module):

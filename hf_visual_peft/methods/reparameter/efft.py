@@ -9,11 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ...backbone import Block, VisionBackbone
-from ...config import VisualPeftConfig
-from ...registry import Paper, register
+from ...backbones.backbone import Block, VisionBackbone
+from ...core.config import VisualPeftConfig
+from ...core.registry import Paper, register
 from ...sites import LinearSite, Placement, Shared
-from ...training import Training
+from ...training.defaults import Training
 from .products import plus_product
 from .rows import Rows, projections
 

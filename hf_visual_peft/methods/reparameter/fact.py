@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...backbone import LINEAR_ROLES, VisionBackbone, linear_sizes
-from ...registry import Paper, register
+from ...backbones.backbone import LINEAR_ROLES, VisionBackbone, linear_sizes
+from ...core.registry import Paper, register
+from ...core.targets import TargetedConfig
 from ...sites import LinearSite, Placement, Shared
-from ...targets import TargetedConfig
-from ...training import Training
+from ...training.defaults import Training
 from .products import plus_product
 
 

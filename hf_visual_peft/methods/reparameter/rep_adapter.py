@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...backbone import Block, VisionBackbone
-from ...registry import Paper, register
+from ...backbones.backbone import Block, VisionBackbone
+from ...core.registry import Paper, register
+from ...core.targets import TargetedConfig
 from ...sites import OutputSite, Placement
 from ...sites.input import InputSite, OnInput
-from ...targets import TargetedConfig
-from ...training import Training
+from ...training.defaults import Training
 
 
 class RepAdapter(nn.Module):

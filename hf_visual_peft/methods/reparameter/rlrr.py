@@ -9,11 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ...backbone import LINEAR_ROLES, NORM_ROLES, OTHER_ROLES, VisionBackbone, linear_sizes
-from ...registry import Paper, register
+from ...backbones.backbone import LINEAR_ROLES, NORM_ROLES, OTHER_ROLES, VisionBackbone, linear_sizes
+from ...core.registry import Paper, register
+from ...core.targets import ANY_CHANNELS, TargetedConfig
 from ...sites import OutputSite, Placement, WeightSite
-from ...targets import ANY_CHANNELS, TargetedConfig
-from ...training import Training
+from ...training.defaults import Training
 from .ssf import INIT_STD, after
 
 

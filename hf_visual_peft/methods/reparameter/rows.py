@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...backbone import Block, VisionBackbone
+from ...backbones.backbone import Block, VisionBackbone
 
 
 class Rows(NamedTuple):

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...backbone import LINEAR_ROLES, VisionBackbone
-from ...registry import Paper, register
+from ...backbones.backbone import LINEAR_ROLES, VisionBackbone
+from ...core.registry import Paper, register
+from ...core.targets import TargetedConfig
 from ...sites import LinearSite, Placement, drop_path
-from ...targets import TargetedConfig
-from ...training import Training
+from ...training.defaults import Training
 
 
 COEFFICIENTS = (0.1, -0.1)  # of the two distances, fixed in the authors' code

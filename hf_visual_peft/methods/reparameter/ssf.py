@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ...backbone import LINEAR_ROLES, VisionBackbone
-from ...registry import Paper, register
+from ...backbones.backbone import LINEAR_ROLES, VisionBackbone
+from ...core.registry import Paper, register
+from ...core.targets import ANY_CHANNELS, TargetedConfig
 from ...sites import OutputSite, Placement, output_channels
-from ...targets import ANY_CHANNELS, TargetedConfig
-from ...training import Training
+from ...training.defaults import Training
 
 
 INIT_STD = 0.02  # of the paper

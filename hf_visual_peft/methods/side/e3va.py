@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...backbone import Block, VisionBackbone
-from ...config import VisualPeftConfig
-from ...registry import Paper, register
+from ...backbones.backbone import Block, VisionBackbone
+from ...core.config import VisualPeftConfig
+from ...core.registry import Paper, register
 from ...sites import Placement, SideSite, Tap
-from ...training import Training
+from ...training.defaults import Training
 
 
 def _low_rank(in_features: int, rank: int, out_features: int) -> nn.Sequential:

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...backbone import NORM_ROLES, Block, VisionBackbone
-from ...config import VisualPeftConfig
-from ...registry import Paper, register
+from ...backbones.backbone import NORM_ROLES, Block, VisionBackbone
+from ...core.config import VisualPeftConfig
+from ...core.registry import Paper, register
 from ...sites import NormSite, Placement, Shared, SideSite, Tap, TokenSite, drop_path
-from ...training import Training
+from ...training.defaults import Training
 from ..specification.difffit import norm_deltas
 
 

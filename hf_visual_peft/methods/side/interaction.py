@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...pyramid import as_maps, level_sizes
+from ...features.pyramid import as_maps, level_sizes
 from ...sites import Tap, TokenLayout, drop_path
 from .deformable import DeformableAttention, Sizes, centres
 from .spatial_prior import Pyramid, SpatialPrior, start_convolutions, to_rows

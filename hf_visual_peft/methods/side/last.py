@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...backbone import Block, VisionBackbone
-from ...config import VisualPeftConfig
-from ...registry import Paper, register
+from ...backbones.backbone import Block, VisionBackbone
+from ...core.config import VisualPeftConfig
+from ...core.registry import Paper, register
 from ...sites import Placement, SideSite, Tap
-from ...training import Training
+from ...training.defaults import Training
 
 
 class LowRankAttention(nn.Module):

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...backbone import VisionBackbone
-from ...calibration import Calibration
-from ...config import VisualPeftConfig
-from ...registry import Paper, register
+from ...backbones.backbone import VisionBackbone
+from ...core.calibration import Calibration
+from ...core.config import VisualPeftConfig
+from ...core.registry import Paper, register
 from ...sites import Placement, SideSite, Tap
 from ...sites.module import is_quantised_weight
-from ...training import Training
+from ...training.defaults import Training
 from ..specification.deltas import Chosen, summed_gradients
 from .pruning import best_stream, parts_of, pruned, why_not
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ...backbone import BLOCK_ROLES, Block, VisionBackbone, unwrapped
+from ...backbones.backbone import BLOCK_ROLES, Block, VisionBackbone, unwrapped
 from ...sites import as_matrix
 
 

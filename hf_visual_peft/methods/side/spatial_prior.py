@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...pyramid import as_maps, level_sizes
+from ...features.pyramid import as_maps, level_sizes
 
 
 GROUPS = 32  # of group norms, where the channels allow it

@@ -9,12 +9,12 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from ...backbone import VisionBackbone
-from ...config import VisualPeftConfig
-from ...registry import Paper, register
+from ...backbones.backbone import VisionBackbone
+from ...core.config import VisualPeftConfig
+from ...core.registry import Paper, register
 from ...sites import Placement, SideSite
 from ...sites.weights import BlockWeightSite, trainable_names
-from ...training import Training
+from ...training.defaults import Training
 from ..specification.deltas import Addend
 from .interaction import Extractor, Injector, Interaction
 from .spatial_prior import Pyramid, SpatialPrior

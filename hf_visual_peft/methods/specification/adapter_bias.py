@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...backbone import VisionBackbone
-from ...registry import Paper, register
+from ...backbones.backbone import VisionBackbone
+from ...core.registry import Paper, register
+from ...core.targets import TargetedConfig
 from ...sites import LinearSite, Placement
-from ...targets import TargetedConfig
-from ...training import Training
+from ...training.defaults import Training
 
 
 class AdapterBias(nn.Module):

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...backbone import VisionBackbone
-from ...registry import Paper, register
+from ...backbones.backbone import VisionBackbone
+from ...core.registry import Paper, register
+from ...core.targets import ANY_CHANNELS, TargetedConfig
 from ...sites import OutputSite, Placement, output_channels
-from ...targets import ANY_CHANNELS, TargetedConfig
-from ...training import Training
+from ...training.defaults import Training
 
 
 class Shift(nn.Module):

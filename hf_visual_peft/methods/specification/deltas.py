@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...calibration import NotCalibratedError
+from ...core.calibration import NotCalibratedError
 from ...sites.module import is_quantised_weight
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...backbone import NORM_ROLES, VisionBackbone
-from ...config import VisualPeftConfig
-from ...registry import Paper, register
+from ...backbones.backbone import NORM_ROLES, VisionBackbone
+from ...core.config import VisualPeftConfig
+from ...core.registry import Paper, register
 from ...sites import OutputSite, Placement, WeightSite
-from ...training import Training
+from ...training.defaults import Training
 from .bitfit import Shift
 from .deltas import Addend, Deltas
 

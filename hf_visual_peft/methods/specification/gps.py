@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...backbone import LINEAR_ROLES, VisionBackbone, unwrapped
-from ...calibration import Calibration
-from ...config import VisualPeftConfig
-from ...registry import Paper, register
+from ...backbones.backbone import LINEAR_ROLES, VisionBackbone, unwrapped
+from ...core.calibration import Calibration
+from ...core.config import VisualPeftConfig
+from ...core.registry import Paper, register
 from ...sites import Placement, WeightSite, as_matrix
-from ...training import Training
+from ...training.defaults import Training
 from .deltas import Addend, Deltas, SparseAddend, summed_gradients
 
 

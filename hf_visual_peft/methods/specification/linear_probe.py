@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...backbone import VisionBackbone
-from ...config import VisualPeftConfig
-from ...registry import Paper, register
+from ...backbones.backbone import VisionBackbone
+from ...core.config import VisualPeftConfig
+from ...core.registry import Paper, register
 from ...sites import Placement, whole_module
-from ...training import Training
+from ...training.defaults import Training
 
 
 @dataclass

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from ...backbone import VisionBackbone
-from ...registry import Paper, register
+from ...backbones.backbone import VisionBackbone
+from ...core.registry import Paper, register
 from ...sites import Placement, whole_module
-from ...training import Training
+from ...training.defaults import Training
 from .linear_probe import WholeModulesConfig
 
 

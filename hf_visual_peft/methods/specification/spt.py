@@ -10,12 +10,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...backbone import VisionBackbone, unwrapped
-from ...calibration import Calibration
-from ...config import VisualPeftConfig
-from ...registry import Paper, register
+from ...backbones.backbone import VisionBackbone, unwrapped
+from ...core.calibration import Calibration
+from ...core.config import VisualPeftConfig
+from ...core.registry import Paper, register
 from ...sites import LinearSite, Placement, WeightSite, as_matrix
-from ...training import Training
+from ...training.defaults import Training
 from .deltas import summed_gradients
 from .spt_parts import LORA, WHOLE, SPTEntries, SPTLoRA, largest, named_modules, tensors_of
 

@@ -8,8 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ...backbone import ALL_ROLES, VisionBackbone
-from ...calibration import NotCalibratedError
+from ...backbones.backbone import ALL_ROLES, VisionBackbone
+from ...core.calibration import NotCalibratedError
 from ...sites import drop_path
 from .deltas import Addend, Deltas, SparseAddend
 

@@ -11,11 +11,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from tqdm import tqdm
 
-from .backbone import unwrapped
+from ..backbones.backbone import unwrapped
+from ..sites import BlockLayer, ModuleLayer
+from ..sites.input import InputLayer
+from ..sites.shifts import Flow
 from .shared_modules import holders_of
-from .sites import BlockLayer, ModuleLayer
-from .sites.input import InputLayer
-from .sites.shifts import Flow
 
 
 _NAMED = 3  # modules in a message; of the others it tells the number

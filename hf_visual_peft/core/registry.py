@@ -19,7 +19,7 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 
-from .training import USUAL, Training
+from ..training.defaults import USUAL, Training
 
 
 class VisualPeftType(str):

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..core.registry import targeted_methods
 from .architectures import Architecture, architecture_of, known_backbones
 from .backbone import (
     BLOCK_ROLES,
@@ -24,7 +25,6 @@ from .backbone import (
 )
 from .paths import existing, is_in, join, original
 from .probing import probe
-from .registry import targeted_methods
 from .task_heads import TaskHeads, heads_around, twins
 
 

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-from .backbone import BLOCK_ROLES, VisionBackbone
-from .peft_methods import PEFT_METHODS
-from .registry import Method, Paper, list_methods
-from .sites import BranchSite, LinearSite, NormSite, OutputSite, Placement, Site, TokenSite, WeightSite, WholeSite
+from ..backbones.backbone import BLOCK_ROLES, VisionBackbone
+from ..core.registry import Method, Paper, list_methods
+from ..core.targets import TargetedConfig
+from ..peft_methods.methods import PEFT_METHODS
+from ..sites import BranchSite, LinearSite, NormSite, OutputSite, Placement, Site, TokenSite, WeightSite, WholeSite
 from .tables import format_table
-from .targets import TargetedConfig
 
 
 _GRADIENTS = {
@@ -274,7 +274,7 @@ def _vit_b16() -> VisionBackbone:
     import torch
     from transformers import ViTConfig, ViTForImageClassification
 
-    from .finding import find_backbone
+    from ..backbones.finding import find_backbone
 
     with torch.device("meta"):
         return find_backbone(ViTForImageClassification(ViTConfig()))

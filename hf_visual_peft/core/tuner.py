@@ -16,19 +16,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule
 from peft.utils.other import ModulesToSaveWrapper, match_target_against_key
 from torch import Tensor, nn
 
-from .backbone import VisionBackbone, running, unwrapped
-from .calibration import Calibration
-from .config import VisualPeftConfig
-from .copies import activate_copies, copy_modules, find_copied, replace_lost_heads, within
-from .finding import find_backbone
-from .frozen_norms import NormStatistics, freeze_norms, keeps_statistics, move_statistics, norms_with_statistics
-from .key_renames import to_present_keys, to_present_names
-from .labels import check_mixed, fitted, forget, record
-from .loading import across_heads, copies_of, with_copies, without_layers
-from .merging import MergingTuner
-from .placing import placements_of
-from .shared_modules import holders_of, names_of_modules, share_copies, with_all_names
-from .sites import (
+from ..backbones.backbone import VisionBackbone, running, unwrapped
+from ..backbones.finding import find_backbone
+from ..backbones.frozen_norms import (
+    NormStatistics,
+    freeze_norms,
+    keeps_statistics,
+    move_statistics,
+    norms_with_statistics,
+)
+from ..backbones.key_renames import to_present_keys, to_present_names
+from ..backbones.task_heads import announce
+from ..sharing.labels import check_mixed, fitted, forget, record
+from ..sites import (
     BlockLayer,
     BranchSite,
     Exchange,
@@ -47,13 +47,19 @@ from .sites import (
     WholeSite,
     as_linear,
 )
-from .sites.input import InputLayer, InputSite
-from .sites.mixed import BASE, check_samples_first, count_rows, instead_of_forward, run_parts
-from .sites.reach import reaches_into
-from .sites.side import modules_before
+from ..sites.input import InputLayer, InputSite
+from ..sites.mixed import BASE, check_samples_first, count_rows, instead_of_forward, run_parts
+from ..sites.reach import reaches_into
+from ..sites.side import modules_before
+from .calibration import Calibration
+from .config import VisualPeftConfig
+from .copies import activate_copies, copy_modules, find_copied, replace_lost_heads, within
+from .loading import across_heads, copies_of, with_copies, without_layers
+from .merging import MergingTuner
+from .placing import placements_of
+from .shared_modules import holders_of, names_of_modules, share_copies, with_all_names
 from .switching import concerned, switch
 from .targets import TargetedConfig, find_targets, names_target
-from .task_heads import announce
 from .undoing import Structure
 
 

@@ -17,11 +17,11 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .backbone import linear_sizes, unwrapped
+from ..backbones.backbone import linear_sizes, unwrapped
+from ..backbones.probing import probe
+from ..sites import Placement, VisualTunerLayer, output_channels
 from .config import VisualPeftConfig
-from .probing import probe
 from .shared_modules import names_of_modules
-from .sites import Placement, VisualTunerLayer, output_channels
 
 
 LINEARS = "linears and convolutions of 1 x 1 without groups"

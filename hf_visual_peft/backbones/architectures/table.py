@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import nn
 
-from ..peft_defaults import add_defaults
+from ...peft_methods.defaults import add_defaults
 
 
 Names = tuple[str, ...]

@@ -1,6 +1,6 @@
 """peft's own methods on vision backbones: by name, with their targets found in the model itself.
 
-`peft_defaults.py` tells peft the targets by model type, which is all peft asks for. `with_visual_targets` looks at the
+`defaults.py` tells peft the targets by model type, which is all peft asks for. `with_visual_targets` looks at the
 model: it works for models without a config, as timm's, and inside larger ones, and finds the task head, too.
 """
 
@@ -19,15 +19,15 @@ from peft.utils.other import _get_module_names_tied_with_embedding
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .backbone import LINEAR_ROLES, Block, VisionBackbone, unwrapped
-from .config import VisualPeftConfig
-from .finding import find_backbone
-from .frozen_norms import keeps_statistics
-from .labels import name_classes
-from .peft_defaults import CONVOLUTIONAL_METHODS, METHODS, attention_or_mlp
-from .registry import Method, get_method, list_methods
-from .task_heads import announce
-from .training import Training
+from ..backbones.backbone import LINEAR_ROLES, Block, VisionBackbone, unwrapped
+from ..backbones.finding import find_backbone
+from ..backbones.frozen_norms import keeps_statistics
+from ..backbones.task_heads import announce
+from ..core.config import VisualPeftConfig
+from ..core.registry import Method, get_method, list_methods
+from ..sharing.labels import name_classes
+from ..training.defaults import Training
+from .defaults import CONVOLUTIONAL_METHODS, METHODS, attention_or_mlp
 
 
 ConfigT = TypeVar("ConfigT", bound=PeftConfig)

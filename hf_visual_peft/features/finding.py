@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbone import BackboneError, Block, VisionBackbone, unwrapped
-from ..finding import find_backbone
+from ..backbones.backbone import BackboneError, Block, VisionBackbone, unwrapped
+from ..backbones.finding import find_backbone
 from .calls import CallPoint, Forward, base_path, call_points, replaced
 from .replay import Border, Output, Scaled, exchanges_of, leaves_of
 

@@ -20,7 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-    from .registry import Method
+    from ..core.registry import Method
 
 
 CONFIG_NAME = "adapter_config.json"
@@ -107,7 +107,7 @@ class SavedAdapter:
         """
         from safetensors import SafetensorError, safe_open
 
-        from .config import VisualPeftConfig
+        from ..core.config import VisualPeftConfig
         from .labels import Labels
 
         facts: dict[str, Any] = {}
@@ -239,7 +239,7 @@ def is_hub_id(name: str | None) -> bool:
 
 def _method(config: PeftConfig) -> Method | None:
     """Our method behind a configuration; `None` for one of peft's own."""
-    from .registry import list_methods
+    from ..core.registry import list_methods
 
     return next((method for method in list_methods().values() if type(config) is method.config_cls), None)
 
@@ -395,7 +395,7 @@ def _versions() -> list[tuple[str, str]]:
     import torch
     import transformers
 
-    from . import __version__
+    from .. import __version__
 
     packages = [("PEFT", peft), ("Transformers", transformers), ("PyTorch", torch)]
     return [*((name, module.__version__) for name, module in packages), ("hf_visual_peft", __version__)]

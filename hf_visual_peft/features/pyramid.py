@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .sites import BlockLayer
+from ..sites import BlockLayer
 
 
 def level_sizes(pixels: Tensor) -> list[tuple[int, int]]:

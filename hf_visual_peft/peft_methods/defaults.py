@@ -12,7 +12,7 @@ model types of the role tables get their entries, as vision papers use these met
 | LN tuning | all norms of the backbone but batch norms: on ViT-B/16 38,400 parameters |
 
 peft knows no more than the model type, so that some things need naming in `target_modules`; `with_visual_targets`
-(`peft_methods.py`) looks at the model itself and leaves nothing to name. Of multimodal models peft has entries of its
+(`methods.py`) looks at the model itself and leaves nothing to name. Of multimodal models peft has entries of its
 own (BLIP-2, Gemma 4, Llama 4) or none; these stay, so that `LoraConfig()` adapts the language model there or asks for
 `target_modules`, and `with_visual_targets(LoraConfig(), model)` the vision tower.
 """  # noqa: E501
@@ -30,7 +30,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_
 
 
 if TYPE_CHECKING:
-    from .architectures import Architecture
+    from ..backbones.architectures import Architecture
 
 
 Targets = list[str] | str | None

@@ -15,9 +15,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from .frozen_norms import NormStatistics
-from .sites import BlockLayer
-from .sites.whole import require_trainable
+from ..backbones.frozen_norms import NormStatistics
+from ..sites import BlockLayer
+from ..sites.whole import require_trainable
 
 
 if TYPE_CHECKING:

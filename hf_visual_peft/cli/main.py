@@ -33,9 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from . import __version__
-    from .coverage.command import add_arguments as add_coverage_arguments
-    from .demo.options import add_arguments
+    from .. import __version__
+    from ..coverage.command import add_arguments as add_coverage_arguments
+    from ..demo.options import add_arguments
 
     parser = argparse.ArgumentParser(
         prog="hf-visual-peft", description="Parameter-efficient fine-tuning methods for vision models."
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _coverage(arguments: argparse.Namespace) -> int:
-    from .coverage.command import run
+    from ..coverage.command import run
 
     try:
         return run(arguments)
@@ -83,11 +83,11 @@ def _coverage(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from .demo.options import DemoOptions
+    from ..demo.options import DemoOptions
 
     try:
         options = DemoOptions.from_arguments(arguments)
-        from .demo.run import run_demo  # after the checks that need nothing
+        from ..demo.run import run_demo  # after the checks that need nothing
 
         return run_demo(options)
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError, FloatingPointError) as error:

@@ -18,10 +18,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .backbone import VisionBackbone
+from ..backbones.backbone import VisionBackbone
+from ..backbones.finding import find_backbone
+from ..sites import VisualTunerLayer
 from .config import VisualPeftConfig
-from .finding import find_backbone
-from .sites import VisualTunerLayer
 
 
 class NotCalibratedError(RuntimeError):

@@ -16,10 +16,10 @@ from .registry import get_method
 
 
 if TYPE_CHECKING:
-    from .backbone import VisionBackbone
+    from ..backbones.backbone import VisionBackbone
+    from ..sites import Placement
     from .calibration import Calibration
     from .registry import VisualPeftType
-    from .sites import Placement
 
 
 @dataclass
@@ -104,7 +104,7 @@ class VisualPeftConfig(PeftConfig):
         """
         super().save_pretrained(save_directory, **kwargs)
         if Path(save_directory, SAFETENSORS_WEIGHTS_NAME).is_file():
-            from .hub import add_usage_to_card
+            from ..sharing.hub import add_usage_to_card
 
             add_usage_to_card(save_directory, self)
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from peft import PeftModel
 from torch import Tensor, nn
 
+from ..backbones.key_renames import PEFT_PREFIX
 from .copies import TrainedCopy
-from .key_renames import PEFT_PREFIX
 
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .backbone import BackboneError, NoTokensError, VisionBackbone
+from ..backbones.backbone import BackboneError, NoTokensError, VisionBackbone
+from ..sites import BranchSite, LogitSite, Placement, SideSite, TokenSite
 from .config import VisualPeftConfig
 from .registry import list_methods
-from .sites import BranchSite, LogitSite, Placement, SideSite, TokenSite
 
 
 def placements_of(config: VisualPeftConfig, selected: VisionBackbone, whole: VisionBackbone) -> list[Placement]:

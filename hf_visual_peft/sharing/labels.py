@@ -25,11 +25,11 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from .backbone import unwrapped
-from .copies import TrainedCopy
-from .finding import find_backbone
-from .key_renames import to_present_names
-from .sites import VisualTunerLayer, WholeLayer
+from ..backbones.backbone import unwrapped
+from ..backbones.finding import find_backbone
+from ..backbones.key_renames import to_present_names
+from ..core.copies import TrainedCopy
+from ..sites import VisualTunerLayer, WholeLayer
 
 
 NAMES = "id2label"

@@ -1,0 +1,1 @@
+"""What is known about a model: its backbone, where its parts are, and its task heads."""

@@ -1,0 +1,1 @@
+"""peft's own methods on vision models: their names, and targets that fit."""
