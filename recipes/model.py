@@ -44,7 +44,8 @@ def load_model(args: argparse.Namespace, config: PeftConfig | None, names: list[
         raise ValueError(f"--interpolate_pos_encoding: {type(model).__name__} takes no such argument; leave it away.")
     if args.method != "full":
         given = getattr(config, "modules_to_save", None)
-        heads = list(hf_visual_peft.find_backbone(model).heads if given is None else given)
+        named = getattr(config, "backbone", None)
+        heads = list(hf_visual_peft.find_backbone(model, named).heads if given is None else given)
         fresh = [key for key in loading["missing_keys"] if not key.startswith(tuple(heads))]
         if fresh:
             raise ValueError(f"{args.model_name_or_path} lacks weights that would stay random: {', '.join(fresh)}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -10,8 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..core.registry import targeted_methods
-from .architectures import Architecture, architecture_of, known_backbones
+from .architectures import Architecture
 from .backbone import (
     BLOCK_ROLES,
     NORM_ROLES,
@@ -23,7 +21,8 @@ from .backbone import (
     linear_sizes,
     unwrapped,
 )
-from .paths import existing, is_in, join, original
+from .choosing import REMEDY, choose, unknown
+from .paths import existing, join, original
 from .probing import probe
 from .task_heads import TaskHeads, heads_around, twins
 
@@ -31,80 +30,21 @@ from .task_heads import TaskHeads, heads_around, twins
 _SINGLE_ROLES = tuple(role for role in BLOCK_ROLES if role != "fc1")  # a gated MLP has two linears at its entrance
 
 
-def find_backbone(model: nn.Module) -> VisionBackbone:
-    """Find the one vision backbone in a model.
+def find_backbone(model: nn.Module, backbone: str | None = None) -> VisionBackbone:
+    """Find the vision backbone in a model.
 
     Args:
         model: a backbone, or a model that holds one.
+        backbone: path of the backbone in the model, or of a module that holds it. Needed where there are several.
 
     Raises:
-        BackboneError: none or several found, or a role of the table has no module; the message names the class, what
-            was looked for and the remedy.
+        BackboneError: none or several found, none at this path, or a role of the table has no module. The message
+            names the class, the paths to choose from, and the remedy.
     """
-    found: list[tuple[str, nn.Module, Architecture]] = []
-    for path, module in model.named_modules():
-        architecture = architecture_of(module)
-        inside = any(path.startswith(f"{outer}.") or not outer for outer, _, _ in found)
-        if architecture is not None and not inside:
-            found.append((path, module, architecture))
-    if not found:
-        raise BackboneError(_unknown(model))
-    if len(found) > 1:
-        names = ", ".join(f"{path!r} ({type(module).__name__})" for path, module, _ in found)
-        raise BackboneError(
-            f"{type(model).__name__} holds several vision backbones: {names}. Adapt one of them by itself, the rest "
-            f"frozen: model.requires_grad_(False); model.{found[0][0]} = get_peft_model(model.{found[0][0]}, config)."
-        )
-    return _Resolver(model, *found[0]).resolve()
-
-
-_REMEDY = (
-    "For another architecture, register a role table before get_peft_model: "
-    "hf_visual_peft.register_architecture(hf_visual_peft.Architecture(backbones=('MyViT',), blocks='blocks', "
-    "patch_embedding='patch_embed', ...))."
-)
-
-
-def _unknown(model: nn.Module) -> str:
-    """What to do about a model without a known backbone: the remedy, known classes of like names, and what works."""
-    path, tower = _tower(model)
-    name, outer = type(tower).__name__, type(model).__name__
-    where = f"{name} ({path!r} in {outer}) is" if path else f"{name} holds"
-    known = {each.partition(":")[0].rpartition(".")[2] for each in known_backbones()}
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    return (
-        f"{where} no vision backbone that hf_visual_peft knows. {_REMEDY.replace('MyViT', name)} "
-        + (f"Known classes with like names: {', '.join(close)}. " if close else "")
-        + f"Without a table, name linears in target_modules: {', '.join(targeted_methods())} and peft's own methods "
-        "take them."
-    )
-
-
-def _tower(model: nn.Module) -> tuple[str, nn.Module]:
-    """The smallest module that holds a convolution of pixels and a list of blocks; the model where there is none."""
-    modules = dict(model.named_modules())
-    pixels = [
-        path
-        for path, module in modules.items()
-        if isinstance(module, nn.Conv2d | nn.Conv3d) and module.in_channels in (1, 3, 4)
-    ]
-    lists = [
-        path
-        for path, module in modules.items()
-        if isinstance(module, nn.ModuleList | nn.Sequential)
-        and len(module) > 1
-        and len({type(block) for block in module}) == 1
-        and any(True for _ in module[0].children())
-    ]
-    around = [
-        path
-        for path, module in modules.items()
-        if not isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict)
-        and any(is_in(each, path) for each in pixels)
-        and any(is_in(each, path) for each in lists)
-    ]
-    path = max(around, key=lambda path: path.count(".") + bool(path), default="")
-    return path, modules[path]
+    choice = choose(model, backbone)
+    if choice is None:
+        raise BackboneError(unknown(model, backbone))
+    return _Resolver(model, *choice).resolve()
 
 
 _OPERATIONS = (
@@ -249,7 +189,7 @@ class _Resolver:
                     return (before[-1],)
         raise BackboneError(
             f"{self.class_name} does not fit its role table: {named[0]!r}, its patch_embedding, is a "
-            f"{type(self._module(named[0])).__name__} without a convolution or linear. {_REMEDY}"
+            f"{type(self._module(named[0])).__name__} without a convolution or linear. {REMEDY}"
         )
 
     def _lists(self) -> list[tuple[str, list[str]]]:
@@ -262,14 +202,14 @@ class _Resolver:
             if not several and (not isinstance(stack, nn.ModuleList | nn.Sequential) or len(stack) == 0):
                 raise BackboneError(
                     f"{self.class_name} does not fit its role table: {path!r} is a {type(stack).__name__} and not a "
-                    f"non-empty nn.ModuleList of blocks. {_REMEDY}"
+                    f"non-empty nn.ModuleList of blocks. {REMEDY}"
                 )
             skipped = self.table.skipped_blocks
             names = [name for name, block in stack.named_children() if type(unwrapped(block)).__name__ not in skipped]
             if names:
                 found.append((path, names))
         if not found:
-            raise BackboneError(f"{self.class_name} does not fit its role table: it has no blocks. {_REMEDY}")
+            raise BackboneError(f"{self.class_name} does not fit its role table: it has no blocks. {REMEDY}")
         return found
 
     def _block(self, index: int, path: str, group: int, prefix_tokens: int) -> Block:
@@ -289,7 +229,7 @@ class _Resolver:
             if len(roles[role]) > 1:
                 raise BackboneError(
                     f"{self.class_name} does not fit its role table: {path!r} has several modules for role {role!r}: "
-                    f"{', '.join(roles[role])}. {_REMEDY}"
+                    f"{', '.join(roles[role])}. {REMEDY}"
                 )
         if roles["query"] and getattr(self._module(roles["query"][0].rpartition(".")[0]), "q_bias", None) is not None:
             raise BackboneError(
@@ -365,7 +305,7 @@ class _Resolver:
     def _required(self, prefix: str, names: Sequence[str], role: str) -> tuple[str, ...]:
         paths = self._existing(prefix, names)
         if not paths:
-            remedy = (self.table.remedy if role in BLOCK_ROLES else "") or _REMEDY
+            remedy = (self.table.remedy if role in BLOCK_ROLES else "") or REMEDY
             raise BackboneError(
                 f"{self.class_name} does not fit its role table: {prefix or 'the model'!r} has no {role!r} "
                 f"(looked for {', '.join(names)}). {remedy}"

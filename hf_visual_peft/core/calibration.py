@@ -176,7 +176,7 @@ def calibrate(
         if isinstance(module, VisualTunerLayer) and adapter_name in module.plans
     }
     with _as_base_model(base, seed):
-        backbone = find_backbone(base)
+        backbone = find_backbone(base, config.backbone)
         config.choose(Calibration(base, backbone, adapter_name, layers, max_batches, dataloader, progress))
 
 

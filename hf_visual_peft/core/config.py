@@ -35,6 +35,7 @@ class VisualPeftConfig(PeftConfig):
         init_weights: the method's own initialisation, or (False) with random numbers added to every weight.
         train_norm_statistics: let the running statistics of batch norms move; they are then saved with the adapter.
             Else they stay as they are in the backbone.
+        backbone: path of the backbone to adapt, in a model that holds several; the only one by default.
     """
 
     layers_to_transform: list[int] | int | None = field(
@@ -52,6 +53,9 @@ class VisualPeftConfig(PeftConfig):
     train_norm_statistics: bool = field(
         default=False,
         metadata={"help": "Let the running statistics of batch norms move; they are saved with the adapter."},
+    )
+    backbone: str | None = field(
+        default=None, metadata={"help": "Path of the backbone to adapt, in a model that holds several."}
     )
 
     method_type: ClassVar[VisualPeftType]
@@ -88,6 +92,8 @@ class VisualPeftConfig(PeftConfig):
             if not isinstance(names, list | tuple | set) or not all(isinstance(n, str) and n for n in names):
                 self._fail("modules_to_save", "None or a list of names")
             self.modules_to_save = sorted(names) if isinstance(names, set) else list(names)
+        if self.backbone is not None and type(self.backbone) is not str:
+            self._fail("backbone", "None or the path of a module")
         if isinstance(self.exclude_modules, set | tuple):
             self.exclude_modules = sorted(self.exclude_modules)
 

@@ -62,6 +62,8 @@ class TargetedConfig(VisualPeftConfig):
             if not isinstance(targets, list | tuple | set) or not all(isinstance(name, str) for name in targets):
                 self._fail("target_modules", 'None, names, a regular expression, or "all-linear"')
             self.target_modules = set(targets)  # type: ignore[assignment]
+        if targets is not None:
+            self._require_unset("backbone", "where target_modules names modules")
         if targets is not None and not targets:
             self._fail("target_modules", "None or not empty")
         if self.layers_pattern and not (targets and self.layers_to_transform):

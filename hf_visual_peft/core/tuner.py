@@ -246,7 +246,10 @@ class VisualTuner(MergingTuner):
                     trained += self._place(model, config.placement_at(path, module))
             self._check_trained(trained, config, type(model).__name__)
             return
-        backbone = find_backbone(model)
+        if config.backbone:
+            (config.backbone,) = to_present_names(model, [config.backbone]) or ()
+        backbone = find_backbone(model, config.backbone)
+        self._check_one_backbone(model, config, backbone)
         self._check_layers(config, backbone)
         replace_lost_heads(model, config, backbone.heads)
         if config.modules_to_save is None:
@@ -282,6 +285,24 @@ class VisualTuner(MergingTuner):
         self._check_trained(trained, config, backbone.class_name)
         self._backbone = backbone
         self._tell_of_copies(config, backbone)
+
+    def _check_one_backbone(self, model: nn.Module, config: VisualPeftConfig, backbone: VisionBackbone) -> None:
+        """Refuse an adapter on another backbone than the adapters that the model has: they tell each other its grid.
+
+        Raises:
+            ValueError: there is one.
+        """
+        for name, other in self.peft_config.items():
+            by_role = isinstance(other, VisualPeftConfig) and other.target_modules is None and other is not config
+            if not by_role or other.backbone == config.backbone:
+                continue
+            path = find_backbone(model, other.backbone).path
+            if path != backbone.path:
+                raise ValueError(
+                    f"{type(config).__name__}.backbone: the adapter {name!r} acts on {path!r}, and this one would act "
+                    f"on {backbone.path!r}. All adapters of one model act on the same backbone: use one model for "
+                    "each, or, in methods that take them, name target_modules."
+                )
 
     def _check_beside_copies(self, placement: Placement, config: VisualPeftConfig, backbone: VisionBackbone) -> None:
         """Refuse copies of modules that the method needs as they are, or trains as a whole itself.

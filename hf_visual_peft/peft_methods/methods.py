@@ -129,7 +129,7 @@ def any_method(name: str) -> Method | PeftMethod:
     )
 
 
-def with_visual_targets(config: ConfigT, model: nn.Module) -> ConfigT:
+def with_visual_targets(config: ConfigT, model: nn.Module, backbone: str | None = None) -> ConfigT:
     """A config of peft's with the modules of this model in the fields that are None.
 
         model = get_peft_model(vit, with_visual_targets(LoraConfig(), vit))
@@ -140,8 +140,10 @@ def with_visual_targets(config: ConfigT, model: nn.Module) -> ConfigT:
     `freeze_norms` besides.
 
     Args:
-        config: of a method for linears or norms; one of this library's, which need nothing, is returned as it is.
+        config: of a method for linears or norms; one of this library's, which need nothing, is returned as it is, or
+            with the backbone in its field.
         model: that the config is for.
+        backbone: path of the backbone to adapt, in a model that holds several.
 
     Returns:
         A copy.
@@ -152,24 +154,26 @@ def with_visual_targets(config: ConfigT, model: nn.Module) -> ConfigT:
         BackboneError: the model holds no backbone that a role table describes.
     """
     if isinstance(config, VisualPeftConfig):
-        return config
+        chosen = config if backbone is None else copy.copy(config)
+        chosen.backbone = chosen.backbone if backbone is None else backbone
+        return chosen
     method = str(getattr(config.peft_type, "value", config.peft_type))
     if method not in METHODS:
         known = ", ".join(sorted({PEFT_METHODS[name].config_cls.__name__ for name in PEFT_METHODS}))
         raise ValueError(f"{type(config).__name__} acts on no modules of vision backbones: choose one of {known}.")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     _check_tied(base)
-    backbone = find_backbone(base)
+    found = find_backbone(base, backbone)
     filled: Any = copy.deepcopy(config)
     if filled.modules_to_save is None:
-        announce(backbone.head_note)
-        filled.modules_to_save = list(backbone.heads) or None
+        announce(found.head_note)
+        filled.modules_to_save = list(found.heads) or None
     if filled.target_modules is None and getattr(filled, "target_parameters", None) is None:
-        part = backbone.select(_layers(filled, backbone))
+        part = found.select(_layers(filled, found))
         paths = _TARGETS.get(method, _linears)(base, part, method in CONVOLUTIONAL_METHODS)
         if not paths:
             raise ValueError(
-                f"{type(config).__name__} has nothing to act on in {backbone.class_name}: "
+                f"{type(config).__name__} has nothing to act on in {found.class_name}: "
                 f"{_REASONS.get(method, _NO_LINEARS)}. Name modules in target_modules, or choose another method."
             )
         # peft may shorten a set of names, and then refuses the file of IA3, whose two fields no longer agree
@@ -179,7 +183,7 @@ def with_visual_targets(config: ConfigT, model: nn.Module) -> ConfigT:
             if hasattr(filled, name):
                 setattr(filled, name, None)
     if method == "IA3" and filled.feedforward_modules is None:
-        filled.feedforward_modules = _pattern(_of_roles(base, backbone.blocks, backbone.architecture.fc2))
+        filled.feedforward_modules = _pattern(_of_roles(base, found.blocks, found.architecture.fc2))
     name_classes(filled, base)
     return filled
 

@@ -319,7 +319,10 @@ def unwrapped_head(model: nn.Module, path: str) -> nn.Module:
 def _heads(model: nn.Module, config: Any, count: int) -> list[str]:
     """Those heads of the base with so many classes that an adapter is to copy."""
     names = to_present_names(model, list(getattr(config, "modules_to_save", None) or ()))
-    names = [*(names or ()), *(find_backbone(model).heads if getattr(config, "copied_head", "") else ())]
+    names = [
+        *(names or ()),
+        *(find_backbone(model, config.backbone).heads if getattr(config, "copied_head", "") else ()),
+    ]
     found: list[str] = []
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{head}.") for head in found)

@@ -1,0 +1,153 @@
+"""Which of the backbones in a model is meant, and what to say where none is known."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..core.registry import targeted_methods
+from .architectures import Architecture, architecture_of, known_backbones
+from .backbone import BackboneError
+from .paths import is_in
+
+
+Choice = tuple[str, nn.Module, Architecture]
+"""Path, module and role table of a backbone."""
+
+REMEDY = (
+    "For another architecture, register a role table before get_peft_model: "
+    "hf_visual_peft.register_architecture(hf_visual_peft.Architecture(backbones=('MyViT',), blocks='blocks', "
+    "patch_embedding='patch_embed', ...))."
+)
+_PIXELS = (1, 3, 4)  # channels of images
+_LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+
+
+def choose(model: nn.Module, named: str | None = None) -> Choice | None:
+    """The backbone that is meant; None where no table knows it.
+
+    Args:
+        model: a backbone, or a model that holds one or several.
+        named: path of the backbone, or of a module that holds it alone.
+
+    Raises:
+        BackboneError: several fit, or none can be at this path.
+    """
+    known = known_in(model)
+    found = known
+    if named is not None:
+        _check_path(model, named, known)
+        found = [choice for choice in known if is_in(choice[0], named)]
+    if len(found) > 1 and named is None:
+        taken = _taken(model)
+        found = [choice for choice in known if is_in(choice[0], taken)] if taken is not None else found
+    if len(found) > 1:
+        inside = f" in {named!r}" if named else ""
+        raise BackboneError(
+            f"{type(model).__name__} holds several vision backbones{inside}: {_listed(found)}. Choose one by its "
+            f"path: backbone={found[0][0]!r} in the config, or with_visual_targets(config, model, "
+            f"backbone={found[0][0]!r}) for peft's own methods."
+        )
+    return found[0] if found else None
+
+
+def known_in(model: nn.Module) -> list[Choice]:
+    """The backbones in a model that have a table, none of them in another."""
+    found: list[Choice] = []
+    for path, module in model.named_modules():
+        architecture = architecture_of(module)
+        if architecture is not None and not any(is_in(path, outer) for outer, _, _ in found):
+            found.append((path, module, architecture))
+    return found
+
+
+def _taken(model: nn.Module) -> str | None:
+    """The path that the adapters in a model have chosen; None where there are none, or they have chosen none."""
+    configs: Any = getattr(model, "peft_config", None) or {}
+    paths = [getattr(config, "backbone", None) for config in configs.values()]
+    return next((path for path in paths if path is not None), None)
+
+
+def _check_path(model: nn.Module, named: str, known: Sequence[Choice]) -> None:
+    """Refuse a path at which there is no backbone, and tell those at which there is one.
+
+    Raises:
+        BackboneError: there is no such module, or it is a part of a backbone.
+    """
+    if type(named) is not str:
+        raise BackboneError(f"backbone is {named!r}: must be None or the path of a module.")
+    paths = [path for path, _ in model.named_modules()]
+    there = f" {type(model).__name__} has {_listed(known)}." if known else ""
+    if named not in paths:
+        close = difflib.get_close_matches(named, paths, n=3)
+        meant = f" Modules with like names: {', '.join(map(repr, close))}." if close and not there else ""
+        raise BackboneError(f"backbone is {named!r}: {type(model).__name__} has no such module.{there}{meant}")
+    around = next((choice for choice in known if is_in(named, choice[0]) and named != choice[0]), None)
+    if around is not None:
+        raise BackboneError(
+            f"backbone is {named!r}, which is a part of the backbone {around[0]!r} ({type(around[1]).__name__}): name "
+            "the whole backbone, and choose blocks by layers_to_transform."
+        )
+
+
+def _listed(choices: Sequence[Choice]) -> str:
+    return ", ".join(f"{path!r} ({type(module).__name__})" for path, module, _ in choices)
+
+
+def unknown(model: nn.Module, named: str | None = None) -> str:
+    """What to do about a model without a known backbone: the remedy, known classes of like names, and what works.
+
+    Args:
+        model: the whole model.
+        named: path of the module that was chosen in it.
+    """
+    path = named if named is not None else tower_in(model)
+    tower = model.get_submodule(path)
+    name, outer = type(tower).__name__, type(model).__name__
+    where = f"{name} ({path!r} in {outer}) is" if path else f"{name} holds"
+    known = {each.partition(":")[0].rpartition(".")[2] for each in known_backbones()}
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return (
+        f"{where} no vision backbone that hf_visual_peft knows. {REMEDY.replace('MyViT', name)} "
+        + (f"Known classes with like names: {', '.join(close)}. " if close else "")
+        + f"Without a table, name linears in target_modules: {', '.join(targeted_methods())} and peft's own methods "
+        "take them."
+    )
+
+
+def tower_in(model: nn.Module) -> str:
+    """Path of the part of a model that takes images, also of one that no table knows; `""` where that is the model.
+
+    The smallest module that holds blocks and either embeds pixels by a convolution or is a pretrained model whose
+    input is called pixels.
+    """
+    modules = dict(model.named_modules())
+    pixels = [
+        path
+        for path, module in modules.items()
+        if isinstance(module, nn.Conv2d | nn.Conv3d) and module.in_channels in _PIXELS
+    ]
+    blocks = [path for path, module in modules.items() if _is_list_of_blocks(module)]
+    around = [
+        path
+        for path, module in modules.items()
+        if not isinstance(module, _LISTS)
+        and (_takes_pixels(module) or any(is_in(each, path) for each in pixels))
+        and any(is_in(each, path) for each in blocks)
+    ]
+    return max(around, key=lambda path: path.count(".") + bool(path), default="")
+
+
+def _is_list_of_blocks(module: nn.Module) -> bool:
+    if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) < 2:
+        return False
+    return len({type(block) for block in module}) == 1 and any(True for _ in module[0].children())
+
+
+def _takes_pixels(module: nn.Module) -> bool:
+    name = getattr(module, "main_input_name", "") if isinstance(module, PreTrainedModel) else ""
+    return str(name).startswith("pixel_values")
