@@ -66,7 +66,7 @@ def test_a_path_chooses(config, named, tmp_path):
     model = get_peft_model(model, chosen).eval()
     assert adapted_below(model) == {named.partition(".")[0]}
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for _name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) / 10)
         answer = model(**images(2))
