@@ -169,7 +169,7 @@ def test_places():
         ({"r": 0}, r"r is 0: must be an integer of at least 1"),
         ({"num_virtual_tokens": 0}, r"num_virtual_tokens is 0: must be an integer of at least 1"),
         ({"bypass": False, "mlp": "lora"}, r"mlp is 'lora': must be one of 'adapter', 'prefix', 'prompt', None"),
-        ({"mlp": "adapter"}, r"mlp is 'adapter': must be None with bypass True"),
+        ({"mlp": "adapter"}, r"mlp is 'adapter': must be None with bypass=True"),
     ],
 )
 def test_bad_fields(fields, message):

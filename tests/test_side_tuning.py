@@ -165,5 +165,5 @@ def test_bad_fields(fields, message):
 
 @pytest.mark.parametrize("name", ["siglip2", "imagegpt"])
 def test_backbones_without_images(name):
-    with pytest.raises(ValueError, match="SideTuningConfig does not fit .*: it is not given images"):
+    with pytest.raises(ValueError, match="SideTuningConfig does not fit .*: its input is not images"):
         get_peft_model(MODELS[name].model(), SideTuningConfig())

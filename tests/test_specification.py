@@ -312,7 +312,7 @@ def test_gps_adapter_of_vit_b16_is_small():
 
 def test_gps_errors():
     model = get_peft_model(FAMILIES["vit"].model(), GPSConfig())
-    with pytest.raises(ValueError, match="no batch has two images of one class"):
+    with pytest.raises(ValueError, match="no batch has two images of the same class"):
         calibrate(model, [labelled(2, [0, 1]), labelled(1, [0])], progress=False)
     with pytest.raises(NotCalibratedError):
         output_of(model, images(2))
@@ -567,7 +567,7 @@ def test_spt_errors():
     for chosen, message in (
         (
             {"3.query.weight": 1},
-            "'3.query.weight': must be weights and biases of norms.0, 0.norm1, 0.query, 0.key",
+            "'3.query.weight': must be weights or biases of norms.0, 0.norm1, 0.query, 0.key",
         ),
         ({"0.query.gamma": 1}, "chosen has '0.query.gamma'"),
         ({"0.query.weight": 257}, "chosen has 257 for 0.query.weight: must be 'lora' or an integer from 1 to 256"),

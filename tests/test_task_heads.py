@@ -221,7 +221,7 @@ def test_where_no_head_is_found_a_warning_says_so():
 
     with pytest.warns(UserWarning, match=rf"{MISSING} WithoutHead.*modules_to_save.*register_heads\('WithoutHead'"):
         get_peft_model(WithoutHead(), hvp.VPTConfig())
-    with pytest.raises(ValueError, match=r"WithoutHead has no task head that is known.*register_heads\('WithoutHead'"):
+    with pytest.raises(ValueError, match=r"WithoutHead has no known task head.*register_heads\('WithoutHead'"):
         get_peft_model(WithoutHead(), hvp.LinearProbeConfig(modules_to_save=[]))
     hvp.register_heads("WithoutHead", ())
     assert not hvp.find_backbone(WithoutHead()).head_note

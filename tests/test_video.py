@@ -299,7 +299,7 @@ def test_bare_backbones_give_every_frame(config):
 
 @every_config
 @pytest.mark.parametrize(
-    ("name", "why"), [("siglip2", "have grids of their own"), ("vit_mae", "are masked at random")]
+    ("name", "why"), [("siglip2", "each have their own grid"), ("vit_mae", "are masked at random")]
 )
 def test_backbones_without_one_grid_are_refused(config, name, why):
     model = FAMILIES[name].model()
@@ -313,7 +313,7 @@ def test_aim_needs_the_number_of_heads():
     backbone = find_backbone(FAMILIES["vit"].model())
     blocks = tuple(dataclasses.replace(block, num_heads=None) for block in backbone.blocks)
     backbone = dataclasses.replace(backbone, blocks=blocks)
-    with pytest.raises(ValueError, match="AIMConfig does not fit ViTModel: its config does not tell num_attention_h"):
+    with pytest.raises(ValueError, match="AIMConfig does not fit ViTModel: its config has no num_attention_h"):
         list(AIMConfig().placements(backbone))
     with pytest.raises(ValueError, match=r"ratio is 0.01: must be at least 1 / 16"):
         get_peft_model(FAMILIES["vit"].model(), AIMConfig(ratio=0.01))

@@ -398,12 +398,12 @@ def test_heads_must_divide_the_values():
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("swin", "SwinModel: it is hierarchical and has a pyramid of features of its own"),
-        ("pvt_v2", "it is hierarchical and has a pyramid of features of its own"),
-        ("convnext", "it is hierarchical and has a pyramid of features of its own"),
+        ("swin", "SwinModel: it is hierarchical and has its own pyramid of features"),
+        ("pvt_v2", "it is hierarchical and has its own pyramid of features"),
+        ("convnext", "it is hierarchical and has its own pyramid of features"),
         ("resnet", "convolutional network"),
         ("videomae", "it reads videos"),
-        ("siglip2", "it is not given images"),
+        ("siglip2", "its input is not images"),
         ("perceiver", "how its tokens lie in the image is not known"),
     ],
 )

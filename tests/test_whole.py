@@ -110,7 +110,7 @@ def test_partial_of_a_bare_backbone():
 
 def test_linear_probe_needs_a_head():
     with pytest.raises(
-        ValueError, match=r"LinearProbeConfig: ViTModel has no task head .* nothing would train\. Load it with one"
+        ValueError, match=r"LinearProbeConfig: ViTModel has no task head, so nothing would train\. Load it with one"
     ):
         get_peft_model(FAMILIES["vit"].backbone(), LinearProbeConfig())
 
@@ -156,7 +156,7 @@ def test_k_is_at_most_the_number_of_blocks():
 def test_selections_that_have_nothing_to_act_on(config_cls, fields):
     (field,) = fields
     with pytest.raises(
-        ValueError, match=rf"{config_cls.__name__}.{field} is .*must be None, as {config_cls.__name__} says itself"
+        ValueError, match=rf"{config_cls.__name__}.{field} is .*must be None: {config_cls.__name__} itself decides"
     ):
         config_cls(**fields)
 

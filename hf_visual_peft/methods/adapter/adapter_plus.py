@@ -21,7 +21,7 @@ class AdapterPlus(nn.Module):
 
         f(x) = c * DP(W_up GELU(W_down x + b_down) + b_up)
 
-    Both weights are drawn from a normal of standard deviation 0.01 cut at two of them; biases are 0, c is 1.
+    Both weights are drawn from a normal of standard deviation 0.01, cut at two deviations; biases are 0, c is 1.
 
     Args:
         width: channels of the token stream.
@@ -38,7 +38,7 @@ class AdapterPlus(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, width) to the same."""
+        """Map (batch, tokens, width) to the same shape."""
         x = x if self.norm is None else self.norm(x)
         return self.scale * drop_path(self.bottleneck(x), self.drop_path, self.training)
 

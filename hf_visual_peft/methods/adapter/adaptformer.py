@@ -19,7 +19,7 @@ from ...training.defaults import Training
 
 
 class AdaptFormer(nn.Module):
-    """Bottleneck beside the MLP.
+    """A bottleneck beside the MLP.
 
         f(z) = s (W_up dropout(ReLU(W_down z + b_down)) + b_up)
 
@@ -48,7 +48,7 @@ class AdaptFormer(nn.Module):
             nn.init.zeros_(zero)
 
     def forward(self, z: Tensor) -> Tensor:
-        """(batch, tokens, width) to the same."""
+        """Map (batch, tokens, width) to the same shape."""
         z = z if self.norm_in is None else self.norm_in(z)
         delta = self.scale * self.up(self.dropout(F.relu(self.down(z))))
         return delta if self.norm_out is None else self.norm_out(delta)
@@ -71,19 +71,19 @@ class AdaptFormerConfig(VisualPeftConfig):
     """Config of AdaptFormer, arXiv 2205.13535.
 
     A bottleneck beside the MLP of every block. It reads the stream before the norm and is added after the block's
-    layer scale and stochastic depth, which do not act on it. Some ports norm its input and take s = 1; that is
+    layer scale and stochastic depth, which do not act on it. Some ports normalise its input and set s = 1; that is
     another method (`layer_norm="in"`, `scale=1.0`).
 
     Args:
-        r: width of the bottleneck; the paper has 64, for VTAB 8.
+        r: width of the bottleneck; 64 in the paper, 8 for VTAB.
         scale: s, or `"learnable"`: one number a block that starts at 1.
-        dropout: probability of dropping a number in the bottleneck.
+        dropout: probability, in the bottleneck.
         layer_norm: a norm of the adapter's own on its input (`"in"`), on its output (`"out"`), or none.
     """
 
     r: int = field(default=64, metadata={"help": "Width of the bottleneck."})
     scale: float | str = field(default=0.1, metadata={"help": 'Factor s of the branch, or "learnable".'})
-    dropout: float = field(default=0.1, metadata={"help": "Probability of dropping a number in the bottleneck."})
+    dropout: float = field(default=0.1, metadata={"help": "Dropout probability in the bottleneck."})
     layer_norm: str = field(default="none", metadata={"help": "The adapter's own norm: none, in, or out."})
 
     def __post_init__(self) -> None:

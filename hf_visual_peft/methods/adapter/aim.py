@@ -30,7 +30,7 @@ def adapter(width: int, r: int) -> Bottleneck:
 class Temporal(nn.Module):
     """The block's own attention over frames, and a bottleneck.
 
-        f(x) = e + DP(g(MHSA(LN1 (x + e)))),  each token attends to those at its place in the other frames
+        f(x) = e + DP(g(MHSA(LN1 (x + e)))),  each token attends to those at its position in the other frames
 
     Args:
         width: channels of the token stream.
@@ -46,7 +46,7 @@ class Temporal(nn.Module):
         self.embedding = None if num_frames is None else nn.Parameter(torch.zeros(num_frames, 1, width))
 
     def forward(self, x: Tensor, layout: TokenLayout, attend: Callable[[Tensor], Tensor]) -> Tensor:
-        """(batch x frames, tokens, width) to the same; `attend` applies norm and attention to any sequence."""
+        """Map (batch x frames, tokens, width) to the same shape; `attend` applies norm and attention."""
         t = by_video(x, layout)
         if self.embedding is not None:
             frames = t.shape[1]
@@ -79,7 +79,7 @@ class Joint(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch x frames, tokens, width) to the same."""
+        """Map (batch x frames, tokens, width) to the same shape."""
         return drop_path(self.scale * self.adapter(x), self.drop_path, self.training)
 
 
@@ -102,19 +102,19 @@ class Joint(nn.Module):
 class AIMConfig(VisualPeftConfig):
     """Config of AIM, arXiv 2302.03024; for videos, `pixel_values` of (batch, frames, channels, height, width).
 
-    Three bottlenecks a block. The temporal one follows the block's own attention, which runs over frames first, for
-    each token position by itself, CLS included; the spatial one follows attention as it is, with a skip; the joint
-    one stands beside the MLP. The first and the last have a stochastic depth of their own, whose rate rises from 0 in
-    the first block of the backbone to `drop_path` in the last. The backbone's own branches are not dropped in the
-    authors' code: load it with a rate of 0. One frame is dropped at a time; the authors' code has the tokens in front
-    there and so drops the tokens of one place in all frames of all videos, at the same rate. The head sees the mean
-    over frames. Attention over frames has no position biases, rotary embedding or layer scale of the backbone, which
-    is our reading: the paper's backbones have none.
+    Each block gets three bottlenecks. The temporal one follows the block's own attention, which first runs over
+    frames, separately for each token position, CLS included. The spatial one follows the usual attention, with a skip
+    connection. The joint one stands beside the MLP. The first and the last have a stochastic depth of their own, whose
+    rate rises from 0 in the first block of the backbone to `drop_path` in the last. The backbone's own branches are
+    not dropped in the authors' code: load it with a rate of 0. Here stochastic depth drops whole frames. The authors'
+    code has the tokens in the first dimension there, and so drops one token position in all frames of all videos, at
+    the same rate. The head sees the mean over frames. Attention over frames has no position biases, rotary embedding
+    or layer scale of the backbone, which is our choice: the paper's backbones have none.
 
-    The paper trains an embedding of frame positions, too; `num_frames` adds it before the first adapted block (in the
-    paper: before CLIP's first norm). Its 10.65 M parameters on ViT-B leave it out. Without it the order of frames
-    makes no difference. The paper also trains the last norm; add it by `modules_to_save`. The second temporal adapter
-    of its setting for Something-Something, before attention over frames, is not here.
+    The paper also trains an embedding of frame positions; `num_frames` adds it before the first adapted block (in the
+    paper: before CLIP's first norm). The paper's 10.65 M parameters on ViT-B do not count it. Without it the order of
+    frames makes no difference. The paper also trains the last norm; add it by `modules_to_save`. The second temporal
+    adapter of its setting for Something-Something, before attention over frames, is not implemented.
 
     Args:
         ratio: width of the bottlenecks as a part of the backbone's width.
@@ -141,11 +141,11 @@ class AIMConfig(VisualPeftConfig):
             self._require_integer("num_frames", 1, 10_000)
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
-        """At attention and MLP of every block."""
+        """The three bottlenecks of every block."""
         require_full_grid(type(self).__name__, backbone)
         if backbone.num_heads is None:
             raise ValueError(
-                f"AIMConfig does not fit {backbone.class_name}: its config does not tell num_attention_heads, which "
+                f"AIMConfig does not fit {backbone.class_name}: its config has no num_attention_heads, which "
                 "attention over frames needs."
             )
         width, r = backbone.width, int(backbone.width * self.ratio)

@@ -27,17 +27,17 @@ class Basis(nn.Module):
 
 
 class ARC(nn.Module):
-    """Bottleneck without activation whose two matrices are one, shared, and re-scaled here.
+    """A bottleneck without activation: one shared matrix goes down and up, and is rescaled here.
 
         f(x) = x + dropout(x P diag(c)) P^T + b
 
-    b is zero at the start; P comes with the call.
+    b is zero at the start; P is passed in the call.
 
     Args:
         width: channels of the token stream.
         r: width of the bottleneck.
         dropout: probability, in the bottleneck.
-        zero: whether c starts at zero, or Xavier-uniform as a matrix of one row.
+        zero: whether c starts at zero; else it is Xavier-uniform as a matrix of one row.
     """
 
     def __init__(self, width: int, r: int, dropout: float, zero: bool) -> None:
@@ -49,12 +49,12 @@ class ARC(nn.Module):
             nn.init.xavier_uniform_(self.scale.data[None])
 
     def forward(self, x: Tensor, basis: Basis) -> Tensor:
-        """(..., width) to the same, given also P."""
+        """Map (..., width) to the same shape; `P` is the shared matrix."""
         return x + self.dropout(x @ (basis.weight * self.scale)) @ basis.weight.T + self.shift
 
     @torch.no_grad()
     def fold_input(self, weight: Tensor, bias: Tensor | None, basis: Basis) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a linear that computes the same as the linear with these and ARC before it."""
+        """Weight and bias of the linear with ARC folded in."""
         p, scale, shift = (t.to(weight) for t in (basis.weight, self.scale, self.shift))
         addend = weight @ shift
         return weight + (weight @ p * scale) @ p.T, addend if bias is None else bias + addend
@@ -76,22 +76,22 @@ class ARC(nn.Module):
 class ARCConfig(VisualPeftConfig):
     """Config of adapter re-composing (ARC), arXiv 2310.06234.
 
-    A bottleneck without activation between each norm and the sub-layer that reads it, whose second matrix is the first
-    one's transpose. All blocks share one such matrix for attention and one for the MLP and have factors c and shifts b
-    of their own. It is affine, so it folds into the projections to queries, keys and values and into the first
-    linear(s) of the MLP. Where these have no bias (keys of BEiT), merging gives them one.
+    A bottleneck without activation stands between each norm and the sub-layer that reads it. Its second matrix is the
+    transpose of the first. All blocks share one matrix for attention and one for the MLP; each block has its own
+    factors c and shifts b. The bottleneck is affine, so it folds into the projections to queries, keys and values and
+    into the first linear(s) of the MLP. Where these have no bias (keys of BEiT), merging gives them one.
 
-    As in the authors' code, c starts at zero before attention and Xavier-uniform before the MLP: not the identity at
-    the start, except before attention alone.
+    As in the authors' code, c starts at zero before attention and Xavier-uniform before the MLP. So the start is the
+    identity only with `sublayers="attention"`.
 
     Args:
         r: width of the bottleneck.
-        dropout: probability of dropping a number in the bottleneck.
+        dropout: probability, in the bottleneck.
         sublayers: before which sub-layers: `"attention"`, `"mlp"`.
     """
 
     r: int = field(default=50, metadata={"help": "Width of the bottleneck."})
-    dropout: float = field(default=0.1, metadata={"help": "Probability of dropping a number in the bottleneck."})
+    dropout: float = field(default=0.1, metadata={"help": "Dropout probability in the bottleneck."})
     sublayers: tuple[str, ...] = field(default=tuple(NORMS), metadata={"help": "Before which: attention, mlp."})
 
     def __post_init__(self) -> None:

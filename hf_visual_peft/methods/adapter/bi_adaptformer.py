@@ -17,12 +17,12 @@ from ...training.defaults import Training
 from .binary import BinaryWeight, packed_numbers
 
 
-UP_STD = 1e-3  # not 0: the levels of a matrix of zeros would have no distance
+UP_STD = 1e-3  # not 0: the levels of a matrix of zeros would all be equal
 BITS = (1, 2, 4)
 
 
 def binary_pair(in_features: int, out_features: int, r: int, bits: int) -> tuple[BinaryWeight, BinaryWeight]:
-    """Down and up: Kaiming-uniform (a = sqrt 5), and a normal of standard deviation 0.001 cut at two of them."""
+    """Down, Kaiming-uniform (a = sqrt 5), and up, from a normal of standard deviation 0.001 cut at two deviations."""
     down, up = torch.empty(r, in_features), torch.empty(out_features, r)
     nn.init.kaiming_uniform_(down, a=5**0.5)
     nn.init.trunc_normal_(up, std=UP_STD, a=-2 * UP_STD, b=2 * UP_STD)
@@ -37,7 +37,7 @@ class BiAdaptFormer(nn.Module):
     Args:
         width: channels of the token stream.
         r: width of the bottleneck.
-        bits: of a weight.
+        bits: per weight.
         scale: s.
         dropout: probability, in the bottleneck.
     """
@@ -49,7 +49,7 @@ class BiAdaptFormer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, width) to the same."""
+        """Map (batch, tokens, width) to the same shape."""
         return self.scale * F.linear(self.dropout(F.relu(F.linear(x, self.down()))), self.up())
 
 
@@ -71,21 +71,21 @@ class BiAdaptFormer(nn.Module):
 class BiAdaptFormerConfig(VisualPeftConfig):
     """Config of Bi-AdaptFormer, arXiv 2307.16867.
 
-    AdaptFormer without biases, trained so that its weights can be kept with 1, 2 or 4 bits each; the file holds these
-    bits. Near the identity at the start, not it. What trains are full-precision parameters beside the bits; they are
-    not saved, so training that goes on from a file starts at the levels. The paper's images are not normalised.
+    AdaptFormer without biases, trained so that each weight needs 1, 2 or 4 bits; the file holds these bits. Starts
+    close to the identity. Training uses full-precision parameters. They are not saved, so training that resumes from a
+    file starts at the quantised levels. The paper's images are not normalised.
 
     Args:
         r: width of the bottleneck.
-        bits: of a weight: 1, 2 or 4.
+        bits: per weight: 1, 2 or 4.
         scale: s, tuned per task in the paper.
-        dropout: probability of dropping a number in the bottleneck.
+        dropout: probability, in the bottleneck.
     """
 
     r: int = field(default=32, metadata={"help": "Width of the bottleneck."})
     bits: int = field(default=1, metadata={"help": "Bits of a weight: 1, 2 or 4."})
     scale: float = field(default=1.0, metadata={"help": "Factor s of the branch."})
-    dropout: float = field(default=0.1, metadata={"help": "Probability of dropping a number in the bottleneck."})
+    dropout: float = field(default=0.1, metadata={"help": "Dropout probability in the bottleneck."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,7 +95,7 @@ class BiAdaptFormerConfig(VisualPeftConfig):
         self._require_number("dropout", 0.0, below=1.0)
 
     def trained_numbers(self, name: str, shape: tuple[int, ...]) -> int:
-        """How many weights a tensor of the file stands for: its bits, but for the padding of the last byte."""
+        """How many weights a tensor of the file stands for, without the padding of the last byte."""
         packed = packed_numbers(name, shape, self.bits)
         return super().trained_numbers(name, shape) if packed is None else packed
 

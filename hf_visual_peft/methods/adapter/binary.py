@@ -1,4 +1,4 @@
-"""Weights of a few bits, which the quantised adapters share."""
+"""Weights of a few bits, for the quantised adapters."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from torch import Tensor, nn
 EPSILON = 1e-5
 SOLVER_STEPS = 500
 FITTING_STEPS = 200
-TOLERANCE = 1e-2  # of w~: rounding on another device or in half precision is less, another matrix is more
+TOLERANCE = 1e-2  # of w~: more than rounding on another device or in half precision, less than another matrix
 
 
 @functools.cache
 def gaussian_levels(bits: int) -> tuple[float, ...]:
-    """The 2^bits numbers that stand best for a standard normal variable, in rising order.
+    """The 2^bits values that best represent a standard normal variable, in ascending order.
 
-    Each is the median of the part of the normal distribution for which it is the nearest; found by repeating that, as
-    the authors do, 500 times, from evenly spaced quantiles (theirs starts with all of them at zero).
+    Each is the median of the part of the distribution to which it is the nearest. As in the authors' code, 500
+    iterations find them, here from evenly spaced quantiles (theirs starts with all at zero).
     """
     count = 2**bits
     normal = NormalDist()
@@ -36,7 +36,7 @@ def gaussian_levels(bits: int) -> tuple[float, ...]:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Integers below 2^bits, of any shape, to bytes, (ceil(count x bits / 8),)."""
+    """Pack integers below 2^bits, of any shape, into bytes, (ceil(count x bits / 8),)."""
     per_byte = 8 // bits
     flat = codes.flatten().to(torch.uint8)
     flat = torch.cat([flat, flat.new_zeros(-len(flat) % per_byte)]).view(-1, per_byte)
@@ -59,18 +59,18 @@ def packed_numbers(name: str, shape: tuple[int, ...], bits: int) -> int | None:
 
 
 class BinaryWeight(nn.Module):
-    """A weight matrix that is used and saved with a few bits a number.
+    """A weight matrix that is used and saved with a few bits per element.
 
         w~ = (w - mean) / (std + 1e-5);  weight = std * nearest level of w~ + mean
 
-    With gradients, the levels get theirs as if the full-precision parameter were used itself (straight through, also
-    through mean and std). `codes` and `stats` are all that is saved. In evaluation mode without gradients they count
-    as long as the parameter is what it was when they last fitted each other, so that a loaded adapter gives just what
-    was saved, in every precision. A parameter that was written to since, in whatever way, counts itself.
+    Gradients pass straight through the rounding, and also through mean and std. Only `codes` and `stats` are saved. In
+    evaluation mode without gradients the weight is decoded from them as long as the parameter has not changed since
+    they last matched, so that a loaded adapter gives exactly what was saved, in every precision. If the parameter was
+    written to since, in whatever way, the weight is computed from the parameter.
 
     Args:
         weight: the matrix at the start.
-        bits: 1, 2 or 4.
+        bits: per element: 1, 2 or 4.
     """
 
     codes: Tensor
@@ -83,23 +83,23 @@ class BinaryWeight(nn.Module):
         self.register_buffer("codes", torch.empty(-(-weight.numel() * bits // 8), dtype=torch.uint8))
         self.register_buffer("stats", torch.empty(2))
         self.levels = gaussian_levels(bits)
-        self.follows = False  # whether the parameter is known to follow the codes, or has been trained since
-        # The parameter when it and the codes fitted. Flags and version counters miss what is written through `.data`;
-        # as a buffer, what averages or copies buffers would take it along.
+        self.follows = False  # whether the parameter is known to match the codes, or has been trained since
+        # The parameter when it last matched the codes. Flags and version counters miss writes through `.data`. It is
+        # not a buffer, because code that averages or copies buffers would include it.
         self.fitted = self.weight.detach()
         self.randomise()
 
     def forward(self) -> Tensor:
-        """The weight with few bits, in the shape of the parameter."""
+        """The quantised weight, in the shape of the parameter."""
         if not self.training and not (self.weight.requires_grad and torch.is_grad_enabled()):
-            if self.fitted.is_meta:  # codes were loaded, unseen, into a module that had no numbers
+            if self.fitted.is_meta:  # codes were loaded directly into a module on the meta device
                 self._follow_codes()
-            # no `if`, which would wait for the device
+            # not an `if`, which would wait for the device
             return torch.where(
                 self._differs(), self._decoded(*self._encoded()), self._decoded(self._codes(), self.stats)
             )
         if not self.follows and not torch.compiler.is_compiling():
-            self._follow_codes()  # transformers loads codes unseen, and need not call `train`
+            self._follow_codes()  # transformers loads codes directly, and may not call `train`
         mean, std = self.weight.mean(), self.weight.std()
         normal = (self.weight - mean) / (std + EPSILON)
         levels = self._levels(normal)
@@ -107,7 +107,7 @@ class BinaryWeight(nn.Module):
         return (normal + (nearest - normal).detach()) * std + mean
 
     def randomise(self) -> None:
-        """Make codes and stats from the parameter."""
+        """Compute codes and stats from the parameter."""
         if self.weight.is_meta:  # they will be loaded
             return
         with torch.no_grad():
@@ -117,7 +117,7 @@ class BinaryWeight(nn.Module):
         self._fit()
 
     def train(self, mode: bool = True) -> BinaryWeight:
-        """Switch the mode, and let parameter and codes follow each other."""
+        """Switch the mode, and make parameter and codes match."""
         if mode:
             self._follow_codes()
         elif self._is_written():
@@ -126,18 +126,18 @@ class BinaryWeight(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BinaryWeight:
         super()._apply(fn, recurse)
-        self.fitted = fn(self.fitted)  # another device or precision: parameter and codes fit as before
+        self.fitted = fn(self.fitted)  # another device or precision: parameter and codes match as before
         return self
 
     def _fit(self) -> None:
         self.fitted = self.weight.detach().clone()
 
     def _is_written(self) -> bool:
-        """Whether the parameter is another than when the codes fitted it."""
+        """Whether the parameter has changed since it last matched the codes."""
         return not self.weight.is_meta and not self.fitted.is_meta and bool(self._differs())
 
     def _differs(self) -> Tensor:
-        # what offloads weights leaves attributes where they are
+        # offloading of weights leaves attributes where they are
         return (self.weight != self.fitted.to(self.weight.device)).any()
 
     def _levels(self, like: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ class BinaryWeight(nn.Module):
         return torch.bucketize(normal.detach(), (levels[1:] + levels[:-1]) / 2)
 
     def _encoded(self) -> tuple[Tensor, Tensor]:
-        """Index of each number's level, and mean and standard deviation, of the parameter."""
+        """The index of each element's level, and mean and standard deviation of the parameter."""
         weight = self.weight.detach().float()
         mean, std = weight.mean(), weight.std()
         normal = (weight - mean) / (std + EPSILON)
@@ -164,9 +164,9 @@ class BinaryWeight(nn.Module):
 
     @torch.no_grad()
     def _follow_codes(self) -> None:
-        """Make a parameter from codes and stats that gives just these, unless they were made from it.
+        """Set the parameter so that it gives these codes and stats, unless they were computed from it.
 
-        The levels themselves would not do: neither is their mean that of `stats`, nor their standard deviation.
+        The levels themselves would not do: their mean and standard deviation differ from those in `stats`.
         """
         if self.codes.is_meta:  # they will be loaded
             return
@@ -209,5 +209,5 @@ class BinaryWeight(nn.Module):
         if key in missing_keys:
             missing_keys.remove(key)
         if key not in state_dict and f"{prefix}codes" in state_dict:
-            self._fit()  # to no codes of before: what is loaded counts
+            self._fit()  # the loaded codes count, not earlier ones
             self._follow_codes()

@@ -1,4 +1,4 @@
-"""The bottleneck that the sequential adapters share."""
+"""The bottleneck of the sequential adapters."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def truncated_normal(self, std: float = 0.01) -> Bottleneck:
-        """Draw both weights from a normal that is cut at two standard deviations: near the identity, not it."""
+        """Draw both weights from a normal cut at two standard deviations, so that it starts close to the identity."""
         for linear in (self.down, self.up):
             nn.init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std)
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, width) to the same."""
+        """Map (batch, tokens, width) to the same shape."""
         return self.up(self.dropout(self.activation(self.down(x))))

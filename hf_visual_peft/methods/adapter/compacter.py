@@ -21,8 +21,8 @@ class Rule(nn.Module):
     """The matrices R_1 .. R_n that all PHM layers of an adapter share.
 
     Args:
-        n: how many, and their size.
-        std: standard deviation of their numbers at the start.
+        n: number of matrices, and their size.
+        std: standard deviation of their elements at the start.
     """
 
     def __init__(self, n: int, std: float) -> None:
@@ -53,9 +53,9 @@ class PHMLinear(nn.Module):
                 nn.init.xavier_uniform_(factor, gain=math.sqrt(2))
 
     def forward(self, x: Tensor, rule: Rule) -> Tensor:
-        """(..., in_features) to (..., out_features)."""
+        """Map (..., in_features) to (..., out_features)."""
         weight = torch.einsum("iab,icd->bdac", rule.matrices, self.left @ self.right)
-        # Given strides, torch sums in another order where a computed weight needs no gradient: hence contiguous.
+        # contiguous: with other strides torch sums in another order where a computed weight needs no gradient
         return F.linear(x.contiguous(), weight.flatten(2).flatten(0, 1), self.bias)
 
 
@@ -74,7 +74,7 @@ class Compacter(nn.Module):
         self.up = PHMLinear(r, width, n)
 
     def forward(self, x: Tensor, rule: Rule) -> Tensor:
-        """(batch, tokens, width) to the same."""
+        """Map (batch, tokens, width) to the same shape."""
         return self.up(F.gelu(self.down(x, rule), approximate="tanh"), rule)
 
 
@@ -95,17 +95,16 @@ SUBLAYERS = ("attention", "mlp")
 class CompacterConfig(VisualPeftConfig):
     """Config of Compacter, arXiv 2106.04647.
 
-    Houlsby's adapter, which reads what the sub-layer adds to the stream, with weights that are sums of Kronecker
-    products of small matrices R_i and matrices of rank one. The R_i are one set for all layers, both positions, and
-    both weights of an adapter. All weights are random at the start, but the R_i so small that f is nearly zero.
-    Compacter++ stands after the MLP alone: `sublayers="mlp"`. No norm beside the adapter, as in the released
-    configuration (its class defaults differ). The paper trains the backbone's norms, too; add them by
-    `modules_to_save`.
+    Houlsby's adapter with weights that are sums of Kronecker products of small matrices R_i and matrices of rank one.
+    The adapter reads what the sub-layer adds to the stream. One set of R_i serves all layers, both positions, and both
+    weights of an adapter. All weights are random at the start, but the R_i are so small that f is nearly zero.
+    Compacter++ stands only after the MLP: `sublayers="mlp"`. The adapter has no norm, as in the released configuration
+    (its class defaults differ). The paper also trains the backbone's norms; add them with `modules_to_save`.
 
     Args:
         r: width of the bottleneck; a multiple of n. The paper's reduction factor of 32 is 24 on ViT-B.
         n: Kronecker products of each weight; divides r and the backbone's width.
-        rule_std: standard deviation of the numbers of all R_i at the start.
+        rule_std: standard deviation of the elements of all R_i at the start.
         sublayers: after which sub-layers: `"attention"`, `"mlp"`.
     """
 

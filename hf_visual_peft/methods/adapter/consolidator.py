@@ -26,12 +26,12 @@ class Consolidator(nn.Module):
         f(y, x) = y + DP(blockdiag(W_1 .. W_g) shuffle(x) + b)
 
     Group i maps its own part of the input to its own part of the output. `shuffle` is that of ShuffleNet: the channels
-    are cut into g pieces, and the first of each, the second of each, and so on, come one behind the other. Weights and
+    are cut into g pieces, and the first of each, the second of each, and so on, come one after the other. Weights and
     biases are drawn from U(-bound, bound).
 
     Args:
         linear: the linear, for its sizes.
-        groups: g; None for half the greatest common divisor of the sizes, or all of it where that is odd.
+        groups: g; None for half the greatest common divisor of the sizes, or the whole divisor if it is odd.
         shuffle: whether the channels are shuffled.
         drop_path: rate of the branch's stochastic depth.
         bound: of weights and biases at the start.
@@ -54,7 +54,7 @@ class Consolidator(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """(..., out_features), given also the linear's input (..., in_features)."""
+        """The new output (..., out_features), from the linear's output and input (..., in_features)."""
         groups, _, size = self.weight.shape
         if self.shuffle:
             x = x.unflatten(-1, (groups, size)).transpose(-1, -2).flatten(-2)
@@ -63,7 +63,7 @@ class Consolidator(nn.Module):
 
     @torch.no_grad()
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a linear that computes the same as the linear with these and the branch beside it."""
+        """Weight and bias of the linear with the branch folded in."""
         groups, _, size = self.weight.shape
         dense = torch.block_diag(*self.weight.to(weight))
         if self.shuffle:  # the shuffle undone: each column goes to the channel that it reads
@@ -88,15 +88,15 @@ class Consolidator(nn.Module):
 class ConsolidatorConfig(TargetedConfig):
     """Config of Consolidator, arXiv 2305.00603.
 
-    A grouped linear beside every linear of the blocks. Near the identity at the start, not it. Where queries, keys and
-    values are separate linears each has its own groups; the authors' code has one fused linear, whose groups connect
-    other channels; number of parameters and of connections are the same. With `target_modules` weights and biases are
-    zero at the start.
+    A grouped linear stands beside every linear of the blocks. Starts close to the identity. Where queries, keys and
+    values are separate linears, each has its own groups. The authors' code has one fused linear, whose groups connect
+    other channels, with as many parameters and connections. With `target_modules` weights and biases are zero at the
+    start.
 
     Args:
         groups: g; must divide the sizes of all linears. By default half the width, so that a group reads two channels
             of the stream, as the paper's 384 groups do on ViT-B; with `target_modules` half the greatest common
-            divisor of a linear's sizes, or all of it where that is odd.
+            divisor of a linear's sizes, or the whole divisor if it is odd.
         shuffle: shuffle the input channels, as ShuffleNet does, before they are cut into groups; the authors' training
             does not.
         drop_path: rate of the branch's stochastic depth, tuned per task in the paper.

@@ -54,7 +54,7 @@ class Convpass(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
-        """(batch, tokens, width) to the same; `layout` tells prefix tokens from patches and where those lie."""
+        """Map (batch, tokens, width) to the same shape; `layout` says which tokens are patches and where they lie."""
         t = quick_gelu(self.down(x))
         prefix, patches = layout.split(t)
         # on a 1x1 image all taps but the centre see padding
@@ -81,22 +81,22 @@ class ConvpassConfig(VisualPeftConfig):
     """Config of Convpass, arXiv 2207.07039.
 
     A bottleneck with a 3x3 convolution beside attention and MLP. It reads the output of the norm that the sub-layer
-    reads, and is dropped at the block's stochastic depth rate, independently of the sub-layer. The grid is that of
-    the images at hand: any size and any shape. CLS, distillation and register tokens pass the same convolution as
-    images of 1x1. With masked images (ViT-MAE) the convolution sees zeros where patches are missing, which is our
-    reading: the paper has no such model.
+    reads, and is dropped at the block's stochastic depth rate, independently of the sub-layer. The grid follows the
+    images, of any size and shape. CLS, distillation and register tokens pass the same convolution as 1x1 images. With
+    masked images (ViT-MAE) the convolution sees zeros where patches are missing. That is our choice: the paper has no
+    such model.
 
     Args:
         r: width of the bottleneck.
         scale: s; the paper tunes it in 0.01 to 100.
-        dropout: probability of dropping a number in the bottleneck.
+        dropout: probability, in the bottleneck.
         sublayers: beside which sub-layers: `"attention"`, `"mlp"`.
         conv_init: the convolution starts as the identity, or Xavier-uniform.
     """
 
     r: int = field(default=8, metadata={"help": "Width of the bottleneck."})
     scale: float = field(default=1.0, metadata={"help": "Factor s of the branch."})
-    dropout: float = field(default=0.1, metadata={"help": "Probability of dropping a number in the bottleneck."})
+    dropout: float = field(default=0.1, metadata={"help": "Dropout probability in the bottleneck."})
     sublayers: tuple[str, ...] = field(default=SUBLAYERS, metadata={"help": "Beside which: attention, mlp."})
     conv_init: str = field(default="identity", metadata={"help": "Start of the convolution: identity or xavier."})
 

@@ -29,18 +29,18 @@ from .bottleneck import Bottleneck
 class HoulsbyConfig(VisualPeftConfig):
     """Config of Houlsby's adapter, arXiv 1902.00751.
 
-    A bottleneck with a skip connection after attention and after the MLP of every block. It reads what the sub-layer
-    adds to the stream, after layer scale and stochastic depth. GELU; both weights from a normal of standard deviation
-    0.01 that is cut at two of them, biases zero, as the paper has it: near the identity, not it. The paper trains the
-    norms, too; add them by `modules_to_save`.
+    A bottleneck with a skip connection stands after attention and after the MLP of every block. It reads what the
+    sub-layer adds to the stream, after layer scale and stochastic depth. The activation is GELU. As in the paper, both
+    weights are drawn from a normal of standard deviation 0.01, cut at two deviations, and biases are zero, so it
+    starts close to the identity. The paper also trains the norms; add them with `modules_to_save`.
 
     Args:
         r: width of the bottleneck.
-        dropout: probability of dropping a number in the bottleneck.
+        dropout: probability, in the bottleneck.
     """
 
     r: int = field(default=8, metadata={"help": "Width of the bottleneck."})
-    dropout: float = field(default=0.0, metadata={"help": "Probability of dropping a number in the bottleneck."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout probability in the bottleneck."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

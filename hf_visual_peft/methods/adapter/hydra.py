@@ -18,7 +18,7 @@ from ...training.defaults import Training
 
 
 class LowRank(nn.Module):
-    """Down and up with biases, nothing between but dropout; W_down Xavier-uniform, the rest zero."""
+    """Down and up with biases and only dropout between; W_down Xavier-uniform, the rest zero."""
 
     def __init__(self, in_features: int, out_features: int, r: int, dropout: float) -> None:
         super().__init__()
@@ -30,16 +30,16 @@ class LowRank(nn.Module):
             nn.init.zeros_(zero)
 
     def hidden(self, x: Tensor) -> Tensor:
-        """(..., in_features) to (..., r)."""
+        """Map (..., in_features) to (..., r)."""
         return self.dropout(self.down(x))
 
     def matrix(self) -> tuple[Tensor, Tensor]:
-        """The same as one weight (out, in) and bias (out,)."""
+        """Both linears as one weight (out, in) and bias (out,)."""
         return self.up.weight @ self.down.weight, self.up.weight @ self.down.bias + self.up.bias
 
 
 class Hydra(nn.Module):
-    """A low-rank branch beside a linear and one behind it.
+    """A low-rank branch beside a linear and one after it.
 
         y = W x + b;  f(y, x) = y + s par(x) + s seq(y)
 
@@ -57,16 +57,16 @@ class Hydra(nn.Module):
         self.scale = scale
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """(..., out_features), given also the linear's input (..., in_features)."""
+        """The new output (..., out_features), from the linear's output and its input (..., in_features)."""
         beside, behind = self.parallel, self.sequential
-        # both branches in one product, s on its small matrices: each sum of its own would be a pass over the output
+        # both branches in one product, with s on the small matrices: separate sums would each pass over the output
         hidden = torch.cat([beside.hidden(x), behind.hidden(y)], dim=-1)
         weight = self.scale * torch.cat([beside.up.weight, behind.up.weight], dim=1)
         return y + F.linear(hidden, weight, self.scale * (beside.up.bias + behind.up.bias))
 
     @torch.no_grad()
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a linear that computes the same as the linear with these and Hydra at it."""
+        """Weight and bias of the linear with Hydra folded in."""
         (parallel, parallel_bias), (sequential, sequential_bias) = (
             tuple(t.to(weight) for t in branch.matrix()) for branch in (self.parallel, self.sequential)
         )
@@ -93,19 +93,19 @@ class Hydra(nn.Module):
 class HydraConfig(TargetedConfig):
     """Config of Hydra, arXiv 2309.06922.
 
-    At the output projection of attention and the last linear of the MLP: one low-rank branch reads the linear's input
-    and one its output. No activation, so both fold into the weight. The released code merges the MLP's weight into
-    the attention; here each linear gets its own.
+    Two low-rank branches stand at the output projection of attention and at the last linear of the MLP: one reads the
+    linear's input, one its output. They have no activation, so both fold into the weight. The released code merges the
+    MLP's weight into the attention; here each linear gets its own.
 
     Args:
         r: rank of each of the two branches.
         scale: s, tuned per task in the paper.
-        dropout: probability of dropping a number in the bottleneck.
+        dropout: probability, in the bottleneck.
     """
 
     r: int = field(default=2, metadata={"help": "Rank of each of the two branches."})
     scale: float = field(default=1.0, metadata={"help": "Factor s of both branches."})
-    dropout: float = field(default=0.0, metadata={"help": "Probability of dropping a number in the bottleneck."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout probability in the bottleneck."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

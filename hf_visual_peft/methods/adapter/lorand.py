@@ -18,7 +18,7 @@ from ...training.defaults import Training
 
 
 def _uniform(*shape: int) -> nn.Parameter:
-    """Kaiming-uniform with a = sqrt 5 of a matrix of this many columns."""
+    """Kaiming-uniform with a = sqrt 5, for a matrix with this many columns."""
     return nn.Parameter(torch.empty(shape).uniform_(-1.0, 1.0) / math.sqrt(shape[-1]))
 
 
@@ -42,7 +42,7 @@ class Projection(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features).uniform_(-bound, bound))
 
     def forward(self, x: Tensor, kernel: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features), with the K_i as (branches, rank, rank)."""
+        """Map (..., in_features) to (..., out_features), with the K_i as (branches, rank, rank)."""
         hidden = torch.einsum("...i,nir->...nr", x, self.left)
         hidden = torch.einsum("...nr,nrs->...ns", hidden, kernel)
         return torch.einsum("...ns,nso->...o", hidden, self.right) + self.bias
@@ -69,7 +69,7 @@ class LoRand(nn.Module):
         self.up_kernel = None if share_kernel else _uniform(branches, rank, rank)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, width) to the same."""
+        """Map (batch, tokens, width) to the same shape."""
         hidden = F.gelu(self.down(x, self.kernel))
         return self.up(hidden, self.kernel if self.up_kernel is None else self.up_kernel)
 
@@ -94,18 +94,19 @@ class LoRand(nn.Module):
 class LoRandConfig(VisualPeftConfig):
     """Config of LoRand, CVPR 2023.
 
-    A bottleneck with a skip connection after attention and after the MLP of every block, which reads what the
+    A bottleneck with a skip connection stands after attention and after the MLP of every block. It reads what the
     sub-layer adds to the stream. Its two weights are sums of products of three small matrices. All are random at the
-    start: not the identity.
+    start, so it is not the identity.
 
-    Certain, from code of the paper's first author: the sum of products with one bias, exact GELU, the skip, both
+    Known from code of the paper's first author: the sum of products with one bias, exact GELU, the skip, both
     positions, the initialisation, and a bottleneck of half the width. Our reading: down and up share the middle
-    matrices, as the paper is described elsewhere; that code has separate ones (`share_kernel=False`). Two branches of
-    rank 8 are inferred from the 1.20 M parameters reported for Swin-B, which they give; that code has four branches.
+    matrices, as other descriptions of the paper say; that code has separate ones (`share_kernel=False`). Two branches
+    of rank 8 are inferred from the 1.20 M parameters reported for Swin-B, which they give; that code has four
+    branches.
 
     Args:
         r: width of the bottleneck; by default half the backbone's width.
-        branches: products that add up to each weight.
+        branches: number of products whose sum is each weight.
         rank: size of the middle matrices.
         share_kernel: whether down and up of an adapter have the same middle matrices.
     """

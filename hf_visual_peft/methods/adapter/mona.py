@@ -48,7 +48,7 @@ class Mona(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
-        """(batch, tokens, width) to the same; `layout` tells prefix tokens from patches and where those lie."""
+        """Map (batch, tokens, width) to the same shape; `layout` says which tokens are patches and where they lie."""
         t = self.down(self.norm(x) * self.gamma + x * self.gamma_x)
         prefix, patches = layout.split(t)
         patches = patches + sum(conv(patches) for conv in self.convs) / len(KERNELS)
@@ -85,19 +85,19 @@ def _at_centre(conv: nn.Module, tokens: Tensor) -> Tensor:
 class MonaConfig(VisualPeftConfig):
     """Config of Mona, arXiv 2408.08345.
 
-    On the stream after attention and on that after the MLP: a bottleneck with a norm of its own, whose input the
-    adapter weighs against the stream itself, and depthwise convolutions of three sizes over the patch grid. All
-    weights start as PyTorch's own layers do: not the identity. The paper adapts Swin, which has patches alone. Our
-    readings for other backbones: CLS, distillation and register tokens pass the convolutions as images of 1x1, as in
-    Convpass; with masked images (ViT-MAE) the convolutions see zeros where patches are missing.
+    A bottleneck acts on the stream after attention and after the MLP. It has its own norm, whose output it weighs
+    against the stream itself, and depthwise convolutions of three sizes over the patch grid. All weights start as
+    PyTorch's own layers do, so the adapter is not the identity at the start. The paper adapts Swin, which has patches
+    alone. Our choices for other backbones: CLS, distillation and register tokens pass the convolutions as 1x1 images,
+    as in Convpass; with masked images (ViT-MAE) the convolutions see zeros where patches are missing.
 
     Args:
         r: width of the bottleneck; the released code has 64 for every width of the backbone, so it may exceed that.
-        dropout: probability of dropping a number in the bottleneck.
+        dropout: probability, in the bottleneck.
     """
 
     r: int = field(default=64, metadata={"help": "Width of the bottleneck, at any width of the backbone."})
-    dropout: float = field(default=0.1, metadata={"help": "Probability of dropping a number in the bottleneck."})
+    dropout: float = field(default=0.1, metadata={"help": "Dropout probability in the bottleneck."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

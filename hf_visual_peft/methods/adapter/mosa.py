@@ -17,7 +17,7 @@ from ...sites import BranchSite, Placement
 from ...training.defaults import Training
 
 
-SEED_STEP = 1_000_003  # between blocks; generators look at the lower 32 bits only
+SEED_STEP = 1_000_003  # between blocks; generators use only the lower 32 bits
 
 
 class MoSA(nn.Module):
@@ -26,8 +26,8 @@ class MoSA(nn.Module):
         f(x) = s ((M_k * W_up) dropout(GELU(W_down LN(x) + b_down)) + b_up)   in training, k drawn anew at each call
         f(x) = s (mean_k (M_k * W_up) GELU(W_down LN(x) + b_down) + b_up)     in evaluation
 
-    The masks M_k are random, of equal size, do not overlap and leave no entry out, so their mean is W_up / m. W_down
-    is Kaiming-uniform with a = sqrt 5; W_up and both biases are zero at the start.
+    The masks M_k are random, equally large, disjoint and together complete, so the mean of M_k * W_up is W_up / m.
+    W_down is Kaiming-uniform with a = sqrt 5; W_up and both biases are zero at the start.
 
     Args:
         width: channels of the token stream.
@@ -35,7 +35,7 @@ class MoSA(nn.Module):
         modules: m, the number of sparse modules.
         scale: s.
         dropout: probability, in the bottleneck.
-        seed: of the masks, which depend on nothing else.
+        seed: of the masks, which depend only on it.
     """
 
     owner: Tensor
@@ -50,14 +50,14 @@ class MoSA(nn.Module):
         self.num_modules = modules
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
-        # Which module each entry of W_up belongs to. On the CPU also where weights are made without memory: the seed
-        # alone decides, so the masks need not be saved.
+        # The module that each entry of W_up belongs to. Always on the CPU, even where weights are on the meta device:
+        # only the seed decides, so the masks need not be saved.
         order = torch.randperm(width * r, generator=torch.Generator().manual_seed(seed), device="cpu")
         owner = (order * modules // (width * r)).to(torch.int32)  # gloo and NCCL carry no int16
         self.register_buffer("owner", owner.view(width, r), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, width) to the same."""
+        """Map (batch, tokens, width) to the same shape."""
         hidden = self.dropout(F.gelu(self.down(self.norm(x))))
         if self.training:
             weight = self.up.weight
@@ -82,28 +82,28 @@ class MoSA(nn.Module):
 class MoSAConfig(VisualPeftConfig):
     """Config of MoSA, arXiv 2312.02923.
 
-    A bottleneck with a norm of its own beside the MLP, reading the stream before the MLP's norm. The entries of its up
-    projection are dealt out at random to sparse modules of equal size. Each training step uses one of them, drawn for
-    the whole batch and for each block; in evaluation all are at work, at the mean of what each would give. The down
-    projection is shared by all.
+    A bottleneck with its own norm stands beside the MLP and reads the stream before the MLP's norm. The entries of its
+    up projection are split at random into sparse modules of equal size. Each training step uses one of them, drawn
+    anew for each block and the same for the whole batch. Evaluation uses the mean of all. They share the down
+    projection.
 
-    Certain, from the released code's usual setting: all of that, the initialisation and the defaults. Our
-    simplification: one bias of the up projection, where the code has one for each module and averages them. Not part
-    of the adapter, but of the authors' training: they run each batch twice and add the symmetric KL divergence of
-    the two outputs to the loss.
+    All of that, the initialisation and the defaults follow the usual setting of the released code. Our simplification:
+    the up projection has one bias, where the code has one for each module and averages them. The authors' training
+    runs each batch twice and adds the symmetric KL divergence of the two outputs to the loss; that is not part of the
+    adapter.
 
     Args:
         r: width of the bottleneck; 64 for fine-grained classification, 16 for VTAB-1k.
         num_modules: number of sparse modules.
         scale: s.
-        dropout: probability of dropping a number in the bottleneck.
-        mask_seed: decides which entries belong to which module; training that goes on later needs the same.
+        dropout: probability, in the bottleneck.
+        mask_seed: decides which entries belong to which module; training that resumes later needs the same seed.
     """
 
     r: int = field(default=64, metadata={"help": "Width of the bottleneck."})
     num_modules: int = field(default=4, metadata={"help": "Number of sparse modules."})
     scale: float = field(default=0.1, metadata={"help": "Factor s of the branch."})
-    dropout: float = field(default=0.1, metadata={"help": "Probability of dropping a number in the bottleneck."})
+    dropout: float = field(default=0.1, metadata={"help": "Dropout probability in the bottleneck."})
     mask_seed: int = field(default=0, metadata={"help": "Decides which entries belong to which module."})
 
     def __post_init__(self) -> None:

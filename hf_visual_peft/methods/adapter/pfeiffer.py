@@ -29,18 +29,19 @@ from .bottleneck import Bottleneck
 class PfeifferConfig(VisualPeftConfig):
     """Config of Pfeiffer's adapter, arXiv 2005.00052, in the form it has in vision (VPT's and NOAH's "Adapter").
 
-    A bottleneck with a skip connection after the MLP of every block. GELU; W_down Kaiming-uniform (a = sqrt 5), W_up
-    and the biases zero. Vision code that starts both weights from zero never trains more than the last bias. The
-    adapter reads what the MLP adds to the stream, after layer scale and stochastic depth; VPT's code adapts before
-    stochastic depth, which differs in training only, and only where the block has some.
+    A bottleneck with a skip connection stands after the MLP of every block. The activation is GELU; W_down is
+    Kaiming-uniform (a = sqrt 5), W_up and the biases are zero. (Vision code that starts both weights from zero only
+    ever trains the last bias.) The adapter reads what the MLP adds to the stream, after layer scale and stochastic
+    depth. VPT's code adapts before stochastic depth, which differs only in training, and only where the block has
+    stochastic depth.
 
     Args:
         r: width of the bottleneck; VPT tunes it, 8 to 256.
-        dropout: probability of dropping a number in the bottleneck.
+        dropout: probability, in the bottleneck.
     """
 
     r: int = field(default=8, metadata={"help": "Width of the bottleneck."})
-    dropout: float = field(default=0.0, metadata={"help": "Probability of dropping a number in the bottleneck."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout probability in the bottleneck."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

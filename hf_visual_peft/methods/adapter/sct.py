@@ -42,7 +42,7 @@ class SCT(nn.Module):
         self.salient = Chosen(channels, width, "SCT")
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, width) to the same.
+        """Map (batch, tokens, width) to the same shape.
 
         Raises:
             NotCalibratedError: C is not chosen yet.
@@ -66,7 +66,7 @@ class ClassNorms:
             self.squares[int(label)] = self.squares.get(int(label), 0) + total
 
     def mean(self) -> Tensor:
-        """Mean over the classes of their norms, (channels,)."""
+        """The norms, averaged over the classes, (channels,)."""
         return torch.stack([square.sqrt() for square in self.squares.values()]).mean(dim=0)
 
 
@@ -87,14 +87,14 @@ class ClassNorms:
 class SCTConfig(VisualPeftConfig):
     """Config of salient channel tuning (SCT), arXiv 2309.08513.
 
-    A linear of a few channels of the token stream after attention, with a skip connection. Which channels is chosen
-    for each block, once, from the stream there in the frozen model: a channel's L2 norm over all patches of the
-    training images of a class, averaged over the classes. Prefix tokens and padding do not count for the choice, yet
-    pass the linear like all others. Near the identity at the start, not it. The authors' code has a scale, too, but
-    does not apply it.
+    A linear with a skip connection acts on a few channels of the token stream after attention. Its channels are chosen
+    once for each block, from the stream in the frozen model: those with the largest L2 norm over all patches of the
+    training images of a class, averaged over the classes. Prefix tokens and padding do not count for the choice, but
+    pass the linear like all others. Starts close to the identity. The authors' code also has a scale, but does not
+    apply it.
 
     Args:
-        channels: how many; by default 96 as in the paper, or all of them where the backbone has fewer.
+        channels: number of channels; by default 96 as in the paper, or all where the backbone has fewer.
     """
 
     channels: int | None = field(
@@ -147,7 +147,7 @@ class SCTConfig(VisualPeftConfig):
                     patches = tokens[:, prefix_tokens:]
                     if "pixel_attention_mask" in batch:
                         patches = patches * batch["pixel_attention_mask"].to(patches).unsqueeze(-1)
-                    # some blocks see an image as several sequences, one behind the other
+                    # some blocks see an image as several sequences, one after the other
                     total.add(patches, labels.repeat_interleave(len(patches) // len(labels)))
         finally:
             for handle in handles:

@@ -19,7 +19,7 @@ INIT_BOUND = 0.01
 
 
 class Flow(nn.Module):
-    """A normalizing flow on the shortcut, less the shortcut itself.
+    """A normalizing flow on the shortcut, minus the shortcut itself.
 
         z_0 = mu + exp(log_sigma) * x;  z_t = z_{t-1} + u_t tanh(w_t . z_{t-1} + b_t);  f(x) = z_T - x
 
@@ -39,7 +39,7 @@ class Flow(nn.Module):
         self.b = nn.Parameter(torch.empty(num_flows).uniform_(-INIT_BOUND, INIT_BOUND))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, width) to the same."""
+        """Map (batch, tokens, width) to the same shape."""
         z = self.mu + self.log_sigma.exp() * x
         for w, u, b in zip(self.w.unbind(), self.u.unbind(), self.b.unbind(), strict=True):
             z = z + torch.tanh(z @ w + b).unsqueeze(-1) * u
@@ -65,12 +65,12 @@ class Flow(nn.Module):
 class SNFConfig(VisualPeftConfig):
     """Config of SNF, CVPR 2023.
 
-    A normalizing flow on the shortcut beside attention and on that beside the MLP of every block: an affine map of
-    each channel and a number of planar steps. Near the identity at the start, not it. As in the released code nothing
-    keeps a step invertible, and the flow's log-determinant is no part of the loss. Where the backbone has stochastic
-    depth its branches keep it here, as in the released blocks of EVA; in those of ViT and CLIP they lose it, which
-    shows in training alone. The 0.036 M parameters of the paper's abstract are as many as the affine maps alone have;
-    six planar steps give the 0.25 M that V-PETL Bench reports.
+    A normalizing flow acts on the shortcuts around attention and around the MLP of every block: an affine map of each
+    channel, then a number of planar steps. Starts close to the identity. As in the released code, nothing keeps a step
+    invertible, and the flow's log-determinant is not part of the loss. Where the backbone has stochastic depth, its
+    branches keep it, as in the released blocks of EVA; in those of ViT and CLIP they lose it, which matters only in
+    training. The affine maps alone have the 0.036 M parameters of the paper's abstract; six planar steps give the 0.25
+    M that V-PETL Bench reports.
 
     Args:
         num_flows: T, planar steps of each flow; the released code's default is 16.

@@ -18,12 +18,12 @@ from .video import by_video, require_full_grid
 
 
 class STAdapter(nn.Module):
-    """Linear, depthwise convolution over frames, linear.
+    """A linear, a depthwise convolution over frames, and a linear.
 
         f(x) = W_2 (DWConv3d(W_1 x + b_1)) + b_2,  kernel 3x1x1
 
-    Patches only; prefix tokens get zero. The convolution and the biases are zero at the start, W_1 and W_2 as in
-    `nn.Linear`.
+    It acts on patches; nothing is added to prefix tokens. The convolution and the biases are zero at the start, W_1
+    and W_2 as in `nn.Linear`.
 
     Args:
         width: channels of the token stream.
@@ -40,15 +40,15 @@ class STAdapter(nn.Module):
             nn.init.zeros_(zero)
 
     def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
-        """(batch x frames, tokens, width) to the same; `layout` tells prefix tokens and frames."""
+        """Map (batch x frames, tokens, width) to the same shape; `layout` has prefix tokens and frames."""
         t = by_video(self.down(x[:, layout.prefix :]), layout)
-        # (batch, channels, frames, patches, 1): the kernel joins no patches, so how they lie makes no difference
+        # (batch, channels, frames, patches, 1): the kernel mixes no patches, so their layout makes no difference
         t = self.conv(t.permute(0, 3, 1, 2).unsqueeze(-1)).squeeze(-1)
         patches = self.up(t.permute(0, 2, 3, 1).flatten(0, 1))
         return torch.cat([torch.zeros_like(x[:, : layout.prefix], dtype=patches.dtype), patches], dim=1)
 
 
-# before attention is the stream as the block gets it; before the MLP is the stream after attention
+# before attention: the stream at the block's input; before the MLP: the stream after attention
 SITES = {
     "attention": BranchSite("attention", reads="input", needs_layout=True),
     "mlp": BranchSite("attention", reads="sum", needs_layout=True),
@@ -73,15 +73,15 @@ SITES = {
 class STAdapterConfig(VisualPeftConfig):
     """Config of ST-Adapter, arXiv 2206.13559; for videos, `pixel_values` of (batch, frames, channels, height, width).
 
-    Before a sub-layer and its norm, the patches of neighbouring frames are joined by a depthwise convolution between
-    two linears, with no activation. CLS and other prefix tokens are left alone. Behind the last block each token
-    becomes its mean over the frames, which the final norm reads, as in the authors' code; a model whose head reads
-    tokens past that norm gets their mean there. The authors' dropout of 0.5 between final norm and head is not here:
-    nothing is dropped in training.
+    A depthwise convolution between two linears, without activation, mixes the patches of neighbouring frames before a
+    sub-layer and its norm. CLS and other prefix tokens do not change. After the last block each token becomes its mean
+    over the frames, which the final norm reads, as in the authors' code; a model whose head reads tokens without that
+    norm gets their mean there. The authors' dropout of 0.5 between final norm and head is not implemented.
 
-    In the released code the setting of one adapter a block, for Kinetics, has it before the MLP
-    (`sublayers="mlp"`), and that of two, for Something-Something, before both. Before the last block's MLP it changes
-    patches only after they have met CLS: with a head that reads CLS alone, that one adapter has no effect, there too.
+    The released code has one adapter per block for Kinetics, before the MLP (`sublayers="mlp"`), and two for
+    Something-Something, before both sub-layers. Before the last block's MLP an adapter changes patches after their
+    last attention with CLS. With a head that reads only CLS this adapter has no effect; the same holds in the authors'
+    code.
 
     Args:
         channels: between the linears; 384 in the paper, half of ViT-B's width. It may exceed the backbone's width.

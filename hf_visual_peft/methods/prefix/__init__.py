@@ -1,1 +1,1 @@
-"""Prefix tuning: tokens inside attention, as further keys and values or as further queries."""
+"""Prefix tuning: tokens inside attention, as extra keys and values or as extra queries."""

@@ -23,20 +23,20 @@ from ..prompt.vpt import MAX_VIRTUAL_TOKENS
 
 
 class QueryTokens(nn.Module):
-    """Learned queries of one block, and the columns of the classifier that read what the block makes of them.
+    """Learned queries of one block, and the columns of the classifier that read their outputs.
 
         z = Block(dropout(Q); keys and values of x);  logits <- logits + W z / |z|
 
-    Q ~ U(-v, v), v = sqrt(6 / (patch_features + width)); z are all outputs as one vector, and W is He-normal over the
-    classes, without a bias: the head has it.
+    Q ~ U(-v, v), v = sqrt(6 / (patch_features + width)); z is the vector of all their outputs, and W is He-normal over
+    the classes, without a bias: the head has one.
 
     Args:
         num_virtual_tokens: queries.
         width: channels of the block's stream.
-        patch_features: numbers in one patch, channels x height x width.
+        patch_features: input values of one patch, channels x height x width.
         classes: logits of each head.
-        dropout: probability, for each number of each image.
-        normalize: whether z comes to unit length.
+        dropout: probability, independent for each image.
+        normalize: whether z is scaled to unit length.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class QueryTokens(nn.Module):
             nn.init.kaiming_normal_(linear, mode="fan_out")
 
     def forward(self, logits: Tensor | None, tap: Tap) -> tuple[Tensor, None]:
-        """Logits of the blocks before, (batch, classes of all heads) or None, to those with this block."""
+        """Add this block's part to the logits of the blocks before, (batch, classes of all heads) or None."""
         assert tap.behind is not None
         assert tap.ask is not None
         features = tap.ask(self.dropout(self.queries.expand(len(tap.behind), -1, -1))).flatten(1)
@@ -89,31 +89,31 @@ class QueryTokens(nn.Module):
 class VQTConfig(VisualPeftConfig):
     """Config of visual query tuning (VQT), arXiv 2212.03220.
 
-    In every block, learned tokens go through attention and MLP beside the block's own. They see the keys and values of
-    these; nobody sees theirs. So the features are those of the backbone, which runs without gradients, and training
-    keeps what the way of the few queries through a block needs: the block's keys and values, and activations of the
-    queries. What the blocks make of them are further inputs of the head, which becomes wider, for each class by as
-    many numbers as there are in the queries, on ViT-B/16 with one query 768 x 12 = 9,216, beside its own 768. Most of
-    what trains is in the head: with 100 classes 921,600 numbers more, and 9,216 in the queries. These columns are kept
-    in the blocks; what they give block by block adds up to what one linear on all features gives.
+    In every block, learned tokens go through attention and MLP beside the block's own tokens. They attend to the
+    block's keys and values; no token attends to them. So the backbone's features do not change, and it runs without
+    gradients. Training keeps only what the few queries need in a block: its keys and values, and the activations of
+    the queries. The outputs of the queries are extra inputs of the head, which becomes wider: on ViT-B/16 with one
+    query, each class gets 768 x 12 = 9,216 weights beside its own 768. Most trained parameters are in the head: with
+    100 classes 921,600 extra ones, beside 9,216 in the queries. These columns are kept in the blocks; their results
+    add up to that of one linear on all features.
 
-    As in the authors' code the outputs of a block are brought to unit length as one vector, and so is what the head
-    reads. Their bias of -4.6 at the start, their choice of features by a group lasso after training, and the variants
-    that pool outputs are left out.
+    As in the authors' code, the outputs of a block are scaled to unit length as one vector, and so is the head's own
+    input. Their initial bias of -4.6, their choice of features by a group lasso after training, and the variants that
+    pool outputs are not implemented.
 
-    Models need linear heads for the image as a whole, and attention of all tokens to all by a plain softmax, outside
-    windows. Queries have no position: no rotation and no position bias.
+    The model needs linear heads for the whole image, and plain softmax attention between all tokens, without windows.
+    Queries have no position: no rotary embedding and no position bias.
 
     Args:
-        num_virtual_tokens: queries a block; 1 in the paper and its scripts, 5 where the authors' code is told nothing.
-        dropout: probability of dropping a number of a query; 0.1 in the authors' scripts.
-        normalize: whether the head reads everything at unit length.
+        num_virtual_tokens: queries per block; 1 in the paper and its scripts, 5 by default in the authors' code.
+        dropout: probability, on the queries; 0.1 in the authors' scripts.
+        normalize: whether all inputs of the head are scaled to unit length.
     """
 
     widened_head: ClassVar[str] = "head_columns"
 
     num_virtual_tokens: int = field(default=1, metadata={"help": "Queries a block."})
-    dropout: float = field(default=0.1, metadata={"help": "Probability of dropping a number of a query."})
+    dropout: float = field(default=0.1, metadata={"help": "Dropout probability on a query."})
     normalize: bool = field(default=True, metadata={"help": "Whether the head reads everything at unit length."})
 
     def __post_init__(self) -> None:
@@ -132,7 +132,7 @@ class VQTConfig(VisualPeftConfig):
             )
         if backbone.dense or not all(path in sizes for path in backbone.heads):
             raise ValueError(
-                f"{name}: its task head, {', '.join(backbone.heads)}, is no linear on features of the image."
+                f"{name}: its task head, {', '.join(backbone.heads)}, is not a linear on features of the image."
             )
         outputs = tuple((path, sizes[path][0]) for path in backbone.heads)
         prompts = backbone.architecture.prompts
@@ -156,7 +156,7 @@ class VQTConfig(VisualPeftConfig):
     ) -> QueryTokens:
         if not takes_queries(block, query, prompts):
             raise ValueError(
-                f"{name}: {type(block).__name__} has no attention by a plain softmax over all tokens, which further "
+                f"{name}: {type(block).__name__} has no plain softmax attention over all tokens, which extra "
                 "queries could join."
             )
         classes = [size for _, size in outputs]

@@ -28,8 +28,8 @@ class Prompts(nn.Module):
     Args:
         num_virtual_tokens: how many.
         width: channels of P: of the backbone, or of the projection's input.
-        patch_features: numbers in one patch, channels x height x width.
-        dropout: probability, for each number of each image.
+        patch_features: input values of one patch, channels x height x width.
+        dropout: probability, independent for each image.
     """
 
     def __init__(self, num_virtual_tokens: int, width: int, patch_features: int, dropout: float) -> None:
@@ -71,29 +71,29 @@ class VPTConfig(VisualPeftConfig):
     """Config of visual prompt tuning (VPT), arXiv 2203.12119.
 
     Learned tokens join the sequence after all prefix tokens (CLS, distillation, registers), without position. *Deep*:
-    every block gets its own, and what it makes of them is dropped. *Shallow*: one set enters before the first block
-    and travels through all. Head, pooler and `hidden_states` see the backbone's own tokens; attention maps show the
-    prompts too. Attention that works in windows or on reduced keys gets deep prompts in every window, as further keys
-    and values; blocks whose attention pools the grid get none.
+    every block gets its own prompts, and their outputs are dropped. *Shallow*: one set enters before the first block
+    and passes through all. Head, pooler and `hidden_states` see only the backbone's own tokens; attention maps include
+    the prompts. Attention in windows or with reduced keys gets deep prompts in every window, as extra keys and values;
+    blocks whose attention pools the grid get none.
 
-    The paper keeps the backbone's modules in eval mode while training; with dropout or stochastic depth in the
-    backbone, call `.eval()` on it to do the same. The defaults here are 10 deep prompts, 92,160 parameters on
-    ViT-B/16; those of the authors' code are 5 shallow ones, 3,840, and it chooses both per task. Known differences in
-    other code: the bound of the initialisation has the number of tokens in place of the width (Adapter+), prompts at
-    the end of the sequence (NOAH).
+    The paper keeps the backbone in eval mode during training; if the backbone has dropout or stochastic depth, call
+    `.eval()` on it to do the same. The defaults here are 10 deep prompts, 92,160 parameters on ViT-B/16. The defaults
+    of the authors' code are 5 shallow prompts, 3,840 parameters; the authors choose both per task. Known differences
+    in other code: the bound of the initialisation uses the number of tokens instead of the width (Adapter+), and
+    prompts stand at the end of the sequence (NOAH).
 
     Args:
-        num_virtual_tokens: prompts a block; the paper tunes it in 1 to 200.
-        deep: new prompts in every block, or one set before the first of `layers_to_transform`, which must then be
+        num_virtual_tokens: prompts per block; the paper tunes it from 1 to 200.
+        deep: new prompts in every block; else one set before the first of `layers_to_transform`, which must then be
             consecutive.
-        dropout: probability of dropping a number of a prompt.
-        projection_dim: width of the prompts before a linear that all blocks share raises it to the backbone's; None:
-            prompts have the backbone's width.
+        dropout: probability, on the prompts.
+        projection_dim: width of the prompts, which a linear shared by all blocks then maps to the backbone's width;
+            None: prompts have the backbone's width and no linear.
     """
 
     num_virtual_tokens: int = field(default=10, metadata={"help": "Prompts a block."})
     deep: bool = field(default=True, metadata={"help": "New prompts in every block; else before the first only."})
-    dropout: float = field(default=0.0, metadata={"help": "Probability of dropping a number of a prompt."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout probability on a prompt."})
     projection_dim: int | None = field(default=None, metadata={"help": "Width of the prompts before a projection."})
 
     def __post_init__(self) -> None:
@@ -111,7 +111,7 @@ class VPTConfig(VisualPeftConfig):
         blocks = backbone.blocks
         if not self.deep and [b.index for b in blocks] != list(range(blocks[0].index, blocks[-1].index + 1)):
             raise ValueError(
-                "VPTConfig.deep is False: prompts travel from block to block, so the blocks must be consecutive, and "
+                "VPTConfig.deep is False: prompts pass from block to block, so the blocks must be consecutive, but "
                 f"they are {[block.index for block in blocks]}. Choose layers_to_transform or exclude_modules so."
             )
         width = self.projection_dim or backbone.width

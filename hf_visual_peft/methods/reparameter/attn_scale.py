@@ -22,7 +22,7 @@ class AttnScale(nn.Module):
 
     Args:
         tokens: of the sequence.
-        heads: matrices of factors: the attention's heads, or 1 for all of them.
+        heads: number of matrices of factors: one for each head, or 1 for all.
     """
 
     def __init__(self, tokens: int, heads: int) -> None:
@@ -30,14 +30,14 @@ class AttnScale(nn.Module):
         self.factors = nn.Parameter(torch.ones(heads, tokens, tokens))
 
     def forward(self, logits: Tensor, layout: TokenLayout | None = None) -> Tensor:
-        """(batch, heads, tokens, tokens) to the same.
+        """Map (batch, heads, tokens, tokens) to the same shape.
 
         Raises:
-            ValueError: the sequence has another length.
+            ValueError: the sequence has a different length.
         """
         if logits.shape[-1] != self.factors.shape[-1]:
             raise ValueError(
-                f"AttnScale has factors for {self.factors.shape[-1]} tokens, and the images give {logits.shape[-1]}: "
+                f"AttnScale has factors for {self.factors.shape[-1]} tokens, but the images have {logits.shape[-1]}: "
                 "set AttnScaleConfig.grid_size to the rows (or columns) of their patches."
             )
         return logits * self.factors
@@ -55,7 +55,7 @@ class Offset(nn.Module):
         self.offset = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, width) to the same; the same vector everywhere."""
+        """Map (batch, tokens, width) to the same shape; the same vector everywhere."""
         return self.offset.expand_as(x)
 
 
@@ -74,17 +74,17 @@ class Offset(nn.Module):
 class AttnScaleConfig(VisualPeftConfig):
     """Config of AttnScale with the domain-residual adapter, arXiv 2304.01917.
 
-    Every attention gets a factor for each pair of tokens, and every sub-layer an offset. Certain from the abstract:
-    "scaling parameters for each attention matrix", beside a domain-residual adapter. Our reading: the factors act on
-    the logits, start at 1 and are the same for all heads unless told otherwise; the offsets are those of eTT (arXiv
-    2301.02419). The factors belong to one image size. In windows (Swin) a block has factors for the pairs of tokens of
-    a window, the same for all windows: our reading, too. Needs attention that transformers computes through its
-    `AttentionInterface`, and then computes it in the plain way, without a fused kernel.
+    Every attention gets a factor for each pair of tokens, and every sub-layer an offset. The abstract says: "scaling
+    parameters for each attention matrix", beside a domain-residual adapter. Our reading: the factors act on the
+    logits, start at 1 and are by default the same for all heads; the offsets are those of eTT (arXiv 2301.02419). The
+    factors fit one image size only. With windows (Swin) a block has factors for the pairs of tokens of a window, the
+    same for all windows, which is also our reading. The method needs attention that transformers computes through its
+    `AttentionInterface`, and computes it without a fused kernel.
 
     Args:
         grid_size: rows and columns of patches the images have; by default those of the backbone's own image size.
-        share_heads: one matrix of factors for all heads of a block, and not one each.
-        residual: whether there are offsets.
+        share_heads: whether all heads of a block share one matrix of factors; else each has its own.
+        residual: whether to add the offsets.
     """
 
     grid_size: int | None = field(
@@ -101,7 +101,7 @@ class AttnScaleConfig(VisualPeftConfig):
         self._require_choice("residual", (True, False))
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
-        """At the logits of every attention, and behind both sub-layers."""
+        """At the logits of every attention, and after both sub-layers."""
         if backbone.num_heads is None:
             raise ValueError(f"AttnScaleConfig: the config of {backbone.class_name} has no num_attention_heads.")
         tokens = self._tokens(backbone)
@@ -121,16 +121,14 @@ class AttnScaleConfig(VisualPeftConfig):
                 yield Placement(block.path, sublayer, site, lambda _: Offset(backbone.width))
 
     def _tokens(self, backbone: VisionBackbone) -> int:
-        """Tokens of a sequence; 0 where attention sees windows, which say themselves how large they are."""
+        """Tokens of a sequence; 0 for attention in windows, which have their own size."""
         if all(block.window for block in backbone.blocks):
             if self.grid_size is not None:
-                self._fail("grid_size", f"None, as the windows of {backbone.class_name} have their own size")
+                self._fail("grid_size", f"None, because the windows of {backbone.class_name} have their own size")
             return 0
         if backbone.architecture.grid != "full":
-            raise ValueError(
-                f"AttnScaleConfig: {backbone.class_name} has no fixed number of tokens to have factors for."
-            )
+            raise ValueError(f"AttnScaleConfig: {backbone.class_name} has no fixed number of tokens.")
         if self.grid_size is None and backbone.grid is None:
-            self._fail("grid_size", f"given, as the config of {backbone.class_name} does not tell its image size")
+            self._fail("grid_size", f"given, because the config of {backbone.class_name} has no image size")
         rows, columns = (self.grid_size,) * 2 if self.grid_size is not None else backbone.grid or (0, 0)
         return backbone.prefix_tokens + rows * columns * backbone.times

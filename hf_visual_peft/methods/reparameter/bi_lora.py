@@ -25,16 +25,16 @@ class BiLoRA(nn.Module):
 
         f(y, x) = y + s * q(B) dropout(q(A) x)
 
-    Few bits make no zero. Where it must be the identity at the start a gate g, zero there, stands before s, and B is
-    drawn as A is. All updates that it gives there are without it, too: c q(B) = q(c B).
+    A quantised B cannot be zero. Where the start must be the identity, a gate g that starts at zero multiplies s, and
+    B is drawn as A is. The gate does not widen the set of possible updates: c q(B) = q(c B).
 
     Args:
         linear: the linear, for its sizes.
         r: rank.
-        bits: of a weight.
+        bits: per weight.
         scale: s.
         dropout: probability, between the factors.
-        gated: whether there is g.
+        gated: whether the gate g is there.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class BiLoRA(nn.Module):
         return self.scale if self.gate is None else self.gate * self.scale
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """(..., out_features), given also the linear's input (..., in_features)."""
+        """The new output (..., out_features), from the linear's output and its input (..., in_features)."""
         return plus_product(y, self.factor() * self.dropout(F.linear(x, self.down())), self.up().T)
 
     @torch.no_grad()
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of a linear that computes the same as the linear with these and the update beside it."""
+        """Weight and bias of the linear with the update folded in."""
         return weight + (self.factor() * (self.up() @ self.down())).to(weight), bias
 
 
@@ -81,23 +81,23 @@ class BiLoRA(nn.Module):
 class BiLoRAConfig(TargetedConfig):
     """Config of Bi-LoRA, arXiv 2307.16867.
 
-    LoRA on queries and values, trained so that its factors can be kept with 1, 2 or 4 bits a number; the file holds
-    these bits. Near the identity at the start, not it. A fused projection is updated as a whole, keys included. What
-    trains are full-precision parameters beside the bits; they are not saved, so training that goes on from a file
-    starts at the levels. The paper's images are not normalised. With `target_modules` one more number a linear, a gate
-    that is zero at the start, makes it the identity there.
+    LoRA on queries and values, trained so that its factors need 1, 2 or 4 bits per element; the file holds these bits.
+    Starts close to the identity. A fused projection is updated as a whole, keys included. Training uses full-precision
+    parameters. They are not saved, so training that resumes from a file starts at the quantised levels. The paper's
+    images are not normalised. With `target_modules` each linear has one extra parameter, a gate that is zero at the
+    start, so that it starts as the identity.
 
     Args:
         r: rank.
-        bits: of a weight: 1, 2 or 4.
+        bits: per weight: 1, 2 or 4.
         scale: s, tuned per task in the paper.
-        dropout: probability of dropping a number between the factors; 0.1 in the authors' code.
+        dropout: probability, between the factors; 0.1 in the authors' code.
     """
 
     r: int = field(default=32, metadata={"help": "Rank."})
     bits: int = field(default=1, metadata={"help": "Bits of a weight: 1, 2 or 4."})
     scale: float = field(default=1.0, metadata={"help": "Factor s of the update."})
-    dropout: float = field(default=0.1, metadata={"help": "Probability of dropping a number between the factors."})
+    dropout: float = field(default=0.1, metadata={"help": "Dropout probability between the factors."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,12 +107,12 @@ class BiLoRAConfig(TargetedConfig):
         self._require_number("dropout", 0.0, below=1.0)
 
     def trained_numbers(self, name: str, shape: tuple[int, ...]) -> int:
-        """How many weights a tensor of the file stands for: its bits, but for the padding of the last byte."""
+        """How many weights a tensor of the file stands for, without the padding of the last byte."""
         packed = packed_numbers(name, shape, self.bits)
         return super().trained_numbers(name, shape) if packed is None else packed
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
-        """Beside the query and value projections of every block; of one without attention the MLP's linears."""
+        """Beside the query and value projections of every block, or the MLP's linears where it has no attention."""
         self._require_integer("r", 1, backbone.width, "the backbone's width")
         for block in backbone.blocks:
             for path in block.modules(("query", "value")) or block.modules(("fc1", "fc2")):

@@ -19,7 +19,7 @@ from .rows import Rows, projections
 
 
 class Factors(nn.Module):
-    """U (sizes[0], r), C (r, r, matrices) and V (r, sizes[1]), Xavier-uniform but for U or V, which is zero."""
+    """U (sizes[0], r), C (r, r, matrices) and V (r, sizes[1]), Xavier-uniform except U or V, which is zero."""
 
     def __init__(self, sizes: tuple[int, int], r: int, matrices: int, zero: str) -> None:
         super().__init__()
@@ -35,14 +35,14 @@ class EFFT(nn.Module):
 
         f(y, x) = y + s x drop(U) drop(C_k) drop(V),  or with the three factors' product transposed
 
-    It has no weights of its own: the factors come with the call.
+    It has no weights of its own: the factors are passed in the call.
 
     Args:
-        rows: which of the linear's outputs it is for.
+        rows: the outputs of the linear that it acts on.
         index: k.
         transposed: whether V reads the input and U writes the output.
         scale: s.
-        dropout: probability of dropping a number of each factor.
+        dropout: probability, on each factor.
     """
 
     def __init__(self, rows: Rows, index: int, transposed: bool, scale: float, dropout: float) -> None:
@@ -56,14 +56,14 @@ class EFFT(nn.Module):
         return (v.T, core.T, u.T) if self.transposed else (u, core, v)
 
     def forward(self, y: Tensor, x: Tensor, factors: Factors) -> Tensor:
-        """(..., out_features), given also the linear's input (..., in_features)."""
+        """The new output (..., out_features), from the linear's output and its input (..., in_features)."""
         first, core, last = map(self.dropout, self.chain(factors))
-        # the small matrices first: each thin product with the tokens is a pass over them
+        # the small matrices first: each product with the tokens is a pass over all of them
         return plus_product(y, x @ (first @ core), self.rows.pad(last, y.shape[-1], dim=-1), self.scale)
 
     @torch.no_grad()
     def fold(self, weight: Tensor, bias: Tensor | None, factors: Factors) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of a linear that computes the same as the linear with these and the update."""
+        """Weight and bias of the linear with the update folded in."""
         first, core, last = (matrix.to(weight) for matrix in self.chain(factors))
         return weight + self.rows.pad(self.scale * (first @ core @ last).T, len(weight), dim=-2), bias
 
@@ -93,24 +93,24 @@ class EFFTConfig(VisualPeftConfig):
     V2, transposed for its last linear. Dropout acts on the factors; the authors draw one mask for the four matrices of
     a block's attention, here each linear draws its own, as theirs do in the MLP.
 
-    On backbones with stages, each has factors of its own, of one rank, and square cores. The authors' code for Swin
-    lets the rank double from stage to stage and has cores of r x 2r in the MLP: on Swin-B its 4 to 32 (2 to 16 in the
-    MLP) make 289,680 parameters that are used, ours 221,184 at r=16.
+    On backbones with stages, each stage has its own factors, of one rank, and square cores. The authors' code for Swin
+    doubles the rank from stage to stage and has cores of r x 2r in the MLP: on Swin-B its ranks of 4 to 32 (2 to 16 in
+    the MLP) give 289,680 parameters that are used; here r=16 gives 221,184.
 
-    A gated MLP has a C2_k for each of the matrices that lead into it, which is our reading. The linears of attention
-    must be as wide as the backbone.
+    A gated MLP has a C2_k for each of its two input matrices, which is our choice. The linears of attention must be as
+    wide as the backbone.
 
     Args:
         r: rank; the authors take 8, 16 or 32 per task.
         scale: s; the authors take 0.01 to 100.
-        dropout: probability of dropping a number of a factor.
+        dropout: probability, on a factor.
         zero_factors: which factor is zero at the start, first in attention, then in the MLP: `"vv"`, `"vu"`, `"uv"` or
             `"uu"`; the authors choose between the first two per task.
     """
 
     r: int = field(default=16, metadata={"help": "Rank of the decomposition."})
     scale: float = field(default=1.0, metadata={"help": "Factor s of the update."})
-    dropout: float = field(default=0.1, metadata={"help": "Probability of dropping a number of a factor."})
+    dropout: float = field(default=0.1, metadata={"help": "Dropout probability on a factor."})
     zero_factors: str = field(default="vv", metadata={"help": f"Zero in attention and MLP: {', '.join(ZERO)}."})
 
     def __post_init__(self) -> None:
@@ -151,7 +151,7 @@ class EFFTConfig(VisualPeftConfig):
 
 
 def _mlp(backbone: VisionBackbone, block: Block, hidden: int) -> dict[str, Rows]:
-    """The matrices that lead into the MLP, each `hidden` rows, and the one that leads out of it."""
+    """The input matrices of the MLP, each of `hidden` rows, and its output matrix."""
     into = [
         Rows(path, start, min(hidden, backbone.linears[path][0] - start))
         for path in block.roles["fc1"]

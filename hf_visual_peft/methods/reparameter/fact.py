@@ -19,14 +19,14 @@ from .products import plus_product
 
 
 class Factors(nn.Module):
-    """What all linears share: U, V, and the core C of a Tucker decomposition.
+    """The factors that all linears share: U, V, and the core C of a Tucker decomposition.
 
     U is as in `nn.Linear`, V zero, C Xavier-uniform.
 
     Args:
         width: of a slice.
         r: rank.
-        core: whether there is C.
+        core: whether the core C is there.
     """
 
     def __init__(self, width: int, r: int, core: bool) -> None:
@@ -45,8 +45,8 @@ class FacT(nn.Module):
         f(y, x) = y + s V dropout(S_k U x)
 
     The linear's weight is cut into slices of width x width; U reads each slice of the input and V writes each slice
-    of the output. S_k has one r x r block for each: free (tensor train), or C x_3 p_k, transposed where it is the
-    input that is cut (Tucker).
+    of the output. S_k has one r x r block for each: free (tensor train), or C x_3 p_k (Tucker), transposed where the
+    input is cut.
 
     Args:
         linear: the linear, for its sizes.
@@ -54,8 +54,8 @@ class FacT(nn.Module):
         r: rank.
         scale: s.
         dropout: probability, between S and V.
-        columns: all the p_k of the model, on which the bound of their Xavier-uniform start depends; None for a tensor
-            train, whose S are as in `nn.Linear`.
+        columns: number of all p_k in the model, on which the bound of their Xavier-uniform start depends; None for a
+            tensor train, whose S start as in `nn.Linear`.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class FacT(nn.Module):
         return blocks.permute(order).flatten(2).flatten(0, 1)
 
     def forward(self, y: Tensor, x: Tensor, factors: Factors) -> Tensor:
-        """(..., out_features), given also the linear's input (..., in_features)."""
+        """The new output (..., out_features), from the linear's output and its input (..., in_features)."""
         width = factors.u.in_features
         if missing := self.inputs * width - x.shape[-1]:
             x = F.pad(x, (0, missing))
@@ -94,7 +94,7 @@ class FacT(nn.Module):
 
     @torch.no_grad()
     def fold(self, weight: Tensor, bias: Tensor | None, factors: Factors) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of a linear that computes the same as the linear with these and FacT at it."""
+        """Weight and bias of the linear with FacT folded in."""
         u, v, s = (t.to(weight) for t in (factors.u.weight, factors.v.weight, self.middle(factors.core)))
         blocks = s.unflatten(1, (self.inputs, -1)).unflatten(0, (self.outputs, -1))
         update = torch.einsum("oi,bial,lj->boaj", v, blocks, u).flatten(2).flatten(0, 1)
@@ -120,28 +120,29 @@ def slices(size: int, width: int) -> int:
 class FacTConfig(TargetedConfig):
     """Config of factor-tuning (FacT), arXiv 2212.03145.
 
-    The updates of all linears of all blocks, cut into slices of width x width, are one tensor, which is decomposed: U
-    and V are shared by all slices, and what is left to a slice is an r x r matrix S_k (tensor train, `"tt"`), or r
-    numbers that mix a shared core (Tucker, `"tk"`). V is zero at the start.
+    The updates of all linears of all blocks, cut into slices of width x width, form one tensor, which is decomposed.
+    All slices share U and V. Each slice has its own r x r matrix S_k (tensor train, `"tt"`), or r weights that mix a
+    shared core (Tucker, `"tk"`). V is zero at the start.
 
-    Where the MLP's width is no multiple of the backbone's (gated MLPs), the last slice is cut; a fused projection is
-    cut into slices whatever they stand for: both are our generalisation. The released code of the Tucker form reshapes
-    the four S_k of an MLP's linear such that their columns interleave; here, as in the paper, each slice has its own.
+    Where the MLP's width is not a multiple of the backbone's (gated MLPs), the last slice is cut. A fused projection
+    is cut into slices regardless of what they stand for. Both are our generalisation. The released code of the Tucker
+    form reshapes the four S_k of an MLP's linear such that their columns interleave; here, as in the paper, each slice
+    has its own.
 
     With `target_modules` the smaller size of a linear is the width of its slices, linears of one width share U and V
     (and C), and p_k start as if the linear were the only one.
 
     Args:
         variant: `"tt"` or `"tk"`.
-        r: rank; the paper takes 8 or 16 for the tensor train, 16 or 32 for Tucker.
+        r: rank; the paper uses 8 or 16 for the tensor train, 16 or 32 for Tucker.
         scale: s; the paper tunes it in 0.01 to 100.
-        dropout: probability of dropping a number between S_k and V.
+        dropout: probability, between S_k and V.
     """
 
     variant: str = field(default="tt", metadata={"help": "Tensor train (tt) or Tucker (tk)."})
     r: int = field(default=16, metadata={"help": "Rank of the decomposition."})
     scale: float = field(default=1.0, metadata={"help": "Factor s of the update."})
-    dropout: float = field(default=0.1, metadata={"help": "Probability of dropping a number before V."})
+    dropout: float = field(default=0.1, metadata={"help": "Dropout probability before V."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -162,7 +163,7 @@ class FacTConfig(TargetedConfig):
             yield self._part(path, backbone.width, columns, "factors")
 
     def placement_at(self, path: str, module: nn.Module) -> Placement:
-        """At one linear, whose smaller size is the width of its slices."""
+        """At one linear; its smaller size is the width of its slices."""
         self._check_target(path, module)
         sizes = linear_sizes(module)
         assert sizes is not None

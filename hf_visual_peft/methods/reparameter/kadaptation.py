@@ -18,7 +18,7 @@ from ...training.defaults import Training
 from .rows import Rows, projections
 
 
-RULE_BOUND = 0.01  # of the authors' code
+RULE_BOUND = 0.01  # as in the authors' code
 ROLES = ("query", "value")
 
 
@@ -28,7 +28,7 @@ def pairwise(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Rules(nn.Module):
-    """What blocks share: R_i = a_i b_i^T for queries and for values. And a bias for each block, shared by these two.
+    """R_i = a_i b_i^T for queries and for values, shared by all blocks; and a bias per block, shared by these two.
 
     a_i and b_i are drawn from U(-0.01, 0.01), one in each row of a parameter (n, n); biases are zero.
 
@@ -48,7 +48,7 @@ class Rules(nn.Module):
         self.bias = nn.ParameterDict({str(index): nn.Parameter(torch.zeros(size)) for index in blocks})
 
     def of(self, role: str) -> tuple[Tensor, Tensor]:
-        """Of queries or values: all a_i and all b_i, (n, n) each."""
+        """All a_i and all b_i of queries or values, (n, n) each."""
         return getattr(self, f"{role}_left"), getattr(self, f"{role}_right")
 
 
@@ -57,16 +57,16 @@ class KAdaptation(nn.Module):
 
         f(y, x) = y + s x dropout(sum_i R_i kron (l_i r_i^T)) + bias
 
-    l is Glorot-uniform with a gain of sqrt 2, r zero; R_i and the bias come with the call.
+    l is Glorot-uniform with a gain of sqrt 2, r is zero; R_i and the bias are passed in the call.
 
     Args:
-        rows: which of the linear's outputs it is for.
+        rows: the outputs of the linear that it acts on.
         in_features: of the linear.
         n: number of terms; divides both sizes.
         role: whose rules apply, `"query"` or `"value"`.
         block: whose bias applies.
         scale: s.
-        dropout: probability of dropping a number of the sum.
+        dropout: probability, on the sum.
     """
 
     def __init__(
@@ -86,13 +86,13 @@ class KAdaptation(nn.Module):
         return pairwise(a, self.left).T @ pairwise(b, self.right)
 
     def forward(self, y: Tensor, x: Tensor, rules: Rules) -> Tensor:
-        """(..., out_features), given also the linear's input (..., in_features)."""
+        """The new output (..., out_features), from the linear's output and its input (..., in_features)."""
         update = F.linear(x, self.scale * self.dropout(self.matrix(rules)).T, rules.bias[self.block])
         return y + self.rows.pad(update, y.shape[-1], dim=-1)
 
     @torch.no_grad()
     def fold(self, weight: Tensor, bias: Tensor | None, rules: Rules) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a linear that computes the same as the linear with these and the update."""
+        """Weight and bias of the linear with the update folded in."""
         update = self.rows.pad(self.scale * self.matrix(rules).T.to(weight), len(weight), dim=-2)
         addend = self.rows.pad(rules.bias[self.block].to(weight), len(weight), dim=-1)
         return weight + update, addend if bias is None else bias + addend
@@ -112,21 +112,21 @@ class KAdaptation(nn.Module):
 class KAdaptationConfig(VisualPeftConfig):
     """Config of Kronecker adaptation (KAdaptation), arXiv 2203.16329.
 
-    The projections to queries and to values are updated by sums of Kronecker products: of n x n matrices of rank one,
-    shared by all blocks, with matrices of rank one of each block's own. A block's two updates share a bias. The
-    authors' released code starts with both factors of a block at zero, where nothing but the bias ever moves, and
-    gives values the factors of queries. Here, as the paper's equation has it, values have their own; that one factor
-    starts Glorot-uniform and the other at zero is our choice.
+    The projections to queries and to values are updated by sums of Kronecker products of n x n matrices of rank one,
+    which all blocks share, with matrices of rank one that belong to each block. A block's two updates share a bias. In
+    the authors' released code both factors of a block start at zero, so that only the bias ever trains, and values use
+    the factors of queries. Here, as in the paper's equation, values have their own; one factor starts Glorot-uniform
+    and the other at zero, which is our choice.
 
     Args:
         n: number of terms and size of the shared matrices; must divide the sizes of the projections.
-        scale: s; the authors' code has 5 x 128 / 4.
-        dropout: probability of dropping a number of the update itself, not of an activation.
+        scale: s; 5 x 128 / 4 in the authors' code.
+        dropout: probability, on the update itself, not on an activation.
     """
 
     n: int = field(default=32, metadata={"help": "Number of terms and size of the shared matrices."})
     scale: float = field(default=160.0, metadata={"help": "Factor s of the update."})
-    dropout: float = field(default=0.5, metadata={"help": "Probability of dropping a number of the update."})
+    dropout: float = field(default=0.5, metadata={"help": "Dropout probability on the update."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def plus_product(y: Tensor, x: Tensor, matrix: Tensor, factor: float = 1.0) -> Tensor:
-    """Return y + factor * x @ matrix, in one pass over y, where product, factor and sum would take one each.
+    """Return y + factor * x @ matrix in one pass over y; product, factor and sum would each need one.
 
     Args:
         y: (..., out).

@@ -18,7 +18,7 @@ from ...training.defaults import Training
 
 
 class RepAdapter(nn.Module):
-    """Bottleneck without activation whose second linear is grouped.
+    """A bottleneck without activation whose second linear is grouped.
 
         f(x) = x + s (blockdiag(B_1 .. B_g) dropout(A x + a) + b)
 
@@ -43,13 +43,13 @@ class RepAdapter(nn.Module):
         nn.init.zeros_(self.down.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., width) to the same."""
-        # the groups as one matrix, most of it zeros: less work than a product for each
+        """Map (..., width) to the same shape."""
+        # the groups as one matrix, mostly zeros: faster than a product for each
         dense = self.scale * torch.block_diag(*self.up)
         return x + F.linear(self.dropout(self.down(x)), dense, self.scale * self.bias)
 
     def fold_input(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a linear that computes the same as the linear with these and RepAdapter before it."""
+        """Weight and bias of the linear with RepAdapter folded in."""
         down, hidden_bias, shift = (p.to(weight) for p in (self.down.weight, self.down.bias, self.bias))
         dense = torch.block_diag(*self.up.to(weight))
         addend = weight @ (self.scale * (dense @ hidden_bias + shift))
@@ -60,13 +60,13 @@ NORMS = {"attention": "norm1", "mlp": "norm2"}  # before each sub-layer
 
 
 def norms_before(block: Block, sublayer: str) -> Iterator[tuple[str, OutputSite]]:
-    """Full names of the norms before a sub-layer, with the site that merges into what reads them.
+    """Full names of the norms before a sub-layer, each with the site that merges into the modules that read it.
 
     Raises:
         ValueError: the norms come after the sub-layers.
     """
     if block.post_norm:
-        raise ValueError(f"The norms of {block.path} follow its sub-layers, so nothing stands between them.")
+        raise ValueError(f"The norms of {block.path} follow its sub-layers, so no adapter fits between them.")
     site = OutputSite(block.readers[sublayer])
     for path in block.roles[NORMS[sublayer]]:
         yield path, site
@@ -86,23 +86,24 @@ def norms_before(block: Block, sublayer: str) -> Iterator[tuple[str, OutputSite]
 class RepAdapterConfig(TargetedConfig):
     """Config of RepAdapter, arXiv 2302.08106.
 
-    A bottleneck without activation between each norm and the sub-layer that reads it. It is affine, so it folds into
-    the projections to queries, keys and values and into the first linear(s) of the MLP. Where these have no bias (keys
-    of BEiT), merging gives them one. The released code merges the MLP's adapter only where it is grouped; here any
-    number of groups merges. With `target_modules` one stands before each of these linears and folds into it alone.
+    A bottleneck without activation stands between each norm and the sub-layer that reads it. It is affine, so it folds
+    into the projections to queries, keys and values and into the first linear(s) of the MLP. Where these have no bias
+    (keys of BEiT), merging gives them one. The released code merges the MLP's adapter only if it is grouped; here any
+    number of groups merges. With `target_modules` one adapter stands before each of these linears and folds into that
+    linear alone.
 
     Args:
         r: width of the bottleneck; a multiple of `groups`.
         groups: g, of the second linear; must divide the backbone's width.
         scale: s; the paper tunes it in 0.1 to 10.
-        dropout: probability of dropping a number in the bottleneck.
+        dropout: probability, in the bottleneck.
         sublayers: before which sub-layers: `"attention"`, `"mlp"`.
     """
 
     r: int = field(default=8, metadata={"help": "Width of the bottleneck."})
     groups: int = field(default=2, metadata={"help": "Groups of the second linear."})
     scale: float = field(default=1.0, metadata={"help": "Factor s of what the adapter adds."})
-    dropout: float = field(default=0.1, metadata={"help": "Probability of dropping a number in the bottleneck."})
+    dropout: float = field(default=0.1, metadata={"help": "Dropout probability in the bottleneck."})
     sublayers: tuple[str, ...] = field(default=tuple(NORMS), metadata={"help": "Before which: attention, mlp."})
 
     def __post_init__(self) -> None:

@@ -18,12 +18,13 @@ from .ssf import INIT_STD, after
 
 
 class RLRR(nn.Module):
-    """A rescaling of rank one beside a frozen weight, and a shift of its bias.
+    """A rank-one rescaling of a frozen weight, and a shift of its bias.
 
         W' = W + (c_out c_in^T) * W,  b' = b + db
 
-    Both factors are Kaiming-uniform, c_in from U(-sqrt(6 / in), sqrt(6 / in)) and c_out, of which each entry counts as
-    a row of one input, from U(-sqrt(6), sqrt(6)); db is zero. Of two dimensions, so that they decay: to W itself.
+    Both factors are Kaiming-uniform: c_in from U(-sqrt(6 / in), sqrt(6 / in)), and c_out, whose entries count as rows
+    of one input each, from U(-sqrt(6), sqrt(6)); db is zero. The factors have two dimensions, so that weight decay
+    acts on them and pulls W' to W.
 
     Args:
         linear: the linear, for its sizes.
@@ -42,7 +43,7 @@ class RLRR(nn.Module):
             nn.init.kaiming_uniform_(self.scale_out)
 
     def forward(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Weight (out, in) and bias (out,) that take the place of these."""
+        """The new weight (out, in) and bias (out,), from the old ones."""
         return weight + weight * self.scale_in * self.scale_out, self.shift if bias is None else bias + self.shift
 
 
@@ -62,11 +63,11 @@ class RLRR(nn.Module):
 class RLRRConfig(TargetedConfig):
     """Config of RLRR, arXiv 2403.19067.
 
-    Each linear of the blocks is rescaled, entry by entry, by a matrix of rank one around 1, and its bias is shifted.
-    A scale and a shift, as in SSF, follow the patch embedding and every norm. Not the identity at the start: the
-    factors of the matrix are random, and large (c_out up to 2.4), as in the authors' code. Fused projections are one
-    linear here; the authors have three. Where the projections have no bias (keys of BEiT), merging gives them one.
-    With `target_modules` c_out is zero at the start; convolutions get what norms get.
+    The weight of each linear of the blocks is multiplied, entry by entry, by 1 plus a matrix of rank one, and its bias
+    is shifted. A scale and a shift, as in SSF, follow the patch embedding and every norm. It does not start as the
+    identity: the factors of the matrix are random, and large (c_out up to 2.4), as in the authors' code. A fused
+    projection is one linear here; the authors have three. Where the projections have no bias (keys of BEiT), merging
+    gives them one. With `target_modules` c_out is zero at the start; convolutions get the scale and shift of norms.
 
     Args:
         init_std: standard deviation of scale (around 1) and shift (around 0) after norms and patch embedding; by
@@ -94,7 +95,7 @@ class RLRRConfig(TargetedConfig):
             yield Placement(path, "weight", WeightSite(), RLRR)  # type: ignore[arg-type]
 
     def placement_at(self, path: str, module: nn.Module) -> Placement:
-        """At a linear as at those of the blocks, else as after a norm."""
+        """At a linear as in the blocks; at other modules as after a norm."""
         self._check_target(path, module)
         return self._at(path) if linear_sizes(module) is None else Placement(path, "weight", WeightSite(), _identity)
 

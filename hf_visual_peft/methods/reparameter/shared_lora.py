@@ -22,7 +22,7 @@ class SharedLoRA(nn.Module):
 
         f(y, x) = y + s B A dropout(x)
 
-    B is zero at the start; A, as in `nn.Linear`, comes with the call.
+    B is zero at the start; A, as in `nn.Linear`, is passed in the call.
 
     Args:
         linear: the linear, for its sizes.
@@ -39,12 +39,12 @@ class SharedLoRA(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, y: Tensor, x: Tensor, down: nn.Linear) -> Tensor:
-        """(..., out_features), given also the linear's input (..., in_features) and A."""
+        """The new output (..., out_features), from the linear's output, its input (..., in_features) and A."""
         return plus_product(y, down(self.dropout(x)), self.up.weight.T, self.scale)
 
     @torch.no_grad()
     def fold(self, weight: Tensor, bias: Tensor | None, down: nn.Linear) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of a linear that computes the same as the linear with these and the update."""
+        """Weight and bias of the linear with the update folded in."""
         return weight + self.scale * (self.up.weight.to(weight) @ down.weight.to(weight)), bias
 
 
@@ -62,21 +62,21 @@ class SharedLoRA(nn.Module):
 class SharedLoRAConfig(VisualPeftConfig):
     """Config of LoRA as in NOAH (arXiv 2206.04673), where queries, keys and values share the first factor.
 
-    LoRA (arXiv 2106.09685) gives each projection two factors A and B. NOAH's code, and others after it, has one fused
-    projection, so that one A serves queries, keys and values, with a B each: as many parameters as LoRA on queries and
-    values alone, but another model. Here it is the same whether the backbone's projections are fused or not. There is
-    no alpha / r: s is the whole factor, 1 in NOAH. NOAH draws one dropout mask for the three projections; here,
-    unless they are fused, each draws its own.
+    LoRA (arXiv 2106.09685) gives each projection two factors A and B. NOAH's code, and later code that follows it, has
+    one fused projection, so that queries, keys and values share one A and have a B each. That is as many parameters as
+    LoRA on queries and values alone, but a different model. Here the update is the same whether the backbone's
+    projections are fused or not. There is no alpha / r: s is the whole factor, 1 in NOAH. NOAH draws one dropout mask
+    for the three projections; here, unless they are fused, each draws its own.
 
     Args:
         r: rank.
         scale: s.
-        dropout: probability of dropping a number of the projection's input on its way to A.
+        dropout: probability, on the projection's input before A.
     """
 
     r: int = field(default=8, metadata={"help": "Rank of the update."})
     scale: float = field(default=1.0, metadata={"help": "Factor s of the update."})
-    dropout: float = field(default=0.1, metadata={"help": "Probability of dropping a number of the input."})
+    dropout: float = field(default=0.1, metadata={"help": "Dropout probability on the input."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

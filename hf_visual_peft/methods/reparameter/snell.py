@@ -20,40 +20,40 @@ from ...sites import LinearSite, Placement, drop_path
 from ...training.defaults import Training
 
 
-COEFFICIENTS = (0.1, -0.1)  # of the two distances, fixed in the authors' code
+COEFFICIENTS = (0.1, -0.1)  # of the two distances, constants in the authors' code
 WEIGHTINGS = ("magnitude", "mask")
 
 
 def threshold(magnitudes: Tensor, sparsity: float) -> Tensor:
-    """The largest of the `sparsity` smallest numbers: what is strictly above it is above that quantile, too.
+    """The largest of the `sparsity` smallest entries: all above it, and only these, are above that quantile.
 
-    For any number of entries, where `torch.quantile` takes 16 million.
+    It takes any number of entries; `torch.quantile` takes at most 16 million.
     """
     rank = math.floor(sparsity * (magnitudes.numel() - 1))
     return magnitudes.flatten().kthvalue(rank + 1).values
 
 
 class SNELL(nn.Module):
-    """An update made of distances between the rows of factors, of which the largest entries are kept.
+    """An update of distances between the rows of two factors; only its largest entries are kept.
 
         f(y, x) = y + DP(D dropout(x))
         D_ij = S(0.1 ||u_i - v_j|| - 0.1 ||u'_i - v'_j||),  S(d) = d |d| or d where |d| is above the quantile, else 0
 
-    A factor of two halves, (2, features, r / 2), for each side; drawn as `nn.Linear` draws, with a fan-in of
-    features x r / 2. |d| in S passes no gradient. D is computed again in the backward pass, which saves its memory.
+    Each side has a factor of two halves, (2, features, r / 2), drawn as in `nn.Linear`, with a fan-in of features x r
+    / 2. |d| in S passes no gradient. D is recomputed in the backward pass, which saves its memory.
 
-    Where D is zero no gradient passes. Where it must be zero at the start a gate g, zero there, stands before it, and
-    the factors are drawn from N(0, 1). All updates that this gives there are without it, too: factors that are c times
-    as large make D larger by c^2 (or c), and halves that change places make it -D.
+    No gradient passes where D is zero. Where the start must be the identity, a gate g that starts at zero multiplies
+    D, and the factors are drawn from N(0, 1). The gate does not widen the set of possible updates: factors c times as
+    large multiply D by c^2 (or c), and swapped halves give -D.
 
     Args:
         linear: the linear, for its sizes.
-        r: numbers for each row and each column of the weight.
-        sparsity: share of the entries that are zero.
+        r: values for each row and each column of the weight.
+        sparsity: fraction of the entries that are zero.
         weighting: `"magnitude"`: kept entries are d |d|; `"mask"`: they are d.
         dropout: probability, on the input.
         drop_path: rate of the branch's stochastic depth.
-        gated: whether there is g.
+        gated: whether the gate g is there.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class SNELL(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """(..., out_features), given also the linear's input (..., in_features)."""
+        """The new output (..., out_features), from the linear's output and its input (..., in_features)."""
         x = self.dropout(x)
         if torch.is_grad_enabled():
             branch = checkpoint(self._branch, x, use_reentrant=False, preserve_rng_state=False)
@@ -93,7 +93,7 @@ class SNELL(nn.Module):
         return F.linear(x, self.delta().to(x.dtype))
 
     def delta(self) -> Tensor:
-        """D, or g D, (out_features, in_features), in float32: small differences of distances."""
+        """D, or g D, (out_features, in_features), in float32, because differences of distances are small."""
         with torch.autocast(self.rows.device.type, enabled=False):
             distances = torch.cdist(self.rows.float(), self.columns.float())
             dense = COEFFICIENTS[0] * distances[0] + COEFFICIENTS[1] * distances[1]
@@ -104,7 +104,7 @@ class SNELL(nn.Module):
 
     @torch.no_grad()
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of a linear that computes the same as the linear with these and the branch beside it."""
+        """Weight and bias of the linear with the branch folded in."""
         return weight + self.delta().to(weight), bias
 
 
@@ -123,27 +123,28 @@ class SNELL(nn.Module):
 class SNELLConfig(TargetedConfig):
     """Config of SNELL, arXiv 2411.01800.
 
-    Beside every linear of the blocks a sparse update, whose entries are differences of distances between learned
-    vectors for its row and its column; those of small magnitude are zero, and which they are changes while training.
-    Small at the start, not zero. The authors' code multiplies the kept entries by their own magnitude, which passes
-    no gradient, where one would expect 1; that is the default here, too, as it is what their results come from, and
-    `weighting="mask"` is the other. At sparsity 0 that code drops the factor without saying; here it stays. There,
-    queries, keys and values share one dropout mask and CLS trains, too; here each has its own and CLS is frozen. With
-    `target_modules` one more number a linear, a gate that is zero at the start, makes it the identity there.
+    Every linear of the blocks gets a sparse update. Its entries are differences of distances between learned vectors
+    for the row and the column. Entries of small magnitude are set to zero, and which they are changes during training.
+    The update is small at the start, not zero. The authors' code multiplies the kept entries by their own magnitude,
+    which passes no gradient, where one would expect a factor of 1. That is also the default here, because the paper's
+    results come from it; `weighting="mask"` uses 1. At sparsity 0 that code silently drops the factor; here it stays.
+    There, queries, keys and values share one dropout mask and CLS trains; here each has its own mask and CLS is
+    frozen. With `target_modules` each linear has one extra parameter, a gate that is zero at the start, so that it
+    starts as the identity.
 
     Args:
-        r: numbers for each row and each column of a weight, half of them for each of two distances; even.
-        sparsity: share of the entries of each update that are zero; the authors tune it in 0 to 0.995.
+        r: values for each row and each column of a weight, half of them for each of two distances; even.
+        sparsity: fraction of the entries of each update that are zero; the authors tune it from 0 to 0.995.
         weighting: kept entries are multiplied by their magnitude (`"magnitude"`) or by 1 (`"mask"`).
-        dropout: probability of dropping a number of the input, except at the attention's output
-            projection where that is found by its role.
+        dropout: probability, on the input, except at the attention's output
+            projection if that is found by its role.
         drop_path: rate of each branch's stochastic depth.
     """
 
     r: int = field(default=8, metadata={"help": "Numbers for each row and column of a weight; even."})
     sparsity: float = field(default=0.9, metadata={"help": "Share of the entries of an update that are zero."})
     weighting: str = field(default="magnitude", metadata={"help": "Factor of kept entries: magnitude, or mask for 1."})
-    dropout: float = field(default=0.1, metadata={"help": "Probability of dropping a number of the input."})
+    dropout: float = field(default=0.1, metadata={"help": "Dropout probability on the input."})
     drop_path: float = field(default=0.1, metadata={"help": "Rate of each branch's stochastic depth."})
 
     def __post_init__(self) -> None:

@@ -18,23 +18,23 @@ from ...sites import OutputSite, Placement, output_channels
 from ...training.defaults import Training
 
 
-INIT_STD = 0.02  # of the paper
-SMALLEST = 0.1  # scale that is divided by, where no shift is larger than 1
+INIT_STD = 0.02  # as in the paper
+SMALLEST = 0.1  # smallest scale to divide by, where no shift is larger than 1
 
 
 class ScaleAndShift(torch.autograd.Function):
-    """`scale * x + shift`, which keeps its output for the backward pass, and not x.
+    """`scale * x + shift`, which keeps its output instead of x for the backward pass.
 
-    What follows often keeps the same tensor, as attention does with queries, keys and values, and GELU with its input:
-    then nothing is added to what is in memory. The gradient of scale is sum(g x) = (sum(g y) - shift sum(g)) / scale.
+    The next operation often keeps the same tensor, as attention does with queries, keys and values, and GELU with its
+    input. Then no extra memory is used. The gradient of scale is sum(g x) = (sum(g y) - shift sum(g)) / scale.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """(..., channels) to the same."""
-        return (x * scale).add_(shift)  # rounds as the formula does, which takes its place where nothing is kept
+        """Map (..., channels) to the same shape."""
+        return (x * scale).add_(shift)  # rounds as the plain formula does, which is used where nothing is kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -53,10 +53,10 @@ class ScaleAndShift(torch.autograd.Function):
 
 
 def is_recoverable(x: Tensor, scale: Tensor, shift: Tensor) -> bool:
-    """Whether x can be told from `scale * x + shift` with nearly all its digits.
+    """Whether x can be recovered from `scale * x + shift` with nearly full precision.
 
-    It cannot where a scale is close to zero or the shift much larger, nor in half precision. A compiler decides by
-    itself what it keeps. On a CPU alone: elsewhere the program would wait for the device at every linear, to look.
+    It cannot where a scale is close to zero or the shift much larger, nor in half precision. A compiler decides itself
+    what it keeps. This is done only on a CPU: on other devices the check would synchronise at every linear.
     """
     if torch.compiler.is_compiling() or x.device.type != "cpu" or not x.dtype == scale.dtype == shift.dtype:
         return False
@@ -73,7 +73,7 @@ class SSF(nn.Module):
     Args:
         channels: of x.
         init_std: standard deviation of both at the start.
-        recover: whether x may be recovered from y in the backward pass; what follows must leave y as it is.
+        recover: whether x may be recovered from y in the backward pass; later operations must not change y in place.
     """
 
     def __init__(self, channels: int, init_std: float, recover: bool = False) -> None:
@@ -85,13 +85,13 @@ class SSF(nn.Module):
         nn.init.normal_(self.shift, std=init_std)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., channels) to the same."""
+        """Map (..., channels) to the same shape."""
         if self.recover and torch.is_grad_enabled() and is_recoverable(x, self.scale, self.shift):
             return ScaleAndShift.apply(x, self.scale, self.shift)
         return x * self.scale + self.shift
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a module that computes the same as the module with these and SSF after it."""
+        """Weight and bias of the module with SSF folded in."""
         scale, shift = (
             p.detach().to(weight.device, torch.promote_types(p.dtype, weight.dtype)) for p in (self.scale, self.shift)
         )
@@ -104,16 +104,16 @@ def after(module: nn.Module, init_std: float, recover: bool = False) -> SSF:
     """Scale and shift for the output of a module.
 
     Args:
-        module: any that has channels.
+        module: any module with channels.
         init_std: as of `SSF`.
-        recover: as of `SSF`; it is done at linears only.
+        recover: as of `SSF`; used only at linears.
 
     Raises:
-        ValueError: it is not known which channels it has.
+        ValueError: its channels are not known.
     """
     channels = output_channels(module)
     if channels is None:
-        raise ValueError(f"Cannot scale the output of {module}: valid are {ANY_CHANNELS}.")
+        raise ValueError(f"Cannot scale the output of {module}: valid modules are {ANY_CHANNELS}.")
     return SSF(channels, init_std, recover and isinstance(module, nn.Linear))
 
 
@@ -133,11 +133,11 @@ def after(module: nn.Module, init_std: float, recover: bool = False) -> SSF:
 class SSFConfig(TargetedConfig):
     """Config of scaling and shifting your features (SSF), arXiv 2210.08823.
 
-    A scale and a shift after the patch embedding and every norm and linear of the backbone, fused projections
-    counting as one. On timm's models that pool tokens before their last norm (`fc_norm`), they stand behind that norm;
-    the authors' code has them on the tokens before the pooling there and so lets that norm follow, with as many
-    parameters: logits differ by 0.3% for the same numbers at the start, and by 18% at deviations of 0.5. It folds into
-    the weights. Where the projections have no bias (keys of BEiT), merging gives them one.
+    A scale and a shift follow the patch embedding and every norm and linear of the backbone; a fused projection counts
+    as one linear. On timm's models that pool tokens before their last norm (`fc_norm`), they stand after that norm.
+    The authors' code instead has them on the tokens before the pooling, so that the norm follows, with as many
+    parameters: logits differ by 0.3% with the same initial values, and by 18% at deviations of 0.5. The method folds
+    into the weights. Where the projections have no bias (keys of BEiT), merging gives them one.
 
     Args:
         init_std: standard deviation of scale (around 1) and shift (around 0) at the start. By default 0.02 as in the
@@ -159,7 +159,8 @@ class SSFConfig(TargetedConfig):
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """After every operation of the backbone."""
-        # other modules may be followed by what changes their output in place, as in convolutional networks
+        # other modules may be followed by an operation that changes their output in place, as in convolutional
+        # networks
         recovered = set(backbone.modules(LINEAR_ROLES))
         for path in (*backbone.outside, *backbone.modules()):
             yield self._at(path, path in recovered)

@@ -1,1 +1,1 @@
-"""Side tuning: networks beside a backbone, fed with what it computes."""
+"""Side tuning: networks beside a backbone that read its features."""

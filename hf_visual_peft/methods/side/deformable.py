@@ -14,12 +14,12 @@ Sizes = Sequence[tuple[int, int]]  # rows and columns of maps
 
 
 def precise(dtype: torch.dtype) -> torch.dtype:
-    """Of places: in bfloat16 they would be half a cell off in a map of 128 x 128."""
+    """The dtype of places: in bfloat16 they would be off by half a cell in a map of 128 x 128."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def centres(sizes: Sizes, like: Tensor) -> Tensor:
-    """Where the cells of maps lie, (cells, 2): x and y from 0 to 1, map by map and row by row; float32 or float64."""
+    """Centres of the cells of maps, (cells, 2): x and y from 0 to 1, map by map, row by row; float32 or float64."""
     found, dtype = [], precise(like.dtype)
     for height, width in sizes:
         y = (torch.arange(height, device=like.device, dtype=dtype) + 0.5) / height
@@ -29,19 +29,19 @@ def centres(sizes: Sizes, like: Tensor) -> Tensor:
 
 
 class DeformableAttention(nn.Module):
-    """Each query looks at a few points of each map, which it chooses itself.
+    """Each query samples a few points of each map, whose offsets it predicts.
 
         out = W_o [ sum_{l,k} a_hlk V_h^l(p + o_hlk / size_l) ]_h + b_o
         o = W_p q + b_p;  a = softmax_{l,k}(W_a q + b_a)
 
     V^l(p) is the value map of level l at p, bilinear between cells and zero outside the map. At the start the points
-    of head h go 1 to `points` cells into the direction 2 pi h / heads, all equally weighted.
+    of head h lie 1 to `points` cells away in the direction 2 pi h / heads, with equal weights.
 
     Args:
         width: channels of queries, values and output.
         num_heads: a divisor of `value_width`.
-        levels: maps that queries look at.
-        points: of each head in each map.
+        levels: number of maps.
+        points: number of points of each head in each map.
         value_width: channels of V.
     """
 
@@ -56,7 +56,7 @@ class DeformableAttention(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """As described above; values and output Xavier-uniform, biases zero."""
+        """Set the weights described above; values and output are Xavier-uniform, biases zero."""
         for linear in (self.offsets, self.weights, self.to_value, self.from_value):
             nn.init.zeros_(linear.bias)
             nn.init.zeros_(linear.weight)
@@ -70,12 +70,12 @@ class DeformableAttention(nn.Module):
         self.offsets.bias.copy_(start.flatten())
 
     def forward(self, queries: Tensor, places: Tensor, values: Tensor, sizes: Sizes) -> Tensor:
-        """What the queries find.
+        """Attend.
 
         Args:
             queries: (batch, queries, width).
-            places: p of each, (queries, 2), as of `centres`.
-            values: tokens of all maps, one behind the other, (batch, tokens, width).
+            places: p of each query, (queries, 2), as `centres` gives them.
+            values: tokens of all maps, one after the other, (batch, tokens, width).
             sizes: of the maps.
 
         Returns:

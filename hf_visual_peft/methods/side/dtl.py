@@ -22,15 +22,15 @@ from ...training.defaults import Training
 class CompactPiece(nn.Module):
     """The piece of the compact side network beside one block.
 
-        h <- h + B A x;  what the block returns gets h' = h sigmoid(beta h), in DTL+ convolved
+        h <- h + B A x;  output of the block <- output + h', h' = h sigmoid(beta h), in DTL+ convolved
 
     A is Kaiming-uniform with a = sqrt 5, B zero.
 
     Args:
         width: channels of x and h.
         r: rank of B A.
-        beta: sharpness of the activation; the greater, the nearer it is to ReLU.
-        begins: whether h is 0 here.
+        beta: sharpness of the activation; the larger, the closer to ReLU.
+        begins: whether h starts here, at 0.
         adds: whether h' is added to this block's output.
     """
 
@@ -42,14 +42,14 @@ class CompactPiece(nn.Module):
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
 
     def forward(self, h: Tensor | None, tap: Tap, conv: nn.Module | None = None) -> tuple[Tensor, Tensor | None]:
-        """H (batch, tokens, width) to the new h, and h' or None."""
+        """Map h (batch, tokens, width) to the new h, and h' or None."""
         x = tap.behind if tap.before is None else tap.before
         assert x is not None
         change = F.linear(F.linear(x, self.down), self.up)
         h = change if h is None or self.begins else h + change
         if not self.adds:
             return h, None
-        # = h sigmoid(beta h), of which silu keeps one tensor for the backward pass and the product would keep two
+        # = h sigmoid(beta h); silu keeps one tensor for the backward pass, the product would keep two
         active = F.silu(h * self.beta) / self.beta
         if conv is not None:
             assert tap.layout is not None
@@ -73,23 +73,23 @@ class CompactPiece(nn.Module):
 class DTLConfig(VisualPeftConfig):
     """Config of disentangled transfer learning (DTL and, with `plus`, DTL+), arXiv 2312.07856.
 
-    A compact network beside the backbone gathers low-rank maps of what comes to each block, and late blocks get what
-    it has gathered added to their output. Gradients cross only the blocks behind the first addition: in ViT-B/16
-    blocks 7 to 11 of 0 to 11. x_i is not detached, so in these they also go through A_i. The blocks before run in eval
-    mode; the authors' train with dropout and stochastic depth there, too.
+    A compact network beside the backbone sums low-rank maps of the input of each block. The sum is added to the output
+    of the late blocks. Gradients cross only the blocks after the first addition: in ViT-B/16 blocks 7 to 11 of 0 to
+    11. x_i is not detached, so in these blocks gradients also pass through A_i. The blocks before run in eval mode;
+    the authors' code uses dropout and stochastic depth there.
 
-    From the authors' code: the equation, the initialisation, and a network that begins anew with h = 0 in every stage
-    of a hierarchical backbone; so stages without an addition have none. There, too, each stage has one convolution.
-    Their addition begins at block 14 of Swin-B's 24. Their head reads the mean of the patches; here the model keeps
-    its own pooling and head. Of a block that pools tokens itself (Hiera) x is what it returns, as its input is
-    not of the stage's size.
+    From the authors' code: the equation, the initialisation, and a network that restarts with h = 0 in every stage of
+    a hierarchical backbone, so that stages without an addition have no network. Each stage has one convolution, as
+    there. In the authors' code the addition begins at block 14 of Swin-B's 24, and the head reads the mean of the
+    patches; here the model keeps its own pooling and head. In a block that pools tokens itself (Hiera) x is the
+    block's output, because its input does not have the stage's size.
 
     Args:
         r: rank of each B A.
         beta: sharpness of the activation.
-        add_from: index of the first block whose output gets the addition; None means half the depth.
-        plus: DTL+, whether h' goes through a depth-wise convolution over the patch grid, without bias, which all
-            blocks (of a stage) share. Prefix tokens pass it by. It starts as in `nn.Conv2d`.
+        add_from: index of the first block with an addition; None means half the depth.
+        plus: DTL+: h' goes through a depth-wise convolution over the patch grid, without bias, which all blocks of a
+            stage share. Prefix tokens skip it. It starts as in `nn.Conv2d`.
         kernel_size: of the convolution, odd, in patches.
     """
 
@@ -117,7 +117,7 @@ class DTLConfig(VisualPeftConfig):
             self._require_unset("kernel_size", "with plus False")
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
-        """Beside every block of the stages in which something is added."""
+        """Beside every block of the stages that have an addition."""
         self._require_integer("r", 1, backbone.width, "the backbone's width")
         if self.add_from is not None:
             self._require_integer("add_from", 0, backbone.depth - 1, "the last block")

@@ -16,7 +16,7 @@ from ...training.defaults import Training
 
 
 def _low_rank(in_features: int, rank: int, out_features: int) -> nn.Sequential:
-    """A linear whose weight is a product of two matrices, V U, with one bias."""
+    """A linear whose weight is the product of two matrices, V U, with one bias."""
     return nn.Sequential(nn.Linear(in_features, rank, bias=False), nn.Linear(rank, out_features))
 
 
@@ -41,22 +41,23 @@ class DualLowRankAdapter(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, width) to the same."""
+        """Map (batch, tokens, width) to the same shape."""
         return self.up(F.gelu(self.down(x)))
 
 
 class HighwayPiece(nn.Module):
-    """What the highway takes up beside one block.
+    """The adapters of the highway beside one block.
 
         h <- h + f_attention(z) + f_mlp(y)
 
-    z is the stream between attention and MLP, y that behind the block.
+    z is the stream between attention and MLP, y the stream after the block.
 
     Args:
         width: channels of h.
         r: of the adapters.
         rank: of the adapters.
-        enters_from: channels of h in the stage before, which a linear leads to here; None without one.
+        enters_from: channels of h in the stage before, which a linear maps to those of this stage; None without a
+            linear.
         between: whether the block has a stream between attention and MLP.
     """
 
@@ -67,7 +68,7 @@ class HighwayPiece(nn.Module):
         self.mlp = DualLowRankAdapter(width, r, rank)
 
     def forward(self, h: Tensor | None, tap: Tap) -> tuple[Tensor, None]:
-        """H (batch, tokens, width or `enters_from`), None at the start, to (batch, tokens, width)."""
+        """Map h (batch, tokens, width or `enters_from`), None at the start, to (batch, tokens, width)."""
         assert tap.behind is not None
         taken = self.mlp(tap.behind)
         if self.attention is not None:
@@ -98,19 +99,20 @@ class HighwayPiece(nn.Module):
 class E3VAConfig(VisualPeftConfig):
     """Config of E3VA, arXiv 2306.09729.
 
-    Adapters of dual low rank stand side by side along a highway beside the backbone. They read what its blocks
-    compute, and none reads another: gradients come to each along the highway alone. None crosses the backbone.
+    Adapters of dual low rank stand in parallel along a highway beside the backbone. They read what its blocks compute,
+    and none reads another adapter: gradients reach each adapter only along the highway. No gradient crosses the
+    backbone.
 
-    The authors have no public code. From the paper's abstract and figures: the highway, adapters that read what
-    attention and MLP compute and are parallel, not stacked, and their dual low rank. Our reading: they read the stream
-    z between attention and MLP and y behind the block, each weight has a bias, and what the highway brings
-    is added to what the last block returns, before the model's own final norm; `modules_to_save` can name that norm,
+    The authors have no public code. From the paper's abstract and figures: the highway, adapters that read the results
+    of attention and MLP and are parallel, not stacked, and their dual low rank. Our reading: they read the stream z
+    between attention and MLP and the stream y after the block, each weight has a bias, and the highway's result is
+    added to the output of the last block, before the model's own final norm; `modules_to_save` can name that norm,
     which the paper trains. Default sizes are our choice.
 
-    Between stages the paper's highway goes through the backbone's own downsampling. Many backbones have none that
-    could be called with other tokens than their own. So here h is averaged over the cells that become one, and a
-    trained linear without bias maps it to the new width; this is counted beyond the figures for ViT-B/16. Only the
-    last stage's output gets the highway's result, as more would send gradients through the backbone.
+    Between stages the paper's highway goes through the backbone's own downsampling. In many backbones this cannot be
+    called with other tokens. So here h is averaged over the cells that are merged, and a trained linear without bias
+    maps it to the new width; these linears come on top of the figures for ViT-B/16. Only the last stage's output gets
+    the highway's result, because more would send gradients through the backbone.
 
     Args:
         r: width of the bottleneck.

@@ -42,7 +42,7 @@ class MetaTokens(nn.Module):
 
 
 class Stem(nn.Sequential):
-    """Images to maps of a quarter of their height and width.
+    """The stem: maps images to maps of a quarter of their height and width.
 
     Args:
         image_channels: of the images.
@@ -63,12 +63,12 @@ class SideBlock(nn.Module):
 
         s <- s + DP(MHA(q = LN1 s, kv = t));  s <- s + f;  s <- s + DP(W_2 GELU(W_1 LN2 s + b_1) + b_2)
 
-    t are the meta tokens and the mean of f, the features of the backbone; all have the width of s.
+    t holds the meta tokens and the mean of f, the features of the backbone; all have the width of s.
 
     Args:
         dim: that width, a multiple of `num_heads`.
         num_heads: of the attention.
-        mlp_ratio: width of the MLP over `dim`.
+        mlp_ratio: width of the MLP divided by `dim`.
         drop_path: rate of the stochastic depth DP.
     """
 
@@ -81,7 +81,7 @@ class SideBlock(nn.Module):
         self.fc2 = nn.Linear(int(mlp_ratio * dim), dim)
 
     def forward(self, s: Tensor, tokens: Tensor, features: Tensor) -> Tensor:
-        """S (batch, places, dim), t (batch, tokens, dim) and f (batch, places, dim) to the new s."""
+        """Map s (batch, places, dim), t (batch, tokens, dim) and f (batch, places, dim) to the new s."""
         projected = self.query(self.norm1(s)), self.key(tokens), self.value(tokens)
         heads = (each.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for each in projected)
         attended = self.proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
@@ -92,9 +92,9 @@ class SideBlock(nn.Module):
 class Rung(nn.Module):
     """One piece of the side network, beside one block.
 
-    It takes maps over; where a stage starts, from the stem or through a convolution of stride 2. The bridge brings
-    the block's patch tokens, resized to the maps, and its meta tokens to their width. What leaves the last piece goes
-    back to the backbone's width and grid; prefix tokens get the mean.
+    It gets the maps of the piece before; where a stage starts, they come from the stem or through a convolution of
+    stride 2. The bridge maps the block's patch tokens, resized to the maps, and its meta tokens to the width of the
+    maps. The result of the last piece is mapped back to the backbone's width and grid; prefix tokens get the mean.
 
     Args:
         width: of the backbone.
@@ -102,10 +102,10 @@ class Rung(nn.Module):
         num_heads: of the attention in the side block.
         mlp_ratio: of the side block.
         drop_path: of the side block.
-        image_channels: of the images that the stem reads; None where there is none.
-        enters_from: channels of the maps of the stage before, None where no stage starts.
+        image_channels: of the images that the stem reads; None where there is no stem.
+        enters_from: channels of the maps of the stage before; None where no stage starts.
         stage_ends: whether a norm ends the stage here.
-        ends: whether the network does.
+        ends: whether the network ends here.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Rung(nn.Module):
         self.apply(init_weights)
 
     def forward(self, maps: Tensor | None, tap: Tap, bridge: nn.Module) -> tuple[Tensor, None]:
-        """Maps (batch, channels, height, width), None at the start, to new ones or to (batch, tokens, width)."""
+        """Turn maps (batch, channels, height, width), None at the start, into new ones or (batch, tokens, width)."""
         x, layout, tokens = tap.behind, tap.layout, tap.tokens
         assert x is not None
         assert layout is not None
@@ -146,11 +146,11 @@ class Rung(nn.Module):
         s = maps.flatten(2).transpose(1, 2)
         if self.enter_norm is not None:
             s = self.enter_norm(s)
-        # The bridge first: it is the same before and after resizing, and there are fewer tokens before.
+        # The bridge first: it commutes with resizing, and there are fewer tokens before.
         _, features = layout.split(bridge(x))
         grid = features.shape[2:]
         features = F.interpolate(features, size, mode="bilinear").flatten(2).transpose(1, 2)
-        # A part of the stream as it lies would be rounded by whether the bridge trains.
+        # Contiguous: the rounding of a strided part of the stream would depend on whether the bridge trains.
         tokens = self.token_norm(bridge(tokens.contiguous()))
         tokens = torch.cat([tokens, features.mean(dim=1, keepdim=True)], dim=1)
         s = self.block(s, tokens, features)
@@ -176,12 +176,12 @@ def init_weights(module: nn.Module) -> None:
 
 
 def _rung(*args: Any) -> nn.Module:
-    """A piece; the last argument, the block, tells nothing that it needs."""
+    """Build a piece; the last argument, the block, is not needed."""
     return Rung(*args[:-1])
 
 
 def _deltas(name: str, block: nn.Module) -> nn.Module:
-    """Addends to weight and bias of a block's norm."""
+    """Additions to weight and bias of a block's norm."""
     return norm_deltas(block.get_submodule(name))
 
 
@@ -199,29 +199,29 @@ def _deltas(name: str, block: nn.Module) -> nn.Module:
 class HSTConfig(VisualPeftConfig):
     """Config of hierarchical side-tuning (HST), arXiv 2310.05393.
 
-    A pyramid beside a plain vision transformer: a convolutional stem on the image, then stages at strides 4, 8, 16 and
-    32, each beside as many blocks. Every block gets meta tokens of its own; what it makes of them, and its patch
-    tokens, go through the stage's bridge, a linear, into the side block beside it. The norms of the blocks train, too,
-    as addends to weight and bias that start at zero. Gradients cross the backbone.
+    A pyramid stands beside a plain vision transformer: a convolutional stem on the image, then stages at strides 4, 8,
+    16 and 32, each beside equally many blocks. Every block gets its own meta tokens. Their outputs and the block's
+    patch tokens go through the stage's bridge, a linear, into the side block beside it. The norms of the blocks also
+    train, as additions to weight and bias that start at zero. Gradients cross the backbone.
 
-    The authors' head reads the mean of the last maps behind a batch norm without weights. Here the model keeps its
-    head, whatever it pools: a linear brings the maps back to the backbone's width, resized to its grid, the mean to
-    its prefix tokens, and the final norm of the model stands for the batch norm. On ViT-B/16 that linear has
-    72 x 768 + 768 = 56,064 of the 820,904 parameters. The other 764,840 are those of the authors' code: bridges
-    166,104, side blocks 462,312, stem and convolutions with their norms 88,616, meta tokens 9,216, their norms 1,296,
-    norms of stages 432 and of the backbone's blocks 36,864. The authors' head adds 73 for each class, which makes
-    0.77 M with VTAB-1k's 50 classes on average and 0.78 M, the figure in tables, with FGVC's 235.
+    The authors' head reads the mean of the last maps after a batch norm without weights. Here the model keeps its
+    head, whatever it pools: a linear maps the maps back to the backbone's width, resized to its grid; prefix tokens
+    get the mean; and the model's final norm replaces the batch norm. On ViT-B/16 that linear has 72 x 768 + 768 =
+    56,064 of the 820,904 parameters. The other 764,840 are those of the authors' code: bridges 166,104, side blocks
+    462,312, stem and convolutions with their norms 88,616, meta tokens 9,216, their norms 1,296, norms of stages 432
+    and of the backbone's blocks 36,864. The authors' head adds 73 for each class. That gives 0.77 M with VTAB-1k's 50
+    classes on average and 0.78 M, the figure in tables, with FGVC's 235.
 
-    Blocks are cut into stages evenly; fewer blocks than stages leave the last stages out. The backbone must be one of
-    a single stage, through whose blocks tokens can go.
+    Blocks are divided evenly among the stages; with fewer blocks than stages the last stages are left out. The
+    backbone must have a single stage, and its blocks must take extra tokens.
 
     Args:
         dims: channels of the stages' maps.
         num_heads: heads of their attention, which divide the channels.
-        mlp_ratio: width of the MLP of side blocks over that of their maps.
-        num_virtual_tokens: meta tokens a block.
+        mlp_ratio: width of the MLP of side blocks divided by that of their maps.
+        num_virtual_tokens: meta tokens per block.
         drop_path: rate of the stochastic depth in the last side block; it rises evenly from 0 in the first. The
-            authors' scripts have 0, 0.1 or 0.2, in the backbone, too.
+            authors' scripts use 0, 0.1 or 0.2, also in the backbone.
     """
 
     dims: tuple[int, ...] = field(default=(32, 48, 64, 72), metadata={"help": "Channels of the stages' maps."})
@@ -248,7 +248,7 @@ class HSTConfig(VisualPeftConfig):
         self._require_number("drop_path", 0.0, below=1.0)
 
     def trained_numbers(self, name: str, shape: tuple[int, ...]) -> int:
-        """None stand behind running statistics."""
+        """The same, without running statistics."""
         statistics = name.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")
         return 0 if statistics else super().trained_numbers(name, shape)
 
@@ -258,7 +258,7 @@ class HSTConfig(VisualPeftConfig):
         if backbone.stage is not None or table.prompts != "sequence" or table.grid is None or table.video:
             raise ValueError(
                 f"HSTConfig does not fit {backbone.class_name}: it needs blocks of one width for images, whose tokens "
-                "lie in a known grid and through which further tokens go."
+                "lie in a known grid, and blocks that take extra tokens."
             )
         blocks = backbone.blocks
         stages = min(len(self.dims), len(blocks))

@@ -1,4 +1,4 @@
-"""What goes from the convolutions of ViT-Adapter to the backbone and back."""
+"""The exchange between the convolutions of ViT-Adapter and the backbone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EPS = 1e-6  # of the norms
 
 
 class Injector(nn.Module):
-    """What patches take up from the convolutions' tokens: gamma MSDA(LN x; LN c), gamma zero at the start.
+    """The injector, from the convolutions' tokens to patches: gamma MSDA(LN x; LN c), gamma zero at the start.
 
     Args:
         width: channels of x and c.
@@ -35,7 +35,7 @@ class Injector(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor, layout: TokenLayout, c: Tensor, sizes: Sizes) -> Tensor:
-        """What is added to x, (batch, tokens, width); nothing to prefix tokens.
+        """The addition to x, (batch, tokens, width); zero for prefix tokens.
 
         Args:
             x: the backbone's stream.
@@ -68,13 +68,13 @@ class ConvFFN(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, c: Tensor, sizes: Sizes) -> Tensor:
-        """(batch, tokens of several maps, width) to the same."""
+        """Map (batch, tokens of several maps, width) to the same shape."""
         maps = as_maps(self.fc1(c), list(sizes))
         return self.fc2(F.gelu(torch.cat([to_rows(self.convolution(each)) for each in maps], dim=1)))
 
 
 class Extractor(nn.Module):
-    """What the convolutions' tokens take up from patches: c <- c + MSDA(LN c; LN x), c <- c + ConvFFN(LN c).
+    """The extractor, from patches to the convolutions' tokens: c <- c + MSDA(LN c; LN x), c <- c + ConvFFN(LN c).
 
     Args:
         width: channels of x and c.
@@ -82,7 +82,7 @@ class Extractor(nn.Module):
         points: of the attention.
         value_width: of the attention.
         hidden: channels in the ConvFFN.
-        drop_rate: at which the ConvFFN is dropped for a sample.
+        drop_rate: probability of dropping the ConvFFN for a sample.
     """
 
     def __init__(
@@ -105,14 +105,14 @@ class Extractor(nn.Module):
 
 
 class Interaction(nn.Module):
-    """What stands at one block: a part of an interaction around a group of blocks.
+    """The part of an interaction that stands at one block; an interaction spans a group of blocks.
 
     Args:
-        prior: before the first block; makes c from the images.
+        prior: computes c from the images, before the first block.
         injector: before the first block of a group.
-        extractors: behind the last block of a group.
-        gathers: whether the stream is put behind c here, for the pyramid.
-        pyramid: behind the last block of the last group, where one is made.
+        extractors: after the last block of a group.
+        gathers: whether the stream is appended to c here, for the pyramid.
+        pyramid: after the last block of the last group, if a pyramid is wanted.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Interaction(nn.Module):
         self.gathers = gathers
 
     def enter(self, state: Tensor | None, tap: Tap) -> tuple[Tensor, Tensor]:
-        """Before the block: c, and what is added to the stream."""
+        """Before the block: c, and the addition to the stream."""
         assert tap.pixels is not None
         assert tap.before is not None
         assert tap.layout is not None
@@ -141,7 +141,7 @@ class Interaction(nn.Module):
         return state, self.injector(tap.before, tap.layout, state[:, : _count(sizes)], sizes)
 
     def forward(self, state: Tensor, tap: Tap) -> tuple[Tensor, None]:
-        """Behind the block: the new c, with what is kept for the pyramid behind it; or the pyramid."""
+        """After the block: the new c, followed by the streams kept for the pyramid; or the pyramid."""
         assert tap.pixels is not None
         assert tap.behind is not None
         assert tap.layout is not None

@@ -38,7 +38,7 @@ class LowRankAttention(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, u: Tensor, seen: Tensor | None = None) -> Tensor:
-        """(batch, tokens, width) to the same; `seen` tells which tokens are no padding, (batch or 1, tokens)."""
+        """Map (batch, tokens, width) to the same shape; `seen` is False for padding, (batch or 1, tokens)."""
         query, key, value = self.qkv(self.down(self.norm(u))).unsqueeze(1).chunk(3, dim=-1)
         mask = None if seen is None else seen[:, None, None, :]
         return self.up(F.scaled_dot_product_attention(query, key, value, attn_mask=mask).squeeze(1))
@@ -49,14 +49,15 @@ class SidePiece(nn.Module):
 
         c <- c + z;  s <- s + LSA(s + c)
 
-    z is what comes to the block, or what it returns if it pools tokens itself; c is the sum over the blocks of the
-    stage, and s what the attentions have added so far, so u = s + c. The state between pieces of a stage is both,
-    [s, c] by channels; behind a stage it is s.
+    z is the block's input, or its output if it pools tokens itself. c is the sum of z over the blocks of the stage,
+    and s the sum of the attentions' outputs so far, so u = s + c. Between pieces of a stage the state is [s, c] along
+    the channels; after a stage it is s.
 
     Args:
         width: channels of u.
         r: of the attention.
-        enters_from: channels of s in the stage before, which a linear leads to here; None without one.
+        enters_from: channels of s in the stage before, which a linear maps to those of this stage; None without a
+            linear.
         ends: whether this is the last piece of its stage.
     """
 
@@ -67,7 +68,7 @@ class SidePiece(nn.Module):
         self.attention = LowRankAttention(width, r)
 
     def forward(self, state: Tensor | None, tap: Tap) -> tuple[Tensor, None]:
-        """The state, (batch, tokens, 2 width or `enters_from`), None at the start, to the new one."""
+        """Map the state, (batch, tokens, 2 width or `enters_from`), None at the start, to the new one."""
         z = tap.behind if tap.before is None else tap.before
         assert z is not None
         s, c = None, torch.zeros_like(z)
@@ -75,11 +76,11 @@ class SidePiece(nn.Module):
             s = self.enter(state)
         elif state is not None:
             s, c = state.chunk(2, dim=-1)
-            c = c.detach()  # has no gradient, and autograd need not compute zeros for it
+            c = c.detach()  # it has no gradient, so autograd need not compute zeros for it
         read = c + z
         added = self.attention(read if s is None else s + read, tap.seen)
         s = added if s is None else s + added
-        # what a block returns comes to the next one, and is counted there
+        # a block's output is the next one's input, and is counted there
         return (s if self.ends else torch.cat([s, c if tap.before is None else read], dim=-1)), None
 
 
@@ -100,19 +101,20 @@ class SidePiece(nn.Module):
 class LASTConfig(VisualPeftConfig):
     """Config of low-rank attention side-tuning (LAST), arXiv 2402.04009.
 
-    Beside the backbone stands a stack of self-attentions among tokens of few channels, without MLPs, that read what
-    comes to each block. Its sum is added to what the last block returns. No gradient crosses the backbone.
+    A stack of self-attentions among tokens of few channels, without MLPs, stands beside the backbone and reads the
+    input of each block. The sum of their outputs is added to the output of the last block. No gradient crosses the
+    backbone.
 
     The authors have no public code. From the paper's abstract and summaries: attention in r channels between two
     projections, no MLP, a frozen backbone, and the bias correction: the representation is u_m - sum_{i<m} z_i. Our
-    reading: z_0 are the embedded tokens, z_i what block i of m returns, and u_i as in the equation, so that the
-    correction leaves z_m and what the attentions have added. r = 32 with biases, a LayerNorm before and one projection
-    to r channels makes 655,872 parameters on ViT-B/16, the 0.66 M that are reported. One head, and a start at zero,
-    so that a fresh network changes nothing, are our choice, too.
+    reading: z_0 are the embedded tokens, z_i is the output of block i of m, and u_i is as in the equation, so that the
+    correction leaves z_m plus the outputs of the attentions. r = 32 with biases, a LayerNorm before and one projection
+    to r channels gives 655,872 parameters on ViT-B/16; the paper reports 0.66 M. We also chose one head, and a start
+    at zero, so that a fresh network changes nothing.
 
-    In hierarchical backbones u begins anew in each stage with what comes to it, plus what the stages before have
-    added, averaged over the cells that become one and mapped to the width by a trained linear without bias, which is
-    counted beyond the figure above.
+    In hierarchical backbones u restarts in each stage with the stage's input, plus the additions of the stages before,
+    averaged over the cells that are merged and mapped to the new width by a trained linear without bias. These linears
+    come on top of the figure above.
 
     Args:
         r: channels of query, key and value.

@@ -21,7 +21,7 @@ from ..specification.deltas import Chosen, summed_gradients
 from .pruning import best_stream, parts_of, pruned, why_not
 
 
-HEAD_CHANNELS = 32  # least number, where the config does not tell the heads: attention on thin ones takes its time
+HEAD_CHANNELS = 32  # at least, where the config does not give the heads: attention with narrow heads is slow
 SAMPLES = 1024  # images of the Fisher information, of the authors' code
 
 
@@ -50,7 +50,7 @@ class SideBlock(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, s: Tensor, seen: Tensor | None = None) -> Tensor:
-        """(batch, tokens, width) to the same; `seen` tells which tokens are no padding, (batch or 1, tokens)."""
+        """Map (batch, tokens, width) to the same shape; `seen` is False for padding, (batch or 1, tokens)."""
         query, key, value = self.qkv(self.norm1(s)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         mask = None if seen is None else seen[:, None, None, :]
         rate = self.dropout.p if self.training else 0.0
@@ -64,7 +64,7 @@ class Rung(nn.Module):
 
         s <- g s + (1 - g) (W b + c),  g = sigmoid(alpha / T);  s <- SideBlock(s);  at the end W_up LN(s) + c_up
 
-    b is what the block returns. alpha is 0, so g starts at 1/2. Without a gate s <- s + W b + c. The dropout of the
+    b is the block's output. alpha starts at 0, so g starts at 1/2. Without a gate s <- s + W b + c. The dropout of the
     side block also acts on the stream where the ladder starts, and on LN(s) at the end.
 
     Args:
@@ -72,10 +72,10 @@ class Rung(nn.Module):
         block: the side block.
         side_width: channels of s.
         temperature: T; None for no gate.
-        enters_from: channels from which a linear of this piece leads to s: of the stream before the block where the
-            ladder starts, of s where a stage of other widths ends; None where s goes on as it is.
-        ends: whether s returns to the backbone's width behind this piece.
-        chooses: whether the piece waits for the channels of the backbone's stream that it is made from.
+        enters_from: input channels of the linear that maps to s: those of the stream before the block where the ladder
+            starts, those of s where a stage of another width ends; None where s does not change.
+        ends: whether s is mapped to the backbone's width after this piece.
+        chooses: whether the channels of the backbone's stream that it starts from are still to be chosen.
     """
 
     def __init__(
@@ -99,10 +99,10 @@ class Rung(nn.Module):
         self.stream = Chosen(side_width, width, "LST") if chooses else None
 
     def forward(self, s: Tensor | None, tap: Tap) -> tuple[Tensor, None]:
-        """S (batch, tokens, side_width or `enters_from`), None at the start, to s or to (batch, tokens, width).
+        """Map s (batch, tokens, side_width or `enters_from`), None at the start, to s or (batch, tokens, width).
 
         Raises:
-            NotCalibratedError: the piece waits for data to be made from the backbone's weights.
+            NotCalibratedError: the parts of the backbone's weights are not chosen yet.
         """
         if self.stream is not None:
             self.stream()
@@ -142,29 +142,30 @@ class Rung(nn.Module):
 class LSTConfig(VisualPeftConfig):
     """Config of ladder side-tuning (LST), arXiv 2206.06522.
 
-    A small transformer beside the backbone reads what each block returns, and its result takes the place of what the
-    last block returns. No gradient crosses the backbone. `layers_to_transform` drops side blocks, with what they
-    read; the result takes that place all the same.
+    A small transformer beside the backbone reads the output of each block. Its result replaces the output of the last
+    block. No gradient crosses the backbone. `layers_to_transform` drops side blocks and what they read; the result
+    still replaces the last output.
 
-    On ViT-B/16 at r=8: 12 side blocks, 13 linears to them and one from them have 2,376,288 numbers, the norm at the
-    end 192, the gates 12. The authors' code is for text, and its side blocks have as many heads as the backbone's:
-    8 channels each there, on which attention is slow; here heads have at least 32 by default. Their variants with
-    scheduled gates, with pooling in place of the linears, and with these behind the side blocks are not here.
+    On ViT-B/16 at r=8: 12 side blocks, 13 linears to them and one from them have 2,376,288 parameters, the norm at the
+    end 192, the gates 12. The authors' code is for text, and its side blocks have as many heads as the backbone's.
+    That would be 8 channels per head here, which is slow; by default heads have at least 32. Their variants with
+    scheduled gates, with pooling in place of the linears, and with linears after the side blocks are not implemented.
 
-    Side blocks can start as parts of the backbone's blocks, those with the greatest importance: squares of the
-    gradients of the cross entropy, summed over single images (`init="fisher"`, which `calibrate` does), or absolute
-    values (`init="magnitude"`). Here all blocks of a stage get the same channels of the stream, which the linears
-    pick at the start; in the authors' code each linear gets channels of its own, and these linears start at random.
+    Side blocks can start as the most important parts of the backbone's blocks. Importance is the squared gradient of
+    the cross entropy, summed over single images (`init="fisher"`, in `calibrate`), or the absolute value
+    (`init="magnitude"`). Here all blocks of a stage get the same channels of the stream, which the linears select at
+    the start; in the authors' code each block gets its own channels, and the linears to the side network start at
+    random.
 
     Args:
-        r: the side network's width is the backbone's over r, rounded down; 2 at least.
-        num_heads: of side blocks; by default as many as have 32 channels or more each and divide the width, one at
-            least, yet no more than the backbone's.
-        mlp_ratio: width of the MLP of side blocks over that of their stream.
-        gate: whether each block's stream and the side network's are mixed by a gate; else they are added.
+        r: the side network's width is the backbone's divided by r, rounded down; at least 2.
+        num_heads: of side blocks; by default as many as divide the width with at least 32 channels each, at least one
+            and at most as many as the backbone's.
+        mlp_ratio: width of the MLP of side blocks divided by that of their stream.
+        gate: whether a gate mixes each block's stream with the side network's; else they are added.
         temperature: T of the gates.
-        dropout: probability of dropping a number on its way into the side network, in its sub-layers and behind them,
-            of its attention's weights, and behind its norm. The authors have that of their text model there, 0.1.
+        dropout: probability, at the input of the side network, in its sub-layers and after them, on its attention
+            weights, and after its norm. The authors use that of their text model, 0.1.
         init: first weights of side blocks: `"random"`, `"magnitude"` or `"fisher"`. The latter two are for backbones
             with pre-norm blocks of softmax attention and an MLP without a gate.
     """
@@ -178,7 +179,7 @@ class LSTConfig(VisualPeftConfig):
     )
     gate: bool = field(default=True, metadata={"help": "Mix by gates what blocks return; else add it."})
     temperature: float = field(default=0.1, metadata={"help": "Temperature of the gates."})
-    dropout: float = field(default=0.0, metadata={"help": "Probability of dropping a number of the side network."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the side network."})
     init: str = field(
         default="random",
         metadata={"help": "First weights of side blocks: 'random', or the backbone's by 'magnitude' or 'fisher'."},
@@ -201,7 +202,7 @@ class LSTConfig(VisualPeftConfig):
 
     @property
     def chooses_from_data(self) -> bool:
-        """Whether the side blocks start as what matters for some data."""
+        """Whether the side blocks start as the parts of the backbone that matter most for some data."""
         return self.init == "fisher"
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
@@ -253,12 +254,12 @@ class LSTConfig(VisualPeftConfig):
         return self.num_heads
 
     def initialise(self, adapter: Calibration) -> None:
-        """Parts of the backbone's blocks, where absolute values tell which."""
+        """Start side blocks as parts of the backbone's blocks, chosen by absolute values."""
         if self.init == "magnitude":
             self._prune(adapter, None)
 
     def choose(self, calibration: Calibration) -> None:
-        """Parts of the backbone's blocks, by Fisher information.
+        """Start side blocks as parts of the backbone's blocks, chosen by Fisher information.
 
         Raises:
             ValueError: there is no head, or no gradient of the loss is finite and other than zero.
@@ -279,12 +280,12 @@ class LSTConfig(VisualPeftConfig):
                     break
         total = torch.stack([each.sum() for each in sums.values()])
         if not total.isfinite().all() or not total.any():
-            raise ValueError("LST: no gradient of the loss is finite and other than zero. Is the head's weight zero?")
+            raise ValueError("LST: no gradient of the loss is finite and non-zero. Is the head's weight zero?")
         self._prune(calibration, sums)
 
     @torch.no_grad()
     def _prune(self, adapter: Calibration, importance: Mapping[nn.Parameter, Tensor] | None) -> None:
-        """Let side blocks be parts of the backbone's blocks.
+        """Copy parts of the backbone's blocks into the side blocks.
 
         Args:
             adapter: whose side blocks.
@@ -293,7 +294,7 @@ class LSTConfig(VisualPeftConfig):
         rungs: dict[str, Rung] = dict(adapter.equations("rung"))
         for stage in adapter.backbone.stages(adapter.backbone):
             blocks = [block for block in stage.blocks if block.path in rungs]
-            if not blocks or rungs[blocks[0].path].down.weight.is_meta:  # loaded weights will take its place
+            if not blocks or rungs[blocks[0].path].down.weight.is_meta:  # loaded weights will replace it
                 continue
             found = [
                 parts_of(block, adapter.model, torch.abs if importance is None else importance.__getitem__)
@@ -316,7 +317,7 @@ class LSTConfig(VisualPeftConfig):
 
 @torch.no_grad()
 def _pick(linear: nn.Linear, channels: Tensor) -> None:
-    """Let a linear return some channels of its input."""
+    """Make a linear return some channels of its input."""
     linear.weight.zero_()
     linear.weight[torch.arange(len(channels), device=channels.device), channels] = 1.0
     linear.bias.zero_()

@@ -15,7 +15,7 @@ PROJECTIONS = ("query", "key", "value")
 
 
 def why_not(backbone: VisionBackbone, num_heads: int, width: int, hidden: int) -> str | None:
-    """Why no parts of a backbone's blocks make side blocks of this shape; None if they do.
+    """Why side blocks of this shape cannot be parts of a backbone's blocks; None if they can.
 
     Args:
         backbone: with blocks of one width.
@@ -33,7 +33,7 @@ def why_not(backbone: VisionBackbone, num_heads: int, width: int, hidden: int) -
         if wrong:
             return f"not every one has exactly one {', '.join(wrong)}"
         if block.num_heads is None:
-            return "the number of their heads is not known"
+            return "their number of heads is not known"
         shared = [paths[role] for role in PROJECTIONS]
         if len(set(shared)) < 3 and not backbone.architecture.equal_parts:
             return "queries, keys and values are not equal parts of one projection"
@@ -58,12 +58,12 @@ def why_not(backbone: VisionBackbone, num_heads: int, width: int, hidden: int) -
 
 
 def parts_of(block: Block, model: nn.Module, of: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
-    """Something of each weight and bias of a block, as `query.weight` (out, in) and so on.
+    """A tensor for each weight and bias of a block, as `query.weight` (out, in) and so on.
 
     Args:
-        block: of which `why_not` knows no hindrance.
+        block: one for which `why_not` returns None.
         model: it belongs to.
-        of: makes a tensor of the same shape from a parameter, as its values.
+        of: maps a parameter to a tensor of the same shape, for example its values.
     """
     paths = [block.roles[role][0] for role in PROJECTIONS]
     parts = {}
@@ -83,7 +83,7 @@ def best_stream(importances: Iterable[Mapping[str, Tensor]], count: int) -> Tens
     """The channels of the stream whose weights matter most in all blocks, ascending, (count,).
 
     Args:
-        importances: of the blocks' weights, as `parts_of` has them.
+        importances: of the blocks' weights, as `parts_of` returns them.
         count: how many channels.
     """
     scores = []
@@ -103,16 +103,16 @@ def pruned(
 ) -> dict[str, Tensor]:
     """The parts of a block that matter most, as the state of a `SideBlock`.
 
-    The heads are the most important ones. In each, queries and keys keep the channels that matter most to both, and so
-    do values and the output projection; the MLP keeps the channels that matter most to both of its linears.
+    The most important heads are kept. In each, queries and keys keep the channels that matter most to both, and so do
+    values and the output projection. The MLP keeps the channels that matter most to both of its linears.
 
     Args:
         values: weights and biases of the block.
-        importance: of them.
-        stream: channels of the stream that stay, (width,).
+        importance: of each weight and bias.
+        stream: channels of the stream to keep, (width,).
         num_heads: of the block.
-        kept_heads: how many of them stay.
-        hidden: how many channels of the MLP stay.
+        kept_heads: number of heads to keep.
+        hidden: number of channels of the MLP to keep.
     """
 
     def rows(role: str) -> Tensor:

@@ -25,7 +25,7 @@ BIAS_STD = 1e-6
 
 
 class ResAdapter(nn.Module):
-    """A bottleneck; its skip connection is that of what it stands beside.
+    """A bottleneck without a skip connection; the module beside it provides that.
 
         f(x) = W_up GELU(W_down x + b_down) + b_up
 
@@ -45,11 +45,11 @@ class ResAdapter(nn.Module):
             nn.init.normal_(linear.bias, std=BIAS_STD)
 
     def hidden(self, x: Tensor) -> Tensor:
-        """(..., width) to what W_up reads, (..., r)."""
+        """Map (..., width) to the input of W_up, (..., r)."""
         return F.gelu(self.down(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., width) to the same."""
+        """Map (..., width) to the same shape."""
         return self.up(self.hidden(x))
 
 
@@ -64,7 +64,7 @@ class ResPrefix(nn.Module):
         width: channels of x, a multiple of `num_heads`.
         num_virtual_tokens: rows of K and V.
         num_heads: of the attention.
-        tied: whether V is K: learned tokens that are their own keys and values, as prompts are.
+        tied: whether V is K: the learned tokens are both keys and values, as prompts are.
     """
 
     def __init__(self, width: int, num_virtual_tokens: int, num_heads: int, tied: bool) -> None:
@@ -76,7 +76,7 @@ class ResPrefix(nn.Module):
             nn.init.xavier_uniform_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, width) to the same."""
+        """Map (batch, tokens, width) to the same shape."""
 
         def heads(tokens: Tensor) -> Tensor:
             return tokens.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
@@ -96,7 +96,7 @@ class Bypass(nn.Module):
     Args:
         width: channels of x.
         r: width of the bottlenecks.
-        enters_from: channels of s where a stage of other width ends, from which a linear leads to this one; else None.
+        enters_from: channels of s where a stage of another width ends, which a linear maps to this width; else None.
     """
 
     def __init__(self, width: int, r: int, enters_from: int | None) -> None:
@@ -107,7 +107,7 @@ class Bypass(nn.Module):
         self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, s: Tensor | None, tap: Tap) -> tuple[Tensor, None]:
-        """S (batch, tokens, width or `enters_from`), None at the start, to (batch, tokens, width)."""
+        """Map s (batch, tokens, width or `enters_from`), None at the start, to (batch, tokens, width)."""
         s = tap.before if s is None else s
         x = tap.behind
         assert s is not None
@@ -115,7 +115,7 @@ class Bypass(nn.Module):
         if self.enter is not None:
             s = self.enter(s)
         gate = torch.sigmoid(self.gate)
-        # Both tuners end in one matrix product: the stream is wide, and every pass over it is time.
+        # Both tuners end in one matrix product: the stream is wide, and every pass over it takes time.
         parts = (self.horizontal, gate, x), (self.vertical, 1 - gate, s)
         hidden = torch.cat([tuner.hidden(stream) for tuner, _, stream in parts], dim=-1)
         weight = torch.cat([share * tuner.up.weight for tuner, share, _ in parts], dim=1)
@@ -157,28 +157,28 @@ class Bypass(nn.Module):
 class ResTuningConfig(VisualPeftConfig):
     """Config of Res-Tuning and Res-Tuning-Bypass, arXiv 2310.19859.
 
-    *Bypass*: a stream s beside the backbone starts as the first block's input. Behind each block a horizontal tuner
-    reads what the block returns, a vertical one s, and a learned gate mixes both; in the end s takes the place of what
-    the last block returns. No gradient crosses the backbone. The tuners are adapters with their skip connections, as
-    in the authors' code (ModelScope Swift), which adds them without gates; the gates are the paper's. On ViT-B/16
-    there are 24 adapters of 2 x 768 r + r + 768 and 12 gates. Where the width changes between stages, a linear takes s
-    over.
+    *Bypass*: a stream s beside the backbone starts as the first block's input. After each block a horizontal tuner
+    reads the block's output, a vertical one reads s, and a learned gate mixes both; at the end s replaces the output
+    of the last block. No gradient crosses the backbone. The tuners are adapters with their skip connections, as in the
+    authors' code (ModelScope Swift), which adds them without gates; the gates are the paper's. On ViT-B/16 there are
+    24 adapters of 2 x 768 r + r + 768 and 12 gates. Where the width changes between stages, a linear maps s to the new
+    width.
 
     *Without*: tuners in residual form stand beside the attention, the MLP and the whole block, x' = OP(x) + f(x), and
-    gradients cross the backbone. OP and f read the same x: what norms give to attention and MLP, the stream before the
-    block. Adapters have as many parameters as above, prefixes 2 x 768, prompts 768 for each token. Beside a block that
-    pools tokens, or has one sub-layer only, nothing stands.
+    gradients cross the backbone. OP and f read the same x: the outputs of the norms at attention and MLP, and the
+    stream before the block. Adapters have as many parameters as above, prefixes 2 x 768, prompts 768 for each token.
+    No tuner stands beside a block that pools tokens or has only one sub-layer.
 
-    No code of the authors has prefixes and prompts. In the paper their share is computed from the logits of the
-    block's own attention; a tuner that is unbound from it sees none, so here the queries are x, and the values learn
-    the share.
+    The authors' code has no prefixes and prompts. In the paper their weight is computed from the logits of the block's
+    own attention. A tuner that is unbound from the attention does not see these, so here the queries are x, and the
+    values learn the weight.
 
     Args:
-        bypass: which of both.
+        bypass: whether to use the bypass; else the tuners in residual form.
         r: width of the adapters' bottleneck.
         num_virtual_tokens: tokens of a prefix or prompt.
-        attention: tuner beside the attention: "adapter", "prefix", "prompt" or None. Only without the bypass; where
-            none of the three is named, all are adapters.
+        attention: tuner beside the attention: "adapter", "prefix", "prompt" or None. Only without the bypass; if none
+            of the three fields is given, all are adapters.
         mlp: the same beside the MLP.
         block: the same beside the block.
     """
@@ -198,7 +198,7 @@ class ResTuningConfig(VisualPeftConfig):
         for place in PLACES:
             self._require_choice(place, (*KINDS, None))
             if self.bypass and getattr(self, place) is not None:
-                self._fail(place, "None with bypass True, whose tuners are adapters beside the backbone")
+                self._fail(place, "None with bypass=True, whose tuners are adapters beside the backbone")
         if not self.bypass and not any(getattr(self, place) for place in PLACES):
             self.attention = self.mlp = self.block = "adapter"
         if not {"prefix", "prompt"} & {getattr(self, place) for place in PLACES}:
@@ -210,7 +210,7 @@ class ResTuningConfig(VisualPeftConfig):
         return "none" if self.bypass else "full"
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
-        """A piece of the bypass beside every block, or the tuners at it."""
+        """A piece of the bypass beside every block, or the tuners in it."""
         self._require_integer("r", 1, backbone.width, "the backbone's width")
         return self._bypass(backbone) if self.bypass else self._branches(backbone)
 

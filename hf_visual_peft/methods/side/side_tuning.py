@@ -22,13 +22,13 @@ class SideTuning(nn.Module):
         R = sigmoid(a) B(x) + (1 - sigmoid(a)) S(x)
 
     S halves rows and columns `depth` times, each time by a 3 x 3 convolution without bias, a group norm of one group
-    and a ReLU, averages what is there over each cell of the patch grid and maps it to the stream's width. Tokens
+    and a ReLU. It then averages over each cell of the patch grid and maps the result to the stream's width. Tokens
     before the patches get the mean over all cells. a is 0 at the start.
 
     Args:
         image_channels: of the images.
         channels: of the convolutions.
-        depth: how many there are.
+        depth: number of convolutions.
         width: of the stream.
         learned: whether a is learned; else it stays 0.
     """
@@ -53,17 +53,17 @@ class SideTuning(nn.Module):
         pixels, grid = tap.pixels, tap.layout.grid
         if grid is None:
             raise ValueError("The patch grid is not known: call the whole model, not a block of it.")
-        if pixels.ndim == 5:  # a video, (batch, channels, frames, height, width): the mean of what makes one grid
+        if pixels.ndim == 5:  # a video, (batch, channels, frames, height, width): the mean over the frames of one grid
             pixels = pixels.unflatten(2, (grid.times, -1)).mean(dim=3).transpose(1, 2).flatten(0, 1)
         maps = self.proj(F.adaptive_avg_pool2d(self.features(pixels), (grid.height, grid.width)))
         sequences = tap.behind.shape[0] * grid.times // maps.shape[0]
-        if sequences > 1:  # of an image, one behind the other, with a token of every cell in each
+        if sequences > 1:  # several per image, one after the other, each with a token of every cell
             maps = maps.repeat_interleave(sequences, dim=0)
         mean = maps.mean(dim=(2, 3)).unflatten(0, (-1, grid.times)).mean(dim=1, keepdim=True)
         return tap.layout.join(mean.expand(-1, tap.layout.prefix, -1), maps)
 
     def forward(self, state: Tensor | None, tap: Tap) -> tuple[Tensor, None]:
-        """R, (batch, tokens, width); there is no state before."""
+        """R, (batch, tokens, width); there is no earlier state."""
         assert tap.behind is not None
         side = self.side(tap).to(tap.behind.dtype)  # autocast leaves the stream in float32
         if self.alpha is None:
@@ -88,20 +88,20 @@ class SideTuning(nn.Module):
 class SideTuningConfig(VisualPeftConfig):
     """Config of side-tuning, arXiv 1912.13503.
 
-    A small network S on the images beside the backbone B: a blend of both takes the place of what the last block
-    returns, and goes on to the final norm and the head. No gradient crosses the backbone. With `layers_to_transform`,
-    B is what the last of these blocks returns.
+    A small network S reads the images beside the backbone B. A blend of both replaces the output of the last block and
+    goes on to the final norm and the head. No gradient crosses the backbone. With `layers_to_transform`, B is the
+    output of the last of these blocks.
 
-    In VPT's version S is AlexNet with weights of ImageNet, as one vector for CLS. Here S is a small convolutional
-    network that starts at random and lies on the patch grid, so that it serves any token, stage and size of image;
-    its norms have no running statistics. On C image channels it has 9 C c + 9 (D - 1) c^2 + 2 D c + c d numbers (c
-    channels, depth D, d the backbone's width), and a is one more: 161,985 on ViT-B/16. The paper's other merges, by
-    a product, an MLP or FiLM, are not here, nor is concatenation, which needs a wider head. Where the patch embedding
-    is the last convolution of a stem, as in LeViT, S reads what that reads.
+    In VPT's version S is AlexNet with ImageNet weights, and gives one vector for CLS. Here S is a small convolutional
+    network with random initial weights on the patch grid, so that it fits any token, stage and image size; its norms
+    have no running statistics. With C image channels it has 9 C c + 9 (D - 1) c^2 + 2 D c + c d parameters (c
+    channels, depth D, d the backbone's width), plus one for a: 161,985 on ViT-B/16. The paper's other merges, by a
+    product, an MLP or FiLM, are not implemented, nor is concatenation, which needs a wider head. Where the patch
+    embedding is the last convolution of a stem, as in LeViT, S reads what that reads.
 
     Args:
         channels: of S.
-        depth: convolutions of S, each of which halves rows and columns; 4 make cells of 16 x 16 pixels.
+        depth: convolutions of S, each of which halves rows and columns; 4 give cells of 16 x 16 pixels.
         merge: `"alpha"`: a is learned; `"half"`: R is the mean of B and S.
     """
 
@@ -118,11 +118,11 @@ class SideTuningConfig(VisualPeftConfig):
         self._require_choice("merge", ("alpha", "half"))
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
-        """Behind the last block."""
+        """After the last block."""
         if backbone.width_after is not None:
             return
         if not backbone.image_channels:
-            raise ValueError(f"SideTuningConfig does not fit {backbone.class_name}: it is not given images.")
+            raise ValueError(f"SideTuningConfig does not fit {backbone.class_name}: its input is not images.")
         width = backbone.width
         site = SideSite(needs_layout=True, needs_pixels=True)
         yield Placement(backbone.blocks[-1].path, "side", site, lambda _: self._build(backbone.image_channels, width))

@@ -1,4 +1,4 @@
-"""The convolutions of ViT-Adapter: from the images to its tokens, and from these to a pyramid of maps."""
+"""The convolutions of ViT-Adapter: from images to its tokens, and from tokens to a pyramid of maps."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from ...features.pyramid import as_maps, level_sizes
 
 
-GROUPS = 32  # of group norms, where the channels allow it
+GROUPS = 32  # of group norms, if the number of channels allows it
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """In place of batch norms, whose statistics would depend on the batch and belong to no adapter's file."""
+    """A group norm in place of the batch norm, whose statistics would depend on the batch and are not in the file."""
     groups = math.gcd(GROUPS, channels)
-    # of one channel each, and on a map of one cell, they would leave nothing but the bias
+    # with one channel per group and a map of one cell, only the bias would be left
     return nn.GroupNorm(groups if groups < channels else max(1, channels // 4), channels)
 
 
 def to_rows(maps: Tensor) -> Tensor:
-    """(batch, channels, height, width) to tokens."""
+    """Map (batch, channels, height, width) to tokens."""
     return maps.flatten(2).transpose(1, 2)
 
 
@@ -42,13 +42,13 @@ class SpatialPrior(nn.Module):
     """Tokens of the image by convolutions: c_k = P_k conv(...conv(pixels)) + e_k at 1/8, 1/16 and 1/32.
 
     Three 3 x 3 convolutions, the first of stride 2, and a pooling lead to 1/4; three more of stride 2 lead on. Each is
-    followed by a norm and ReLU. P_k are linears, e_k ~ N(0, 1) tells the level.
+    followed by a norm and ReLU. P_k are linears, e_k ~ N(0, 1) encodes the level.
 
     Args:
         image_channels: of the images.
         channels: of the first convolutions; those that follow have 2, 4 and 4 times as many.
         width: channels of the tokens.
-        pyramid: whether the map at 1/4 follows as tokens, too, without e.
+        pyramid: whether the map at 1/4 follows, also as tokens, without e.
     """
 
     def __init__(self, image_channels: int, channels: int, width: int, pyramid: bool) -> None:
@@ -73,7 +73,7 @@ class SpatialPrior(nn.Module):
         start_convolutions(self)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(batch, image_channels, height, width) to (batch, tokens of all levels, width)."""
+        """Map (batch, image_channels, height, width) to (batch, tokens of all levels, width)."""
         first = maps = self.stem(pixels)
         found = []
         for step, to_width, level in zip(self.steps, self.to_width, self.levels, strict=True):
@@ -87,8 +87,8 @@ class SpatialPrior(nn.Module):
 class Pyramid(nn.Module):
     """The four maps: f_k = norm(c_k + resized x_k), after c_1 <- c_1 + up(c_2).
 
-    x_k is the backbone's stream as a map, behind one group of blocks for each k; where there are fewer groups, one
-    serves several.
+    x_k is the backbone's stream as a map, after one group of blocks for each k; with fewer groups, one serves several
+    k.
 
     Args:
         width: channels.
@@ -103,7 +103,7 @@ class Pyramid(nn.Module):
         start_convolutions(self)
 
     def forward(self, state: Tensor, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Tokens of c_2, c_3, c_4, c_1 and then of x behind each group, to those of f_1 to f_4.
+        """Map the tokens of c_2, c_3, c_4, c_1 and of x after each group to those of f_1 to f_4.
 
         Args:
             state: (batch, tokens, width).

@@ -21,7 +21,7 @@ from .spatial_prior import Pyramid, SpatialPrior
 
 
 class BlockDeltas(nn.Module):
-    """What is added to every parameter of a block, zero at the start: the same as training the block.
+    """Additions to every parameter of a block, zero at the start: equivalent to training the block.
 
     Args:
         block: the block.
@@ -33,7 +33,7 @@ class BlockDeltas(nn.Module):
         self.addends = nn.ModuleDict({_key(name): Addend(block.get_parameter(name).numel()) for name in names})
 
     def forward(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The block's parameters by name, to those that take their place."""
+        """The new parameters of the block by name, from the old ones."""
         keys = {name: _key(name) for name in parameters}
         return {name: self.addends[key](parameters[name]) for name, key in keys.items() if key in self.addends}
 
@@ -46,7 +46,7 @@ def _interaction(
     pyramid: Callable[[], Pyramid] | None,
     block: nn.Module,
 ) -> Interaction:
-    """As `Interaction`, of what makes its parts."""
+    """As `Interaction`, from functions that build its parts."""
     return Interaction(
         prior and prior(), injector and injector(), [make() for make in extractors], gathers, pyramid and pyramid()
     )
@@ -71,39 +71,39 @@ def _key(name: str) -> str:
 class ViTAdapterConfig(VisualPeftConfig):
     """Config of ViT-Adapter, arXiv 2205.08534.
 
-    Convolutions read the image beside a plain backbone and make tokens c at 1/8, 1/16 and 1/32 of its size. Before
-    each of four groups of blocks patches take up from c by multi-scale deformable attention (injector), behind it c
-    takes up from the patches (extractor). With `pyramid` the tokens become four maps in the end, from 1/4 to 1/32, for
-    a head that segments or detects: `hf_visual_peft.feature_pyramid(model, pixel_values=...)` returns them. For the
-    model's own head the stream with all injections goes on as ever; what would serve the maps alone, the extractors
-    behind the last group and all that makes the maps, is then left out, as it would get no gradient.
+    Convolutions read the image beside a plain backbone and compute tokens c at 1/8, 1/16 and 1/32 of its size. Before
+    each of four groups of blocks the patches attend to c by multi-scale deformable attention (injector); after it c
+    attends to the patches (extractor). With `pyramid` the tokens finally become four maps, from 1/4 to 1/32, for a
+    segmentation or detection head: `hf_visual_peft.feature_pyramid(model, pixel_values=...)` returns them. Without it
+    the model's own head reads the stream with all injections as usual. The extractors after the last group and the
+    layers that build the maps are then left out, because they would get no gradient.
 
-    On ViT-B/16 the convolutions have 1,531,712 parameters, with the linears to c and the level embeddings, an injector
-    927,024 and an extractor 1,004,112: with 4 injectors and 3 extractors 8,252,144. With `pyramid` 3 extractors,
-    49,920 for the map at 1/4, 2,360,064 to double that at 1/8 and 6,144 in norms more: 13,680,608.
+    On ViT-B/16 the convolutions have 1,531,712 parameters, with the linears to c and the level embeddings; an injector
+    has 927,024 and an extractor 1,004,112. With 4 injectors and 3 extractors that is 8,252,144. `pyramid` adds 3
+    extractors, 49,920 for the map at 1/4, 2,360,064 to double the size of that at 1/8 and 6,144 in norms: 13,680,608.
 
-    The paper trains the backbone, too. Here it is frozen by default, as with all methods; `train_backbone` trains all
-    that is in its blocks, 85,054,464 numbers more, in the form of differences that start at zero. Embeddings and the
-    final norm stay frozen.
+    The paper also trains the backbone. Here it is frozen by default, as with all methods. `train_backbone` trains all
+    parameters of its blocks, 85,054,464 more, as differences that start at zero. Embeddings and the final norm stay
+    frozen.
 
-    What else differs from the paper: Prefix tokens stay, because heads
-    read the CLS token; injections do not change them, and extractors do not read them. Norms of the convolutions and
-    of the maps are group norms of 32 groups with as many parameters as the authors' batch norms over all devices,
-    whose statistics would depend on the batch and belong to no adapter. Deformable attention is `F.grid_sample`, in
-    float32. Images of any size and patches of any size work; sizes of maps are rounded up. Hierarchical backbones have
-    a pyramid of their own and are refused, as are videos.
+    Other differences from the paper: prefix tokens stay, because heads read the CLS token; injections do not change
+    them, and extractors do not read them. The convolutions and the maps have group norms of 32 groups, with as many
+    parameters as the authors' batch norms over all devices, whose statistics would depend on the batch and are not
+    part of an adapter. Deformable attention uses `F.grid_sample`, in float32. Images and patches of any size work;
+    sizes of maps are rounded up. Hierarchical backbones have their own pyramid and are refused, as are videos.
 
     Args:
-        interactions: groups of blocks, as equal as can be; at most the number of blocks.
-        num_heads: of the deformable attention; None: as many as the backbone's, as far as they divide its width.
-        num_points: points that a head looks at in each map.
-        deform_ratio: channels of the attention's values over those of the stream.
+        interactions: number of groups of blocks, as equal as possible; at most the number of blocks.
+        num_heads: of the deformable attention; None: the greatest common divisor of the backbone's number of heads
+            and the channels of the values.
+        num_points: points that a head samples in each map.
+        deform_ratio: channels of the attention's values divided by those of the stream.
         channels: of the first convolutions.
-        ffn_ratio: channels in the ConvFFN over those of the stream.
-        extra_extractors: further extractors behind the last group, with `pyramid`.
-        drop_path: probability at which a ConvFFN is dropped for a sample.
-        pyramid: whether the four maps are made.
-        train_backbone: whether the blocks train, too.
+        ffn_ratio: channels in the ConvFFN divided by those of the stream.
+        extra_extractors: extra extractors after the last group, with `pyramid`.
+        drop_path: probability of dropping a ConvFFN for a sample.
+        pyramid: whether to compute the four maps.
+        train_backbone: whether the blocks also train.
     """
 
     interactions: int = field(default=4, metadata={"help": "Groups of blocks."})
@@ -117,7 +117,7 @@ class ViTAdapterConfig(VisualPeftConfig):
     channels: int = field(default=64, metadata={"help": "Channels of the first convolutions."})
     ffn_ratio: float = field(default=0.25, metadata={"help": "Channels in the ConvFFN over those of the stream."})
     extra_extractors: int = field(
-        default=2, metadata={"help": "Further extractors behind the last group, with `pyramid`."}
+        default=2, metadata={"help": "Extra extractors after the last group, with `pyramid`."}
     )
     drop_path: float = field(default=0.0, metadata={"help": "Probability of dropping a ConvFFN for a sample."})
     pyramid: bool = field(default=False, metadata={"help": "Whether four maps are made, for heads of your own."})
@@ -141,14 +141,14 @@ class ViTAdapterConfig(VisualPeftConfig):
             self._require_unset("extra_extractors", "with pyramid False")
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
-        """Injectors before groups of blocks, extractors behind them."""
+        """Injectors before groups of blocks, extractors after them."""
         width, name = backbone.width, f"ViTAdapterConfig does not fit {backbone.class_name}"
         if backbone.stage is not None or len({block.group for block in backbone.blocks}) > 1:
-            raise ValueError(f"{name}: it is hierarchical and has a pyramid of features of its own.")
+            raise ValueError(f"{name}: it is hierarchical and has its own pyramid of features.")
         if backbone.architecture.video:
-            raise ValueError(f"{name}: it reads videos, and the convolutions read images.")
+            raise ValueError(f"{name}: it reads videos, but the convolutions read images.")
         if not backbone.image_channels:
-            raise ValueError(f"{name}: it is not given images, which the convolutions read.")
+            raise ValueError(f"{name}: its input is not images, which the convolutions read.")
         value_width, hidden = max(1, int(width * self.deform_ratio)), max(1, int(width * self.ffn_ratio))
         heads = self.num_heads or math.gcd(backbone.num_heads or 1, value_width)
         if value_width % heads:

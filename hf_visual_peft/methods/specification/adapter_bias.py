@@ -32,12 +32,12 @@ class AdapterBias(nn.Module):
         self.shift = nn.Parameter(torch.zeros(linear.out_features))
 
     def forward(self, y: Tensor, h: Tensor) -> Tensor:
-        """(..., out_features), given also the linear's input (..., in_features)."""
+        """The new output (..., out_features), from the linear's output and its input (..., in_features)."""
         return y + self.weight(h) * self.shift
 
     @torch.no_grad()
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a linear that computes the same as the linear with these and AdapterBias at it."""
+        """Weight and bias of the linear with AdapterBias folded in."""
         shift = self.shift.to(weight)
         addend = self.weight.bias.to(weight) * shift
         return weight + torch.outer(shift, self.weight.weight[0].to(weight)), addend if bias is None else bias + addend
@@ -61,9 +61,9 @@ class AdapterBias(nn.Module):
 class AdapterBiasConfig(TargetedConfig):
     """Config of AdapterBias, arXiv 2205.00305.
 
-    A shift v of the last linear of every MLP, weighted for each token by a linear of the MLP's hidden activation. It
-    depends on the token, so it is no bias; but it equals an update of the weight of rank one, v w^T, and of the bias,
-    c v, so it merges. The weight is not shared between blocks.
+    A shift v is added to the output of the last linear of every MLP, weighted for each token by a linear of the MLP's
+    hidden activation. It depends on the token, so it is not a bias. But it equals a rank-one update v w^T of the
+    weight and an update c v of the bias, so it merges. Blocks do not share the weight.
     """
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:

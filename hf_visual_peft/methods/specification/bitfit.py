@@ -16,7 +16,7 @@ from ...training.defaults import Training
 
 
 class Shift(nn.Module):
-    """A bias beside that of a module, zero at the start; nothing where the module has none.
+    """An addition to the bias of a module, zero at the start; nothing where the module has no bias.
 
         f(y) = y + b
 
@@ -30,21 +30,21 @@ class Shift(nn.Module):
         if getattr(module, "bias", None) is None:
             self.register_parameter("shift", None)
         elif channels is None:
-            raise ValueError(f"Cannot train the bias of {module}: valid are linears, convolutions and norms.")
+            raise ValueError(f"Cannot train the bias of {module}: valid modules are linears, convolutions and norms.")
         else:
             self.shift = nn.Parameter(torch.zeros(channels))
 
     def forward(self, y: Tensor) -> Tensor:
-        """(..., channels) to the same."""
+        """Map (..., channels) to the same shape."""
         return y if self.shift is None else y + self.shift
 
     def randomise(self) -> None:
-        """Draw the shift from N(0, 1): in the size of other random weights it would hardly be seen."""
+        """Draw the shift from N(0, 1): a shift as small as other random weights would hardly have an effect."""
         if self.shift is not None:
             nn.init.normal_(self.shift)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of a module that computes the same as the module with these and the shift behind it."""
+        """Weight and bias of the module with the shift folded in."""
         return weight, bias if bias is None or self.shift is None else bias + self.shift.to(bias)
 
 
@@ -66,16 +66,16 @@ class Shift(nn.Module):
 class BitFitConfig(TargetedConfig):
     """Config of BitFit, arXiv 2106.10199.
 
-    The biases of the backbone train: of patch embedding, linears and norms, inside the blocks and behind them. Each
-    is trained as a shift of the module's output that starts at zero, which is exactly the same, and yet switches off,
-    merges and is shared like any adapter. Modules without a bias get none. Tables of position biases, which some
-    codes catch by their name, are no biases of this kind.
+    The biases of the backbone train: those of the patch embedding, linears and norms, inside the blocks and after
+    them. Each is trained as a shift of the module's output that starts at zero. That is exactly equivalent, and it
+    switches off, merges and is shared like any adapter. Modules without a bias get none. Tables of position biases,
+    which some code includes because of their name, do not count as biases.
     """
 
     valid_targets = ANY_CHANNELS
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
-        """On the output of every module that may have a bias."""
+        """At the output of every module that can have a bias."""
         for path in (*backbone.outside, *backbone.modules()):
             yield self._at(path)
 

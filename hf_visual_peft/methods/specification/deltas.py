@@ -1,7 +1,7 @@
-"""What methods that train existing parameters add to them: dense or sparse, to weight and bias of one module.
+"""Dense and sparse additions to weight and bias of a module, for methods that train existing parameters.
 
-The parameters themselves stay frozen, and what trains starts at zero. That is the same as training them, and yet it
-switches off, merges and travels like any adapter.
+The parameters themselves stay frozen, and the additions start at zero. That is equivalent to training the parameters,
+and the additions switch off, merge and are saved like any adapter.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ UNSET = -1  # index of an entry that is not chosen yet
 
 
 class Chosen(nn.Module):
-    """Which entries a part works on: numbers that are chosen from data and saved with the weights.
+    """The indices of the entries that a part acts on, chosen from data and saved with the weights.
 
     Args:
-        count: how many.
-        size: numbers are from 0 to less than that.
+        count: number of indices.
+        size: indices are below it.
         method: name, for errors.
     """
 
@@ -37,7 +37,7 @@ class Chosen(nn.Module):
         self.register_buffer("indices", torch.full((count,), UNSET, dtype=torch.int32))
         self.size = size
         self.method = method
-        self._known = False  # so that a compiled forward need not look at the numbers
+        self._known = False  # so that a compiled forward need not check the indices
 
     def forward(self) -> Tensor:
         """(count,), int64.
@@ -52,28 +52,28 @@ class Chosen(nn.Module):
         return self.indices.long()
 
     def choose(self, indices: Tensor) -> None:
-        """Choose these, (count,)."""
+        """Choose these indices, (count,)."""
         self._known = self._is_choice(indices, "the choice")
         self.indices.copy_(indices)
 
     def randomise(self) -> None:
-        """Choose at random."""
+        """Choose indices at random."""
         device = self.indices.device
         self.indices.copy_(torch.randperm(self.size, device=device)[: len(self.indices)].sort().values)
         self._known = True
 
     def _is_choice(self, indices: Tensor, name: str) -> bool:
-        """Whether these are indices; False for none yet.
+        """Whether these are valid indices; False if nothing is chosen yet.
 
         Raises:
-            ValueError: some are neither.
+            ValueError: some indices are invalid.
         """
         if len(indices) and bool((indices == UNSET).all()):
             return False
         wrong = indices[(indices < 0) | (indices >= self.size)]
         if len(wrong):
             raise ValueError(
-                f"{self.method}: {name} has {len(wrong)} indices outside 0 to {self.size - 1}, the first of them "
+                f"{self.method}: {name} has {len(wrong)} indices outside 0 to {self.size - 1}, the first is "
                 f"{int(wrong[0])}: it was made for another model, or is damaged."
             )
         if len(indices.unique()) < len(indices):
@@ -89,7 +89,7 @@ class Chosen(nn.Module):
 
 
 class Addend(nn.Module):
-    """A number for each entry of a tensor, zero at the start: w + values.
+    """A value for each entry of a tensor, zero at the start: w + values.
 
     Args:
         size: entries of the tensor.
@@ -102,16 +102,16 @@ class Addend(nn.Module):
         self.values = nn.Parameter(torch.zeros(size))
 
     def forward(self, tensor: Tensor) -> Tensor:
-        """Same shape as the tensor."""
+        """The values, in the shape of the tensor."""
         return tensor + self.values.to(tensor.dtype).view_as(tensor)
 
 
 class SparseAddend(nn.Module):
-    """A number for each of some chosen entries of a tensor, zero at the start: w[indices] + values.
+    """A value for each chosen entry of a tensor, zero at the start: w[indices] + values.
 
     Args:
         size: entries of the tensor.
-        count: how many of them are chosen, in the order of rows.
+        count: number of chosen entries, in row-major order.
         method: name, for errors.
     """
 
@@ -123,17 +123,17 @@ class SparseAddend(nn.Module):
         self.entries = Chosen(count, size, method)
 
     def forward(self, tensor: Tensor) -> Tensor:
-        """Same shape as the tensor."""
+        """The values, in the shape of the tensor."""
         added = tensor.flatten().scatter_add(0, self.entries(), self.values.to(tensor.dtype))
         return added.view_as(tensor)
 
 
 class Deltas(nn.Module):
-    """What is added to weight and bias of one module.
+    """Additions to weight and bias of one module.
 
     Args:
-        weight: makes the new weight of the old, or None.
-        bias: likewise.
+        weight: maps the old weight to the new one; None for no change.
+        bias: the same for the bias.
     """
 
     def __init__(self, weight: nn.Module | None, bias: nn.Module | None) -> None:
@@ -142,7 +142,7 @@ class Deltas(nn.Module):
         self.bias = bias
 
     def forward(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias that take the place of these."""
+        """The new weight and bias, from the old ones."""
         new_weight = weight if self.weight is None else self.weight(weight)
         return new_weight, bias if bias is None or self.bias is None else self.bias(bias)
 
@@ -153,17 +153,17 @@ def summed_gradients(
 ) -> Iterator[Mapping[nn.Parameter, Tensor]]:
     """Sum a function of the gradients over all backward passes, in float32.
 
-    Each gradient is freed as soon as it is added, so no more than the sums is kept.
+    Each gradient is freed as soon as it is added, so only the sums are kept.
 
     Args:
-        parameters: they get gradients from now on.
+        parameters: to be summed over; they require gradients from now on.
         of: the function.
     """
     for parameter in parameters:
         if is_quantised_weight(parameter):
             raise ValueError(
                 f"Cannot choose by gradients: a weight of shape {tuple(parameter.shape)} is quantised and has none. "
-                "Choose on the backbone in floating point, and load the adapter beside the quantised one."
+                "Choose on the backbone in floating point, then load the adapter into the quantised one."
             )
     sums = {parameter: torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters}
 

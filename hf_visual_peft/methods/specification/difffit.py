@@ -18,12 +18,12 @@ from .deltas import Addend, Deltas
 
 
 class ScaledShift(nn.Module):
-    """A bias beside that of a linear, zero at the start, and a factor for each channel, one at the start.
+    """An addition to the bias of a linear, zero at the start, and a factor for each channel, one at the start.
 
         f(y) = gamma * (y + b)
 
     Args:
-        linear: the linear; without a bias it gets the factor only.
+        linear: the linear; without a bias it gets only the factor.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -32,18 +32,18 @@ class ScaledShift(nn.Module):
         self.gamma = nn.Parameter(torch.ones(linear.out_features))
 
     def forward(self, y: Tensor) -> Tensor:
-        """(..., out_features) to the same."""
+        """Map (..., out_features) to the same shape."""
         return self.gamma * self.bias(y)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of a linear that computes the same as the linear with these and the factor behind it."""
+        """Weight and bias of the linear with the factor folded in."""
         gamma = self.gamma.to(weight)
         weight, bias = self.bias.fold(weight, bias)
         return weight * gamma[:, None], None if bias is None else bias * gamma
 
 
 def norm_deltas(norm: nn.Module) -> Deltas:
-    """Addends to weight and bias of a norm."""
+    """Additions to weight and bias of a norm."""
     weight, bias = (getattr(norm, name, None) for name in ("weight", "bias"))
     return Deltas(*(None if p is None else Addend(p.numel()) for p in (weight, bias)))
 
@@ -66,15 +66,15 @@ def norm_deltas(norm: nn.Module) -> Deltas:
 class DiffFitConfig(VisualPeftConfig):
     """Config of DiffFit, arXiv 2304.06648.
 
-    The biases of the backbone and its norms train, and a factor gamma for each channel of what attention and MLP add
-    to the stream. Biases and norms are trained as addends that start at zero, which is exactly the same. Gamma stands
-    on the output of the sub-layer's last linear, bias included: that equals the paper's place, before the residual
+    The biases and norms of the backbone train, and a factor gamma for each channel of the outputs of attention and
+    MLP. Biases and norms are trained as additions that start at zero, which is exactly equivalent. Gamma multiplies
+    the output of the sub-layer's last linear, bias included. That equals the paper's place before the residual
     addition, because it commutes with layer scale and stochastic depth, and it folds into the weights. The authors
-    train diffusion transformers; this is the form that others have given it for classification.
+    train diffusion transformers; this is the form that others use for classification.
     """
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
-        """On every linear, norm and patch embedding."""
+        """At every linear, norm and patch embedding."""
         for path in (*backbone.norms, *backbone.modules((*NORM_ROLES, "further_norms"))):
             yield Placement(path, "norm", WeightSite(), norm_deltas)
         last = backbone.modules(("output", "fc2"))

@@ -20,21 +20,21 @@ from ...training.defaults import Training
 from .deltas import Addend, Deltas, SparseAddend, summed_gradients
 
 
-TEMPERATURE = 0.07  # of the authors' code
+TEMPERATURE = 0.07  # as in the authors' code
 
 
 class GPS(Deltas):
-    """Addends to k entries of each row of a weight, and to the whole bias, zero at the start.
+    """Additions to k entries of each row of a weight, and to the whole bias, zero at the start.
 
     Args:
-        module: linear or convolution, whose weight counts as (out, everything else).
+        module: linear or convolution, whose weight is used as (out, all other dimensions).
         k: entries of each row.
     """
 
     def __init__(self, module: nn.Module, k: int) -> None:
         weight, bias = module.weight, module.bias
         assert isinstance(weight, Tensor)
-        self.row_size = weight.shape[1:].numel()  # which quantised weights have, too
+        self.row_size = weight.shape[1:].numel()  # also known for quantised weights
         if k > self.row_size:
             raise ValueError(f"GPSConfig.k is {k}: must be at most the {self.row_size} inputs of {module}.")
         self.k = k
@@ -42,7 +42,7 @@ class GPS(Deltas):
         super().__init__(sparse, Addend(bias.numel()) if isinstance(bias, Tensor) else None)
 
     def choose(self, gradient: Tensor) -> None:
-        """Choose the k entries of each row where the gradient, of the weight's shape, is largest."""
+        """Choose the k entries of each row with the largest gradient, given in the weight's shape."""
         best = gradient.abs().flatten(1).topk(self.k, dim=1).indices
         rows = torch.arange(len(best), device=best.device)[:, None]
         assert isinstance(self.weight, SparseAddend)
@@ -52,7 +52,7 @@ class GPS(Deltas):
 def supervised_contrastive_loss(features: Tensor, labels: Tensor, temperature: float = TEMPERATURE) -> Tensor | None:
     """Supervised contrastive loss (arXiv 2004.11362, equation 2) of (batch, channels), given classes (batch,).
 
-    Every image is an anchor, all others of its class its positives. None where no two images are of one class.
+    Every image is an anchor, and all others of its class are its positives. None if no two images share a class.
     """
     z = F.normalize(features.float(), dim=-1)
     own = torch.eye(len(z), dtype=torch.bool, device=z.device)
@@ -67,10 +67,10 @@ def supervised_contrastive_loss(features: Tensor, labels: Tensor, temperature: f
 
 
 def head_input(calibration: Calibration, inputs: dict[str, Tensor]) -> Tensor:
-    """What the task head reads, (batch, channels); without a head the first token, or the mean where it is a patch.
+    """The input of the task head, (batch, channels); without a head the first token, or the mean if that is a patch.
 
     Raises:
-        ValueError: there is no one tensor of features of an image.
+        ValueError: the head does not read one feature vector per image.
     """
     backbone = calibration.backbone
     seen: list[Any] = []
@@ -85,9 +85,7 @@ def head_input(calibration: Calibration, inputs: dict[str, Tensor]) -> Tensor:
         finally:
             handle.remove()
     if not seen or not isinstance(seen[0], Tensor) or seen[0].ndim < 2 or backbone.dense:
-        raise ValueError(
-            f"GPS contrasts what the head of {backbone.class_name} reads: it reads no features of an image."
-        )
+        raise ValueError(f"GPS needs one feature vector per image, and the head of {backbone.class_name} reads none.")
     features = seen[0]
     if features.ndim == 3 and backbone.prefix_tokens:
         return features[:, 0]
@@ -115,15 +113,15 @@ def head_input(calibration: Calibration, inputs: dict[str, Tensor]) -> Tensor:
 class GPSConfig(VisualPeftConfig):
     """Config of gradient-based parameter selection (GPS), arXiv 2312.10136.
 
-    Of each row of every weight matrix and of the patch embedding, k entries train: those where the gradient of a
-    supervised contrastive loss, summed over one pass through the training images, is largest. All biases of these
-    modules train, too; norms are frozen, with their biases. Indices and values are saved, not weights. The loss acts
-    on what the head reads, of two views of each image where the loader gives `pixel_values` of (batch, 2, channels,
-    height, width), as the authors do, else of one. They choose with dropout and stochastic depth at work, here they
-    are off. Train without weight decay, as they do; the values do not decay in any case.
+    In each row of every weight matrix and of the patch embedding, k entries train: those with the largest gradient of
+    a supervised contrastive loss, summed over one pass through the training images. All biases of these modules train
+    too; norms are frozen, with their biases. Indices and values are saved, not weights. The loss acts on the input of
+    the head. It uses two views of each image, as the authors do, if the loader gives `pixel_values` of (batch, 2,
+    channels, height, width); else one. The authors choose with dropout and stochastic depth active; here both are off.
+    Train without weight decay, as they do; the values never decay.
 
     Args:
-        k: entries of each row; the authors use 1 on nearly all of VTAB-1k and up to 20 elsewhere.
+        k: entries per row; the authors use 1 on nearly all of VTAB-1k and up to 20 elsewhere.
     """
 
     k: int = field(default=1, metadata={"help": "Entries that train of each row of a weight."})
@@ -142,10 +140,10 @@ class GPSConfig(VisualPeftConfig):
             yield Placement(path, "entries", WeightSite(), partial(GPS, k=self.k))
 
     def choose(self, calibration: Calibration) -> None:
-        """The entries with the largest gradients.
+        """Choose the entries with the largest gradients.
 
         Raises:
-            ValueError: no batch has two images of one class, or a gradient is not finite.
+            ValueError: no batch has two images of the same class, or a gradient is not finite.
         """
         parts: dict[Any, tuple[nn.Module, GPS]] = {}
         for path, equation in calibration.equations("entries"):
@@ -157,7 +155,7 @@ class GPSConfig(VisualPeftConfig):
                 labels, pixels = batch.pop("labels"), batch[calibration.input_name]
                 if labels.ndim != 1:
                     raise ValueError(
-                        f"dataloader: GPS contrasts classes: labels must be one class an image, (batch,), got shape "
+                        f"dataloader: GPS contrasts classes: labels must be one class per image, (batch,), got shape "
                         f"{tuple(labels.shape)}. SPT and SCT take images of several classes."
                     )
                 if pixels.ndim == 5 and not calibration.backbone.architecture.video:
@@ -169,7 +167,7 @@ class GPSConfig(VisualPeftConfig):
                     pairs = True
                     loss.backward()
         if not pairs:
-            raise ValueError("dataloader: no batch has two images of one class, so there is nothing to contrast.")
+            raise ValueError("dataloader: no batch has two images of the same class, so there is nothing to contrast.")
         if not all(total.isfinite().all() for total in sums.values()):
             raise ValueError("GPS: gradients of the contrastive loss are not finite.")
         for weight, (module, equation) in parts.items():

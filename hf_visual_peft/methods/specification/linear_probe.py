@@ -24,7 +24,7 @@ class WholeModulesConfig(VisualPeftConfig):
         super().__post_init__()
         for name in ("layers_to_transform", "exclude_modules"):
             if getattr(self, name) is not None:
-                self._fail(name, f"None, as {type(self).__name__} says itself which modules train")
+                self._fail(name, f"None: {type(self).__name__} itself decides which modules train")
 
 
 @register(
@@ -42,7 +42,7 @@ class WholeModulesConfig(VisualPeftConfig):
 class LinearProbeConfig(WholeModulesConfig):
     """Config of the linear probe, in the form of VPT's baselines (arXiv 2203.12119).
 
-    Nothing but the task head trains. `modules_to_save` names modules to train beside it; `layers_to_transform` and
+    Only the task head trains. `modules_to_save` names modules to train beside it; `layers_to_transform` and
     `exclude_modules` have nothing to act on and must be None.
     """
 
@@ -54,11 +54,11 @@ class LinearProbeConfig(WholeModulesConfig):
             name = backbone.headless
             if name:
                 raise ValueError(
-                    f"LinearProbeConfig: {name} has no task head that is known here, so nothing would train. Tell "
-                    f"which of its modules are one, by hf_visual_peft.register_heads({name!r}, (...))."
+                    f"LinearProbeConfig: {name} has no known task head, so nothing would train. Register "
+                    f"its modules as heads: hf_visual_peft.register_heads({name!r}, (...))."
                 )
             raise ValueError(
-                f"LinearProbeConfig: {backbone.class_name} has no task head here, so nothing would train. Load it "
+                f"LinearProbeConfig: {backbone.class_name} has no task head, so nothing would train. Load it "
                 "with one, for example by AutoModelForImageClassification."
             )
         twice = sorted(set(self.modules_to_save or ()) & {path.rpartition(".")[2] for path in backbone.heads})

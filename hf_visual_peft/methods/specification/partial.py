@@ -16,7 +16,7 @@ from .linear_probe import WholeModulesConfig
     name="partial",
     paper=Paper("Visual Prompt Tuning", "ECCV 2022", "2203.12119"),
     visual_tuning="fine-tuning",
-    equation="the last k blocks, the norm behind them and the head train",
+    equation="the last k blocks, the norm after them and the head train",
     counts=(({"k": 1}, 7_089_408), ({"k": 2}, 14_177_280)),
     mergeable=True,
     gradients="partial",
@@ -27,7 +27,7 @@ from .linear_probe import WholeModulesConfig
 class PartialConfig(WholeModulesConfig):
     """Config of Partial-k, in the form of VPT's baselines (arXiv 2203.12119).
 
-    The last k blocks and the norm behind them train as a whole, and the head. Gradients go no further back.
+    The last k blocks, the norm after them and the head train, with all their parameters. Gradients stop there.
     `layers_to_transform` and `exclude_modules` have nothing to act on and must be None.
 
     Args:

@@ -20,8 +20,8 @@ from .deltas import summed_gradients
 from .spt_parts import LORA, WHOLE, SPTEntries, SPTLoRA, largest, named_modules, tensors_of
 
 
-SHARE = 0.005  # of the entries, where the budget is not given
-BATCHES = 16  # of the authors' code
+SHARE = 0.005  # fraction of the entries, if the budget is not given
+BATCHES = 16  # as in the authors' code
 
 
 @register(
@@ -29,7 +29,7 @@ BATCHES = 16  # of the authors' code
     paper=Paper("Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning", "ICCV 2023", "2303.08566"),
     visual_tuning="parameter: weight and bias",
     equation="W + dW: dW = B A where many entries of W are sensitive, else non-zero at those that are",
-    counts=(({}, 0),),  # before it has chosen; afterwards as the budget and the data have it
+    counts=(({}, 0),),  # before calibration; afterwards it depends on the budget and the data
     mergeable=True,
     identity_at_start=True,
     calibrated=True,
@@ -40,33 +40,35 @@ class SPTConfig(VisualPeftConfig):
     """Config of sensitivity-aware tuning (SPT-LoRA), arXiv 2303.08566.
 
     The entries of the backbone's linears and norms are ranked by sensitivity: the squared gradient of the cross
-    entropy, summed over batches; so the model needs a head. `budget` of them are chosen. Where so many are in one
-    matrix that a low-rank update would not cost more than alpha times as much, it gets that update; else the chosen
-    entries train. Of vectors, all entries train where at least one in beta is chosen, else the chosen ones. The
-    choice is part of the config, which is complete after `calibrate`; which entries is saved with the weights.
+    entropy, summed over batches. So the model needs a head. `budget` entries are chosen. A matrix with so many chosen
+    entries that a low-rank update costs at most alpha times as much gets that update; else its chosen entries train.
+    All entries of a vector train if at least one in beta is chosen; else only the chosen ones. The choice is part of
+    the config, which is complete after `calibrate`; the indices of the entries are saved with the weights.
 
-    The authors search the budget whose trained parameters come nearest to a given size; here it is the number of
-    chosen entries. They measure in training mode, here dropout and stochastic depth are off. Their code has no module
-    for the chosen entries of a norm that does not train as a whole; here these train. There, queries, keys and values
-    share one dropout mask and CLS trains, too; here each has its own and CLS is frozen. SPT-Adapter is not here.
+    The authors search for the budget whose trained parameters come closest to a given size; here the budget is the
+    number of chosen entries. They measure in training mode; here dropout and stochastic depth are off. Their code does
+    not train the chosen entries of a norm that does not train as a whole; here these train. There, queries, keys and
+    values share one dropout mask and CLS trains; here each has its own mask and CLS is frozen. SPT-Adapter is not
+    implemented.
 
     Args:
         budget: number of chosen entries; by default 0.5% of all. The authors tune it per task.
         r: rank of the low-rank updates.
-        alpha: a matrix gets a low-rank update if parameters of that / alpha of its entries are chosen.
-        beta: a vector trains as a whole if its length / beta of its entries are chosen.
-        dropout: probability of dropping a number of a low-rank update's input, except at the attention's output
+        alpha: a matrix gets a low-rank update if at least (parameters of the update) / alpha of its entries are
+            chosen.
+        beta: a vector trains as a whole if at least (its length) / beta of its entries are chosen.
+        dropout: probability, on a low-rank update's input, except at the attention's output
             projection.
         drop_path: rate of the stochastic depth of each low-rank update.
-        chosen: what trains, set by `calibrate`. By name of weight or bias, such as `"0.query.weight"` for a block and
-            a role, or `"norms.0.bias"`: a number of entries, `"lora"` or `"whole"`.
+        chosen: what trains, set by `calibrate`. Keys are names of weights and biases, such as `"0.query.weight"` (a
+            block and a role) or `"norms.0.bias"`; values are a number of entries, `"lora"` or `"whole"`.
     """
 
     budget: int | None = field(default=None, metadata={"help": "Number of chosen entries; by default 0.5% of all."})
     r: int = field(default=8, metadata={"help": "Rank of the low-rank updates."})
     alpha: float = field(default=10.0, metadata={"help": "Low-rank update from its parameters / alpha entries on."})
     beta: float = field(default=5.0, metadata={"help": "A vector trains as a whole from length / beta entries on."})
-    dropout: float = field(default=0.1, metadata={"help": "Probability of dropping a number of the input."})
+    dropout: float = field(default=0.1, metadata={"help": "Dropout probability on the input."})
     drop_path: float = field(default=0.1, metadata={"help": "Rate of each low-rank update's stochastic depth."})
     chosen: dict[str, int | str] | None = field(default=None, metadata={"help": "What trains; set by calibrate."})
 
@@ -87,11 +89,11 @@ class SPTConfig(VisualPeftConfig):
             self._fail("chosen", "None or a dictionary that is not empty")
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
-        """At every linear and norm: what is not chosen has no weights."""
+        """At every linear and norm; those that are not chosen have no weights."""
         if backbone.linears:
             self._require_integer("r", 1, backbone.width, "the backbone's width")
         modules = named_modules(backbone)
-        if self.chosen is None and not self.init_weights:  # a small choice, whose entries will be random
+        if self.chosen is None and not self.init_weights:  # a small choice of random entries
             self.chosen = {}
             some = {"value": LORA, "fc2": LORA, "fc1": 4, "norm1": WHOLE, "operations": 4, "further_norms": WHOLE}
             for block in backbone.blocks:
@@ -100,7 +102,7 @@ class SPTConfig(VisualPeftConfig):
         for key in self.chosen or ():
             if key.rpartition(".")[0] not in modules or key.rpartition(".")[2] not in ("weight", "bias"):
                 raise ValueError(
-                    f"SPTConfig.chosen has {key!r}: must be weights and biases of {', '.join(modules)} of this model."
+                    f"SPTConfig.chosen has {key!r}: must be weights or biases of {', '.join(modules)} of this model."
                 )
         for name, path in modules.items():
             yield Placement(path, "entries", WeightSite(), partial(SPTEntries, name=name, chosen=self.chosen))
@@ -111,7 +113,7 @@ class SPTConfig(VisualPeftConfig):
                 yield Placement(path, "lora", LinearSite(), build)
 
     def choose(self, calibration: Calibration) -> None:
-        """The entries with the largest sensitivity.
+        """Choose the entries with the largest sensitivity.
 
         Raises:
             ValueError: there is no head, no entry is sensitive, or the budget is larger than the number of entries.
@@ -130,7 +132,7 @@ class SPTConfig(VisualPeftConfig):
         matrices = (as_matrix(module, found) for module, found in zip(modules.values(), sensitivity, strict=True))
         best, indices = largest(matrices, budget)
         if not best.isfinite().all() or not best.any():
-            raise ValueError("SPT: no gradient of the loss is finite and other than zero. Is the head's weight zero?")
+            raise ValueError("SPT: no gradient of the loss is finite and non-zero. Is the head's weight zero?")
         found = dict(zip(tensors, indices, strict=True))
         chosen = {key: self._choice(tensors[key], len(where)) for key, where in found.items() if len(where)}
         loras = dict(calibration.equations("lora"))

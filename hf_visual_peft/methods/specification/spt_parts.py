@@ -1,4 +1,4 @@
-"""What sensitivity-aware tuning (SPT) puts at a module, and how it finds the largest of many numbers."""
+"""The parts that sensitivity-aware tuning (SPT) puts at a module, and the search for the largest entries."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ LORA, WHOLE = "lora", "whole"
 
 
 class SPTEntries(Deltas):
-    """Addends to entries of weight and bias that were found sensitive: to some, or to a whole vector.
+    """Additions to the sensitive entries of weight and bias: to some entries, or to a whole vector.
 
     Args:
         module: linear or norm.
-        name: of it in `SPTConfig.chosen`.
+        name: of the module in `SPTConfig.chosen`.
         chosen: that field.
     """
 
@@ -30,13 +30,13 @@ class SPTEntries(Deltas):
         super().__init__(None, None)
         self.sizes = {kind: (tensor.shape, f"{name}.{kind}") for kind, tensor in tensors_of(module).items()}
         self.undecided: nn.Parameter | None = None
-        if chosen is None:  # keeps the place: its dtype is that which the addends will have
+        if chosen is None:  # a placeholder, with the dtype that the additions will have
             self.undecided = nn.Parameter(torch.empty(0))
         else:
             self.decide(chosen)
 
     def decide(self, chosen: Mapping[str, int | str], like: Tensor | None = None) -> None:
-        """Make the addends, with the device and dtype of a tensor."""
+        """Make the additions, with the device and dtype of a tensor."""
         self.undecided = None
         for kind, (shape, key) in self.sizes.items():
             part: nn.Module | None = None
@@ -53,7 +53,7 @@ class SPTEntries(Deltas):
             setattr(self, kind, part if part is None or like is None else part.to(like))
 
     def forward(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias that take the place of these.
+        """The new weight and bias, from the old ones.
 
         Raises:
             NotCalibratedError: nothing is chosen yet.
@@ -64,7 +64,7 @@ class SPTEntries(Deltas):
 
 
 class SPTLoRA(nn.Module):
-    """A low-rank branch beside a linear whose weight was found sensitive; nothing beside others.
+    """A low-rank branch beside a linear whose weight is sensitive; nothing beside other modules.
 
         f(y, x) = y + DP(B A dropout(x))
 
@@ -75,7 +75,7 @@ class SPTLoRA(nn.Module):
         r: rank.
         dropout: probability, on the input.
         drop_path: rate of the branch's stochastic depth.
-        structured: whether there is a branch.
+        structured: whether the branch is there.
     """
 
     def __init__(self, linear: nn.Linear, r: int, dropout: float, drop_path: float, structured: bool) -> None:
@@ -97,21 +97,21 @@ class SPTLoRA(nn.Module):
                 self.to(like)
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """(..., out_features), given also the linear's input (..., in_features)."""
+        """The new output (..., out_features), from the linear's output and its input (..., in_features)."""
         if self.down is None or self.up is None:
             return y
         return y + drop_path(self.up(self.down(self.dropout(x))), self.drop_path, self.training)
 
     @torch.no_grad()
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of a linear that computes the same as the linear with these and the branch beside it."""
+        """Weight and bias of the linear with the branch folded in."""
         if self.down is None or self.up is None:
             return weight, bias
         return weight + (self.up.weight @ self.down.weight).to(weight), bias
 
 
 def tensors_of(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Weight and bias of a module, those that it has."""
+    """Weight and bias of a module, without those that it lacks."""
     pairs = ((kind, getattr(module, kind, None)) for kind in ("weight", "bias"))
     return {kind: tensor for kind, tensor in pairs if tensor is not None}
 
@@ -128,9 +128,9 @@ def named_modules(backbone: VisionBackbone) -> dict[str, str]:
 
 
 def largest(scores: Iterable[Tensor], count: int) -> tuple[Tensor, list[Tensor]]:
-    """The largest of all numbers in some tensors, and where they lie in each of the flattened tensors, in order.
+    """The largest entries of some tensors together, and their indices in each flattened tensor, in order.
 
-    Never holds more than one tensor beside the numbers found so far.
+    At any time it holds only one tensor beside the entries found so far.
     """
     best, where, ends = torch.empty(0), torch.empty(0, dtype=torch.long), [0]
     for score in scores:
