@@ -144,8 +144,8 @@ def test_choice_that_does_not_fit_is_refused():
     with pytest.raises(NotCalibratedError, match="GPS has not chosen yet"):
         part()
     for indices, message in (
-        ([0, 10, 1], "1 indices outside 0 to 9, the first of them 10"),
-        ([-1, 0, 1], "1 indices outside 0 to 9, the first of them -1"),
+        ([0, 10, 1], "1 indices outside 0 to 9, the first is 10"),
+        ([-1, 0, 1], "1 indices outside 0 to 9, the first is -1"),
         ([4, 1, 4], "the same index twice"),
     ):
         state = {"indices": torch.tensor(indices, dtype=torch.int32)}
@@ -294,7 +294,7 @@ def test_gps_saves_its_choice(tmp_path):
     assert weights[name].dtype == torch.int32
     weights[name][5] = 32 * WIDTH
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"GPS: .*fc1.*indices has 1 indices outside 0 to 511, the first of them 512"):
+    with pytest.raises(ValueError, match=r"GPS: .*fc1.*indices has 1 indices outside 0 to 511, the first is 512"):
         PeftModel.from_pretrained(family.model(), tmp_path)
     native = family.model()
     native.load_adapter(str(tmp_path))  # past the modules
