@@ -29,8 +29,9 @@ from transformers import (
 
 import hf_visual_peft
 from hf_visual_peft import FeatureCache
-from hf_visual_peft.coverage.cell import FRAMES, mean_over_frames, small_config
+from hf_visual_peft.coverage.cell import FRAMES, mean_over_frames
 from hf_visual_peft.coverage.models import MODELS
+from hf_visual_peft.coverage.sizes import small_config
 from hf_visual_peft.coverage.tiny import TinyModel
 
 

@@ -1,9 +1,10 @@
-"""Tiny random models of every family of plain vision transformers, with inputs."""
+"""The plain vision transformers of the catalogue of tiny models, with their bare backbones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,18 +12,15 @@ import transformers as tf
 from torch import Tensor, nn
 
 from hf_visual_peft import find_backbone
+from hf_visual_peft.coverage import tiny
+from hf_visual_peft.coverage.models import MODELS, VARIANTS
+from hf_visual_peft.coverage.plain import PATCHED
+from hf_visual_peft.coverage.tiny import WithHead, liven
 from hf_visual_peft.sites import VisualTunerLayer
 
 
-SIZE, PATCH, WIDTH, DEPTH = 32, 8, 16, 3
-_COMMON = {
-    "hidden_size": WIDTH,
-    "num_hidden_layers": DEPTH,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "image_size": SIZE,
-    "patch_size": PATCH,
-}
+SIZE, PATCH = PATCHED["image_size"], PATCHED["patch_size"]
+WIDTH, DEPTH = PATCHED["hidden_size"], PATCHED["num_hidden_layers"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,7 @@ class Family:
     """One family: its model with the usual head, its bare backbone, and inputs for both."""
 
     name: str
+    row: str  # of the coverage matrix
     classifier: Callable[[], nn.Module] | None
     backbone: Callable[[], nn.Module]
     inputs: Callable[[int], dict[str, Tensor]]
@@ -44,143 +43,48 @@ class Family:
             return liven((self.classifier or self.backbone)())
 
 
-def liven(model: nn.Module) -> nn.Module:
-    """Move every weight off its initial value, so that nothing is hidden by zeros, ones or tiny layer scales."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-    return model.eval()
-
-
 def images(batch: int, height: int = SIZE, width: int = SIZE) -> dict[str, Tensor]:
-    return {"pixel_values": torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(batch))}
+    return tiny.images(batch, (height, width))
 
 
-def _masked(batch: int) -> dict[str, Tensor]:
-    noise = torch.rand(batch, (SIZE // PATCH) ** 2, generator=torch.Generator().manual_seed(batch))
-    return images(batch) | {"noise": noise}
+def _family(
+    name: str, row: str, backbone: type[nn.Module], prefix: int = 1, variant: bool = False, **kwargs: Any
+) -> Family:
+    """A family by its row in the coverage matrix, or the variant of that row with its name."""
+    entry = VARIANTS[name] if variant else MODELS[row]
 
+    def bare() -> nn.Module:
+        model = entry.build()
+        config = (model.backbone if isinstance(model, WithHead) else model).config
+        return backbone(getattr(config, "vision_config", config))
 
-def _naflex(batch: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(batch)
-    shapes = torch.tensor([[4, 4] if index % 2 == 0 else [3, 5] for index in range(batch)])
-    mask = (torch.arange(16) < shapes.prod(1, keepdim=True)).long()
-    pixels = torch.randn(batch, 16, 3 * PATCH * PATCH, generator=generator)
-    return {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+    with torch.device("meta"):
+        with_head = not isinstance(entry.build(), WithHead)
+    inputs = partial(entry.inputs, size=entry.size)
+    return Family(name, row, entry.build if with_head else None, bare, inputs, prefix, **kwargs)
 
-
-def _family(name, classifier, backbone, config, prefix=1, inputs=images, **kwargs) -> Family:
-    def bare():
-        whole = config()
-        return backbone(getattr(whole, "vision_config", whole))
-
-    return Family(name, classifier and (lambda: classifier(config())), bare, inputs, prefix, **kwargs)
-
-
-def _two_towers(config_cls, vision=None):
-    vision = vision or _COMMON
-    text = {
-        "hidden_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 8,
-        "vocab_size": 9,
-    }
-    tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    return config_cls(vision_config=vision, text_config=text | tokens, num_labels=3)
-
-
-_SIGLIP2 = {key: value for key, value in _COMMON.items() if key != "image_size"} | {"num_patches": 16}
-_LABELS = {"num_labels": 3}
-_MOVING = {"drop_path_rate": 0.0}
 
 FAMILIES = {
     family.name: family
     for family in (
-        _family("vit", tf.ViTForImageClassification, tf.ViTModel, lambda: tf.ViTConfig(**_COMMON, **_LABELS)),
-        _family("deit", tf.DeiTForImageClassification, tf.DeiTModel, lambda: tf.DeiTConfig(**_COMMON, **_LABELS), 2),
-        _family(
-            "deit_teacher",
-            tf.DeiTForImageClassificationWithTeacher,
-            tf.DeiTModel,
-            lambda: tf.DeiTConfig(**_COMMON, **_LABELS),
-            2,
-        ),
-        _family(
-            "beit",
-            tf.BeitForImageClassification,
-            tf.BeitModel,
-            lambda: tf.BeitConfig(**_COMMON, **_LABELS, use_relative_position_bias=True, **_MOVING),
-        ),
-        _family(
-            "beit_shared_bias",
-            tf.BeitForImageClassification,
-            tf.BeitModel,
-            lambda: tf.BeitConfig(**_COMMON, **_LABELS, use_shared_relative_position_bias=True, **_MOVING),
-        ),
-        _family(
-            "data2vec",
-            tf.Data2VecVisionForImageClassification,
-            tf.Data2VecVisionModel,
-            lambda: tf.Data2VecVisionConfig(**_COMMON, **_LABELS, use_relative_position_bias=True, **_MOVING),
-        ),
-        _family(
-            "data2vec_shared_bias",
-            tf.Data2VecVisionForImageClassification,
-            tf.Data2VecVisionModel,
-            lambda: tf.Data2VecVisionConfig(**_COMMON, **_LABELS, use_shared_relative_position_bias=True, **_MOVING),
-        ),
-        _family(
-            "dinov2", tf.Dinov2ForImageClassification, tf.Dinov2Model, lambda: tf.Dinov2Config(**_COMMON, **_LABELS)
-        ),
-        _family(
-            "dinov2_swiglu",
-            tf.Dinov2ForImageClassification,
-            tf.Dinov2Model,
-            lambda: tf.Dinov2Config(**_COMMON, **_LABELS, use_swiglu_ffn=True),
-        ),
-        _family(
-            "dinov2_registers",
-            tf.Dinov2WithRegistersForImageClassification,
-            tf.Dinov2WithRegistersModel,
-            lambda: tf.Dinov2WithRegistersConfig(**_COMMON, **_LABELS, num_register_tokens=4),
-            5,
-        ),
-        _family("dinov3", None, tf.DINOv3ViTModel, lambda: tf.DINOv3ViTConfig(**_COMMON, num_register_tokens=4), 5),
-        _family(
-            "dinov3_gated",
-            None,
-            tf.DINOv3ViTModel,
-            lambda: tf.DINOv3ViTConfig(**_COMMON, num_register_tokens=2, use_gated_mlp=True),
-            3,
-        ),
-        _family(
-            "ijepa", tf.IJepaForImageClassification, tf.IJepaModel, lambda: tf.IJepaConfig(**_COMMON, **_LABELS), 0
-        ),
-        _family(
-            "vit_msn", tf.ViTMSNForImageClassification, tf.ViTMSNModel, lambda: tf.ViTMSNConfig(**_COMMON, **_LABELS)
-        ),
-        _family(
-            "vit_mae",
-            None,
-            tf.ViTMAEModel,
-            lambda: tf.ViTMAEConfig(**_COMMON, mask_ratio=0.5),
-            inputs=_masked,
-            patches=8,
-        ),
-        _family("clip", tf.CLIPForImageClassification, tf.CLIPVisionModel, lambda: _two_towers(tf.CLIPConfig)),
-        _family(
-            "siglip", tf.SiglipForImageClassification, tf.SiglipVisionModel, lambda: _two_towers(tf.SiglipConfig), 0
-        ),
-        _family(
-            "siglip2",
-            tf.Siglip2ForImageClassification,
-            tf.Siglip2VisionModel,
-            lambda: _two_towers(tf.Siglip2Config, _SIGLIP2),
-            0,
-            inputs=_naflex,
-        ),
+        _family("vit", "vit", tf.ViTModel),
+        _family("deit", "deit", tf.DeiTModel, 2),
+        _family("deit_teacher", "deit", tf.DeiTModel, 2, variant=True),
+        _family("beit", "beit", tf.BeitModel),
+        _family("beit_shared_bias", "beit", tf.BeitModel, variant=True),
+        _family("data2vec", "data2vec-vision", tf.Data2VecVisionModel),
+        _family("data2vec_shared_bias", "data2vec-vision", tf.Data2VecVisionModel, variant=True),
+        _family("dinov2", "dinov2", tf.Dinov2Model),
+        _family("dinov2_swiglu", "dinov2", tf.Dinov2Model, variant=True),
+        _family("dinov2_registers", "dinov2_with_registers", tf.Dinov2WithRegistersModel, 5),
+        _family("dinov3", "dinov3_vit", tf.DINOv3ViTModel, 5),
+        _family("dinov3_gated", "dinov3_vit", tf.DINOv3ViTModel, 3, variant=True),
+        _family("ijepa", "ijepa", tf.IJepaModel, 0),
+        _family("vit_msn", "vit_msn", tf.ViTMSNModel),
+        _family("vit_mae", "vit_mae", tf.ViTMAEModel, patches=8),
+        _family("clip", "clip", tf.CLIPVisionModel),
+        _family("siglip", "siglip", tf.SiglipVisionModel, 0),
+        _family("siglip2", "siglip2", tf.Siglip2VisionModel, 0),
     )
 }
 

@@ -13,8 +13,9 @@ from peft.utils.other import ModulesToSaveWrapper
 
 import hf_visual_peft
 from hf_visual_peft import NotCalibratedError
-from hf_visual_peft.coverage.cell import small_config, tensors_of
+from hf_visual_peft.coverage.cell import tensors_of
 from hf_visual_peft.coverage.models import MODELS
+from hf_visual_peft.coverage.sizes import small_config
 
 
 BASE = "__base__"

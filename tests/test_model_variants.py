@@ -12,7 +12,7 @@ from torch import nn
 
 import hf_visual_peft as hvp
 from hf_visual_peft.backbones.architectures import architecture_of
-from hf_visual_peft.coverage.cell import small_config
+from hf_visual_peft.coverage.sizes import small_config
 
 
 timm = pytest.importorskip("timm")

@@ -26,11 +26,12 @@ from torch import nn
 
 import hf_visual_peft
 from hf_visual_peft import freeze_norms, with_visual_targets
-from hf_visual_peft.coverage.cell import Cell, run_cell, small_config_of_peft
+from hf_visual_peft.coverage.cell import Cell, run_cell
 from hf_visual_peft.coverage.command import add_arguments
 from hf_visual_peft.coverage.matrix import choose_cells
 from hf_visual_peft.coverage.models import MODELS
 from hf_visual_peft.coverage.report import summary, to_markdown
+from hf_visual_peft.coverage.sizes import small_config_of_peft
 from hf_visual_peft.demo.models import default_config
 from hf_visual_peft.peft_methods import defaults as peft_defaults
 from hf_visual_peft.peft_methods.methods import PEFT_METHODS, any_method

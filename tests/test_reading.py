@@ -13,8 +13,8 @@ from torch import nn
 
 import hf_visual_peft as hvp
 from hf_visual_peft.backbones import probing
-from hf_visual_peft.coverage.cell import small_config
 from hf_visual_peft.coverage.models import MODELS
+from hf_visual_peft.coverage.sizes import small_config
 
 
 VIT = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from ..backbones.frozen_norms import freeze_norms
 from ..core.calibration import calibrate
 from ..core.registry import Method
 from ..peft_methods.methods import PeftMethod
+from .sizes import small_config, small_config_of_peft
 from .tiny import Size, TinyModel
 
 
@@ -28,30 +28,6 @@ Status = Literal["works", "not applicable", "skipped", "fails"]
 TOLERANCE = 1e-5  # of the output's scale, for a merged model in float32
 FRAMES = 2
 STEP = 0.1  # length of a training step, whatever the gradient's: random models have tiny and huge ones
-# what fits models of 8 to 32 channels, for fields that a method has and for those that its usual setting names
-SMALL = {"r": 4, "n": 4, "channels": 6, "rule_std": 0.01}
-SMALL_WHERE_NAMED = {"groups": 2, "num_virtual_tokens": 2}
-# the same for methods of peft
-SMALL_OF_PEFT: dict[str, dict[str, Any]] = {
-    "adamss": {"r": 2, "num_subspaces": 2},
-    "boft": {"boft_block_size": 2},
-    "c3a": {"block_size": 2},
-    "frod": {"progressbar": False},
-    "fourierft": {"n_frequency": 8},
-    "gralora": {"r": 2, "gralora_k": 2},
-    "miss": {"r": 2},
-    "oft": {"oft_block_size": 2},
-    "psoft": {"r": 2},
-    "road": {"group_size": 2},
-    "shira": {"r": 2},
-    "supertuning": {"sparsity": 0.5},
-    "tinylora": {"init_weights": True},  # its random start is too large for random models
-    "osf": {"init_weights": True},  # likewise: a product of three random matrices, where rounding shows
-    "vblora": {"r": 2, "num_vectors": 8, "vector_length": 2},
-    "waveft": {"n_frequency": 8},
-}
-# what their fields for a random start are called
-INITIAL_WEIGHTS = ("init_weights", "init_lora_weights", "init_ia3_weights")
 
 
 @dataclass(frozen=True)
@@ -89,22 +65,6 @@ class _Refusal(Exception):  # noqa: N818
 
 class _Check(Exception):  # noqa: N818
     """An adapted model does something else than it promises."""
-
-
-def small_config(method: Method) -> Any:
-    """The method's usual setting, shrunk to tiny models, with random numbers in every weight of the adapter."""
-    names = {field.name for field in dataclasses.fields(method.config_cls)}
-    chosen = dict(method.counts[0][0])
-    chosen |= {key: value for key, value in SMALL.items() if key in names}
-    chosen |= {key: value for key, value in SMALL_WHERE_NAMED.items() if key in chosen}
-    return method.config_cls(**chosen, init_weights=False)
-
-
-def small_config_of_peft(method: PeftMethod, model: nn.Module) -> Any:
-    """The same for a method of peft; where its config has no field for random numbers, with those it starts with."""
-    names = {field.name for field in dataclasses.fields(method.config_cls)}
-    random = {name: False for name in INITIAL_WEIGHTS if name in names}
-    return method.config(model, **(random | SMALL_OF_PEFT.get(method.name, {})))
 
 
 def first_sentence(message: str) -> str:

@@ -43,7 +43,7 @@ def _masked(batch: int, size: Size) -> dict[str, Any]:
 def _patches(batch: int, size: Size) -> dict[str, Any]:
     """Images cut into patches of 8 x 8, as the processor of SigLIP 2 does; every other one is smaller than its row."""
     rows, columns = size[0] // 8, size[1] // 8
-    shapes = torch.tensor([[rows, columns] if index % 2 == 0 else [rows - 1, columns] for index in range(batch)])
+    shapes = torch.tensor([[rows, columns] if index % 2 == 0 else [rows + 1, columns - 1] for index in range(batch)])
     mask = (torch.arange(rows * columns) < shapes.prod(1, keepdim=True)).long()
     pixels = torch.randn(batch, rows * columns, 3 * 64, generator=torch.Generator().manual_seed(batch))
     return {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes}
@@ -218,4 +218,33 @@ PLAIN = (
     _resizable("clipseg", lambda: WithHead(tf.CLIPSegVisionModel(tf.CLIPSegVisionConfig(**PATCHED)), 16)),
     _resizable("owlvit", lambda: WithHead(tf.OwlViTVisionModel(tf.OwlViTVisionConfig(**PATCHED)), 16)),
     _resizable("blip_2", lambda: WithHead(tf.Blip2VisionModel(tf.Blip2VisionConfig(**PATCHED)), 16)),
+)
+
+# families of the same classes whose blocks differ by an option; the tests run on them, the matrix does not
+PLAIN_VARIANTS = (
+    _resizable("deit_teacher", lambda: tf.DeiTForImageClassificationWithTeacher(tf.DeiTConfig(**PATCHED, **LABELS))),
+    _resizable(
+        "beit_shared_bias",
+        lambda: tf.BeitForImageClassification(
+            tf.BeitConfig(**PATCHED, **LABELS, **STILL, use_shared_relative_position_bias=True)
+        ),
+    ),
+    _resizable(
+        "data2vec_shared_bias",
+        lambda: tf.Data2VecVisionForImageClassification(
+            tf.Data2VecVisionConfig(**PATCHED, **LABELS, **STILL, use_shared_relative_position_bias=True)
+        ),
+    ),
+    _plain(
+        "dinov2_swiglu",
+        lambda: tf.Dinov2ForImageClassification(tf.Dinov2Config(**PATCHED, **LABELS, use_swiglu_ffn=True)),
+        other_size=WIDER,
+    ),
+    _plain(
+        "dinov3_gated",
+        lambda: WithHead(
+            tf.DINOv3ViTModel(tf.DINOv3ViTConfig(**PATCHED, num_register_tokens=2, use_gated_mlp=True)), 16
+        ),
+        other_size=WIDER,
+    ),
 )

@@ -26,6 +26,15 @@ def images(batch: int, size: Size, channels: int = 3) -> dict[str, Any]:
     return {"pixel_values": torch.randn(batch, channels, *size, generator=generator)}
 
 
+@torch.no_grad()
+def liven(model: nn.Module) -> nn.Module:
+    """The model in eval mode, every weight moved off its initial value by the same random numbers every time."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    return model.eval()
+
+
 @dataclass(frozen=True)
 class TinyModel:
     """One architecture of the matrix.
@@ -68,11 +77,8 @@ class TinyModel:
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(0)
             model = self.build()
-        generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-            self._measure(model)
+            self._measure(liven(model))
         return model.eval()
 
     def _measure(self, model: nn.Module) -> None:
