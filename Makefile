@@ -34,6 +34,7 @@ quality: $(VENV)/.test
 	$(BIN)/ruff check $(DIRS)
 	$(BIN)/ruff format --check $(DIRS)
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 style: $(VENV)/.test
 	$(BIN)/ruff check --fix $(DIRS)

@@ -28,14 +28,14 @@ from torch.utils.data import DataLoader
 from transformers.utils import logging as transformers_logging
 
 import hf_visual_peft
-from hf_visual_peft.cli.tables import format_table
 from hf_visual_peft.demo.data import preprocess
 from hf_visual_peft.demo.digits import load_digits
 from hf_visual_peft.demo.models import default_config, forward_options, load_classifier, pixel_options
 from hf_visual_peft.demo.training import TrainingOptions, count_correct, train
 from hf_visual_peft.demo.weights import DESCRIPTION, demo_checkpoint
 from hf_visual_peft.peft_methods.methods import PEFT_METHODS
-from hf_visual_peft.sharing.hub import write_aside
+from hf_visual_peft.sharing.files import write_aside
+from hf_visual_peft.tables import format_table
 
 
 ROOT = Path(__file__).parents[1]

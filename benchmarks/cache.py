@@ -34,12 +34,12 @@ from transformers.utils import logging as transformers_logging
 
 import hf_visual_peft
 from hf_visual_peft import CachedFeatures, FeatureCache
-from hf_visual_peft.cli.tables import format_table
 from hf_visual_peft.demo.digits import CLASSES, load_digits
 from hf_visual_peft.demo.models import forward_options, load_classifier
 from hf_visual_peft.demo.weights import DESCRIPTION, demo_checkpoint
 from hf_visual_peft.features.storage import size
-from hf_visual_peft.sharing.hub import write_aside
+from hf_visual_peft.sharing.files import write_aside
+from hf_visual_peft.tables import format_table
 
 
 ROOT = Path(__file__).parents[1]

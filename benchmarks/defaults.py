@@ -33,11 +33,11 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 import hf_visual_peft
-from hf_visual_peft.cli.tables import format_table
 from hf_visual_peft.demo.models import forward_options, load_classifier, pixel_options
 from hf_visual_peft.demo.weights import demo_checkpoint
 from hf_visual_peft.peft_methods.methods import PEFT_METHODS
-from hf_visual_peft.sharing.hub import write_aside
+from hf_visual_peft.sharing.files import write_aside
+from hf_visual_peft.tables import format_table
 from hf_visual_peft.training.defaults import ALL_WEIGHTS
 from hf_visual_peft.training.parameters import parameter_groups
 

@@ -15,7 +15,7 @@ from typing import Any
 from gpu_rows import OK, Row, read_rows
 from step_rounds import ACTIVATIONS, FORWARD, FULL, TITLES
 
-from hf_visual_peft.cli.tables import format_table
+from hf_visual_peft.tables import format_table
 
 
 RESULTS = Path(__file__).with_name("gpu.jsonl")

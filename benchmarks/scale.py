@@ -33,7 +33,7 @@ from scale_parts import (
 from step_rounds import IMAGE_SIZE
 from transformers.utils import logging as transformers_logging
 
-from hf_visual_peft.sharing.hub import write_aside
+from hf_visual_peft.sharing.files import write_aside
 
 
 ROOT = Path(__file__).parents[1]

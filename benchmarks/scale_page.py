@@ -9,7 +9,7 @@ from typing import Any
 from scale_parts import BATCH, BUFFER, FULL, INPUT_SIDE, METHODS, SHARD, SIZES, SOURCE_SIDE, Point, Setup
 from step_rounds import ACTIVATIONS, FORWARD, IMAGE_SIZE
 
-from hf_visual_peft.cli.tables import format_table
+from hf_visual_peft.tables import format_table
 
 
 DEVICES = (8, 16, 24, 40, 80)  # GiB

@@ -17,8 +17,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from step_rounds import ACTIVATIONS, FORWARD, FULL, TITLES, Setup
 
-from hf_visual_peft.cli.tables import format_table
-from hf_visual_peft.sharing.hub import write_aside
+from hf_visual_peft.sharing.files import write_aside
+from hf_visual_peft.tables import format_table
 
 
 # what is aimed at: a training step of at most so many times the floor of activations

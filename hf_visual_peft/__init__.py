@@ -21,14 +21,16 @@ from .backbones.frozen_norms import freeze_norms, norms_with_statistics, thaw_no
 from .backbones.split_attention import SplitAttention, merge_attention, split_attention
 from .core.calibration import NotCalibratedError, calibrate
 from .core.config import VisualPeftConfig
-from .core.registry import get_method, list_methods, load_methods
+from .core.labels import teach_peft
+from .core.registry import get_method, list_methods
 from .features import CachedFeatures, FeatureCache
 from .features.pyramid import feature_pyramid
+from .methods import load_methods
 from .peft_methods.methods import with_visual_targets
 from .sharing import hub
-from .sharing.labels import teach_peft
 from .training.interpolation import Interpolation, interpolate
 from .training.parameters import parameter_groups
+from .version import __version__  # noqa: F401
 
 
 load_methods()
@@ -36,7 +38,6 @@ teach_peft()
 _CONFIGS = {method.config_cls.__name__: method.config_cls for method in list_methods().values()}
 globals().update(_CONFIGS)
 
-__version__ = "0.1.0.dev0"
 __all__ = [
     "Architecture",
     "BackboneError",

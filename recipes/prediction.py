@@ -51,7 +51,7 @@ from hf_visual_peft.metrics import (
 )
 from hf_visual_peft.metrics.inputs import per_class
 from hf_visual_peft.sharing.card import PROCESSOR_NAME, TIMM_PROCESSOR
-from hf_visual_peft.sharing.hub import write_aside
+from hf_visual_peft.sharing.files import write_aside
 from hf_visual_peft.sites import WholeLayer
 
 

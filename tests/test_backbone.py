@@ -96,7 +96,7 @@ def test_text_model_is_refused():
     for method in hf_visual_peft.list_methods().values():
         with pytest.raises(
             BackboneError,
-            match="BertModel holds no vision backbone.*register_architecture.*BertModel.*target_modules: adapterbias",
+            match="BertModel holds no vision backbone.*register_architecture.*BertModel.*target_modules: methods",
         ):
             get_peft_model(model, method.config_cls())
     assert dict(model.named_modules()) == before

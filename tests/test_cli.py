@@ -8,8 +8,8 @@ import pytest
 
 import hf_visual_peft
 from hf_visual_peft.cli.main import main
-from hf_visual_peft.cli.tables import format_table
 from hf_visual_peft.peft_methods.methods import PEFT_METHODS
+from hf_visual_peft.tables import format_table
 
 
 def test_methods_table_has_every_method(capsys):

@@ -1,9 +1,11 @@
-"""The names that users import, which stay while files move."""
+"""The names that users import. Files may move; these stay."""
+
+from __future__ import annotations
 
 import hf_visual_peft
 
 
-NAMES = [
+NAMES = {
     "Architecture",
     "BackboneError",
     "CachedFeatures",
@@ -18,7 +20,6 @@ NAMES = [
     "find_backbone",
     "freeze_norms",
     "get_method",
-    "hub",
     "interpolate",
     "list_methods",
     "merge_attention",
@@ -29,16 +30,59 @@ NAMES = [
     "split_attention",
     "thaw_norms",
     "with_visual_targets",
-]
+}
+CONFIGS = {
+    "AIMConfig",
+    "ARCConfig",
+    "AdaptFormerConfig",
+    "AdapterBiasConfig",
+    "AdapterPlusConfig",
+    "AttnScaleConfig",
+    "BiAdaptFormerConfig",
+    "BiLoRAConfig",
+    "BitFitConfig",
+    "CompacterConfig",
+    "ConsolidatorConfig",
+    "ConvpassConfig",
+    "DTLConfig",
+    "DiffFitConfig",
+    "E3VAConfig",
+    "EFFTConfig",
+    "FacTConfig",
+    "GPSConfig",
+    "HSTConfig",
+    "HoulsbyConfig",
+    "HydraConfig",
+    "KAdaptationConfig",
+    "LASTConfig",
+    "LSTConfig",
+    "LinearProbeConfig",
+    "LoRandConfig",
+    "MoSAConfig",
+    "MonaConfig",
+    "PartialConfig",
+    "PfeifferConfig",
+    "RLRRConfig",
+    "RepAdapterConfig",
+    "ResTuningConfig",
+    "SCTConfig",
+    "SNELLConfig",
+    "SNFConfig",
+    "SPTConfig",
+    "SSFConfig",
+    "STAdapterConfig",
+    "SharedLoRAConfig",
+    "SideTuningConfig",
+    "VPTConfig",
+    "VQTConfig",
+    "ViTAdapterConfig",
+}
 
 
-def test_public_names_stay():
-    configs = [method.config_cls.__name__ for method in hf_visual_peft.list_methods().values()]
-    missing = {*NAMES, *configs} - set(hf_visual_peft.__all__)
-    assert not missing
+def test_public_names_are_there():
+    configs = {method.config_cls.__name__ for method in hf_visual_peft.list_methods().values()}
+    assert configs >= CONFIGS
+    assert set(hf_visual_peft.__all__) >= NAMES | configs
     assert all(hasattr(hf_visual_peft, name) for name in hf_visual_peft.__all__)
-
-
-def test_hub_can_be_reached_from_the_package():
+    assert hf_visual_peft.__version__
     assert callable(hf_visual_peft.hub.push)
-    assert callable(hf_visual_peft.hub.write_card)

@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..core.registry import targeted_methods
 from .architectures import Architecture, architecture_of, known_backbones
 from .backbone import BackboneError
 from .paths import is_in
@@ -114,8 +113,8 @@ def unknown(model: nn.Module, named: str | None = None) -> str:
     return (
         f"{where} no vision backbone that hf_visual_peft knows. {REMEDY.replace('MyViT', name)} "
         + (f"Known classes with like names: {', '.join(close)}. " if close else "")
-        + f"Without a table, name linears in target_modules: {', '.join(targeted_methods())} and peft's own methods "
-        "take them."
+        + "Without a table, name linears in target_modules: methods that have this field, such as SSF and BitFit, and "
+        "peft's own methods act on them."
     )
 
 

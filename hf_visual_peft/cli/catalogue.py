@@ -14,7 +14,7 @@ from ..core.registry import Method, Paper, list_methods
 from ..core.targets import TargetedConfig
 from ..peft_methods.methods import PEFT_METHODS
 from ..sites import BranchSite, LinearSite, NormSite, OutputSite, Placement, Site, TokenSite, WeightSite, WholeSite
-from .tables import format_table
+from ..tables import format_table
 
 
 _GRADIENTS = {

@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ..version import __version__
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a sub-command.
@@ -33,7 +35,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from .. import __version__
     from ..coverage.command import add_arguments as add_coverage_arguments
     from ..demo.options import add_arguments
 

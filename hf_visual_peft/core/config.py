@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -20,6 +20,18 @@ if TYPE_CHECKING:
     from ..sites import Placement
     from .calibration import Calibration
     from .registry import VisualPeftType
+
+
+_SAVED: list[Callable[[str, VisualPeftConfig], None]] = []
+
+
+def on_saving(listener: Callable[[str, VisualPeftConfig], None]) -> None:
+    """Call a function each time an adapter of this library was saved.
+
+    Args:
+        listener: gets the folder, in which config and weights are, and the config.
+    """
+    _SAVED.append(listener)
 
 
 @dataclass
@@ -102,7 +114,7 @@ class VisualPeftConfig(PeftConfig):
         return {name: list(value) if isinstance(value, tuple) else value for name, value in super().to_dict().items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`; beside an adapter's weights, make the card tell how to load them.
+        """Write `adapter_config.json`; beside an adapter's weights, call what `on_saving` was given.
 
         Args:
             save_directory: folder to write to; made if it does not exist.
@@ -110,9 +122,8 @@ class VisualPeftConfig(PeftConfig):
         """
         super().save_pretrained(save_directory, **kwargs)
         if Path(save_directory, SAFETENSORS_WEIGHTS_NAME).is_file():
-            from ..sharing.hub import add_usage_to_card
-
-            add_usage_to_card(save_directory, self)
+            for listener in _SAVED:
+                listener(save_directory, self)
 
     @classmethod
     def from_pretrained(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
-import pkgutil
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -133,6 +131,7 @@ class Method:
 
 
 _METHODS: dict[str, Method] = {}
+_TUNER: list[type] = []  # the one base of all tuners, once it is known
 
 ConfigT = TypeVar("ConfigT", bound=type)
 
@@ -163,6 +162,19 @@ def get_method(name: str) -> Method:
         raise ValueError(f"Unknown method {name!r}: choose one of {', '.join(list_methods())}.") from None
 
 
+TunerT = TypeVar("TunerT", bound=type)
+
+
+def tuner_base(tuner_cls: TunerT) -> TunerT:
+    """Make a class the base of the tuners of all methods that are registered from now on.
+
+    Args:
+        tuner_cls: the class; a decorator returns it as it is.
+    """
+    _TUNER[:] = [tuner_cls]
+    return tuner_cls
+
+
 def register(
     *,
     name: str,
@@ -184,8 +196,6 @@ def register(
     Raises:
         ValueError: the name or its parameter prefix is taken, by peft or by another method.
     """
-    from .tuner import VisualTuner
-
     prefix = f"{name}_"
     peft_type = VisualPeftType(name.upper())
 
@@ -196,7 +206,7 @@ def register(
         tuner_name = config_cls.__name__.removesuffix("Config") + "Model"
         tuner_cls = type(
             tuner_name,
-            (VisualTuner,),
+            (_TUNER[0],),
             {"prefix": prefix, "__module__": module.__name__, "__doc__": f"peft tuner of `{config_cls.__name__}`."},
         )
         setattr(module, tuner_name, tuner_cls)  # so that pickle finds the class by its name
@@ -251,10 +261,3 @@ def _accept_saved_fields(config_cls: type) -> None:
 
     from_call_or_file.__signature__ = inspect.signature(init)  # type: ignore[attr-defined]
     config_cls.__init__ = from_call_or_file  # type: ignore[misc]
-
-
-def load_methods() -> None:
-    """Import every file under `hf_visual_peft.methods`: each registers itself."""
-    package = importlib.import_module("hf_visual_peft.methods")
-    for module in pkgutil.walk_packages(package.__path__, prefix=f"{package.__name__}."):
-        importlib.import_module(module.name)

@@ -27,7 +27,6 @@ from ..backbones.frozen_norms import (
 )
 from ..backbones.key_renames import to_present_keys, to_present_names
 from ..backbones.task_heads import announce
-from ..sharing.labels import check_mixed, fitted, forget, record
 from ..sites import (
     BlockLayer,
     BranchSite,
@@ -54,17 +53,20 @@ from ..sites.side import modules_before
 from .calibration import Calibration
 from .config import VisualPeftConfig
 from .copies import activate_copies, copy_modules, find_copied, replace_lost_heads, within
+from .labels import check_mixed, fitted, forget, record
 from .loading import across_heads, copies_of, with_copies, without_layers
 from .merging import MergingTuner
 from .placing import placements_of
+from .registry import tuner_base
 from .shared_modules import holders_of, names_of_modules, share_copies, with_all_names
 from .switching import concerned, switch
 from .targets import TargetedConfig, find_targets, names_target
 from .undoing import Structure
 
 
+@tuner_base
 class VisualTuner(MergingTuner):
-    """Base of the tuners; the registry makes one a method.
+    """Base of the tuners; the registry makes one for each method.
 
     A method says where its equations stand (`VisualPeftConfig.placements`); this class resolves the backbone, checks
     everything before the model is touched, and puts the layers in.

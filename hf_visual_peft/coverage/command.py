@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..sharing.hub import write_aside
+from ..sharing.files import write_aside
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

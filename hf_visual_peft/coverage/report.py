@@ -9,8 +9,8 @@ from itertools import product
 from pathlib import Path
 
 from ..backbones.finding import find_backbone
-from ..cli.tables import format_table
 from ..peft_methods.methods import PEFT_METHODS
+from ..tables import format_table
 from .cell import Cell
 from .matrix import Matrix
 from .models import MODELS

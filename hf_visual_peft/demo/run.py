@@ -20,11 +20,11 @@ from transformers.utils import logging as transformers_logging
 
 from ..backbones.finding import find_backbone
 from ..backbones.frozen_norms import freeze_norms
-from ..cli.tables import format_table
 from ..core.calibration import calibrate
 from ..core.registry import list_methods
 from ..peft_methods.methods import PeftMethod, any_method
-from ..sharing.hub import write_aside
+from ..sharing.files import write_aside
+from ..tables import format_table
 from .data import DIGITS, DIGITS_IMAGE_SIZE, ImageData, load_data, preprocess
 from .evaluate import RECORD_FILE, Record, evaluate_in_new_process
 from .models import PixelOptions, default_config, forward_options, keep_head_only, load_classifier, pixel_options

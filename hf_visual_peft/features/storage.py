@@ -28,7 +28,7 @@ from safetensors.torch import save
 from torch import Tensor
 from xxhash import xxh3_128
 
-from ..sharing.hub import write_aside
+from ..sharing.files import write_aside
 from .fingerprint import bytes_of
 
 

@@ -22,15 +22,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as IA3_FEEDFORWARD
 from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_TARGETS
 
-
-if TYPE_CHECKING:
-    from ..backbones.architectures import Architecture
+from ..backbones.architectures import Architecture, on_registration
 
 
 Targets = list[str] | str | None
@@ -321,3 +319,5 @@ def _find_mappings() -> dict[str, tuple[dict[str, Any], Callable[[Architecture, 
 _MAPPINGS = _find_mappings()
 METHODS = tuple(name for name in _MAPPINGS if name != _FEEDFORWARD)
 """The methods of peft that get targets here, by `peft_type`."""
+
+on_registration(add_defaults)

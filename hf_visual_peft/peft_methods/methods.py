@@ -24,8 +24,8 @@ from ..backbones.finding import find_backbone
 from ..backbones.frozen_norms import keeps_statistics
 from ..backbones.task_heads import announce
 from ..core.config import VisualPeftConfig
+from ..core.labels import name_classes
 from ..core.registry import Method, get_method, list_methods
-from ..sharing.labels import name_classes
 from ..training.defaults import Training
 from .defaults import CONVOLUTIONAL_METHODS, METHODS, attention_or_mlp
 

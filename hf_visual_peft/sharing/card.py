@@ -10,17 +10,21 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsFloat
+from typing import Any, SupportsFloat
 
+import peft
+import torch
+import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from peft import PeftConfig
+from safetensors import SafetensorError, safe_open
 
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
-
-    from ..core.registry import Method
+from ..core.config import VisualPeftConfig
+from ..core.labels import Labels
+from ..core.registry import Method, list_methods
+from ..version import __version__
 
 
 CONFIG_NAME = "adapter_config.json"
@@ -105,11 +109,6 @@ class SavedAdapter:
         Raises:
             ValueError: a file is not what its name says.
         """
-        from safetensors import SafetensorError, safe_open
-
-        from ..core.config import VisualPeftConfig
-        from .labels import Labels
-
         facts: dict[str, Any] = {}
         if Path(folder, PROCESSOR_NAME).is_file():
             content = json.loads(Path(folder, PROCESSOR_NAME).read_text(encoding="utf-8"))
@@ -239,8 +238,6 @@ def is_hub_id(name: str | None) -> bool:
 
 def _method(config: PeftConfig) -> Method | None:
     """Our method behind a configuration; `None` for one of peft's own."""
-    from ..core.registry import list_methods
-
     return next((method for method in list_methods().values() if type(config) is method.config_cls), None)
 
 
@@ -373,9 +370,7 @@ def _facts(config: PeftConfig, saved: SavedAdapter, method: Method | None) -> li
 
 def _call(config: PeftConfig, method: Method | None) -> str:
     """The configuration as one would type it: what the method asks for, and what else is not the default."""
-    from peft import PeftConfig as Base
-
-    common = {field.name for field in dataclasses.fields(Base)}
+    common = {field.name for field in dataclasses.fields(PeftConfig)}
     own = set(type(config).__annotations__) if method else set()
     shown = []
     for field in dataclasses.fields(config):
@@ -391,11 +386,5 @@ def _call(config: PeftConfig, method: Method | None) -> str:
 
 def _versions() -> list[tuple[str, str]]:
     """The packages that computed the weights."""
-    import peft
-    import torch
-    import transformers
-
-    from .. import __version__
-
     packages = [("PEFT", peft), ("Transformers", transformers), ("PyTorch", torch)]
     return [*((name, module.__version__) for name, module in packages), ("hf_visual_peft", __version__)]

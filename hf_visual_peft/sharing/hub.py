@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import tempfile
-import uuid
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, constants, hf_hub_download
 from huggingface_hub.utils import validate_repo_id
+from peft import PeftConfig, PeftModel
 
+from ..core.config import on_saving
+from ..core.labels import record
 from .card import (
     CONFIG_NAME,
     IMPORT_LINE,
@@ -29,11 +30,7 @@ from .card import (
     is_hub_id,
     is_repo_id,
 )
-from .labels import record
-
-
-if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+from .files import write_aside
 
 
 CARD_NAME = "README.md"
@@ -100,8 +97,6 @@ def push(
         huggingface_hub.errors.HfHubHTTPError: the Hub refused, for example for lack of rights, or because somebody
             else committed in between.
     """
-    from peft import PeftModel
-
     if not isinstance(model, PeftModel):
         raise TypeError(f"push needs a peft.PeftModel, as get_peft_model returns it, not {type(model).__name__}.")
     if adapter_name not in model.peft_config:
@@ -257,19 +252,6 @@ def save_processor(processor: Any, folder: str | Path) -> None:
     write_aside(Path(folder, PROCESSOR_NAME), json.dumps(content, indent=2, sort_keys=True))
 
 
-def write_aside(path: Path, text: str) -> None:
-    """Replace a file as a whole: a full disk or a crash leaves the one that was there."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # machines that share a disk have equal process ids
-    try:
-        with aside.open("w", newline="", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 def _set_base_model(path: Path, base_model: str | None) -> None:
     """Let a saved configuration name the base model as the Hub does, or without the folder that it lies in here."""
     saved = json.loads(path.read_text(encoding="utf-8"))
@@ -292,3 +274,6 @@ def _with_usage(text: str, generated: str) -> str:
     if usage is None or IMPORT_LINE in text or IMPORT_LINE not in usage[0]:
         return text
     return f"{text.rstrip()}\n\n{usage[0].rstrip()}\n"
+
+
+on_saving(add_usage_to_card)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.backbone import SUBLAYER_ROLES, Block, versions
-from ..core.registry import targeted_methods
 
 
 def require_stream(block: nn.Module, stream: Any) -> None:
@@ -22,8 +21,8 @@ def require_stream(block: nn.Module, stream: Any) -> None:
         return
     what = f"a stream of {stream.ndim} dimensions" if isinstance(stream, Tensor) else f"a {type(stream).__name__}"
     raise ValueError(
-        f"{type(block).__name__} gets {what}, where methods at blocks need (batch, tokens, width) or maps. Methods "
-        f"that work on it act on its linears and norms: {', '.join(targeted_methods())}, and peft's own, as LoRA."
+        f"{type(block).__name__} gets {what}, where methods at blocks need (batch, tokens, width) or maps. Use a "
+        "method that acts on linears and norms, such as SSF, BitFit or peft's LoRA."
     )
 
 

@@ -12,6 +12,7 @@ from .table import (
     architecture_of,
     heads_of,
     known_backbones,
+    on_registration,
     register_architecture,
     register_heads,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "architecture_of",
     "heads_of",
     "known_backbones",
+    "on_registration",
     "register_architecture",
     "register_heads",
 ]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
-
-from ...peft_methods.defaults import add_defaults
 
 
 Names = tuple[str, ...]
@@ -138,6 +137,8 @@ class Architecture:
 
 _ARCHITECTURES: dict[str, Architecture] = {}
 _HEADS: dict[str, Names] = {}
+_TABLES: list[Architecture] = []
+_LISTENERS: list[Callable[[Architecture], None]] = []
 
 
 def register_architecture(architecture: Architecture) -> None:
@@ -153,7 +154,20 @@ def register_architecture(architecture: Architecture) -> None:
         raise ValueError("Architecture.backbones is empty: name at least one class of backbone.")
     for name in architecture.backbones:
         _ARCHITECTURES[name] = architecture
-    add_defaults(architecture)
+    _TABLES.append(architecture)
+    for listener in _LISTENERS:
+        listener(architecture)
+
+
+def on_registration(listener: Callable[[Architecture], None]) -> None:
+    """Call a function with each table that is registered, those of the past first.
+
+    Args:
+        listener: the function.
+    """
+    _LISTENERS.append(listener)
+    for table in _TABLES:
+        listener(table)
 
 
 def architecture_of(module: nn.Module) -> Architecture | None:

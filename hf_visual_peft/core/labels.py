@@ -28,8 +28,8 @@ from torch import nn
 from ..backbones.backbone import unwrapped
 from ..backbones.finding import find_backbone
 from ..backbones.key_renames import to_present_names
-from ..core.copies import TrainedCopy
 from ..sites import VisualTunerLayer, WholeLayer
+from .copies import TrainedCopy
 
 
 NAMES = "id2label"
