@@ -170,6 +170,7 @@ OWN = Architecture(
     fc2=("down",),
     drop_path=(),
     heads=("task",),
+    prompts="sequence",
 )
 
 

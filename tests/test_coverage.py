@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
-from hf_visual_peft import get_method, list_methods
+from hf_visual_peft import find_backbone, get_method, list_methods
 from hf_visual_peft.cli.main import main
 from hf_visual_peft.coverage import cell as cells
 from hf_visual_peft.coverage import report
@@ -45,7 +45,7 @@ def test_every_image_classifier_of_transformers_is_listed():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_tiny_models(name):
-    """The same model every time, small, alive, and taking its other size."""
+    """The same model every time, small, alive, taking its other size; images enter it where the backbone says."""
     tiny = MODELS[name]
     if tiny.missing_package:
         pytest.skip(f"{tiny.missing_package} is not installed")
@@ -57,6 +57,12 @@ def test_tiny_models(name):
         assert outputs
         assert all(output.isfinite().all() for output in outputs)
         assert any(output.ndim and not torch.equal(output[0], output[-1]) for output in outputs)
+    backbone = find_backbone(model)
+    if name in ("siglip2", "imagegpt"):  # they get patches, and colors by number
+        assert (backbone.image_channels, backbone.reads_images) == (0, "")
+    else:
+        channels = tiny.arguments(1)["pixel_values"].shape[2 if tiny.video else 1]
+        assert backbone.image_channels == model.get_submodule(backbone.reads_images).in_channels == channels
 
 
 def test_two_architectures_of_one_name_are_refused():

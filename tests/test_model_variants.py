@@ -326,7 +326,7 @@ def _tables(monkeypatch):
     table = hvp.Architecture(
         backbones=("ListedTower",), blocks="layers", patch_embedding="embed", embeddings="embed", prefix_tokens=(),
         norms=(), norm1=("norm1",), **fused, output=("proj",), norm2=("norm2",), fc1=("fc1",), fc2=("fc2",),
-        drop_path=(),
+        drop_path=(), prompts="sequence",
     )  # fmt: skip
     hvp.register_architecture(table)
 

@@ -98,6 +98,8 @@ class VisionBackbone:
         unread: number of further blocks, behind these, that nothing reads.
         patch_features: numbers that one patch has before it is embedded: channels x height x width.
         image_channels: channels of the images, 0 where patches do not come as images.
+        reads_images: name of the module that images enter: the patch embedding, or the first convolution of the stem
+            that it ends; empty where patches do not come as images.
         grid: rows and columns of patches of an image of the size in the backbone's config, None where it has none or
             the tokens of the blocks are not these.
         times: grids in the sequence of a video of as many frames as the config tells; 1 for images.
@@ -126,6 +128,7 @@ class VisionBackbone:
     times: int
     linears: Mapping[str, tuple[int, int]]
     head_sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    reads_images: str = ""
     head_note: str = ""
     headless: str = ""
     unread: int = 0

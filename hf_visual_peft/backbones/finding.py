@@ -107,7 +107,7 @@ class _Resolver:
         blocks, depth = [block for block in blocks if block.path not in unread], len(blocks)
         outside = {role: tuple(path for path in paths if path not in unread) for role, paths in outside.items()}
         embedding = outside["patch_embedding"]
-        patch = tuple(_weight(self.model, embedding[0]).shape[1:]) if embedding else (0,)
+        reads_images, image_channels, patch_features = self._patches(embedding[0], blocks) if embedding else ("", 0, 0)
         return VisionBackbone(
             path=self.path,
             class_name=self.class_name,
@@ -125,8 +125,9 @@ class _Resolver:
             dense=found.dense,
             head_note=found.note,
             headless=found.missing_in,
-            patch_features=math.prod(patch),
-            image_channels=patch[0] if len(patch) > 1 else 0,
+            patch_features=patch_features,
+            image_channels=image_channels,
+            reads_images=reads_images,
             grid=_native_grid(getattr(self.backbone, "config", None)) if table.grid == "full" else None,
             times=_native_times(getattr(self.backbone, "config", None)) if table.video else 1,
             linears={
@@ -190,6 +191,37 @@ class _Resolver:
         raise BackboneError(
             f"{self.class_name} does not fit its role table: {named[0]!r}, its patch_embedding, is a "
             f"{type(self._module(named[0])).__name__} without a convolution or linear. {REMEDY}"
+        )
+
+    def _patches(self, embedding: str, blocks: Sequence[Block]) -> tuple[str, int, int]:
+        """The module that images enter, their channels, and how many numbers make one patch.
+
+        The patch embedding may be the last convolution of a stem. Those before it are found backwards: each gives as
+        many channels as the next one takes.
+
+        Args:
+            embedding: name of the patch embedding.
+            blocks: of the backbone, in which no stem is.
+        """
+        convolutions = {
+            path: module
+            for path in self._operations(self.path, {block.path for block in blocks})
+            if isinstance(module := self._module(path), nn.Conv2d | nn.Conv3d)
+        }
+        if embedding not in convolutions:
+            return "", 0, math.prod(_weight(self.model, embedding).shape[1:])
+        paths = list(convolutions)
+        stem = [embedding]
+        for path in reversed(paths[: paths.index(embedding)]):
+            if convolutions[path].out_channels == convolutions[stem[0]].in_channels:
+                stem.insert(0, path)
+        first = convolutions[stem[0]]
+        if len(stem) == 1:
+            return embedding, first.in_channels, first.in_channels * math.prod(first.kernel_size)
+        return (
+            stem[0],
+            first.in_channels,
+            first.in_channels * math.prod(n for p in stem for n in convolutions[p].stride),
         )
 
     def _lists(self) -> list[tuple[str, list[str]]]:

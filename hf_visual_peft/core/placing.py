@@ -135,6 +135,13 @@ def _placements(config: VisualPeftConfig, selected: VisionBackbone, whole: Visio
             yield placement
 
 
+_PROMPTS = (
+    " Its role table says so (Architecture.prompts is None, the default). In a table of your own, set it to 'sequence'"
+    " if tokens put into a block's input move no positions of the others, or to 'keys' if they can join its keys and "
+    "values only."
+)
+
+
 def _check_block_site(
     config: VisualPeftConfig, backbone: VisionBackbone, site: BranchSite | TokenSite | LogitSite
 ) -> None:
@@ -146,7 +153,8 @@ def _check_block_site(
     table, name = backbone.architecture, f"{type(config).__name__} does not fit {backbone.class_name}"
     if isinstance(site, TokenSite):
         if table.prompts is None:
-            raise ValueError(f"{name}: no tokens can join those of its attention.")
+            advice = _PROMPTS if table.softmax else ""
+            raise ValueError(f"{name}: no tokens can join those of its attention.{advice}")
         if table.prompts != "sequence" and (site.takes or site.hands_on):
             raise ValueError(
                 f"{name} with tokens that go from block to block: they join its attention only (deep=True)."

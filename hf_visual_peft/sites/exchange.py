@@ -76,9 +76,9 @@ class Exchange:
             self.handles += [module.register_forward_hook(hook) for module in embeddings]
 
     def watch_pixels(self, model: nn.Module, backbone: VisionBackbone) -> None:
-        """Keep what goes into the patch embedding from now on: images, (batch, channels, height, width)."""
+        """Keep the images that enter the backbone from now on, (batch, channels, height, width)."""
         if not self.pixel_handles:
-            for module in versions(model, backbone.patch_embedding[0]):
+            for module in versions(model, backbone.reads_images):
                 self.pixel_handles.append(module.register_forward_pre_hook(self._from_pixels))
 
     @contextmanager

@@ -255,6 +255,7 @@ _MOBILEVIT = Architecture(
     fc1=("intermediate.dense",),
     fc2=("output.dense",),
     drop_path=(),
+    prompts="sequence",
     grid="halved",
     model_types=("mobilevit",),
 )

@@ -9,6 +9,7 @@ _VIT = Architecture(
     backbones=("ViTModel", "ViTMSNModel", "IJepaModel"),
     blocks="layers",
     patch_embedding="embeddings.patch_embeddings.projection",
+    prompts="sequence",
     model_types=("vit", "vit_msn", "ijepa"),
 )
 _DEIT = replace(
@@ -73,6 +74,7 @@ _CLIP = Architecture(
     output=("self_attn.out_proj",),
     norm2=("layer_norm2",),
     drop_path=(),
+    prompts="sequence",
     model_types=(
         "clip",
         "clip_vision_model",
@@ -216,6 +218,7 @@ _PERCEIVER = Architecture(
     drop_path=(),
     heads=(),
     own_heads=("decoder.decoder.final_layer",),
+    prompts="sequence",
     grid=None,  # its tokens are no patches
     model_types=("perceiver",),
 )

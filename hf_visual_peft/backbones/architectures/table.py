@@ -76,6 +76,8 @@ class Architecture:
         equal_parts: whether queries, keys and values of a fused projection are of one size, in this order.
         prompts: how tokens can join those of a block. `"sequence"`: they are put into its input; `"keys"`: what its
             attention makes of them as keys and values is appended to its own, in every window. None: not at all.
+            `"sequence"` is wrong where a token's place in the sequence is its position, as where rotary embeddings
+            count all tokens: prompts would move the patches.
         grid: how the patch tokens lie in the image. `"full"`: all cells of the patch embedding's output, row by row
             (frame by frame); `"frames_last"`: the same with the frames of each cell side by side; `"given"`: as told
             by the block's arguments `input_dimensions`, or `height` and `width`; `"map"`: as the stream lies;
@@ -128,7 +130,7 @@ class Architecture:
     softmax: bool = True
     window: str = ""
     equal_parts: bool = True
-    prompts: Literal["sequence", "keys"] | None = "sequence"
+    prompts: Literal["sequence", "keys"] | None = None
     grid: GridKind | None = "full"
     video: bool = False
     model_types: Names = ()

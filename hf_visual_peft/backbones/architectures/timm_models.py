@@ -24,6 +24,7 @@ _VIT = Architecture(
     drop_path=("drop_path1", "drop_path2"),
     heads=(),
     own_heads=("head", "head_dist"),
+    prompts="sequence",
     post_norm_blocks=("ResPostBlock",),
 )
 _EVA = replace(

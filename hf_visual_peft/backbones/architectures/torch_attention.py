@@ -23,6 +23,7 @@ _OPEN_CLIP = Architecture(
     fc2=("mlp.c_proj",),
     drop_path=(),
     heads=(),
+    prompts="sequence",
     remedy="Its attention keeps them in one parameter: call hf_visual_peft.split_attention(model) first.",
 )
 _TORCHVISION = replace(

@@ -96,8 +96,7 @@ class SideTuningConfig(VisualPeftConfig):
     network with random initial weights on the patch grid, so that it fits any token, stage and image size; its norms
     have no running statistics. With C image channels it has 9 C c + 9 (D - 1) c^2 + 2 D c + c d parameters (c
     channels, depth D, d the backbone's width), plus one for a: 161,985 on ViT-B/16. The paper's other merges, by a
-    product, an MLP or FiLM, are not implemented, nor is concatenation, which needs a wider head. Where the patch
-    embedding is the last convolution of a stem, as in LeViT, S reads what that reads.
+    product, an MLP or FiLM, are not implemented, nor is concatenation, which needs a wider head.
 
     Args:
         channels: of S.
