@@ -96,7 +96,7 @@ def test_another_image_size():
     base = FAMILIES["dinov2_registers"].model()
     pixels = images(2, height=24, width=24)["pixel_values"]
     model = get_peft_model(base, AttnScaleConfig()).eval()
-    with pytest.raises(ValueError, match="factors for 21 tokens, but the images have 14: set AttnScaleConfig.grid"):
+    with pytest.raises(ValueError, match="factors for 21 tokens, but the images have 14: set grid"):
         model(pixel_values=pixels)
     model = get_peft_model(FAMILIES["dinov2_registers"].model(), AttnScaleConfig(grid_size=3)).eval()
     assert model(pixel_values=pixels).logits.isfinite().all()

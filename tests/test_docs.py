@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,12 @@ from families import FAMILIES
 
 import hf_visual_peft
 from hf_visual_peft import find_backbone
+from hf_visual_peft.cli import catalogue
 from hf_visual_peft.cli.catalogue import describe_sites
 from hf_visual_peft.cli.main import main
+from hf_visual_peft.core.targets import TargetedConfig, own_fields
 from hf_visual_peft.sites import BranchSite, LinearSite, OutputSite, Placement, Shared, TokenSite, whole_module
+from hf_visual_peft.sites.input import InputSite
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
@@ -45,7 +50,8 @@ def test_page_has_every_method_by_category():
         assert f"Category: {method.category}; visual tuning: {method.visual_tuning}\n" in section
         assert all(f"{count:,} (" in section for _, count in method.counts)
         assert f"Merges: {'yes' if method.mergeable else 'no'}. " in section
-        own = [f for f in dataclasses.fields(method.config_cls) if f.name in method.config_cls.__annotations__]
+        common = {field.name for field in dataclasses.fields(TargetedConfig)}
+        own = [field for field in dataclasses.fields(method.config_cls) if field.name not in common]
         assert all(f"`{field.name}` ({field.default!r})" in section for field in own)
         assert ("calibrate(" in section) == method.calibrated
         assert ("- Videos: " in section) == method.video
@@ -92,3 +98,47 @@ def test_sites_follow_the_placements(backbone):
         "block; output of norm1, in the last block; tokens after the prefix tokens, in the last block; all of the "
         "head; `pool` shared within each block"
     )
+
+
+@dataclass
+class _Narrow(hf_visual_peft.VPTConfig):
+    """A method that is another one with a field more, and another default."""
+
+    deep: bool = False
+    order: list[int] = field(default_factory=lambda: [2, 1])
+
+
+def test_fields_of_a_method_that_derives_from_another(monkeypatch):
+    assert [each.name for each in own_fields(_Narrow)] == [
+        *("num_virtual_tokens", "deep", "dropout", "projection_dim", "order"),
+    ]
+    method = dataclasses.replace(hf_visual_peft.get_method("vpt"), config_cls=_Narrow)
+    monkeypatch.setattr(catalogue, "list_methods", lambda: {"narrow": method})
+    listed = "`num_virtual_tokens` (10), `deep` (False), `dropout` (0.0), `projection_dim` (None), `order` ([2, 1])"
+    assert listed in catalogue.methods_markdown()
+
+
+def test_what_stands_before_a_linear_acts_on_its_input(backbone):
+    placements = [Placement(block.roles["fc1"][0], "a", InputSite(), None) for block in backbone.blocks]
+    assert describe_sites(placements, backbone) == "input of fc1"
+
+
+def _strings(tree):
+    """The texts in code that are not docstrings, with the pieces of f-strings."""
+    bodies = [node.body for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    documents = {id(body[0].value) for body in bodies if isinstance(body[0], ast.Expr)}
+    constants = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in documents)
+    return [node.value for node in constants if isinstance(node.value, str)]
+
+
+def test_no_method_calls_its_config_by_a_fixed_name():
+    """A config that derives from it is another class, and what goes wrong there names that."""
+    names = {method.config_cls.__name__ for method in hf_visual_peft.list_methods().values()}
+    for path in Path(hf_visual_peft.__file__).with_name("methods").rglob("*.py"):
+        for text in _strings(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not names & set(re.findall(r"\w+", text)), f"{path.name}: {text!r}"
+
+
+def test_errors_name_the_class_that_was_given(backbone):
+    with pytest.raises(ValueError, match=r"^_Narrow.deep is False: prompts pass"):
+        list(_Narrow().placements(dataclasses.replace(backbone, blocks=(backbone.blocks[0], backbone.blocks[2]))))

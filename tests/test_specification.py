@@ -319,7 +319,7 @@ def test_gps_errors():
     calibrate(model, [labelled(1, [0]), *BATCHES], progress=False)
     with pytest.raises(ValueError, match="k is 0: must be an integer of at least 1"):
         GPSConfig(k=0)
-    with pytest.raises(ValueError, match=r"GPSConfig.k is 17: must be at most the 16 inputs of Linear"):
+    with pytest.raises(ValueError, match=r"k is 17: must be at most the 16 inputs of Linear"):
         get_peft_model(FAMILIES["vit"].model(), GPSConfig(k=17))
 
 

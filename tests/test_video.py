@@ -318,7 +318,7 @@ def test_aim_needs_the_number_of_heads():
     with pytest.raises(ValueError, match=r"ratio is 0.01: must be at least 1 / 16"):
         get_peft_model(FAMILIES["vit"].model(), AIMConfig(ratio=0.01))
     model = get_peft_model(FAMILIES["vit"].model(), AIMConfig(num_frames=2))
-    with pytest.raises(ValueError, match=r"The videos have 3 frames: AIMConfig.num_frames is 2"):
+    with pytest.raises(ValueError, match=r"The videos have 3 frames, but num_frames is 2"):
         model(videos(1, 3))
 
 

@@ -6,14 +6,15 @@ import inspect
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 from ..backbones.backbone import BLOCK_ROLES, VisionBackbone
 from ..core.registry import Method, Paper, list_methods
-from ..core.targets import TargetedConfig
+from ..core.targets import TargetedConfig, default_of, own_fields
 from ..peft_methods.methods import PEFT_METHODS
 from ..sites import BranchSite, LinearSite, NormSite, OutputSite, Placement, Site, TokenSite, WeightSite, WholeSite
+from ..sites.input import InputSite
 from ..tables import format_table
 
 
@@ -145,8 +146,7 @@ def _section(method: Method, backbone: VisionBackbone) -> str:
     counts = "; ".join(f"{count:,} ({_setting(setting)})" for setting, count in method.counts)
     if method.head_inputs:
         counts += f", and {method.head_inputs:,} further inputs of the head for each class"
-    own = method.config_cls.__annotations__
-    settings = [f"`{field.name}` ({field.default!r})" for field in fields(method.config_cls) if field.name in own]
+    settings = [f"`{field.name}` ({default_of(field)!r})" for field in own_fields(method.config_cls)]
     items = [
         f"Paper: {_link(method.paper)}, {method.paper.venue}",
         f"Category: {method.category}; visual tuning: {method.visual_tuning}",
@@ -165,7 +165,8 @@ def _section(method: Method, backbone: VisionBackbone) -> str:
     if method.video:
         items.append("Videos: `pixel_values` of (batch, frames, channels, height, width)")
     listing = "\n".join(f"- {item}" for item in items)
-    return f"## {method.config_cls.__name__}\n\n{paragraphs[1]}\n\n{listing}\n"
+    about = "" if len(paragraphs) < 2 or paragraphs[1].startswith("Args:") else f"{paragraphs[1]}\n\n"
+    return f"## {method.config_cls.__name__}\n\n{about}{listing}\n"
 
 
 def describe_sites(placements: Iterable[Placement], backbone: VisionBackbone) -> str:
@@ -213,6 +214,8 @@ def _kind(site: Site, names: Mapping[str, str]) -> str:
             return "output of {}" + (f", merging into {into}" if into else "")
         case LinearSite():
             return "input and output of {}"
+        case InputSite():
+            return "input of {}"
         case WeightSite():
             return "weight and bias of {}"
         case WholeSite():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import (
@@ -93,6 +94,18 @@ class TargetedConfig(VisualPeftConfig):
     def _at(self, path: str) -> Placement:
         """The equation as it stands at the module of that name."""
         raise NotImplementedError(f"{type(self).__name__} does not say what stands at one module.")
+
+
+def own_fields(config_cls: type) -> list[Field]:
+    """The fields that a method has, inherited ones of another method too, without those that all configs have."""
+    general = {*VisualPeftConfig.__mro__, TargetedConfig}
+    declared = {name for base in config_cls.__mro__ if base not in general for name in inspect.get_annotations(base)}
+    return [each for each in fields(config_cls) if each.name in declared]
+
+
+def default_of(each: Field) -> Any:
+    """The default of a config's field."""
+    return each.default if each.default_factory is MISSING else each.default_factory()
 
 
 def find_targets(model: nn.Module, config: TargetedConfig) -> dict[str, nn.Module]:

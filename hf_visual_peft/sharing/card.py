@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from ..core.config import VisualPeftConfig
 from ..core.labels import Labels
 from ..core.registry import Method, list_methods
+from ..core.targets import default_of, own_fields
 from ..version import __version__
 
 
@@ -371,14 +372,13 @@ def _facts(config: PeftConfig, saved: SavedAdapter, method: Method | None) -> li
 def _call(config: PeftConfig, method: Method | None) -> str:
     """The configuration as one would type it: what the method asks for, and what else is not the default."""
     common = {field.name for field in dataclasses.fields(PeftConfig)}
-    own = set(type(config).__annotations__) if method else set()
+    own = {field.name for field in own_fields(type(config))} if method else set()
     shown = []
     for field in dataclasses.fields(config):
         if not field.init or field.name in common:
             continue
         value = getattr(config, field.name)
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        if field.name in own or value != default:
+        if field.name in own or value != default_of(field):
             value = sorted(value) if isinstance(value, set | frozenset) else value
             shown.append(f"{field.name}={value!r}")
     return f"{type(config).__name__}({', '.join(shown)})"

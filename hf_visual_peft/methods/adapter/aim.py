@@ -51,7 +51,7 @@ class Temporal(nn.Module):
         if self.embedding is not None:
             frames = t.shape[1]
             if frames > len(self.embedding):
-                raise ValueError(f"The videos have {frames} frames: AIMConfig.num_frames is {len(self.embedding)}.")
+                raise ValueError(f"The videos have {frames} frames, but num_frames is {len(self.embedding)}.")
             t = t + self.embedding[:frames]
         batch, _, tokens, _ = t.shape
         mixed = self.adapter(attend(t.transpose(1, 2).flatten(0, 1)))
@@ -145,8 +145,8 @@ class AIMConfig(VisualPeftConfig):
         require_full_grid(type(self).__name__, backbone)
         if backbone.num_heads is None:
             raise ValueError(
-                f"AIMConfig does not fit {backbone.class_name}: its config has no num_attention_heads, which "
-                "attention over frames needs."
+                f"{type(self).__name__} does not fit {backbone.class_name}: its config has no num_attention_heads, "
+                "which attention over frames needs."
             )
         width, r = backbone.width, int(backbone.width * self.ratio)
         if r == 0:

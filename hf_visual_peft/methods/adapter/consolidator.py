@@ -46,7 +46,7 @@ class Consolidator(nn.Module):
             groups = divisor if divisor % 2 else divisor // 2
         for name, size in (("in_features", linear.in_features), ("out_features", linear.out_features)):
             if size % groups:
-                raise ValueError(f"ConsolidatorConfig.groups is {groups}: must divide {name} {size} of {linear}.")
+                raise ValueError(f"groups is {groups}: must divide {name} {size} of {linear}.")
         shape = (groups, linear.out_features // groups, linear.in_features // groups)
         self.weight = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(linear.out_features).uniform_(-bound, bound))

@@ -124,7 +124,8 @@ class VQTConfig(VisualPeftConfig):
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """Queries beside every block."""
-        name, sizes, width = f"VQTConfig does not fit {backbone.class_name}", backbone.head_sizes, backbone.width
+        name = f"{type(self).__name__} does not fit {backbone.class_name}"
+        sizes, width = backbone.head_sizes, backbone.width
         if not backbone.heads:
             raise ValueError(
                 f"{name}: it has no task head here to read the queries' outputs. Load it with one, for example by "

@@ -111,8 +111,9 @@ class VPTConfig(VisualPeftConfig):
         blocks = backbone.blocks
         if not self.deep and [b.index for b in blocks] != list(range(blocks[0].index, blocks[-1].index + 1)):
             raise ValueError(
-                "VPTConfig.deep is False: prompts pass from block to block, so the blocks must be consecutive, but "
-                f"they are {[block.index for block in blocks]}. Choose layers_to_transform or exclude_modules so."
+                f"{type(self).__name__}.deep is False: prompts pass from block to block, so the blocks must be "
+                f"consecutive, but they are {[block.index for block in blocks]}. Choose layers_to_transform or "
+                "exclude_modules so."
             )
         width = self.projection_dim or backbone.width
         prompts = partial(Prompts, self.num_virtual_tokens, width, backbone.patch_features, self.dropout)

@@ -38,7 +38,7 @@ class AttnScale(nn.Module):
         if logits.shape[-1] != self.factors.shape[-1]:
             raise ValueError(
                 f"AttnScale has factors for {self.factors.shape[-1]} tokens, but the images have {logits.shape[-1]}: "
-                "set AttnScaleConfig.grid_size to the rows (or columns) of their patches."
+                "set grid_size to the rows (or columns) of their patches."
             )
         return logits * self.factors
 
@@ -103,7 +103,7 @@ class AttnScaleConfig(VisualPeftConfig):
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """At the logits of every attention, and after both sub-layers."""
         if backbone.num_heads is None:
-            raise ValueError(f"AttnScaleConfig: the config of {backbone.class_name} has no num_attention_heads.")
+            raise ValueError(f"{type(self).__name__}: the config of {backbone.class_name} has no num_attention_heads.")
         tokens = self._tokens(backbone)
         heads = 1 if self.share_heads else backbone.num_heads
 
@@ -127,7 +127,7 @@ class AttnScaleConfig(VisualPeftConfig):
                 self._fail("grid_size", f"None, because the windows of {backbone.class_name} have their own size")
             return 0
         if backbone.architecture.grid != "full":
-            raise ValueError(f"AttnScaleConfig: {backbone.class_name} has no fixed number of tokens.")
+            raise ValueError(f"{type(self).__name__}: {backbone.class_name} has no fixed number of tokens.")
         if self.grid_size is None and backbone.grid is None:
             self._fail("grid_size", f"given, because the config of {backbone.class_name} has no image size")
         rows, columns = (self.grid_size,) * 2 if self.grid_size is not None else backbone.grid or (0, 0)

@@ -141,8 +141,8 @@ class EFFTConfig(VisualPeftConfig):
                     expected = (width, wide) if transposed else (wide, width)
                     if (rows.size, backbone.linears[rows.path][1]) != expected:
                         raise ValueError(
-                            f"EFFTConfig: the update that all blocks share is {expected}, and {rows.path} has "
-                            f"{rows.size} rows of {backbone.linears[rows.path][1]}."
+                            f"{type(self).__name__}: the update that all blocks share is {expected}, and {rows.path} "
+                            f"has {rows.size} rows of {backbone.linears[rows.path][1]}."
                         )
                     yield Placement(rows.path, slot, LinearSite(), self._builder(rows, index, transposed), shared)
 

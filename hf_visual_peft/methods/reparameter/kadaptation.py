@@ -149,7 +149,7 @@ class KAdaptationConfig(VisualPeftConfig):
                     self._fail("n", f"a divisor of the sizes of {rows.path}, {in_features} to {size}")
                 if rows.size != size:
                     raise ValueError(
-                        f"KAdaptationConfig: {rows.path} has {rows.size} rows; the shared bias has {size}."
+                        f"{type(self).__name__}: {rows.path} has {rows.size} rows; the shared bias has {size}."
                     )
                 yield Placement(
                     rows.path, role, LinearSite(), self._builder(rows, in_features, role, block.index), shared

@@ -257,8 +257,8 @@ class HSTConfig(VisualPeftConfig):
         table = backbone.architecture
         if backbone.stage is not None or table.prompts != "sequence" or table.grid is None or table.video:
             raise ValueError(
-                f"HSTConfig does not fit {backbone.class_name}: it needs blocks of one width for images, whose tokens "
-                "lie in a known grid, and blocks that take extra tokens."
+                f"{type(self).__name__} does not fit {backbone.class_name}: it needs blocks of one width for images, "
+                "whose tokens lie in a known grid, and blocks that take extra tokens."
             )
         blocks = backbone.blocks
         stages = min(len(self.dims), len(blocks))

@@ -121,7 +121,7 @@ class SideTuningConfig(VisualPeftConfig):
         if backbone.width_after is not None:
             return
         if not backbone.image_channels:
-            raise ValueError(f"SideTuningConfig does not fit {backbone.class_name}: its input is not images.")
+            raise ValueError(f"{type(self).__name__} does not fit {backbone.class_name}: its input is not images.")
         width = backbone.width
         site = SideSite(needs_layout=True, needs_pixels=True)
         yield Placement(backbone.blocks[-1].path, "side", site, lambda _: self._build(backbone.image_channels, width))

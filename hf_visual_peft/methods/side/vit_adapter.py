@@ -142,7 +142,7 @@ class ViTAdapterConfig(VisualPeftConfig):
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """Injectors before groups of blocks, extractors after them."""
-        width, name = backbone.width, f"ViTAdapterConfig does not fit {backbone.class_name}"
+        width, name = backbone.width, f"{type(self).__name__} does not fit {backbone.class_name}"
         if backbone.stage is not None or len({block.group for block in backbone.blocks}) > 1:
             raise ValueError(f"{name}: it is hierarchical and has its own pyramid of features.")
         if backbone.architecture.video:

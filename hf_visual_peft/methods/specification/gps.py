@@ -36,7 +36,7 @@ class GPS(Deltas):
         assert isinstance(weight, Tensor)
         self.row_size = weight.shape[1:].numel()  # also known for quantised weights
         if k > self.row_size:
-            raise ValueError(f"GPSConfig.k is {k}: must be at most the {self.row_size} inputs of {module}.")
+            raise ValueError(f"k is {k}: must be at most the {self.row_size} inputs of {module}.")
         self.k = k
         sparse = SparseAddend(weight.numel(), len(weight) * k, "GPS")
         super().__init__(sparse, Addend(bias.numel()) if isinstance(bias, Tensor) else None)

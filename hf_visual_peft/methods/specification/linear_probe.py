@@ -54,11 +54,11 @@ class LinearProbeConfig(WholeModulesConfig):
             name = backbone.headless
             if name:
                 raise ValueError(
-                    f"LinearProbeConfig: {name} has no known task head, so nothing would train. Register "
+                    f"{type(self).__name__}: {name} has no known task head, so nothing would train. Register "
                     f"its modules as heads: hf_visual_peft.register_heads({name!r}, (...))."
                 )
             raise ValueError(
-                f"LinearProbeConfig: {backbone.class_name} has no task head, so nothing would train. Load it "
+                f"{type(self).__name__}: {backbone.class_name} has no task head, so nothing would train. Load it "
                 "with one, for example by AutoModelForImageClassification."
             )
         twice = sorted(set(self.modules_to_save or ()) & {path.rpartition(".")[2] for path in backbone.heads})

@@ -102,7 +102,8 @@ class SPTConfig(VisualPeftConfig):
         for key in self.chosen or ():
             if key.rpartition(".")[0] not in modules or key.rpartition(".")[2] not in ("weight", "bias"):
                 raise ValueError(
-                    f"SPTConfig.chosen has {key!r}: must be weights or biases of {', '.join(modules)} of this model."
+                    f"{type(self).__name__}.chosen has {key!r}: must be weights or biases of {', '.join(modules)} of "
+                    "this model."
                 )
         for name, path in modules.items():
             yield Placement(path, "entries", WeightSite(), partial(SPTEntries, name=name, chosen=self.chosen))

@@ -47,9 +47,7 @@ class SPTEntries(Deltas):
                 part = SparseAddend(size, choice, "SPT")
             elif choice is not None and not (choice == LORA and len(shape) == 2):
                 name = WHOLE if len(shape) == 1 else LORA
-                raise ValueError(
-                    f"SPTConfig.chosen has {choice!r} for {key}: must be {name!r} or an integer from 1 to {size}."
-                )
+                raise ValueError(f"chosen has {choice!r} for {key}: must be {name!r} or an integer from 1 to {size}.")
             setattr(self, kind, part if part is None or like is None else part.to(like))
 
     def forward(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
