@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
 from equations import adapted, assert_equal, both, weights_of
 from families import DEPTH, FAMILIES, WIDTH, images, output_of
 from peft import get_peft_model
+from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_visual_peft import AttnScaleConfig
+from hf_visual_peft.coverage.cell import tensors_of
+from hf_visual_peft.coverage.models import MODELS
 from hf_visual_peft.sites import attention_of
 
 
@@ -76,6 +80,28 @@ def test_position_biases_and_masks_still_count():
     assert not torch.allclose(output_of(model, family.inputs(2)), without_content)
 
 
+@pytest.mark.parametrize("name", ["data2vec-vision", "swinv2", "donut-swin"])
+@torch.no_grad()
+def test_factors_of_one_change_nothing_where_biases_and_masks_are_added(name):
+    """Attention that is watched: the logits that factors see are those before position biases and masks."""
+    base = MODELS[name].model()
+    arguments = MODELS[name].arguments(2)
+    before = tensors_of(MODELS[name].call(base, arguments))[0]
+    model = get_peft_model(base, AttnScaleConfig(residual=False)).eval()
+    torch.testing.assert_close(tensors_of(MODELS[name].call(model, arguments))[0], before, rtol=0, atol=1e-5)
+    for parameter in [p for name, p in model.named_parameters() if name.endswith("factors")]:
+        parameter.mul_(0.5)
+    changed = tensors_of(MODELS[name].call(model, arguments))[0]
+    model.unload()
+    for module in base.modules():  # the scale of queries, or of cosines
+        if hasattr(module, "logit_scale"):
+            module.logit_scale.sub_(math.log(2))
+        elif isinstance(getattr(module, "query", None), nn.Linear):
+            for parameter in module.query.parameters():
+                parameter.mul_(0.5)
+    torch.testing.assert_close(changed, tensors_of(MODELS[name].call(base, arguments))[0], rtol=0, atol=1e-5)
+
+
 @torch.no_grad()
 def test_the_modules_own_attention_comes_back():
     base = FAMILIES["vit"].model()
@@ -110,7 +136,6 @@ def test_another_image_size():
         ("vit", {"share_heads": 2}, "AttnScaleConfig.share_heads is 2"),
         ("siglip2", {}, "Siglip2VisionModel has no fixed number of tokens"),
         ("vit_mae", {}, "ViTMAEModel has no fixed number of tokens"),
-        ("data2vec", {}, "SelfAttention does not compute attention through transformers' AttentionInterface"),
     ],
 )
 def test_bad_input(family, fields, message):

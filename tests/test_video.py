@@ -368,3 +368,34 @@ def test_aim_drops_temporal_and_joint_branches_at_a_rate_of_its_own(monkeypatch)
     assert AIMConfig().drop_path == 0.2, "as in the authors' configs"
     with pytest.raises(ValueError, match=r"AIMConfig.drop_path is 1: must be a finite number"):
         AIMConfig(drop_path=1)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields"),
+    [
+        ("vit_tiny_patch16_224", {"qk_norm": True}),
+        ("vit_tiny_patch16_224", {"qk_norm": True, "scale_attn_norm": True}),
+        ("eva02_base_patch14_224", {}),  # a norm after attention, and rotation that other tokens do not get
+        ("vit_small_patch16_rope_mixed_224", {}),
+    ],
+)
+@torch.no_grad()
+def test_aim_has_the_blocks_own_attention(architecture, fields):
+    """With the norms of queries, keys and outputs that a module has, and without positions."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    size = 28 if "patch14" in architecture else 32
+    model = timm.create_model(architecture, depth=1, embed_dim=16, num_heads=2, img_size=size, num_classes=3, **fields)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    (block,) = model.blocks
+    x = torch.randn(4, 5, 16)
+    expected = block.attn(block.norm1(x))
+    seen = []
+    adapted = get_peft_model(model.eval(), AIMConfig()).eval()
+    for module in adapted.modules():
+        if isinstance(module, Temporal):
+            module.forward = lambda tokens, layout, attend: (seen.append(attend(x)), torch.zeros_like(tokens))[1]
+    adapted(torch.randn(2, 3, 3, size, size))
+    assert len(seen) == 1
+    torch.testing.assert_close(seen[0], expected, rtol=0, atol=1e-6)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, SamVisionConfig, SamVisionModel
 from hf_visual_peft import VPTConfig, find_backbone
 from hf_visual_peft.coverage.cell import tensors_of
 from hf_visual_peft.coverage.models import MODELS
-from hf_visual_peft.sites.prompted_attention import prompted_forward
+from hf_visual_peft.sites.attention import Acts, attention_of, has_interface, watched
 
 
 COUNT = 3
@@ -367,42 +367,69 @@ def test_prompts_are_tokens_of_every_window_in_timm():
 # ---- what holds for all ------------------------------------------------------------------------------------------
 
 
-def check_without_tokens(model: nn.Module, call: Callable[[nn.Module], Any]) -> None:
-    """Each function is the module's own forward where no tokens join."""
+def attentions(model: nn.Module) -> list[nn.Module]:
+    """Modules with a projection to queries that do not use transformers' interface."""
+    found = []
+    for module in model.modules():
+        query = next((name for name in ("qkv", "query", "q_proj") if getattr(module, name, None) is not None), None)
+        if query is not None and not has_interface(module):
+            assert attention_of(module, query) is module
+            found.append(module)
+    return found
+
+
+def check_unseen_tokens(model: nn.Module, call: Callable[[nn.Module], Any]) -> None:
+    """A module that is watched gives its own output: where nothing happens, and where nobody attends to the tokens."""
     seen = []
 
     def check(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        forward = prompted_forward(module)
-        assert forward is not None
-        x = (*args, *kwargs.values())[0]
-        found = forward(module, x.new_zeros(1, 0, x.shape[-1]), *args, **kwargs)
-        assert type(found) is type(output)
-        assert_same(tensors_of(found), tensors_of(output), 1e-6)
+        kept: list[Tensor] = []
+
+        def join(key: Tensor) -> tuple[Tensor, Tensor]:
+            depth = kept[1].shape[-1]
+            return torch.randn(*key.shape[:-2], COUNT, key.shape[-1]), torch.randn(*key.shape[:-2], COUNT, depth)
+
+        def hide(logits: Tensor) -> Tensor:
+            assert logits.shape[-1] == kept[0].shape[-2] + COUNT
+            return torch.cat([logits[..., :-COUNT], logits[..., -COUNT:] - 1e4], dim=-1)
+
+        def nothing(*args: Any) -> None:
+            return None
+
+        def keep(*pair: Tensor) -> None:
+            kept.extend(pair)
+
+        forward = partial(type(module).forward, module)
+        for acts in (Acts(nothing, nothing, keep, nothing), Acts(join, lambda: hide, nothing, nothing)):
+            found = watched(module, acts, forward, args, kwargs)
+            assert type(found) is type(output)
+            shown = tensors_of(found)
+            shown[1:] = [x[..., : y.shape[-1]] for x, y in zip(shown[1:], tensors_of(output)[1:], strict=True)]
+            assert_same(shown, tensors_of(output), 1e-6 if acts.join is nothing else 1e-5)
         seen.append(module)
 
-    for module in model.modules():
-        if prompted_forward(module) is not None:
-            module.register_forward_hook(check, with_kwargs=True)
+    for module in attentions(model):
+        module.register_forward_hook(check, with_kwargs=True)
     call(model)
     assert seen
 
 
 @pytest.mark.parametrize("name", OWN_FORWARD)
 @torch.no_grad()
-def test_no_further_tokens_change_nothing(name):
-    check_without_tokens(tiny(name).model(), partial(outputs, name))
+def test_unseen_tokens_change_nothing(name):
+    check_unseen_tokens(tiny(name).model(), partial(outputs, name))
 
 
 @pytest.mark.parametrize("name", ["swinv2", "donut-swin", "hiera", "vitdet", "timesformer"])
 @torch.no_grad()
-def test_attention_maps_without_further_tokens(name):
+def test_attention_maps_with_unseen_tokens(name):
     model = next(m for m in tiny(name).model().modules() if isinstance(m, PreTrainedModel))
     arguments = tiny(name).arguments(2) | {"output_attentions": True}
-    check_without_tokens(model, lambda model: model(**arguments))
+    check_unseen_tokens(model, lambda model: model(**arguments))
 
 
 @torch.no_grad()
-def test_maps_of_eager_sam_without_further_tokens():
+def test_maps_of_eager_sam_with_unseen_tokens():
     config = SamVisionConfig(
         hidden_size=16,
         num_hidden_layers=2,
@@ -416,7 +443,7 @@ def test_maps_of_eager_sam_without_further_tokens():
     )
     model = SamVisionModel(config).eval()
     assert "Sdpa" not in "".join(type(module).__name__ for module in model.modules())
-    check_without_tokens(model, lambda model: model(torch.randn(2, 3, 32, 32)))
+    check_unseen_tokens(model, lambda model: model(torch.randn(2, 3, 32, 32)))
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -433,7 +460,7 @@ def test_maps_of_eager_sam_without_further_tokens():
     ids=lambda x: x if isinstance(x, str) else "",
 )
 @torch.no_grad()
-def test_kinds_of_timm_attention_without_further_tokens(architecture, fields, fused):
+def test_kinds_of_timm_attention_with_unseen_tokens(architecture, fields, fused):
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     if "img_size" not in fields:
@@ -444,7 +471,7 @@ def test_kinds_of_timm_attention_without_further_tokens(architecture, fields, fu
             module.fused_attn = fused
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    check_without_tokens(model, lambda model: model(torch.randn(2, 3, fields["img_size"], fields["img_size"])))
+    check_unseen_tokens(model, lambda model: model(torch.randn(2, 3, fields["img_size"], fields["img_size"])))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -495,10 +522,9 @@ def test_unload_leaves_nothing(name):
 def test_forward_that_was_set_before_is_put_back(name):
     base = tiny(name).model()
     calls = []
-    for module in base.modules():
-        if prompted_forward(module) is not None:
-            own = module.forward
-            module.forward = lambda *args, own=own, **kwargs: (calls.append(1), own(*args, **kwargs))[1]
+    for module in attentions(base):
+        own = module.forward
+        module.forward = lambda *args, own=own, **kwargs: (calls.append(1), own(*args, **kwargs))[1]
     forwards = {path: vars(module)["forward"] for path, module in base.named_modules() if "forward" in vars(module)}
     torch.manual_seed(0)
     model = get_peft_model(base, VPTConfig(num_virtual_tokens=COUNT))

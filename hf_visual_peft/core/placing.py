@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ..backbones.backbone import BackboneError, NoTokensError, VisionBackbone
-from ..sites import BranchSite, LogitSite, Placement, SideSite, TokenSite
+from ..sites import BranchSite, KeyValueSite, LogitSite, Placement, SideSite, TokenSite
 from .config import VisualPeftConfig
 from .registry import list_methods
 
@@ -120,7 +120,7 @@ def _placements(config: VisualPeftConfig, selected: VisionBackbone, whole: Visio
     for stage in selected.stages(whole) if config.per_stage else (selected,):
         for placement in config.placements(stage):
             site = placement.site
-            if isinstance(site, BranchSite | TokenSite | LogitSite):
+            if isinstance(site, BranchSite | TokenSite | LogitSite | KeyValueSite):
                 needed = site.sublayer if isinstance(site, BranchSite) else "attention"
                 if needed not in sublayers[placement.path]:
                     continue
@@ -143,7 +143,7 @@ _PROMPTS = (
 
 
 def _check_block_site(
-    config: VisualPeftConfig, backbone: VisionBackbone, site: BranchSite | TokenSite | LogitSite
+    config: VisualPeftConfig, backbone: VisionBackbone, site: BranchSite | TokenSite | LogitSite | KeyValueSite
 ) -> None:
     """Refuse what the architecture's blocks cannot do.
 

@@ -31,6 +31,7 @@ from ..sites import (
     BlockLayer,
     BranchSite,
     Exchange,
+    KeyValueSite,
     LinearSite,
     LogitSite,
     ModuleLayer,
@@ -490,8 +491,10 @@ class VisualTuner(MergingTuner):
                 layer.watch_queries()
             first = path == self._backbone.blocks[0].path
             layer.watch_side(modules_before(self.model, self._backbone) if first else ())
-        if isinstance(layer, BlockLayer) and isinstance(site, LogitSite):
+        if isinstance(layer, BlockLayer) and isinstance(site, LogitSite | KeyValueSite):
             layer.watch_attention()
+        if isinstance(layer, BlockLayer) and isinstance(site, BranchSite) and site.attends:
+            layer.require_alone()
         if isinstance(layer, BlockLayer) and isinstance(site, TokenSite):
             layer.watch_tokens()
         if isinstance(layer, BlockLayer) and isinstance(site, NormSite):

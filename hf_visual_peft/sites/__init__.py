@@ -5,7 +5,7 @@ them: `ModuleLayer` around a linear, norm or convolution, `BlockLayer` around a 
 any module that trains as a whole.
 """
 
-from .attention import LogitSite, attention_of
+from .attention import KeyValueSite, LogitSite, attention_of, attention_path
 from .block import BlockLayer, drop_path
 from .block_sites import BranchSite, NormSite, TokenSite
 from .exchange import Exchange
@@ -22,6 +22,7 @@ __all__ = [
     "Equation",
     "Exchange",
     "Grid",
+    "KeyValueSite",
     "LinearSite",
     "LogitSite",
     "ModuleLayer",
@@ -41,6 +42,7 @@ __all__ = [
     "as_linear",
     "as_matrix",
     "attention_of",
+    "attention_path",
     "drop_path",
     "output_channels",
     "resized",

@@ -26,7 +26,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backbones.backbone import SUBLAYER_ROLES, Block, VisionBackbone, unwrapped, versions
@@ -73,11 +72,12 @@ class BlockLayer(AttentionLayer, BypassedLayer, nn.Module):
         self._init_layer(exchange)
         table = backbone.architecture
         self.prefix_tokens = block.prefix_tokens
-        self._num_heads = block.num_heads
         self._sublayers, self._post_norm = block.sublayers, block.post_norm
         self._grid_kind, self._prompts, self._group = table.grid, table.prompts, block.group
         self._stream, self._stream_inside = table.stream, table.stream_inside or table.stream
-        self._query = block.roles["query"][0].removeprefix(f"{block.path}.") if block.roles["query"] else ""
+        self._query, self._key, self._value, self._output = (
+            (*block.roles[role], "")[0].removeprefix(f"{block.path}.") for role in SUBLAYER_ROLES["attention"][1:]
+        )
         self._init_attention()
         self._init_side()
         self._changed_norms: tuple[str, ...] = ()  # whose weight and bias equations may change
@@ -482,21 +482,6 @@ class BlockLayer(AttentionLayer, BypassedLayer, nn.Module):
         if site.drop_path:
             delta = drop_path(delta, self.drop_path_rate, self.training)
         current.added = delta if current.added is None else current.added + delta
-
-    def _attend(self, x: Tensor) -> Tensor:
-        """Norm and attention of the block on other tokens than its own."""
-        (norm,), (query,), (key,), (value,), (output,) = self._attention
-        assert self._num_heads is not None
-        weight: Any = norm.weight
-        with self._unwatched():
-            normed = norm(x.to(weight.dtype))  # an equation may work in another precision than the backbone
-            if query is key:
-                projected = query(normed).chunk(3, dim=-1)
-            else:
-                projected = tuple(module(normed) for module in (query, key, value))
-            heads = (p.unflatten(-1, (self._num_heads, -1)).transpose(1, 2) for p in projected)
-            mixed = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-            return output(mixed).to(x.dtype)
 
     def _seen(self, x: Tensor) -> Tensor:
         """The stream at the entrance of a sub-layer, as tokens; a map tells the grid."""

@@ -10,108 +10,146 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import LogitSite, attention_of, change_attention, has_interface, leave_attention
+from .attention import (
+    Acts,
+    KeyValueSite,
+    LogitSite,
+    Pair,
+    attention_path,
+    change_attention,
+    has_interface,
+    leave_attention,
+    watched,
+)
 from .block_sites import Pass
+from .forms import alone, head_sizes, project, spread, why_not_alone
 from .grid import TokenLayout
-from .layer import VisualTunerLayer, call_equation
+from .layer import Equation, Site, VisualTunerLayer, call_equation
 from .masks import PositionBias
-from .prompted_attention import prompted_forward
 from .queries import QueryPath
 
 
 class AttentionLayer(VisualTunerLayer):
-    """The part of `BlockLayer` that changes logits, lets tokens join, and takes further ones through the block."""
+    """The part of `BlockLayer` that acts in the block's attention."""
 
     _query: str
+    _key: str
+    _value: str
+    _output: str
     _prompts: str | None
     _post_norm: bool
     _attention: tuple[tuple[nn.Module, ...], ...]  # norm, query, key, value, output
     _position_biases: list[PositionBias]
-    _handles: list[Any]
     _pass: Pass | None
 
     def _init_attention(self) -> None:
-        self._watched: tuple[nn.Module, ...] = ()  # the attention module that equations act in
-        self._appending = False
-        self._prompted: tuple[nn.Module, ...] = ()  # the attention module whose forward takes further tokens
-        self._prompted_before: Callable[..., Any] | None = None
-        self._queries: QueryPath | None = None  # the way of further tokens through the block
+        self._watched = False  # whether something acts in the block's attention module
+        self._attention_forward: Callable[..., Any] | None = None  # that somebody had set on it
+        self._queries: QueryPath | None = None  # the way of extra tokens through the block
+
+    def _attention_module(self) -> nn.Module:
+        return self.base_layer.get_submodule(attention_path(self.base_layer, self._query))
+
+    def _projections(self) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+        """The attention module, and those of its parts that project to keys, values and queries."""
+        path = attention_path(self.base_layer, self._query)
+        attention = self.base_layer.get_submodule(path)
+        names = (self._key, self._value, self._query)
+        key, value, query = (
+            attention.get_submodule(name.removeprefix(f"{path}.").partition(".")[0]) for name in names
+        )
+        return attention, key, value, query
 
     def watch_attention(self) -> None:
-        """Let equations change the logits of the block's attention, or its keys and values, from now on."""
-        if not self._watched:
-            self._watched = (attention_of(self.base_layer, self._query),)
-            change_attention(self._watched[0], self._logit_change, self._joining_heads, self._seen_heads)
+        """Let equations act in the block's attention from now on."""
+        if self._watched:
+            return
+        attention = self._attention_module()
+        self._watched = True
+        if has_interface(attention):
+            change_attention(attention, self._acts())
+        else:
+            self._attention_forward = attention.__dict__.get("forward")
+            attention.forward = self._watched_forward
 
     def watch_tokens(self) -> None:
-        """Let tokens join the block's attention as further keys and values, where they are not in the sequence."""
-        if self._prompts != "keys" or self._appending:
-            return
-        if has_interface(self.base_layer, self._query):
+        """Let tokens join the block's attention as extra keys and values, where they are not in the sequence."""
+        if self._prompts == "keys":
             self.watch_attention()
-            return
-        self._appending = True
-        attention = self.base_layer.get_submodule(self._query.rpartition(".")[0])
-        if prompted_forward(attention) is not None:
-            self._replace_forward(attention)
-            return
-        _, _, keys, values, _ = self._attention
-        if keys == values:
-            raise ValueError(
-                f"{type(attention).__name__} makes queries, keys and values in one module and computes attention in a "
-                "way of its own: no tokens can join those of its attention. Set Architecture.prompts to None."
-            )
-        for module in dict.fromkeys((*keys, *values)):
-            self._handles.append(module.register_forward_hook(self._append))
 
     def watch_queries(self) -> None:
-        """Let further tokens go through the block from now on, which its own do not see."""
-        if self._queries is not None:
-            return
-        _, _, (key,), (value,), _ = self._attention
-        self._queries = QueryPath(self.base_layer, self._query, key, value, self._position_biases)
-        self._handles += self._queries.handles
-        if self._queries.interface:
+        """Let extra tokens go through the block from now on, which its own do not see."""
+        if self._queries is None:
+            self._queries = QueryPath(self.base_layer, self._position_biases)
             self.watch_attention()
-        else:
-            self._replace_forward(self._queries.attention)
 
-    def _seen_heads(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, bool]:
-        return (key, value, False) if self._queries is None else self._queries.see(key, value)
+    def require_alone(self) -> None:
+        """Check that the block's attention can be called with other tokens than the block's own.
 
-    def _replace_forward(self, attention: nn.Module) -> None:
-        if not self._prompted:
-            self._prompted = (attention,)
-            self._prompted_before = attention.__dict__.get("forward")
-            attention.forward = self._prompted_forward
+        Raises:
+            ValueError: it cannot.
+        """
+        why_not = why_not_alone(self._attention_module())
+        if why_not is not None:
+            raise ValueError(
+                f"The attention of {type(self.base_layer).__name__} cannot serve other tokens: {why_not}."
+            )
 
-    def _prompted_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the attention module does instead of its own forward."""
-        (attention,) = self._prompted
-        if self._queries is not None and self._queries.seen is not None:
-            return self._queries.answer(*args, **kwargs)
-        if self._pass is not None and self._pass.joining is not None:
-            forward = prompted_forward(attention)
-            assert forward is not None
-            return forward(attention, self._pass.joining, *args, **kwargs)
-        return (self._prompted_before or partial(type(attention).forward, attention))(*args, **kwargs)
+    def _detach_attention(self) -> None:
+        if not self._watched:
+            return
+        attention = self._attention_module()
+        leave_attention(attention)
+        if "forward" in vars(attention):
+            del attention.forward
+            if self._attention_forward is not None:
+                attention.forward = self._attention_forward
 
-    def _joining_heads(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Keys and values of the tokens that join, as heads (batch, heads, tokens, channels) like the block's own."""
-        current = self._pass
-        if current is None or current.joining is None:
+    def _watched_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What an attention module does instead of its own forward that does not use transformers' interface."""
+        attention = self._attention_module()
+        forward = self._attention_forward or partial(type(attention).forward, attention)
+        asked = self._queries is not None and self._queries.seen is not None
+        kept = self._queries is not None and self._queries.kept is not None
+        joined = self._pass is not None and self._pass.joining is not None
+        if asked or kept or joined or any(self._equations(KeyValueSite, LogitSite)):
+            return watched(attention, self._acts(), forward, args, kwargs, placed=not asked)
+        return forward(*args, **kwargs)
+
+    def _acts(self) -> Acts:
+        return Acts(self._joining_heads, self._logit_change, self._keep, self._instead)
+
+    def _equations(self, *kinds: type[Site]) -> Iterator[Equation]:
+        if self._pass is not None:
+            yield from (e for e in self._active() if isinstance(e.site, kinds))
+
+    def _keep(self, key: Tensor, value: Tensor) -> None:
+        if self._queries is not None:
+            self._queries.keep(key, value)
+
+    def _instead(self) -> Pair | None:
+        return None if self._queries is None else self._queries.seen
+
+    def _joining_heads(self, own: Tensor) -> Pair | None:
+        """Keys and values that join the block's own keys, which lie as these do."""
+        current, pairs = self._pass, []
+        equations = list(self._equations(KeyValueSite))
+        if current is None or (current.joining is None and not equations):
             return None
-        _, _, (key,), (value,), _ = self._attention
-        joining, heads = current.joining, like.shape[1]
-        windows = like.shape[0] // joining.shape[0]
-        with self._unwatched():
-            projected = key(joining).chunk(3, dim=-1)[1:] if key is value else (key(joining), value(joining))
-            found = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in projected)
-            keys, values = (tensor.repeat_interleave(windows, dim=0) for tensor in found)
-        return keys, values
+        attention, key, value, query = self._projections()
+        heads, channels, _ = head_sizes(attention, key, value, query)
+        if current.joining is not None:
+            with self._unwatched():
+                pairs.append(project(attention, key, value, current.joining, heads, channels))
+        assert current.entered is not None
+        for _, equation, _, shared in equations:
+            assert equation is not None
+            pairs.append(equation(current.entered.shape[0], *shared))
+        keys, values = (torch.cat([x.to(own.dtype) for x in each], dim=2) for each in zip(*pairs, strict=True))
+        return spread((keys, values), own, heads)
 
     def _logit_change(self) -> Callable[[Tensor], Tensor] | None:
-        equations = [e for e in self._active() if isinstance(e.site, LogitSite)]
+        equations = list(self._equations(LogitSite))
         if not equations or self._pass is None:
             return None
         layout = TokenLayout(self._pass.prefix, self._pass.grid, self._pass.frames)
@@ -127,13 +165,22 @@ class AttentionLayer(VisualTunerLayer):
     def _join(self, tokens: Tensor, current: Pass) -> None:
         current.joining = self._normed("attention", tokens)
 
-    def _append(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        """Keys or values, with those of the tokens that join behind them."""
-        current = self._pass
-        if current is None or current.joining is None:
-            return None
-        with self._unwatched():
-            return torch.cat([output, module(current.joining)], dim=1)
+    def _attend(self, x: Tensor) -> Tensor:
+        """Norm and attention of the block on other tokens than its own, which have no position."""
+        (norm,), *_, (output,) = self._attention
+        weight: Any = norm.weight
+        path = attention_path(self.base_layer, self._query)
+        attention = self.base_layer.get_submodule(path)
+        for bias in self._position_biases:
+            bias.asked = True
+        try:
+            with self._unwatched():
+                # an equation may work in another precision than the backbone
+                mixed = alone(attention, norm(x.to(weight.dtype)), has_interface(attention))
+                return (mixed if self._output.startswith(f"{path}.") else output(mixed)).to(x.dtype)
+        finally:
+            for bias in self._position_biases:
+                bias.asked = False
 
     def _ask(self, ask: Callable[[Tensor], Tensor], queries: Tensor) -> Tensor:
         with self._unwatched():
@@ -155,11 +202,3 @@ class AttentionLayer(VisualTunerLayer):
             yield
         finally:
             self._pass = current
-
-    def _detach_attention(self) -> None:
-        for module in self._watched:
-            leave_attention(module)
-        for module in self._prompted:
-            del module.forward
-            if self._prompted_before is not None:
-                module.forward = self._prompted_before

@@ -94,7 +94,7 @@ class PositionBias:
         """As the module's, with rows and columns of zeros for inserted tokens."""
         own = window_size[0] * window_size[1] + self.prefix_tokens
         if self.asked:
-            return next(self.module.parameters()).new_zeros(1, 1, 1, own)
+            return next(self.module.parameters()).new_zeros(1, 1, 1, 1)  # for any number of keys
         inserted = 0 if dim_size is None else dim_size - own
         bias = type(self.module).forward(self.module, window_size, interpolate_pos_encoding, dim_size=own)
         return widen(bias, "bias", self.prefix_tokens, own, inserted) if inserted else bias

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..backbones.backbone import SUBLAYER_ROLES, Block
-from .attention import LogitSite
+from .attention import KeyValueSite, LogitSite
 from .block_sites import BranchSite, NormSite, TokenSite
 from .layer import Site
 from .side import SideSite
@@ -24,7 +24,7 @@ def reaches_into(sites: Sequence[Site], block: Block, prompts: str | None, path:
     norm, query, *_ = ((*block.roles[role], "")[0] for role in SUBLAYER_ROLES["attention"])
     tokens = any(isinstance(site, TokenSite) for site in sites)
     asks = any(isinstance(site, SideSite) and site.asks for site in sites)
-    changes = any(isinstance(s, LogitSite) or (isinstance(s, BranchSite) and s.attends) for s in sites)
+    changes = any(isinstance(s, LogitSite | KeyValueSite) or (isinstance(s, BranchSite) and s.attends) for s in sites)
     reached = list(block.roles["position_bias"]) if tokens or asks else []
     if changes or asks or (tokens and prompts == "keys"):
         reached.append(query.rpartition(".")[0])

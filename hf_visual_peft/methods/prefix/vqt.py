@@ -136,13 +136,13 @@ class VQTConfig(VisualPeftConfig):
                 f"{name}: its task head, {', '.join(backbone.heads)}, is not a linear on features of the image."
             )
         outputs = tuple((path, sizes[path][0]) for path in backbone.heads)
-        prompts = backbone.architecture.prompts
+        prompts, grid = backbone.architecture.prompts, backbone.architecture.grid
         if not all(block.roles["query"] for block in backbone.blocks):
             raise ValueError(f"{name}: not all of its blocks have attention that queries could join.")
         for block in backbone.blocks:
             query = (*block.roles["query"], "")[0].removeprefix(f"{block.path}.")
             site = SideSite(ends=False, aligned=False, asks=True, heads=HeadUse(outputs, self.normalize))
-            build = partial(self._build, name, query, prompts, width, backbone.patch_features, outputs)
+            build = partial(self._build, name, query, prompts, grid, width, backbone.patch_features, outputs)
             yield Placement(block.path, "queries", site, build)
 
     def _build(
@@ -150,12 +150,13 @@ class VQTConfig(VisualPeftConfig):
         name: str,
         query: str,
         prompts: str | None,
+        grid: str | None,
         width: int,
         patch_features: int,
         outputs: Sequence[tuple[str, int]],
         block: nn.Module,
     ) -> QueryTokens:
-        if not takes_queries(block, query, prompts):
+        if not takes_queries(block, query, prompts, grid):
             raise ValueError(
                 f"{name}: {type(block).__name__} has no plain softmax attention over all tokens, which extra "
                 "queries could join."

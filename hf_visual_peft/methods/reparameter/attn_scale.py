@@ -78,8 +78,7 @@ class AttnScaleConfig(VisualPeftConfig):
     parameters for each attention matrix", beside a domain-residual adapter. Our reading: the factors act on the
     logits, start at 1 and are by default the same for all heads; the offsets are those of eTT (arXiv 2301.02419). The
     factors fit one image size only. With windows (Swin) a block has factors for the pairs of tokens of a window, the
-    same for all windows, which is also our reading. The method needs attention that transformers computes through its
-    `AttentionInterface`, and computes it without a fused kernel.
+    same for all windows, which is also our reading. Attention is computed without a fused kernel.
 
     Args:
         grid_size: rows and columns of patches the images have; by default those of the backbone's own image size.

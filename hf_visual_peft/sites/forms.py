@@ -1,0 +1,206 @@
+"""How attention modules project tokens to keys and values, told by the parts that they have.
+
+Only what hangs on a module's form stands here: how the channels of its projections are divided into queries, keys and
+values and into heads, which norms follow, and how its forward is called with tokens that have no position. Where
+queries meet keys is the same for all: see `attention`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import NO_ACTS, Pair, watched
+
+
+_KEY_NORMS = ("k_norm", "norm_k", "key_norm", "k_layernorm")
+_VALUE_NORMS = ("v_norm", "norm_v", "value_norm")
+_KEY_HEADS = ("num_kv_heads", "num_key_value_heads")
+_HEADS = ("num_attention_heads", "num_heads", "heads")
+_SIZES = ("head_dim", "dim_head", "attention_head_size", "head_size")
+_ROTATION = "position_embeddings"  # rows and columns turn queries and keys by it; there are none for other tokens
+
+
+def head_sizes(attention: nn.Module, key: nn.Module, value: nn.Module, query: nn.Module) -> tuple[int, int, int]:
+    """Number of heads that keys have, and channels of a head in keys and in values.
+
+    Args:
+        attention: the module.
+        key: its projection to keys.
+        value: its projection to values, which may be the same.
+        query: its projection to queries, which may be the same.
+
+    Raises:
+        ValueError: the module does not tell how many heads it has.
+    """
+    heads = _heads_of(attention)
+    if _by_head(attention) and not getattr(attention, "head_first", False):
+        sizes: Any = attention
+        return heads, sizes.key_dim, sizes.val_dim
+    wide, deep = _width(key) // heads, _width(value) // heads
+    size = next((n for name in _SIZES if isinstance(n := getattr(attention, name, None), int)), None)
+    if key is value:
+        size = size or wide // (3 if query is key else 2)
+        return heads, size, size
+    return heads, wide // 2 if query is key else wide, deep
+
+
+def _heads_of(attention: nn.Module) -> int:
+    for name in (*_KEY_HEADS, *_HEADS):
+        number = getattr(attention, name, None)
+        if isinstance(number, int):
+            return number
+    groups = getattr(attention, "num_key_value_groups", 1)
+    config: Any = getattr(attention, "config", None)
+    number = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    if not isinstance(number, int):
+        raise ValueError(f"{type(attention).__name__} does not tell how many heads it has (num_heads).")
+    return number // groups if getattr(config, "num_key_value_heads", None) is None else number
+
+
+def _width(projection: nn.Module) -> int:
+    for module in projection.modules():
+        for name in ("out_features", "out_channels", "nf"):
+            number: Any = getattr(module, name, None)
+            if isinstance(number, int):
+                return number
+    raise ValueError(f"{type(projection).__name__} is no linear or convolution that projects to keys and values.")
+
+
+def project(attention: nn.Module, key: nn.Module, value: nn.Module, tokens: Tensor, heads: int, channels: int) -> Pair:
+    """Keys and values of tokens without position, (images, heads, tokens, channels of a head) each.
+
+    Args:
+        attention: the module.
+        key: its projection to keys.
+        value: its projection to values, which may be the same.
+        tokens: (images, tokens, channels), as the module reads its own.
+        heads: of its keys.
+        channels: of a head in its keys.
+    """
+    projected = _applied(attention, key, tokens)
+    if key is not value:
+        keys = _split(projected[..., -heads * channels :], heads)  # after queries, where both are one linear
+        values = _split(_applied(attention, value, tokens), heads)
+    elif _by_head(attention):
+        depth = getattr(attention, "val_dim", channels)
+        projected = _split(projected, heads)
+        keys, values = projected[..., -depth - channels : -depth], projected[..., -depth:]
+    else:
+        part = heads * channels
+        keys, values = (_split(each, heads) for each in projected[..., -2 * part :].chunk(2, dim=-1))
+    return _normed(attention, _KEY_NORMS, keys), _normed(attention, _VALUE_NORMS, values)
+
+
+def _applied(attention: nn.Module, projection: nn.Module, tokens: Tensor) -> Tensor:
+    """A projection, with the biases that some modules keep beside it."""
+    if any(isinstance(module, nn.Conv2d) for module in projection.modules()):
+        return projection(tokens.mT.unsqueeze(-1)).squeeze(-1).mT
+    projected = projection(tokens)
+    biases: list[Any] = [getattr(attention, name, None) for name in ("q_bias", "k_bias", "v_bias")]
+    if all(isinstance(bias, Tensor) for bias in biases):
+        projected = projected + torch.cat(biases)
+    return projected
+
+
+def _by_head(attention: nn.Module) -> bool:
+    """Whether queries, keys and values stand side by side in every head, and not every head in each of them."""
+    sizes = (getattr(attention, name, None) for name in ("key_dim", "val_dim"))
+    return bool(getattr(attention, "head_first", False)) or all(isinstance(size, int) for size in sizes)
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    """(images, tokens, channels) to (images, heads, tokens, channels of a head)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _normed(attention: nn.Module, names: tuple[str, ...], x: Tensor) -> Tensor:
+    """Heads, after a norm that the module has for them, of one head's channels or of all."""
+    found = (getattr(attention, name, None) for name in names)
+    norm: Any = next((each for each in found if each is not None), None)
+    if norm is None:
+        return x
+    shape = getattr(norm, "normalized_shape", None)
+    weight = getattr(norm, "weight", None)
+    size = shape[-1] if shape else x.shape[-1] if weight is None else weight.shape[-1]
+    if size == x.shape[-1]:
+        return norm(x)
+    return _split(norm(x.transpose(1, 2).flatten(2)), x.shape[1])
+
+
+def spread(pair: Pair, like: Tensor, heads: int) -> Pair:
+    """Heads of images, as the windows of a module have theirs.
+
+    Args:
+        pair: (images, heads, tokens, channels of a head) each.
+        like: a module's keys: (windows, heads, ...), (windows x heads, ...), or (images, heads, windows, ...) with the
+            heads also after the windows; windows of an image are neighbours.
+        heads: how many there are.
+
+    Raises:
+        ValueError: the module's keys lie in another way.
+    """
+    images = pair[0].shape[0]
+    lead = tuple(like.shape[:-2])
+    where = f"keys of shape {tuple(like.shape)}, for {images} images and {heads} heads"
+    if pair[0].shape[1] != heads or pair[0].shape[-1] != like.shape[-1]:
+        raise ValueError(f"Keys of shape {tuple(pair[0].shape)} cannot join {where}.")
+    if len(lead) == 1 and lead[0] % (images * heads) == 0:
+        windows = lead[0] // (images * heads)
+        keys, values = (x.repeat_interleave(windows, dim=0).flatten(0, 1) for x in pair)
+    elif len(lead) == 2 and lead[1] == heads and lead[0] % images == 0:
+        keys, values = (x.repeat_interleave(lead[0] // images, dim=0) for x in pair)
+    elif len(lead) == 3 and lead[0] == images and heads in lead[1:]:
+        dim = 2 if lead[1] == heads else 1
+        if lead[1] == lead[2] and lead[1] > 1:
+            dim = 2 if like.stride(1) < like.stride(2) else 1  # heads are neighbouring channels, windows are not
+        keys, values = (x.unsqueeze(dim).expand(*lead, *x.shape[-2:]) for x in pair)
+    else:
+        raise ValueError(f"It is not known how heads and windows lie in {where}.")
+    return keys, values
+
+
+def why_not_alone(attention: nn.Module) -> str | None:
+    """Why a module cannot be called with other tokens than its own, without position; None if it can."""
+    known = (_ROTATION, "resolution", "key", "value", "k", "v")
+    parameters = list(inspect.signature(type(attention).forward).parameters.values())[2:]
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    for parameter in parameters:
+        needed = parameter.default is inspect.Parameter.empty and parameter.kind not in kinds
+        if needed and parameter.name not in known:
+            return f"the forward of {type(attention).__name__} needs {parameter.name}"
+    return None
+
+
+def alone(attention: nn.Module, tokens: Tensor, interface: bool) -> Tensor:
+    """What a module answers to tokens that have no position: no bias and no rotation is for them.
+
+    Args:
+        attention: the module.
+        tokens: (sequences, tokens, channels), as the module reads its own.
+        interface: whether it computes attention through transformers' interface.
+    """
+    names = list(inspect.signature(type(attention).forward).parameters)
+    batch_first = getattr(attention, "batch_first", True)
+    x = tokens if batch_first else tokens.transpose(0, 1)
+    kwargs: dict[str, Any] = {}
+    if _ROTATION in names:
+        none = x.new_zeros(0, getattr(attention, "head_dim", 1))
+        kwargs[_ROTATION] = (none, none)
+    if "resolution" in names:
+        kwargs["resolution"] = (0, 0)
+    if "need_weights" in names:
+        kwargs["need_weights"] = False
+    args = (x, x, x) if {"key", "value"} <= set(names) else (x,)
+    # not through its hooks, which are for its own tokens
+    forward: Callable[..., Any] = partial(type(attention).forward, attention)
+    output = (
+        forward(*args, **kwargs) if interface else watched(attention, NO_ACTS, forward, args, kwargs, placed=False)
+    )
+    output = output[0] if isinstance(output, tuple) else output
+    return output if batch_first else output.transpose(0, 1)
