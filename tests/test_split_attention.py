@@ -19,8 +19,8 @@ from hf_visual_peft import (
     VPTConfig,
     find_backbone,
     merge_attention,
+    split_attention,
 )
-from hf_visual_peft.backbones import split_attention
 from hf_visual_peft.coverage.models import MODELS
 
 
