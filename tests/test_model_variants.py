@@ -153,7 +153,7 @@ def test_bit_as_a_backbone_and_under_a_transformer():
     hybrid = tf.DPTForDepthEstimation(config)
     backbone = hvp.find_backbone(hybrid)
     assert (backbone.class_name, backbone.patch_embedding) == ("DPTModel", ("dpt.embeddings.projection",))
-    adapted = stirred(hybrid, hvp.AdaptFormerConfig(r=4))
+    adapted = stirred(hybrid, hvp.AdaptFormerConfig(r=4, modules_to_save=backbone.heads))
     adapted(pixel_values=torch.randn(1, 3, 64, 64)).predicted_depth.sum().backward()
     assert all(p.grad is not None for n, p in adapted.named_parameters() if ".adaptformer_" in n)
 
@@ -430,5 +430,5 @@ def test_a_model_without_a_table_is_told_what_to_do(make, tower, like):
 def test_several_towers():
     with torch.device("meta"):
         model = nn.ModuleDict({name: tf.ViTModel(tf.ViTConfig()) for name in ("left", "right")})
-    with pytest.raises(hvp.BackboneError, match=r"model.left = get_peft_model\(model.left, config\)"):
+    with pytest.raises(hvp.BackboneError, match=r"'left' \(ViTModel\), 'right' .* backbone='left' in the config"):
         get_peft_model(model, hvp.VPTConfig())

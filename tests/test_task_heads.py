@@ -1,4 +1,4 @@
-"""Task heads that no table names: found by where they stand, with a word about it."""
+"""Task heads that no table names: found by looking at the model, with a word about it where that is not certain."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import nn
 import hf_visual_peft as hvp
 from hf_visual_peft.backbones.architectures import table
 from hf_visual_peft.backbones.architectures.table import _HEADS
+from hf_visual_peft.backbones.task_heads import heads_around
 from hf_visual_peft.coverage.dense import DETR
+from hf_visual_peft.coverage.models import MODELS
 
 
 VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -77,6 +79,7 @@ TASKS = {
     "gemma3": (_gemma, ("score",)),
     "oneformer": (_oneformer, ("model.transformer_module.decoder.class_embed",)),
 }
+OF_LABELS = {"mobilevit", "gemma3", "oneformer"}  # with a row for each label, which leaves no doubt
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -85,16 +88,17 @@ def test_heads_of_task_models_are_found_by_structure(name):
     model = build()
     backbone = hvp.find_backbone(model)
     assert set(expected) == set(backbone.heads)
-    assert TAKEN in backbone.head_note
-    assert repr(backbone.heads[0]) in backbone.head_note
-    assert "modules_to_save" in backbone.head_note
+    if name in OF_LABELS:
+        assert not backbone.head_note
+    else:
+        assert TAKEN in backbone.head_note
+        assert repr(backbone.heads[0]) in backbone.head_note
+        assert "modules_to_save" in backbone.head_note
     assert backbone.dense == (name != "gemma3")
 
 
-@pytest.mark.usefixtures("_tables")
 def test_of_two_heads_with_one_weight_the_one_that_is_called():
     """RT-DETR's kind holds its heads twice and reads those in the decoder."""
-    table._HEADS.pop("RTDetrV2ForObjectDetection")
     stages = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}
     config = tf.RTDetrV2Config(
         backbone_config=tf.RTDetrResNetConfig(embedding_size=8, **stages, out_indices=[2, 3, 4]),
@@ -111,7 +115,7 @@ def test_of_two_heads_with_one_weight_the_one_that_is_called():
     assert set(heads) == {*both, "model.enc_score_head"}
 
 
-@pytest.mark.parametrize("name", ["masked_vit", "mobilevit", "depth_anything"])
+@pytest.mark.parametrize("name", ["masked_vit", "mae", "depth_anything"])
 @pytest.mark.parametrize("config", [hvp.SSFConfig, LoraConfig])
 def test_found_heads_train_with_one_line_about_it(name, config):
     build, expected = TASKS[name]
@@ -131,11 +135,10 @@ def test_who_names_modules_is_told_nothing(chosen, recwarn):
     assert any("decoder" in n for n, p in model.named_parameters() if p.requires_grad) == bool(chosen)
 
 
-def test_known_heads_are_taken_in_silence(recwarn):
-    """What tables name."""
+def test_certain_heads_are_taken_in_silence(recwarn):
+    """What tables or users name, and what has a row for each label."""
     get_peft_model(FAMILIES["vit"].model(), hvp.SSFConfig())
-    adapted = get_peft_model(_owlv2(), hvp.SSFConfig())
-    assert adapted.peft_config["default"].modules_to_save == ["class_head", "box_head"]
+    get_peft_model(MODELS["segformer_segmentation"].build(), hvp.SSFConfig())
     bare = get_peft_model(FAMILIES["vit"].backbone(), hvp.SSFConfig())
     assert bare.peft_config["default"].modules_to_save is None
     assert not [each for each in recwarn if "head" in str(each.message)]
@@ -250,3 +253,62 @@ def test_base_models_need_no_head(make):
         model = make()
     backbone = hvp.find_backbone(model)
     assert (backbone.heads, backbone.head_note) == ((), "")
+
+
+DENSE = {
+    "segformer_segmentation": ("decode_head",),
+    "upernet_swin": ("decode_head",),
+    "mask2former_swin": ("class_predictor",),
+    "maskformer_swin": ("class_predictor", "mask_embedder"),
+    "beit_segmentation": ("fpn", "decode_head", "auxiliary_head"),
+    "detr_resnet": ("class_labels_classifier", "bbox_predictor"),
+    # the class for detection puts them into its base model
+    "rt_detr_resnet": ("model.decoder.class_embed.0", "model.decoder.bbox_embed.0", "model.enc_score_head"),
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_heads_of_dense_models_are_what_the_task_adds_to_its_base_model(name):
+    backbone = hvp.find_backbone(MODELS[name].build())
+    assert (backbone.heads, backbone.dense, backbone.head_note) == (DENSE[name], True, "")
+
+
+@pytest.mark.usefixtures("_tables")
+def test_heads_that_a_user_registers_come_before_all_else():
+    model = _owlv2()
+    found = hvp.find_backbone(model)
+    assert found.heads == ("class_head", "box_head", "objectness_head")
+    assert TAKEN in found.head_note
+    hvp.register_heads("Owlv2ForObjectDetection", ("box_head",))
+    registered = hvp.find_backbone(model)
+    assert (registered.heads, registered.head_note) == (("box_head",), "")
+
+
+TIMM = [
+    *("test_vit", "deit_tiny_distilled_patch16_224", "test_resnet", "test_convnext"),
+    *("test_coatnet", "vit_tiny_patch16_dinov3_qkvb", "repvit_m1", "levit_128s", "volo_d1_224"),
+    *("test_efficientnet", "test_nfnet", "legacy_seresnet18", "efficientvim_m1"),
+]
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_heads_of_timm_are_what_another_number_of_classes_changes(name):
+    """Whether the model has a table or none."""
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        model, other, without = (timm.create_model(name, num_classes=count) for count in (3, 7, 0))
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    changed = {n.rpartition(".")[0] for n, p in other.named_parameters() if shapes[n] != p.shape}
+    no_names = hvp.Architecture(backbones=("Any",), blocks="blocks", patch_embedding=(), heads=())
+    found = heads_around(model, "", no_names)
+    assert set(found.paths) == changed
+    assert (found.note, found.dense) == ("", False)
+    assert heads_around(without, "", no_names).paths == ()
+    held = nn.ModuleDict({"net": model})
+    assert set(heads_around(held, "net", no_names).paths) == {f"net.{path}" for path in changed}
+
+
+def test_a_model_of_timm_that_was_not_made_by_name_tells_its_head():
+    timm = pytest.importorskip("timm")
+    model = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=3)
+    assert hvp.find_backbone(model).heads == ("head",)

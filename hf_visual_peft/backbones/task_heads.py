@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .architectures import Architecture, heads_of
-from .paths import is_in, join, original, trainable
+from .paths import is_in, join, lookup, original, trainable
 
 
 _LIBRARIES = ("open_clip", "timm", "torchvision", "transformers")
@@ -51,16 +52,16 @@ def announce(note: str) -> None:
 def heads_around(model: nn.Module, path: str, table: Architecture) -> TaskHeads:
     """The heads of the nearest model around a backbone that has any, or of the backbone.
 
-    Those that a table names, by the model's class or by the backbone's. Else, in a class of transformers for a task,
-    what it has beside its base model, and what has a row for each label; in a module of the user's own all that stands
-    beside the backbone and is no pretrained model of its own.
+    What the user has registered, or a table names, counts as it is. Else, in a class of transformers for a task: what
+    it has beside its base model or adds to it, and what has a row for each label. In a model of timm: its classifier.
+    In a module of the user's own: all that stands beside the backbone and is no pretrained model of its own.
 
     Args:
         model: the whole model.
         path: name of the backbone in it.
         table: of the backbone.
     """
-    own = trainable(model, path, table.own_heads)
+    own = _own_heads(model, path, table)
     searched: list[nn.Module] = []
     holders = list(_holders(path))
     for index, outer in enumerate(holders):
@@ -69,8 +70,9 @@ def heads_around(model: nn.Module, path: str, table: Architecture) -> TaskHeads:
         if registered == ():
             return TaskHeads()
         known = trainable(model, outer, registered or table.heads)
+        of_labels: tuple[str, ...] = ()
         if _is_of_library(module):
-            found = () if known or own else _of_task_model(model, outer, path)
+            found, of_labels = ((), ()) if known or own else _of_task_model(model, outer, path)
             searched += [module] if _has_task(module) else []
         else:
             found = () if registered and known else tuple(_beside(model, outer, path))
@@ -84,7 +86,7 @@ def heads_around(model: nn.Module, path: str, table: Architecture) -> TaskHeads:
                 f"No table names the task head of {type(module).__name__}. {_listed(found)}: trained with the "
                 f"adapter, as what is new beside {beside}; {_OTHERWISE}.{_unnamed(model, parts, found)}"
             )
-            return TaskHeads(found, _is_dense(model, module, found), known=False, note=note)
+            return TaskHeads(found, _is_dense(model, module, found), known=False, note="" if of_labels else note)
         if known:
             note = _left_out(model, path, holders[index + 1 :], known)
             return TaskHeads(known, bool(registered), of_library=_is_of_library(module), note=note)
@@ -98,6 +100,21 @@ def heads_around(model: nn.Module, path: str, table: Architecture) -> TaskHeads:
         f"modules_to_save (for all adapters: hf_visual_peft.register_heads({name!r}, ...)), or set it to []."
     )
     return TaskHeads(known=False, missing_in=name, note=note)
+
+
+def _own_heads(model: nn.Module, path: str, table: Architecture) -> tuple[str, ...]:
+    """Heads that are part of the backbone: those of its table, or those that a model of timm tells."""
+    known = trainable(model, path, table.own_heads)
+    backbone: Any = original(model.get_submodule(path))
+    if known or not isinstance(getattr(backbone, "get_classifier", None), MethodType):
+        return known
+    told = (getattr(backbone, "pretrained_cfg", None) or {}).get("classifier") or ()
+    found = trainable(model, path, [told] if isinstance(told, str) else told)
+    if found:
+        return found
+    heads = backbone.get_classifier()
+    heads = set(heads) if isinstance(heads, list | tuple) else {heads}
+    return trainable(model, path, [name for name, module in backbone.named_modules() if module in heads])
 
 
 def _holders(path: str) -> Iterator[str]:
@@ -132,16 +149,64 @@ def _has_task(module: nn.Module) -> bool:
     return isinstance(module, PreTrainedModel) and re.search("For[A-Z]", type(module).__name__) is not None
 
 
-def _of_task_model(model: nn.Module, outer: str, path: str) -> tuple[str, ...]:
-    """Heads of a model of transformers."""
+def _of_task_model(model: nn.Module, outer: str, path: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Heads of a model of transformers, and those modules of them that have a row for each label."""
     module: Any = model.get_submodule(outer)
     if not _has_task(module) or module.get_output_embeddings() is not None:  # its head is that of a language model
-        return ()
+        return (), ()
     inner = path.removeprefix(f"{outer}.").partition(".")[0]
-    base = getattr(module, module.base_model_prefix, None) if module.base_model_prefix else None
+    prefix = module.base_model_prefix
+    base = getattr(module, prefix, None) if prefix else None
     composed = hasattr(getattr(module, inner), "out_features")  # of a backbone for maps and what reads these
-    beside = _beside(model, outer, path) if composed or base is getattr(module, inner) else []
-    return _nameable(model, [*beside, *_with_labels(model, outer, path)])
+    beside: list[str] = []
+    if composed or base is getattr(module, inner):
+        beside = _beside(model, outer, path)
+        own = {id(parameter) for name in beside for parameter in model.get_submodule(name).parameters()}
+        added = _added_to(model, join(outer, prefix), path)
+        beside += [n for n in added if not all(id(p) in own for p in model.get_submodule(n).parameters())]
+    labels = _with_labels(model, outer, path)
+    return _nameable(model, [*beside, *labels]), tuple(labels)
+
+
+def _added_to(model: nn.Module, base: str, path: str) -> list[str]:
+    """Names of the modules that a class for a task has put into its base model, as RT-DETR the heads of its decoder.
+
+    A second base model is made, on the meta device, and compared.
+    """
+    if not isinstance(lookup(model, base), PreTrainedModel) or base == path:
+        return []
+    module: Any = original(model.get_submodule(base))
+    other = _on_meta(type(module), module.config)
+    if other is None:
+        return []
+    there = {name for name, _ in other.named_parameters(remove_duplicate=False)}
+    names = [_plain(name) for name, _ in module.named_parameters(remove_duplicate=False)]
+    added = {join(base, name): None for name in names if name not in there}
+    found: dict[str, None] = {}
+    for name in added:
+        outermost, around = "", name.rpartition(".")[0]
+        while is_in(around, base) and around != base and not is_in(path, around):
+            inside = model.get_submodule(around).named_parameters(remove_duplicate=False)
+            if not all(join(around, _plain(each)) in added for each, _ in inside):
+                break
+            outermost, around = around, around.rpartition(".")[0]
+        if outermost:
+            found[outermost] = None
+    return list(found)
+
+
+def _on_meta(kind: type[nn.Module], config: Any) -> nn.Module | None:
+    """Another model of a class, without weights; None where it cannot be made from its config alone."""
+    try:
+        with torch.device("meta"):
+            return kind(copy.deepcopy(config))
+    except Exception:  # it then tells nothing of this kind
+        return None
+
+
+def _plain(name: str) -> str:
+    """The name of a parameter without what adapters have put around its module."""
+    return name.replace(".original_module", "").replace(".base_layer", "")
 
 
 def _beside(model: nn.Module, outer: str, path: str) -> list[str]:
@@ -193,14 +258,15 @@ def _with_labels(model: nn.Module, outer: str, path: str) -> list[str]:
     config = copy.deepcopy(module.config)
     try:
         config.num_labels = module.config.num_labels + 1
-        with torch.device("meta"):
-            other = type(module)(config)
-    except Exception:  # a class that cannot be made from its config alone tells nothing of this kind
+    except Exception:  # a config without labels
+        return []
+    other = _on_meta(type(module), config)
+    if other is None:
         return []
     shapes = {name: parameter.shape for name, parameter in other.named_parameters(remove_duplicate=False)}
     names: dict[str, None] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        plain = name.replace(".original_module", "").replace(".base_layer", "")
+        plain = _plain(name)
         owner = join(outer, plain.rpartition(".")[0])
         if shapes.get(plain, parameter.shape) == parameter.shape or is_in(owner, path) or owner == outer:
             continue
@@ -209,7 +275,7 @@ def _with_labels(model: nn.Module, outer: str, path: str) -> list[str]:
     return list(names)
 
 
-def _nameable(model: nn.Module, paths: Iterable[str]) -> tuple[str, ...]:
+def _nameable(model: nn.Module, paths: Sequence[str]) -> tuple[str, ...]:
     """The same modules, or their parts, so that peft can copy them: no lists, and no name in which another's ends."""
     found: dict[str, None] = {}
     for path in paths:
@@ -221,6 +287,7 @@ def _nameable(model: nn.Module, paths: Iterable[str]) -> tuple[str, ...]:
             for name, other in model.named_modules()
             if name != path and name.endswith(path) and (is_in(name, path) or any(True for _ in other.parameters()))
         ]
+        others = [name for name in others if not any(is_in(name, each) for each in paths if each != path)]
         inside = [name for name, part in module.named_children() if any(True for _ in part.parameters())]
         if isinstance(module, nn.ModuleList | nn.ModuleDict) or (inside and _clash(model, path, others)):
             for part in _nameable(model, [join(path, name) for name in inside]):

@@ -1,7 +1,6 @@
 """Role tables: which module plays which part in each family of backbones. Data, and the way to add to it."""
 
 from .convolutional import CONVOLUTIONAL
-from .heads import HEADS
 from .hierarchical import HIERARCHICAL
 from .plain import PLAIN
 from .table import (
@@ -22,8 +21,6 @@ from .torch_attention import TORCH_ATTENTION
 
 for _table in (*PLAIN, *HIERARCHICAL, *CONVOLUTIONAL, *TIMM, *TORCH_ATTENTION):
     register_architecture(_table)
-for _model, _heads in HEADS.items():
-    register_heads(_model, _heads)
 
 __all__ = [
     "Architecture",
