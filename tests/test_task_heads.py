@@ -10,7 +10,6 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import hf_visual_peft as hvp
-from hf_visual_peft.backbones.architectures import table
 from hf_visual_peft.backbones.architectures.table import _HEADS
 from hf_visual_peft.backbones.task_heads import heads_around
 from hf_visual_peft.coverage.dense import DETR
@@ -271,6 +270,11 @@ DENSE = {
 def test_heads_of_dense_models_are_what_the_task_adds_to_its_base_model(name):
     backbone = hvp.find_backbone(MODELS[name].build())
     assert (backbone.heads, backbone.dense, backbone.head_note) == (DENSE[name], True, "")
+
+
+def test_a_head_that_holds_one_of_its_name_is_named_by_its_parts():
+    """peft would copy both, the one inside the other."""
+    assert hvp.find_backbone(MODELS["dpt_depth"].build()).heads == ("neck", "head.head")
 
 
 @pytest.mark.usefixtures("_tables")
