@@ -300,7 +300,9 @@ def _nameable(model: nn.Module, paths: Sequence[str]) -> tuple[str, ...]:
 def _clash(model: nn.Module, path: str, others: Iterable[str]) -> bool:
     """Whether peft would copy other modules by this name: those inside it, and those with parameters of their own."""
     own = {id(p) for p in model.get_submodule(path).parameters()}
-    return any(is_in(other, path) or {id(p) for p in model.get_submodule(other).parameters()} != own for other in others)
+    return any(
+        is_in(other, path) or {id(p) for p in model.get_submodule(other).parameters()} != own for other in others
+    )
 
 
 def _is_dense(model: nn.Module, holder: nn.Module, paths: Sequence[str]) -> bool:
