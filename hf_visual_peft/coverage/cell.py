@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import tempfile
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,15 +20,17 @@ from ..backbones.frozen_norms import freeze_norms
 from ..core.calibration import calibrate
 from ..core.registry import Method
 from ..peft_methods.methods import PeftMethod
-from .sizes import small_config, small_config_of_peft
+from .sizes import small_config_for
 from .tiny import Size, TinyModel
 
 
 Status = Literal["works", "not applicable", "skipped", "fails"]
 
 TOLERANCE = 1e-5  # of the output's scale, for a merged model in float32
+LEAST = 1e-5  # of the output's scale, by which a step of an adapter alone moves it
 FRAMES = 2
 STEP = 0.1  # length of a training step, whatever the gradient's: random models have tiny and huge ones
+_PACKAGE = __name__.partition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,21 @@ def first_sentence(message: str) -> str:
     return re.split(r"\.(?=\s|$)", " ".join(message.split()), maxsplit=1)[0]
 
 
-def broken(error: Exception) -> str:
+def broken(error: BaseException) -> str:
     """An unexpected exception in a few words."""
     return f"{type(error).__name__}: {first_sentence(str(error))[:300]}"
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether this library refused something: a `ValueError` that its own code raised."""
+    last = list(traceback.walk_tb(error.__traceback__))[-1:]
+    where = [frame.f_globals.get("__name__", "") for frame, _ in last]
+    return isinstance(error, ValueError) and any(name.startswith(f"{_PACKAGE}.") for name in where)
+
+
+def what_went_wrong(error: BaseException) -> str:
+    """What this library says where it refuses, in a sentence; any other exception in a few words."""
+    return first_sentence(str(error)) if is_ours(error) else broken(error)
 
 
 def tensors_of(output: Any) -> list[Tensor]:
@@ -153,13 +168,15 @@ def mean_over_frames(base: nn.Module, batch: int, before_norms: bool) -> Iterato
             handle.remove()
 
 
-def run_cell(method: Method | PeftMethod, tiny: TinyModel, base: nn.Module) -> Cell:
+def run_cell(method: Method | PeftMethod, tiny: TinyModel, base: nn.Module, alone: bool = False) -> Cell:
     """Adapt, train a step, switch off, save, load, merge, and take another image size.
 
     Args:
         method: to try, on a copy of the model.
         tiny: the architecture.
         base: a model of it that was never called, as `tiny.model()` makes one.
+        alone: whether the adapter trains without the task head, and has to move the output by itself; the cell then
+            fails of what others than this library refuse.
 
     Returns:
         What came of it. Only a `ValueError` that `get_peft_model` or `calibrate` raises makes a cell not applicable;
@@ -168,28 +185,47 @@ def run_cell(method: Method | PeftMethod, tiny: TinyModel, base: nn.Module) -> C
     torch.manual_seed(2)
     stage = ["adapting"]
     try:
-        return Cell("works", _live(method, tiny, base, stage))
+        return Cell("works", _live(method, tiny, base, stage, alone))
     except _Refusal as refusal:
+        if alone and refusal.__cause__ is not None and not is_ours(refusal.__cause__):
+            return Cell("fails", f"{stage[-1]}: {broken(refusal.__cause__)}")
         return Cell("not applicable", first_sentence(str(refusal)))
     except _Check as check:
         return Cell("fails", f"{stage[-1]}: {check}")
     except Exception as error:  # whatever breaks in any method must become a cell, and the others go on
-        if isinstance(method, PeftMethod):
+        if isinstance(method, PeftMethod) and not alone:
             return Cell("not applicable", f"peft, {stage[-1]}: {broken(error)}")
         return Cell("fails", f"{stage[-1]}: {broken(error)}")
 
 
-def _live(method: Method | PeftMethod, tiny: TinyModel, base: nn.Module, stage: list[str]) -> str:
+def accept(method: Method | PeftMethod, model: nn.Module) -> Cell:
+    """Adapt a model, as one on the meta device, and run nothing.
+
+    Returns:
+        A cell that works where nothing refuses, is not applicable where this library does, and else fails.
+    """
+    try:
+        get_peft_model(model, _config(method, model, alone=True))
+    except Exception as error:  # any, see `run_cell`
+        return Cell("not applicable" if is_ours(error) else "fails", what_went_wrong(error))
+    return Cell("works")
+
+
+def _live(method: Method | PeftMethod, tiny: TinyModel, base: nn.Module, stage: list[str], alone: bool) -> str:
     """What a user does with an adapter; the restriction under which all of it works, empty where there is none."""
     subject = _Subject(tiny, method)
-    model = _adapted(method, subject, base)
+    model = _adapted(method, subject, base, alone)
     # frozen as in the adapted model: torch rounds some products by whether a factor requires a gradient
     reference = copy.deepcopy(base).requires_grad_(False)
     before = subject.outputs_of_base(reference)
 
     stage.append("training")
+    started = subject.outputs(model) if alone else []
     _train_a_step(model, subject, method)
     trained = subject.outputs(model)
+    if alone:
+        moved = _distance(trained, started)
+        _require(moved >= LEAST, f"two steps move the output by {moved:.0e} of its scale")
     _require(not _equal(trained, before), "the trained adapter changes nothing")
 
     stage.append("disable_adapter")
@@ -214,7 +250,13 @@ def _live(method: Method | PeftMethod, tiny: TinyModel, base: nn.Module, stage: 
     return restriction
 
 
-def _adapted(method: Method | PeftMethod, subject: _Subject, base: nn.Module) -> PeftModel:
+def _config(method: Method | PeftMethod, model: nn.Module, alone: bool) -> Any:
+    """The config of a method; the task head stays frozen where the adapter is alone and does not train modules."""
+    given: dict[str, Any] = {"modules_to_save": []} if alone and not method.whole_modules else {}
+    return small_config_for(method, model, **given)
+
+
+def _adapted(method: Method | PeftMethod, subject: _Subject, base: nn.Module, alone: bool) -> PeftModel:
     """The model with a random adapter, which has chosen what it trains where its method chooses.
 
     Raises:
@@ -223,13 +265,13 @@ def _adapted(method: Method | PeftMethod, subject: _Subject, base: nn.Module) ->
     try:
         if isinstance(method, PeftMethod):
             try:
-                config = small_config_of_peft(method, base)
+                config = _config(method, base, alone)
             except (KeyError, TypeError, AttributeError) as error:  # of this library's code
                 raise _Check(broken(error)) from error
             model = get_peft_model(copy.deepcopy(base), config)
             freeze_norms(model)
             return model
-        model = get_peft_model(copy.deepcopy(base), small_config(method))
+        model = get_peft_model(copy.deepcopy(base), _config(method, base, alone))
         if method.calibrated:
             batch = _Subject(subject.tiny, method, batch=4).arguments(None) | {"labels": torch.tensor([0, 1, 0, 1])}
             calibrate(model, [batch], max_batches=1, progress=False)

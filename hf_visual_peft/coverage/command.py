@@ -22,6 +22,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the cells there, one a line")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the page docs/coverage.md there")
     parser.add_argument(
+        "--families",
+        type=_names,
+        metavar="A,B",
+        help="instead of tiny models, one real model of every family of timm, transformers, or both; --architectures "
+        "then chooses families, and what stands in the file of --json is not run again",
+    )
+    parser.add_argument(
+        "--names", action="store_true", help="with --families, look for a backbone in every model of a family"
+    )
+    parser.add_argument(
+        "--limit", type=_count, default=120, metavar="SECONDS", help="with --families, for one method on one model"
+    )
+    parser.add_argument(
         "--check", type=Path, metavar="FILE", help="compare with the JSON of an earlier run; a regression is an error"
     )
 
@@ -37,13 +50,19 @@ def run(arguments: argparse.Namespace) -> int:
         OSError: a file cannot be read or written.
         RuntimeError: a process died.
     """
-    from . import report
-    from .matrix import choose_cells, run_matrix
-
     for name in ("json", "markdown"):
         path = getattr(arguments, name)
         if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
             raise ValueError(f"--{name}={path}: choose a file in a folder that exists.")
+    return _run_families(arguments) if arguments.families else _run_matrix(arguments)
+
+
+def _run_matrix(arguments: argparse.Namespace) -> int:
+    from . import report
+    from .matrix import choose_cells, run_matrix
+
+    if arguments.names:
+        raise ValueError("--names counts models of families: give --families, too.")
     before = report.read_json(arguments.check) if arguments.check else None
     cells = choose_cells(arguments.methods, arguments.architectures, arguments.fast)
     matrix = run_matrix(cells, arguments.jobs)
@@ -53,6 +72,36 @@ def run(arguments: argparse.Namespace) -> int:
         write_aside(arguments.markdown, report.to_markdown(matrix))
     print(report.summary(matrix))
     wrong = report.failures(matrix) if before is None else report.regressions(matrix, before)
+    for line in wrong:
+        print(line, file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _run_families(arguments: argparse.Namespace) -> int:
+    from . import family_report
+    from .family_models import LIBRARIES
+    from .family_runs import METHODS, Results, run_families
+
+    unknown = [name for name in arguments.families if name not in LIBRARIES]
+    if unknown:
+        raise ValueError(f"--families has {unknown[0]!r}: valid are {' and '.join(LIBRARIES)}.")
+    for flag in ("fast", "check"):
+        if getattr(arguments, flag):
+            raise ValueError(f"--{flag} is for tiny models: leave it out with --families.")
+    results = Results(arguments.json)
+    run_families(
+        results,
+        arguments.families,
+        arguments.methods or METHODS,
+        arguments.architectures,
+        arguments.names,
+        arguments.jobs or 1,
+        arguments.limit,
+    )
+    if arguments.markdown:
+        write_aside(arguments.markdown, family_report.to_markdown(results))
+    print(family_report.counts(results))
+    wrong = family_report.failures(results.found.values())
     for line in wrong:
         print(line, file=sys.stderr)
     return 1 if wrong else 0

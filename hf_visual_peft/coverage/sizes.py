@@ -56,13 +56,27 @@ def small_fields(config_cls: type, setting: Mapping[str, Any]) -> dict[str, Any]
     return small | {name: field.metadata["tiny"] for name, field in fields.items() if "tiny" in field.metadata}
 
 
-def small_config(method: Method) -> Any:
+def small_config_for(method: Method | PeftMethod, model: nn.Module, **given: Any) -> Any:
+    """The small config of any method.
+
+    Args:
+        method: of this library or of peft.
+        model: that it is for.
+        given: fields that have these values.
+    """
+    if isinstance(method, PeftMethod):
+        return small_config_of_peft(method, model, **given)
+    return small_config(method, **given)
+
+
+def small_config(method: Method, **given: Any) -> Any:
     """The method's usual setting, shrunk to tiny models, with random numbers in every weight of the adapter."""
-    return method.config_cls(**small_fields(method.config_cls, method.counts[0][0]), init_weights=False)
+    small = small_fields(method.config_cls, method.counts[0][0])
+    return method.config_cls(**(small | {"init_weights": False} | given))
 
 
-def small_config_of_peft(method: PeftMethod, model: nn.Module) -> Any:
+def small_config_of_peft(method: PeftMethod, model: nn.Module, **given: Any) -> Any:
     """The same for a method of peft; where its config has no field for random numbers, with those it starts with."""
     names = {field.name for field in dataclasses.fields(method.config_cls)}
     random = {name: False for name in INITIAL_WEIGHTS if name in names}
-    return method.config(model, **(random | SMALL_OF_PEFT.get(method.name, {})))
+    return method.config(model, **(random | SMALL_OF_PEFT.get(method.name, {}) | given))

@@ -1,0 +1,264 @@
+"""The families of models that timm and transformers ship, as these tell them, and models small enough to run.
+
+Nothing is listed here by name. A family is a module file of timm, or a folder of transformers with a model that takes
+pictures. Weights are random; of transformers' configs the defaults count, with few layers and words.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import re
+import types
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..backbones.finding import find_backbone
+from ..backbones.probing import _images as example_of
+from .cell import tensors_of
+from .tiny import TinyModel, images
+
+
+Library = Literal["timm", "transformers"]
+LIBRARIES: tuple[Library, ...] = ("timm", "transformers")
+
+LARGEST = 150_000_000  # parameters of a model that is run; a larger one is adapted on the meta device only
+_SIDES = (64, 96, 128)  # of images that are tried before the size that a model is made for
+_LAYERS, _WORDS = 2, 1024
+# which class of a family stands for it: the first that matches one of these, the whole model before its parts
+_TASKS = ("For(Image|Video)Classification$", "For(?!PreTraining)", "Model$", "")
+
+
+class NotRunnableError(Exception):
+    """The model does not run on pictures alone, with or without an adapter."""
+
+
+@dataclass(frozen=True)
+class FamilyModel(TinyModel):
+    """A model of a family at a size that can be run."""
+
+    def model(self) -> nn.Module:
+        """The model in eval mode with the same random weights every time.
+
+        Weights are moved off their initial values as in a tiny model, by less where more of them are summed, so that a
+        deep network without norms stays finite.
+        """
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
+            model = self.build()
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                summed = parameter[0].numel() if parameter.ndim > 1 and len(parameter) else 1
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(noise.to(parameter.dtype), alpha=0.1 / math.sqrt(summed))
+            self._measure(model)
+        return model.eval()
+
+
+@dataclass(frozen=True)
+class _OfTransformers(FamilyModel):
+    """The same of transformers, called as it takes pictures.
+
+    Attributes:
+        features: whether that is by `get_image_features`, as of models that else need words.
+    """
+
+    features: bool = False
+
+    def call(self, model: nn.Module, arguments: Any) -> Any:
+        """What the model makes of pictures."""
+        return model.get_image_features(**arguments) if self.features else model(**arguments)  # type: ignore[operator]
+
+
+def timm_families() -> dict[str, list[str]]:
+    """Names of timm's models by the module file that they stand in.
+
+    Raises:
+        ModuleNotFoundError: timm is not installed.
+    """
+    timm = importlib.import_module("timm")
+    return {module: timm.list_models(module=module) for module in timm.list_modules()}
+
+
+def transformers_families() -> dict[str, list[str]]:
+    """Names of transformers' models that take pictures, by their folder; that which stands for it comes first."""
+    root = importlib.import_module("transformers.models")
+    families: dict[str, list[str]] = {}
+    for file in sorted(Path(next(iter(root.__path__))).glob("*/modeling_*.py")):
+        if "pixel_values" not in file.read_text(encoding="utf-8"):
+            continue
+        try:
+            module = importlib.import_module(f"{root.__name__}.{file.parent.name}.{file.stem}")
+        except ImportError:  # of a package that this family needs and this environment lacks
+            continue
+        families.setdefault(file.parent.name, []).extend(_with_pictures(module))
+    return {name: sorted(classes, key=_rank) for name, classes in families.items() if classes}
+
+
+def _with_pictures(module: types.ModuleType) -> Iterator[str]:
+    for name in getattr(module, "__all__", ()):
+        cls = getattr(module, name)
+        is_model = inspect.isclass(cls) and issubclass(cls, PreTrainedModel) and not name.endswith("PreTrainedModel")
+        if is_model and any("pixel_values" in each for each in inspect.signature(cls.forward).parameters):
+            yield f"{module.__name__}.{name}"
+
+
+def _rank(path: str) -> tuple[bool, int, str]:
+    module, _, name = path.rpartition(".")
+    main = str(getattr(importlib.import_module(module), name).main_input_name)
+    task = next(index for index, pattern in enumerate(_TASKS) if re.search(pattern, name))
+    return ("pixel_values" not in main and task > 1, task, name)
+
+
+def parameters_of(library: Library, name: str) -> int:
+    """Number of a model's parameters, counted on the meta device."""
+    return count(on_meta(library, name))
+
+
+def count(model: nn.Module) -> int:
+    """Number of a model's parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def on_meta(library: Library, name: str) -> nn.Module:
+    """A model without weights: of timm as it is, of transformers shrunken where that can be built."""
+    with torch.device("meta"):
+        return next(_built(builders(library, name)))
+
+
+def builders(library: Library, name: str) -> list[Callable[[], nn.Module]]:
+    """Ways to build a model with random weights, the smallest first."""
+    if library == "timm":
+        return [lambda: _of_timm(name)]
+    module, _, cls_name = name.rpartition(".")
+    cls = getattr(importlib.import_module(module), cls_name)
+    return [lambda: cls(shrunken(cls.config_class)), lambda: cls(cls.config_class())]
+
+
+def _of_timm(name: str, **fields: Any) -> nn.Module:
+    return importlib.import_module("timm").create_model(name, pretrained=False, num_classes=3, **fields)
+
+
+def _built(ways: Iterable[Callable[[], nn.Module]]) -> Iterator[nn.Module]:
+    """The models that can be built.
+
+    Raises:
+        NotRunnableError: none can.
+    """
+    reason = "it has no way to be built"
+    none = True
+    for build in ways:
+        try:
+            model = build()
+        except Exception as error:  # any: what a library's default config lacks is its own affair
+            reason = f"{type(error).__name__}: {error}"
+            continue
+        none = False
+        yield model
+    if none:
+        raise NotRunnableError(f"its default config builds no model ({' '.join(reason.split())[:200]})")
+
+
+def shrunken(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
+    """The default config with two layers a stack and few words, in all its parts."""
+    return config_class(**_smaller(config_class()))
+
+
+def _smaller(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields that differ, to be given to the config's class, which makes what follows from them anew."""
+    fields: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            part = _smaller(value)
+            if part:
+                fields[name] = {"model_type": value.model_type, **part}
+        elif isinstance(value, int) and value > _LAYERS and re.search(r"(layers|^depth|_depth)$", name):
+            fields[name] = _LAYERS
+        elif name == "vocab_size" and isinstance(value, int) and value > _WORDS:
+            special = [n for key, n in vars(config).items() if key.endswith("token_id") and isinstance(n, int)]
+            fields[name] = max(_WORDS, *(n + 1 for n in special if n < value), 0)
+    return fields
+
+
+def runnable(library: Library, name: str) -> FamilyModel:
+    """A model of a size that can be run, with pictures for it.
+
+    Raises:
+        NotRunnableError: it is too large, or does not run on pictures alone; the message says which.
+    """
+    size = parameters_of(library, name)
+    if size > LARGEST:
+        raise NotRunnableError(f"{size / 1e6:,.0f} M parameters")
+    ways = list(_timm_ways(name)) if library == "timm" else list(_transformers_ways(name))
+    reason = ""
+    for tiny in ways:
+        try:
+            found = tensors_of(tiny.call(model := tiny.build().eval(), tiny.arguments(2)))
+        except Exception as error:  # any: a size or a way that this model does not take
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            continue
+        del model
+        if found and all(tensor.isfinite().all() for tensor in found) and any(map(_differs, found)):
+            return tiny
+        reason = reason or "its output does not depend on the picture"
+    raise NotRunnableError(reason)
+
+
+def _differs(output: Tensor) -> bool:
+    return bool(output.ndim and not torch.equal(output[0], output[-1]))
+
+
+def _timm_ways(name: str) -> Iterator[FamilyModel]:
+    """With small images, where the model takes these; else as it is made."""
+    channels, *made_for = importlib.import_module("timm").get_pretrained_cfg(name).input_size
+    for side, resized in (
+        (side, resized) for side in (*_SIDES, 0) for resized in ((False, True) if side else (False,))
+    ):
+        fields = {"img_size": side} if resized else {}
+        yield FamilyModel(
+            name,
+            "timm",
+            lambda fields=fields: _of_timm(name, **fields),  # type: ignore[misc]
+            size=(side, side) if side else tuple(made_for),
+            inputs=lambda batch, size: images(batch, size, channels),
+            positional=True,
+        )
+
+
+def _transformers_ways(name: str) -> Iterator[FamilyModel]:
+    """Shrunken or not, called with pictures or asked for their features."""
+    for build in builders("transformers", name):
+        try:
+            with torch.device("meta"):
+                model = build()
+            tower = model.get_submodule(find_backbone(model).path)
+            example = example_of(tower)
+        except Exception:  # any: this way tells nothing, the next may
+            continue
+        for features in (False, True) if hasattr(model, "get_image_features") else (False,):
+            yield _OfTransformers(
+                name,
+                "dense",
+                build,
+                inputs=lambda batch, size, example=example: _more(example, batch),  # type: ignore[misc]
+                features=features,
+            )
+
+
+def _more(example: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
+    """As many pictures as that, random ones, the same every time."""
+    generator = torch.Generator().manual_seed(batch)
+    return {
+        key: torch.randn(batch, *value.shape[1:], generator=generator)
+        if value.is_floating_point()
+        else value.expand(batch, *value.shape[1:]).clone()
+        for key, value in example.items()
+    }

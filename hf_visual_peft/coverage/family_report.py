@@ -1,0 +1,128 @@
+"""What came of families as a page: counts, a row a family, and reasons."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from ..cli.tables import format_table
+from .cell import Status
+from .family_models import LIBRARIES, Library
+from .family_runs import BACKBONE, METHODS, SIZE, Result, Results
+
+
+COMMAND = (
+    "hf-visual-peft coverage --families timm,transformers --names --json families.jsonl --markdown docs/families.md"
+)
+_SIGNS: dict[Status, str] = {"works": "✓", "skipped": "·", "not applicable": "-", "fails": "✗"}
+_WORDS: dict[Status, str] = {
+    "works": "works", "skipped": "not run", "not applicable": "refused", "fails": "fails"
+}  # fmt: skip
+_INTRODUCTION = f"""# On which families of models a method works
+
+Written by `{COMMAND}`; do not edit.
+
+Nothing is named by hand, neither models nor modules. A family is a module file of timm, for which its smallest model
+stands, or a folder of transformers with a model that takes pictures, for which one of its classes stands, built from
+its default config with two layers and few words. Weights are random. *Works* means that two steps on the adapter alone
+move the output by at least 1e-5 of its scale, that `disable_adapter` gives the base model's output to the bit and the
+saved adapter on a fresh base the same output to the bit, and that merging in double precision, where the method can be
+merged, keeps the output to 1e-5. For `linearprobe` it means that a task head was found and trains.
+"""
+_LEGEND = (
+    "✓ works, · accepted and not run, - refused, ✗ fails. A number is that of the reason or, where a method works, of a "
+    "restriction; the reasons are below the tables."
+)
+
+
+def failures(results: Iterable[Result]) -> list[str]:
+    """The results that are faults, a line each."""
+    return [
+        f"{result.library}, {result.family}: {result.item} on {_short(result.model)}: {result.reason}"
+        for result in results
+        if result.status == "fails"
+    ]
+
+
+def counts(results: Results) -> str:
+    """How many families each method works on, and how many models have a backbone that was found."""
+    parts = []
+    for library in LIBRARIES:
+        rows = _rows(results, library)
+        if not rows:
+            continue
+        lines = []
+        for item in _items(rows):
+            count = Counter(cells[item].status for cells in rows.values() if item in cells)
+            name = "backbone found" if item == BACKBONE else item
+            lines.append([name, *(str(count[status]) for status in _SIGNS), str(sum(count.values()))])
+        header = [library, *_WORDS.values(), "families"]
+        parts.append(format_table(header, lines, right=header[1:]))
+        asked = [each for each in results.found.values() if each.library == library and each.item == BACKBONE]
+        found = sum(each.status == "works" for each in asked)
+        some = len({each.family for each in asked if each.status == "works"})
+        parts.append(
+            f"A backbone is found in {found:,} of {len(asked):,} models of {library} that were asked, of {some} of "
+            f"{len({each.family for each in asked})} families."
+        )
+    return "\n\n".join(parts)
+
+
+def to_markdown(results: Results) -> str:
+    """The page."""
+    reasons: dict[str, int] = {}
+    parts = [_INTRODUCTION, counts(results) + "\n", _LEGEND + "\n"]
+    for library in LIBRARIES:
+        rows = _rows(results, library)
+        items = _items(rows)
+        lines = [
+            [family, _short(next(iter(cells.values())).model), *(_shown(cells.get(item), reasons) for item in items)]
+            for family, cells in sorted(rows.items())
+        ]
+        if lines:
+            parts.append(f"## {library}\n\n{format_table(['family', 'model', *items], lines)}\n")
+    if reasons:
+        parts.append("## Reasons\n\n" + "\n".join(f"{number}. {reason}" for reason, number in reasons.items()) + "\n")
+    return "\n".join(parts)
+
+
+def _shown(result: Result | None, reasons: dict[str, int]) -> str:
+    if result is None:
+        return ""
+    said = _without_names(result)
+    number = f" {reasons.setdefault(said, len(reasons) + 1)}" if said else ""
+    return _SIGNS[result.status] + number
+
+
+def _without_names(result: Result) -> str:
+    """The reason without which config and class it is about, which the row and column tell."""
+    before, colon, after = result.reason.partition(": ")
+    return (
+        after
+        if colon and result.status == "not applicable" and " " not in before.split(" does not fit ")[0]
+        else result.reason
+    )
+
+
+def _rows(results: Results, library: Library) -> dict[str, dict[str, Result]]:
+    """Results of the models that methods were tried on, by family and item."""
+    tried = {
+        (each.family, each.model)
+        for each in results.found.values()
+        if each.library == library and each.item not in (SIZE, BACKBONE)
+    }
+    rows: dict[str, dict[str, Result]] = {}
+    for each in results.found.values():
+        if (each.family, each.model) in tried and each.library == library and each.item != SIZE:
+            rows.setdefault(each.family, {})[each.item] = each
+    return rows
+
+
+def _items(rows: dict[str, dict[str, Result]]) -> Sequence[str]:
+    asked = {item for cells in rows.values() for item in cells}
+    usual = [item for item in (BACKBONE, *METHODS) if item in asked]
+    return [*usual, *sorted(asked - set(usual))]
+
+
+def _short(model: str) -> str:
+    return model.rpartition(".")[2]

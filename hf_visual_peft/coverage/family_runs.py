@@ -1,0 +1,326 @@
+"""Cells of families: run in processes with a limit of time, written as they come, and not run twice."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..backbones.finding import find_backbone
+from ..peft_methods.methods import any_method
+from .cell import Cell, Status, accept, is_ours, run_cell, what_went_wrong
+from .family_models import (
+    Library,
+    NotRunnableError,
+    count,
+    on_meta,
+    parameters_of,
+    runnable,
+    timm_families,
+    transformers_families,
+)
+from .tiny import TinyModel
+
+
+# methods of every kind: branches, prompts, scales, convolutions, side network, biases, factors, norms, linears, head
+METHODS = ("adaptformer", "vpt", "ssf", "convpass", "lst", "bitfit", "fact", "lora", "ln_tuning", "linearprobe")
+SIZE, BACKBONE = "size", "backbone"  # what else is asked of a model: how many parameters, and whether it is known
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one question to one model.
+
+    Attributes:
+        library: that ships the model.
+        family: which the model is of.
+        model: its name.
+        item: a method, or `SIZE` or `BACKBONE`.
+        status: as of a cell; `"skipped"` where the model was adapted and not run.
+        reason: why it does not work, or was not run, or what restricts it.
+        parameters: of the model, where they were counted.
+    """
+
+    library: Library
+    family: str
+    model: str
+    item: str
+    status: Status
+    reason: str = ""
+    parameters: int = 0
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What was asked."""
+        return self.library, self.model, self.item
+
+
+@dataclass(frozen=True)
+class Task:
+    """Questions to one model, in order."""
+
+    library: Library
+    family: str
+    model: str
+    items: tuple[str, ...]
+
+    def result(self, item: str, cell: Cell, parameters: int = 0) -> Result:
+        """The answer to one of them."""
+        return Result(self.library, self.family, self.model, item, cell.status, cell.reason, parameters)
+
+
+class Results:
+    """A file of results, one a line; what stands in it is not asked again.
+
+    Args:
+        path: of the file; made where there is none. None keeps them in memory only.
+
+    Raises:
+        ValueError: it holds something else.
+        OSError: it cannot be read or written.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self.found: dict[tuple[str, str, str], Result] = {}
+        if path is None or not path.exists():
+            return
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                result = Result(**json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise ValueError(
+                    f"{path}, line {number}, is no result of hf-visual-peft coverage --families: {error}. Choose "
+                    "another file, or delete this line."
+                ) from error
+            self.found[result.key] = result
+
+    def add(self, result: Result) -> None:
+        """Keep a result, and write it at once."""
+        self.found[result.key] = result
+        if self.path is None:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(result), ensure_ascii=False) + "\n")
+
+    def open_tasks(self, tasks: Iterable[Task]) -> list[Task]:
+        """What of some tasks has no result yet."""
+        open_items = (
+            replace(task, items=tuple(i for i in task.items if (task.library, task.model, i) not in self.found))
+            for task in tasks
+        )
+        return [task for task in open_items if task.items]
+
+
+def run_families(
+    results: Results,
+    libraries: Collection[Library],
+    methods: Sequence[str] = METHODS,
+    only: Collection[str] | None = None,
+    names: bool = False,
+    jobs: int = 1,
+    limit: float = 120.0,
+) -> None:
+    """Run the methods on one model of every family, the smallest of timm's, and add what comes of it to the results.
+
+    Args:
+        results: those there are.
+        libraries: whose families.
+        methods: names, of peft's methods, too.
+        only: families; all by default.
+        names: whether to look for a backbone in every model of a family, and not only in one.
+        jobs: processes.
+        limit: seconds that one method may take on one model.
+
+    Raises:
+        ValueError: a method or a family is unknown.
+        ModuleNotFoundError: timm is wanted and not installed.
+    """
+    items = tuple(dict.fromkeys(any_method(name).name for name in methods))
+    families = {library: timm_families() if library == "timm" else transformers_families() for library in libraries}
+    known = sorted({name for found in families.values() for name in found})
+    unknown = sorted(set(only or ()) - set(known))
+    if unknown:
+        raise ValueError(f"Unknown family {unknown[0]!r}: choose of {', '.join(known)}.")
+    chosen = [
+        (library, family, models)
+        for library, found in families.items()
+        for family, models in found.items()
+        if only is None or family in only
+    ]
+    if "timm" in libraries:  # the smallest is not known before all are counted
+        sizes = [Task("timm", family, m, (SIZE,)) for lib, family, models in chosen if lib == "timm" for m in models]
+        _work(results, sizes, jobs, limit, "Models counted")
+    tasks = []
+    for library, family, models in chosen:
+        one = representative(results, library, models)
+        tasks.append(Task(library, family, one, (BACKBONE, *items)))
+        if names:
+            tasks += [Task(library, family, model, (BACKBONE,)) for model in models if model != one]
+    _work(results, tasks, jobs, limit, "Methods on families")
+
+
+def representative(results: Results, library: Library, models: Sequence[str]) -> str:
+    """The model that stands for its family: of timm the smallest, of transformers the first."""
+    if library == "transformers":
+        return models[0]
+    sizes = {m: found.parameters for m in models if (found := results.found.get((library, m, SIZE)))}
+    return min(models, key=lambda model: (sizes.get(model) or float("inf"), model))
+
+
+def answers(task: Task) -> Iterator[Result]:
+    """Ask a model everything, in this process."""
+    for item in task.items:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what random models bring with them
+            if item == SIZE:
+                yield _size(task)
+            elif item == BACKBONE:
+                yield _backbone(task)
+            else:
+                yield task.result(item, _method(task, item))
+
+
+def _size(task: Task) -> Result:
+    try:
+        return task.result(SIZE, Cell("works"), parameters_of(task.library, task.model))
+    except Exception as error:  # any: what a library cannot build is no fault of a method's
+        return task.result(SIZE, Cell("skipped", what_went_wrong(error)))
+
+
+def _backbone(task: Task) -> Result:
+    try:
+        model = on_meta(task.library, task.model)
+    except Exception as error:  # likewise
+        return task.result(BACKBONE, Cell("skipped", f"not built: {what_went_wrong(error)}"))
+    try:
+        find_backbone(model)
+    except Exception as error:  # ours is a refusal, any other a fault
+        return task.result(BACKBONE, Cell(*_refused_or_broken(error)), count(model))
+    return task.result(BACKBONE, Cell("works"), count(model))
+
+
+def _refused_or_broken(error: Exception) -> tuple[Status, str]:
+    return ("not applicable" if is_ours(error) else "fails"), what_went_wrong(error)
+
+
+def _method(task: Task, name: str) -> Cell:
+    method = any_method(name)
+    subject = _subject(task.library, task.model)
+    if isinstance(subject, str):
+        try:
+            model = on_meta(task.library, task.model)
+        except NotRunnableError as error:
+            return Cell("skipped", f"not built: {error}")
+        cell = accept(method, model)
+        return Cell("skipped", f"accepted, not run: {subject}") if cell.status == "works" else cell
+    return run_cell(method, *subject, alone=True)
+
+
+@lru_cache(maxsize=1)
+def _subject(library: Library, name: str) -> tuple[TinyModel, nn.Module] | str:
+    """A model that can be run and one of it with weights; or why there is none."""
+    try:
+        tiny = runnable(library, name)
+        return tiny, tiny.model()
+    except NotRunnableError as error:
+        return str(error)
+
+
+class _Worker:
+    """A process that answers tasks, one after the other."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.task: Task | None = None
+        self.due = float("inf")
+
+    def give(self, task: Task, limit: float) -> None:
+        self.task, self.due = task, time.monotonic() + limit
+        self.connection.send(task)
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+def _serve(connection: Connection) -> None:
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:
+            return
+        for result in answers(task):
+            connection.send(result)
+
+
+def _work(results: Results, tasks: Iterable[Task], jobs: int, limit: float, title: str) -> None:
+    """Answer what is open of some tasks. A process that is late or dies costs one answer, and is replaced."""
+    queue = results.open_tasks(tasks)[::-1]
+    # pictures and weights are random: a download would be by mistake, and slow
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    bar = tqdm(total=sum(len(task.items) for task in queue), desc=title, disable=not queue)
+    workers: list[_Worker] = []
+    try:
+        while queue or any(worker.task for worker in workers):
+            while queue and len(workers) < jobs:
+                workers.append(_Worker())
+            for worker in workers:
+                if worker.task is None and queue:
+                    worker.give(queue.pop(), limit)
+            busy = {worker.connection: worker for worker in workers if worker.task}
+            due = min(worker.due for worker in busy.values())
+            ready: list[Any] = wait(list(busy), timeout=max(0.0, due - time.monotonic()))
+            for worker in busy.values():
+                if worker.connection in ready:
+                    result = _received(worker)
+                elif time.monotonic() >= worker.due:
+                    result = worker.task.result(worker.task.items[0], Cell("skipped", f"not done in {limit:.0f} s"))  # type: ignore
+                    worker.stop()
+                else:
+                    continue
+                results.add(result)
+                bar.update()
+                rest = worker.task.items[1:]  # type: ignore[union-attr]
+                left = replace(worker.task, items=rest) if rest else None  # type: ignore[type-var]
+                if worker.process.is_alive():
+                    worker.task, worker.due = left, time.monotonic() + limit
+                else:
+                    workers.remove(worker)
+                    queue += [left] if left else []
+    finally:
+        bar.close()
+        for worker in workers:
+            worker.stop()
+
+
+def _received(worker: _Worker) -> Result:
+    assert worker.task is not None
+    try:
+        return worker.connection.recv()
+    except (EOFError, OSError):
+        worker.stop()
+        return worker.task.result(
+            worker.task.items[0], Cell("fails", f"its process died with exit code {worker.process.exitcode}")
+        )
