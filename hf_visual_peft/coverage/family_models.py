@@ -11,8 +11,8 @@ import inspect
 import math
 import re
 import types
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ LIBRARIES: tuple[Library, ...] = ("timm", "transformers")
 
 LARGEST = 150_000_000  # parameters of a model that is run; a larger one is adapted on the meta device only
 _SIDES = (64, 96, 128)  # of images that are tried before the size that a model is made for
-_LAYERS, _WORDS = 2, 1024
+_LAYERS, _WORDS, _SIDE = 2, 1024, 96
 # which class of a family stands for it: the first that matches one of these, the whole model before its parts
 _TASKS = ("For(Image|Video)Classification$", "For(?!PreTraining)", "Model$", "")
 
@@ -88,12 +88,17 @@ def timm_families() -> dict[str, list[str]]:
     return {module: timm.list_models(module=module) for module in timm.list_modules()}
 
 
-def transformers_families() -> dict[str, list[str]]:
-    """Names of transformers' models that take pictures, by their folder; that which stands for it comes first."""
+def transformers_families(only: Collection[str] | None = None) -> dict[str, list[str]]:
+    """Names of transformers' models that take pictures, by their folder; that which stands for it comes first.
+
+    Args:
+        only: folders to look into; all by default.
+    """
     root = importlib.import_module("transformers.models")
     families: dict[str, list[str]] = {}
     for file in sorted(Path(next(iter(root.__path__))).glob("*/modeling_*.py")):
-        if "pixel_values" not in file.read_text(encoding="utf-8"):
+        wanted = only is None or file.parent.name in only
+        if not wanted or "pixel_values" not in file.read_text(encoding="utf-8"):
             continue
         try:
             module = importlib.import_module(f"{root.__name__}.{file.parent.name}.{file.stem}")
@@ -140,7 +145,8 @@ def builders(library: Library, name: str) -> list[Callable[[], nn.Module]]:
         return [lambda: _of_timm(name)]
     module, _, cls_name = name.rpartition(".")
     cls = getattr(importlib.import_module(module), cls_name)
-    return [lambda: cls(shrunken(cls.config_class)), lambda: cls(cls.config_class())]
+    config = cls.config_class
+    return [lambda: cls(shrunken(config, _SIDE)), lambda: cls(shrunken(config)), lambda: cls(config())]
 
 
 def _of_timm(name: str, **fields: Any) -> nn.Module:
@@ -167,21 +173,23 @@ def _built(ways: Iterable[Callable[[], nn.Module]]) -> Iterator[nn.Module]:
         raise NotRunnableError(f"its default config builds no model ({' '.join(reason.split())[:200]})")
 
 
-def shrunken(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
-    """The default config with two layers a stack and few words, in all its parts."""
-    return config_class(**_smaller(config_class()))
+def shrunken(config_class: type[PreTrainedConfig], side: int | None = None) -> PreTrainedConfig:
+    """The default config with two layers a stack, few words, and images of that side, in all its parts."""
+    return config_class(**_smaller(config_class(), side))
 
 
-def _smaller(config: PreTrainedConfig) -> dict[str, Any]:
+def _smaller(config: PreTrainedConfig, side: int | None) -> dict[str, Any]:
     """The fields that differ, to be given to the config's class, which makes what follows from them anew."""
     fields: dict[str, Any] = {}
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
-            part = _smaller(value)
+            part = _smaller(value, side)
             if part:
                 fields[name] = {"model_type": value.model_type, **part}
         elif isinstance(value, int) and value > _LAYERS and re.search(r"(layers|^depth|_depth)$", name):
             fields[name] = _LAYERS
+        elif name == "image_size" and side:
+            fields[name] = side if isinstance(value, int) else [side] * len(value)
         elif name == "vocab_size" and isinstance(value, int) and value > _WORDS:
             special = [n for key, n in vars(config).items() if key.endswith("token_id") and isinstance(n, int)]
             fields[name] = max(_WORDS, *(n + 1 for n in special if n < value), 0)
@@ -219,9 +227,8 @@ def _differs(output: Tensor) -> bool:
 def _timm_ways(name: str) -> Iterator[FamilyModel]:
     """With small images, where the model takes these; else as it is made."""
     channels, *made_for = importlib.import_module("timm").get_pretrained_cfg(name).input_size
-    for side, resized in (
-        (side, resized) for side in (*_SIDES, 0) for resized in ((False, True) if side else (False,))
-    ):
+    tried = [(side, resized) for side in _SIDES for resized in (False, True)]
+    for side, resized in (*tried, (0, False)):
         fields = {"img_size": side} if resized else {}
         yield FamilyModel(
             name,

@@ -30,8 +30,8 @@ saved adapter on a fresh base the same output to the bit, and that merging in do
 merged, keeps the output to 1e-5. For `linearprobe` it means that a task head was found and trains.
 """
 _LEGEND = (
-    "✓ works, · accepted and not run, - refused, ✗ fails. A number is that of the reason or, where a method works, of a "
-    "restriction; the reasons are below the tables."
+    "✓ works, · accepted and not run, - refused, ✗ fails. A number is that of the reason or, where a method works, of "
+    "a restriction; the reasons are below the tables."
 )
 
 

@@ -148,7 +148,9 @@ def run_families(
         ModuleNotFoundError: timm is wanted and not installed.
     """
     items = tuple(dict.fromkeys(any_method(name).name for name in methods))
-    families = {library: timm_families() if library == "timm" else transformers_families() for library in libraries}
+    families = {
+        library: timm_families() if library == "timm" else transformers_families(only) for library in libraries
+    }
     known = sorted({name for found in families.values() for name in found})
     unknown = sorted(set(only or ()) - set(known))
     if unknown:
