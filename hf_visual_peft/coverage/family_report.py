@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from ..cli.tables import format_table
+from ..tables import format_table
 from .cell import Status
 from .family_models import LIBRARIES, Library
 from .family_runs import BACKBONE, METHODS, SIZE, Result, Results
