@@ -315,6 +315,20 @@ def test_command_refuses_bad_arguments_before_it_runs(tmp_path, capsys, monkeypa
         assert stopped.value.code == 2
 
 
+def test_the_committed_matrix_has_every_cell():
+    """What the cells hold is looked at in part, by the fast cut; which there are costs nothing to know."""
+    committed = report.read_json(COMMITTED)
+    stale = "docs/coverage.json is older than the code: run `make coverage`"
+    assert committed.keys() == MODELS.keys(), stale
+    assert all(row.keys() == list_methods().keys() for row in committed.values()), stale
+
+
+def test_the_page_has_the_reasons_of_the_committed_matrix():
+    page = COMMITTED.with_suffix(".md").read_text(encoding="utf-8").partition("## Reasons\n")[2]
+    reasons = {cell.reason for row in report.read_json(COMMITTED).values() for cell in row.values() if cell.reason}
+    assert {line.partition(". ")[2] for line in page.splitlines() if line} == reasons, "run `make coverage`"
+
+
 @pytest.mark.slow
 def test_processes_find_what_one_finds():
     chosen = choose_cells(["ssf", "attnscale"], ["vit", "dinov3_vit"])
