@@ -10,7 +10,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Se
 
     Args:
         header: names of the columns.
-        rows: cells, as many a row as there are columns.
+        rows: the cells of each row, one per column.
         right: columns to align right, e.g. those of numbers.
 
     Returns:

@@ -1,10 +1,10 @@
-"""Notices of other packages that tell a user of this one nothing; imported before those packages are."""
+"""Hides notices of other packages that do not concern users of this one; imported before those packages."""
 
 import logging
 
 
 def _concerns_users(record: logging.LogRecord) -> bool:
-    # torchao registers two of its enums in a way that torch finds outdated, on every import of peft
+    # torchao registers two of its enums in a way that torch has deprecated, on every import of peft
     return "register_constant() on Enum subclasses is deprecated" not in record.getMessage()
 
 

@@ -213,7 +213,7 @@ def test_a_model_that_reads_more_than_the_features_is_refused(tmp_path):
             self.seen += 1.0  # another answer each time
             return self.head(self.body(pixel_values.mean((2, 3)).repeat(1, 2)[:, :4]) * self.seen) * self.seen
 
-    with pytest.raises(ValueError, match="does not give the same answers"):
+    with pytest.raises(ValueError, match="does not give the same output"):
         cache_of(Restless(), tmp_path).cached(Pictures(), key="a")
 
 
@@ -383,7 +383,7 @@ def test_data_that_are_no_data_set(tmp_path):
     cache, samples = cache_of(build(), tmp_path), [Pictures()[index] for index in range(4)]
     with pytest.raises(ValueError, match="a streaming data set cannot be cached: it has no length"):
         cache.cached(Stream(), key="a")
-    with pytest.raises(ValueError, match=r"data is a list of samples, .*: give \[data\]"):
+    with pytest.raises(ValueError, match=r"data is a list of samples, .*: pass \[data\]"):
         cache.cached(samples, key="a")
     assert len(cache.cached([samples], key="a")) == 4
 
@@ -392,7 +392,7 @@ def test_data_need_a_key_unless_they_have_a_fingerprint(tmp_path):
     datasets = pytest.importorskip("datasets")
     with pytest.raises(ValueError, match="Give key="):
         cache_of(build(), tmp_path).cached(Pictures())
-    with pytest.raises(TypeError, match="is no number"):
+    with pytest.raises(TypeError, match="is not a number"):
         cache_of(build(), tmp_path).cached(Pictures(), key=object())
 
     def rows(factor):
@@ -505,7 +505,7 @@ def test_weights_that_train_later_are_an_error(tmp_path):
     cache = cache_of(model, tmp_path)
     cached = cache.cached(Pictures(), key="a")
     model.get_base_model().vit.layers[1].requires_grad_(True)
-    with pytest.raises(ValueError, match="Something trains now that was frozen"):
+    with pytest.raises(ValueError, match="A parameter trains now that was frozen"):
         model(**batch_of(cached, 0))
     with pytest.raises(ValueError, match="make a new FeatureCache"):
         cache.cached(Pictures(), key="b")
@@ -541,7 +541,7 @@ def test_data_of_another_size_are_refused(tmp_path):
     model = adapted(convnext(), "linear").eval()
     cache = cache_of(model, tmp_path)
     cache.cached(Pictures(), key="a")
-    with pytest.raises(ValueError, match="One cache takes one kind"):
+    with pytest.raises(ValueError, match="A cache takes one kind"):
         cache.cached(Pictures(size=64), key="b")
 
 

@@ -148,7 +148,7 @@ def test_a_damaged_manifest_is_written_anew(tmp_path, reference):
     with pytest.raises(DamagedError, match="manifest.json is damaged"):
         fill(tmp_path, read_only=True)
     data = Counted()
-    with pytest.warns(UserWarning, match="manifest.json is damaged .*written anew"):
+    with pytest.warns(UserWarning, match="manifest.json is damaged .*written again"):
         cached = fill(tmp_path, data)
     assert (data.computed, manifest.read_text()) == ([], content)
     assert same(features(cached), reference)
@@ -158,7 +158,7 @@ def test_a_manifest_of_something_else_is_an_error(tmp_path):
     manifest = fill(tmp_path).shards.folder / "manifest.json"
     content = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**content, "fingerprint": "0" * 32}))
-    with pytest.raises(ValueError, match=r"does not tell of these features: fingerprint differ. Delete the folder"):
+    with pytest.raises(ValueError, match=r"describes other features: fingerprint differ. Delete the folder"):
         fill(tmp_path)
 
 
@@ -237,7 +237,7 @@ def test_a_disk_that_fills_while_writing(tmp_path, reference, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(
-        OSError, match=r"The disk is full: .* after 3 of 6 files .*the next run goes on there"
+        OSError, match=r"The disk is full: .* after 3 of 6 files .*the next run continues there"
     ) as caught:
         fill(tmp_path)
     assert caught.value.errno == errno.ENOSPC
@@ -328,7 +328,7 @@ def test_waiting_for_another_process_is_said_once(tmp_path, reference, monkeypat
     held.wait()
     assert same(features(fill(tmp_path)), reference)
     process.join()
-    assert capsys.readouterr().err.count("waiting for another process that makes") == 1
+    assert capsys.readouterr().err.count("waiting for another process that writes") == 1
 
 
 def test_a_lock_that_cannot_be_made(tmp_path):
@@ -358,8 +358,8 @@ def test_a_disk_that_writes_other_bytes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(storage.Shards, "write", spoiling)
     with (
-        pytest.warns(UserWarning, match="its checksum is another"),
-        pytest.raises(OSError, match="is not what was written") as caught,
+        pytest.warns(UserWarning, match="its checksum differs"),
+        pytest.raises(OSError, match="differs from what was written") as caught,
     ):
         fill(tmp_path)
     assert caught.value.errno == errno.EIO

@@ -177,7 +177,7 @@ def test_other_targets_under_the_same_key_are_an_error(tmp_path):
             return super().__getitem__(index) | {"labels": index % 2}
 
     cache_of(build(), tmp_path).cached(Pictures(), key="a")
-    with pytest.raises(ValueError, match=r"labels of the first samples are .* in .*The key must tell .* targets"):
+    with pytest.raises(ValueError, match=r"labels of the first samples are .* in .*The key must identify .* targets"):
         cache_of(build(), tmp_path).cached(Others(), key="a")
 
 

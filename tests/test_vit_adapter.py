@@ -279,9 +279,9 @@ def test_odd_images():
 def test_who_may_ask_for_a_pyramid():
     family = FAMILIES["vit"]
     inputs = family.inputs(2)
-    with pytest.raises(ValueError, match="and there are 0"):
+    with pytest.raises(ValueError, match="but there are 0"):
         hf_visual_peft.feature_pyramid(family.model(), **inputs)
-    with pytest.raises(ValueError, match="and there are 0"):
+    with pytest.raises(ValueError, match="but there are 0"):
         hf_visual_peft.feature_pyramid(adapted(family.model()), **inputs)
     model = adapted(family.model(), pyramid=True, modules_to_save=[])
     before = model(**inputs).logits
@@ -291,11 +291,11 @@ def test_who_may_ask_for_a_pyramid():
         hf_visual_peft.feature_pyramid(model, **inputs, adapter_names=["default"] * 2)
     model.add_adapter("second", ViTAdapterConfig(channels=CHANNELS, pyramid=True, modules_to_save=[]))
     model.base_model.set_adapter(["default", "second"])
-    with pytest.raises(ValueError, match="and there are 2"):
+    with pytest.raises(ValueError, match="but there are 2"):
         hf_visual_peft.feature_pyramid(model.eval(), **inputs)
     model.base_model.set_adapter("default")
     assert all(map(torch.equal, hf_visual_peft.feature_pyramid(model.eval(), **inputs), alone))
-    with model.disable_adapter(), pytest.raises(ValueError, match="and there are 0"):
+    with model.disable_adapter(), pytest.raises(ValueError, match="but there are 0"):
         hf_visual_peft.feature_pyramid(model, **inputs)
 
 

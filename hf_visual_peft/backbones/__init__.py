@@ -1,1 +1,1 @@
-"""What is known about a model: its backbone, where its parts are, and its task heads."""
+"""What is known about a model: its backbone, the roles of its modules, and its task heads."""

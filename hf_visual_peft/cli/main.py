@@ -88,7 +88,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     try:
         options = DemoOptions.from_arguments(arguments)
-        from ..demo.run import run_demo  # after the checks that need nothing
+        from ..demo.run import run_demo  # after the checks that need no imports
 
         return run_demo(options)
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError, FloatingPointError) as error:

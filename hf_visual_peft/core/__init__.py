@@ -1,1 +1,1 @@
-"""The heart of the plugin: configs, the registry of methods, and the tuner that puts them into models."""
+"""The core of the plugin: configs, the registry of methods, and the tuner that puts adapters into models."""

@@ -1,1 +1,1 @@
-"""The demonstration: a real pretrained encoder, real digits, one command."""
+"""The demonstration `hf-visual-peft demo`: a real pretrained encoder, real digits, one command."""

@@ -19,7 +19,7 @@ _HELD_OUT_SHARE = 0.2
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which images, read from where: all that a second process needs to see the same test split.
+    """Which images to read from where: all that a second process needs to get the same test split.
 
     Attributes:
         dataset_name: `"digits"`, a dataset on the Hub, or a local folder (of images, parquet, or `save_to_disk`).
@@ -83,8 +83,8 @@ def preprocess(
     Args:
         dataset: columns `image` and `label`.
         image_size: side of the square, pixels.
-        mean: of the normalisation, a channel.
-        std: likewise.
+        mean: of the normalisation, per channel.
+        std: the same.
         rescale_factor: what bytes are multiplied with before that.
 
     Returns:
@@ -108,15 +108,15 @@ def preprocess(
 
 
 def _digits(options: DataOptions) -> DatasetDict:
-    """The digits, for which options that choose columns and splits make no sense."""
+    """The digits; options that choose columns and splits do not apply."""
     from .digits import load_digits
 
     for field in ("dataset_config_name", "image_column_name", "label_column_name", "test_split"):
         value = getattr(options, field)
         if value is not None:
-            raise ValueError(f"{field}={value!r} applies to other datasets, not to the digits: leave it out.")
+            raise ValueError(f"{field}={value!r} applies to other datasets, not to the digits: remove it.")
     if options.train_split != "train":
-        raise ValueError(f"train_split={options.train_split!r} applies to other datasets: leave it out.")
+        raise ValueError(f"train_split={options.train_split!r} applies to other datasets: remove it.")
     return load_digits(
         train_size=options.train_size or _DIGITS_SPLIT_SIZE,
         validation_size=0,
@@ -208,7 +208,7 @@ def _choose(dataset: Dataset, size: int | None, field: str, seed: int) -> Datase
 
 
 def _divide(dataset: Dataset, seed: int, **sizes: float) -> DatasetDict:
-    """Divide in two with every class in its share."""
+    """Split in two, stratified by class."""
     try:
         return dataset.train_test_split(seed=seed, stratify_by_column="label", **sizes)
     except ValueError as error:

@@ -23,10 +23,10 @@ _FILE = Path("data", "data", "mnist_5k.csv.gz")
 def load_digits(
     train_size: int = 1000, validation_size: int = 500, test_size: int = 1000, seed: int = 0
 ) -> DatasetDict:
-    """Disjoint splits with every class equally frequent, up to one image, in each.
+    """Disjoint splits in which the frequencies of classes differ by at most one image.
 
-    A class's images are shuffled once: the test split takes its share first, then validation, then training. So the
-    test split of a seed stays the same whatever the other sizes.
+    The images of each class are shuffled once: the test split takes its part first, then validation, then training. So
+    the test split of a seed does not depend on the other sizes.
 
     Args:
         train_size: images to train on.
@@ -56,7 +56,7 @@ def load_digits(
     images, labels = _read()
     generator = np.random.default_rng(seed)
     by_class = [generator.permutation(np.flatnonzero(labels == digit)) for digit in range(len(CLASSES))]
-    # Taking one image of each class in turn makes every stretch of this order balanced up to one image.
+    # One image of each class in turn: every section of this order is balanced up to one image.
     order = np.stack(by_class, axis=1).reshape(-1)
     features = Features({"image": Image(), "label": ClassLabel(names=list(CLASSES))})
     splits = {}

@@ -1,6 +1,6 @@
-"""Evaluate a saved adapter with nothing but what lies in its folder: `python -m hf_visual_peft.demo.evaluate FOLDER`.
+"""Evaluate a saved adapter from the files in its folder alone: `python -m hf_visual_peft.demo.evaluate FOLDER`.
 
-The demonstration runs this in a new process, so that what it reports of a reloaded adapter comes from the files alone.
+The demonstration runs this in a new process, so that its report on the reloaded adapter depends only on the files.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ RECORD_FILE = "demo.json"
 
 @dataclass(frozen=True)
 class Record:
-    """What a second process needs to know besides the adapter; lies in the adapter's folder.
+    """What a second process needs to know besides the adapter; a file in the adapter's folder.
 
     Attributes:
         data: which images.
         pixels: how they become inputs.
-        batch_size: images a step, since sums of floats depend on it.
+        batch_size: images per step, because sums of floats depend on it.
         labels: class names by label.
     """
 
@@ -64,13 +64,13 @@ class Record:
 
 
 def evaluate_adapter(folder: Path) -> tuple[int, int]:
-    """Load an adapter on its base model and count right answers on the test images.
+    """Load an adapter on its base model and count correct predictions on the test images.
 
     Args:
         folder: an adapter that the demonstration saved.
 
     Returns:
-        Right answers and images.
+        Correct predictions and images.
 
     Raises:
         ValueError: the folder is not one of the demonstration's, or the dataset has changed.
@@ -85,7 +85,7 @@ def evaluate_adapter(folder: Path) -> tuple[int, int]:
     record = Record.read(folder)
     data = load_data(record.data)
     if data.labels != record.labels:
-        raise ValueError(f"{record.data.dataset_name} now has other classes than the adapter was trained on.")
+        raise ValueError(f"{record.data.dataset_name} no longer has the classes that the adapter was trained on.")
     base = load_classifier(PeftConfig.from_pretrained(folder).base_model_name_or_path, record.labels)
     options = forward_options(base, record.pixels.image_size)
     model = PeftModel.from_pretrained(base, folder)
@@ -97,7 +97,7 @@ def evaluate_in_new_process(folder: Path) -> tuple[int, int]:
     """Run this module on an adapter in a fresh interpreter.
 
     Returns:
-        Right answers and images.
+        Correct predictions and images.
 
     Raises:
         RuntimeError: the process failed; the message ends with what it printed last.

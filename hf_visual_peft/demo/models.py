@@ -18,7 +18,7 @@ from ..peft_methods.methods import PeftMethod
 
 @dataclass(frozen=True)
 class PixelOptions:
-    """How images become inputs.
+    """The preprocessing of images.
 
     Attributes:
         image_size: side of the input, pixels.
@@ -63,7 +63,7 @@ def load_classifier(name: str, labels: tuple[str, ...]) -> PreTrainedModel:
         labels: class names.
 
     Raises:
-        ValueError: the model has no image-classification head, or the checkpoint leaves more than the head empty.
+        ValueError: the model has no image-classification head, or the checkpoint lacks weights besides the head's.
         OSError: there is no such checkpoint.
     """
     config = AutoConfig.from_pretrained(
@@ -72,7 +72,7 @@ def load_classifier(name: str, labels: tuple[str, ...]) -> PreTrainedModel:
         label2id={label: index for index, label in enumerate(labels)},
     )
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # the report that the head is new; all else in it is checked below
+    transformers_logging.set_verbosity_error()  # the report that the head is new; the rest of it is checked below
     try:
         model, loading = AutoModelForImageClassification.from_pretrained(
             name, config=config, ignore_mismatched_sizes=True, output_loading_info=True
@@ -111,7 +111,7 @@ def keep_head_only(model: nn.Module) -> None:
 
 
 def default_config(method: Method | PeftMethod, model: nn.Module, image_size: int) -> PeftConfig:
-    """A method's config with its defaults, fitted to the images where it belongs to one size of them."""
+    """A method's config with its defaults, and with the image size if it depends on that."""
     if isinstance(method, PeftMethod):
         return method.config(model)
     names = {field.name for field in fields(method.config_cls)}
@@ -122,9 +122,9 @@ def default_config(method: Method | PeftMethod, model: nn.Module, image_size: in
 
 
 def forward_options(model: nn.Module, image_size: int) -> dict[str, Any]:
-    """What else a model's `forward` needs for images of this size.
+    """Extra arguments that a model's `forward` needs for images of this size.
 
-    Families differ: some interpolate their positions by themselves, some when told to.
+    Some families interpolate their positions by themselves, others only if an argument says so.
     """
     told = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
     config: Any = model.config

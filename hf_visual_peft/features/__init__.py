@@ -1,4 +1,4 @@
-"""Features of frozen backbones, computed once and read from disk in every further epoch and run."""
+"""Features of frozen backbones, computed once and then read from disk in all later epochs and runs."""
 
 from .cache import FeatureCache
 from .dataset import CachedFeatures

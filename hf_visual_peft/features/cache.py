@@ -23,13 +23,13 @@ from .replay import Border, leaves_of, recomputing
 from .storage import DTYPES, Layout, Shards, check_space, open_folder, size
 
 
-# how far features may be from those on disk, which came from batches of another size and maybe another device
+# tolerance for features on disk, which were computed in batches of another size and maybe on another device
 _TOLERANCE = 1e-2
 _HALF_TOLERANCE = 1e-1
 
 
 class FeatureCache:
-    """What the frozen part of a model makes of images, computed once and read from disk in every further epoch.
+    """The features of the frozen part of a model, computed once and read from disk in all later epochs.
 
         cache = FeatureCache(model, "features")  # after get_peft_model
         train = cache.cached(train_images)
@@ -37,33 +37,33 @@ class FeatureCache:
         for batch in loader:
             loss = model(**batch).loss
 
-    Batches hold `cached_features` in the place of `pixel_values`; the model takes either. What is stored are the
-    tensors at the border between what is frozen and what trains, which is found by watching the model: for a linear
-    probe the input of the head, for side networks the token stream behind each block that they read, for a method on
-    the last blocks the input of the first of these. Everything behind the border runs as ever, so that gradients, loss
-    and accuracy are those of training on images. (The frozen part is evaluated in eval mode: its own dropout and
-    stochastic depth are off. `hidden_states` and attentions of it are NaN in a run from features.) Its weights must
-    stay as they are for as long as features of them are in use.
+    Batches hold `cached_features` in place of `pixel_values`; the model takes either. The cache stores the tensors at
+    the border between the frozen and the trained part, which it finds by running the model with hooks: for a linear
+    probe the input of the head, for side networks the token stream after each block that they read, for a method on
+    the last blocks the input of the first of these. Everything after the border runs as usual, so that gradients, loss
+    and accuracy are those of training on images. (The frozen part runs in eval mode, without dropout and stochastic
+    depth. Its `hidden_states` and attentions are NaN in a run from features.) Its weights must not change while
+    features of them are in use.
 
-    A cache lies in a folder of its own below `folder`, named by a fingerprint of everything its features depend on:
-    frozen weights, model, images and their transform, views, dtype, versions of the libraries. Runs that differ in
-    anything else, as learning rates, seeds, widths of the side network, share it. Its files are checked against their
-    checksums once, when it is opened; damaged ones are computed again. The features and targets of the first samples
-    are compared with those on disk, for what a key leaves out.
+    Each cache has its own folder below `folder`, named by a fingerprint of everything its features depend on: frozen
+    weights, model, images and their transform, views, dtype, versions of the libraries. Runs that differ only in other
+    things, such as learning rate, seed or width of the side network, share it. The files are checked against their
+    checksums once, when the cache is opened; damaged files are computed again. The features and targets of the first
+    samples are compared with those on disk, in case a key is incomplete.
 
     Args:
-        model: as it will be trained, on the device where features are to be computed. It stays usable without.
-        folder: for all caches.
-        dtype: of the features on disk, `"float32"`, `"float16"` or `"bfloat16"`; the model gets them in its own.
-        targets: names in a sample of what the model does not make features of; it is kept beside these.
-        arguments: further arguments of the model, as `{"interpolate_pos_encoding": True}`.
-        batch_size: images a batch while filling.
+        model: as it will be trained, on the device where features are to be computed. It still takes images.
+        folder: where all caches are kept.
+        dtype: of the features on disk, `"float32"`, `"float16"` or `"bfloat16"`; the model gets them in its own dtype.
+        targets: names of the entries of a sample that are kept unchanged beside the features.
+        arguments: extra arguments of the model, such as `{"interpolate_pos_encoding": True}`.
+        batch_size: images per batch while filling.
         num_workers: processes that read images while filling.
         read_only: whether an incomplete or damaged cache is an error.
         progress: whether to show a bar while filling.
 
     Raises:
-        ValueError: an argument is none of its choices.
+        ValueError: an argument has an invalid value.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class FeatureCache:
         if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}: must be an integer of at least 1.")
         self.model, self.dtype = model, dtype
-        self.folder = Path(folder).expanduser().absolute()  # files are opened later, maybe elsewhere
+        self.folder = Path(folder).expanduser().absolute()  # files are opened later, maybe from another folder
         self.targets, self.arguments = tuple(targets), dict(arguments or {})
         self.batch_size, self.num_workers = batch_size, num_workers
         self.read_only, self.progress = read_only, progress
@@ -103,7 +103,7 @@ class FeatureCache:
         self._by_name = set(inspect.signature(base.forward).parameters)
 
     def close(self) -> None:
-        """Take the hooks off the model, which then takes images, or features of another cache."""
+        """Remove the hooks from the model, which then takes images, or features of another cache."""
         self._running.close()
         for handle in self._handles:
             handle.remove()
@@ -111,24 +111,24 @@ class FeatureCache:
     def cached(
         self, data: Dataset[Any] | Sequence[Dataset[Any]], *, name: str = "features", key: Any = None
     ) -> CachedFeatures:
-        """The features of a data set, from disk if they are there, else computed now.
+        """The features of a data set, read from disk or else computed now.
 
         Args:
-            data: gives samples by number, mappings with the model's inputs (channels, height, width) and targets; or
-                several data sets of the same length, the views of every image by different augmentation. Epoch
-                `e` then sees view `e` modulo their number.
-            name: that the cache's folder starts with, as `"train"`.
-            key: what tells these images, their transform and their targets from others: numbers, texts, arrays, lists
-                and mappings of them. A `datasets.Dataset` needs none: its fingerprint covers rows, format and
-                transform, though a function from an imported module by its name only: give a key where you may
-                change one.
+            data: a map-style data set whose samples are mappings with the model's inputs (channels, height, width) and
+                targets; or several such data sets of the same length, views of every image with different
+                augmentation. Epoch `e` then sees view `e` modulo their number.
+            name: prefix of the cache's folder, such as `"train"`.
+            key: identifies these images, their transform and their targets: numbers, strings, arrays, and lists and
+                mappings of them. A `datasets.Dataset` needs no key: its fingerprint covers rows, format and transform.
+                But it covers a function from an imported module only by name; give a key if you may change such a
+                function.
 
         Returns:
             A data set with `cached_features` and the targets.
 
         Raises:
-            ValueError: the data are unfit or random, nothing tells them from others, the model has no border or
-                another than before, or what lies in the folder is no cache of these features.
+            ValueError: the data are invalid or random, a key is missing, the model has no border or a different one
+                than before, or the folder does not hold a cache of these features.
             OSError: the disk is too small or full, or the folder cannot be written.
         """
         self._running.close()
@@ -156,7 +156,7 @@ class FeatureCache:
         return found
 
     def _parted(self, samples: Sequence[Any]) -> tuple[dict[str, Tensor], dict[str, tuple[str, list[int]]]]:
-        """Some samples as a batch of inputs, and what else they hold."""
+        """Some samples as a batch of inputs, and their other entries."""
         batch = default_collate([samples[index % len(samples)] for index in range(ROWS[0])])
         others = {
             name: (str(batch[name].dtype).removeprefix("torch."), list(batch[name].shape[1:]))
@@ -175,17 +175,17 @@ class FeatureCache:
         return border
 
     def _check_unchanged(self) -> None:
-        """Raise an error if the border that was found is no longer the model's."""
+        """Raise an error if the border that was found is no longer that of the model."""
         if self._border is None:
             return
         if getattr(self.model, "active_adapters", None) != self._active:
             raise ValueError(
-                f"{FEATURES} were found with the adapters {self._active} active: make a FeatureCache for each choice, "
+                f"{FEATURES} belong to the active adapters {self._active}: make a FeatureCache for each choice, "
                 "and close() those of the others."
             )
         if any(parameter.requires_grad for parameter in self._frozen_parameters):
             raise ValueError(
-                "Something trains now that was frozen when the features were found: use images, or make a new "
+                "A parameter trains now that was frozen when the features were computed: use images, or make a new "
                 "FeatureCache."
             )
 
@@ -193,7 +193,7 @@ class FeatureCache:
         found = {name: tuple(value.shape[1:]) for name, value in inputs.items()}
         known = {name: leaf.sample for name, leaf in border.inputs.items()}
         if found != known:
-            raise ValueError(f"data: samples have {found}, and those before had {known}. One cache takes one kind.")
+            raise ValueError(f"data: samples have {found}, but earlier ones had {known}. A cache takes one kind.")
 
     def _layout(
         self, border: Border, key: Any, views: int, images: int, others: dict[str, tuple[str, list[int]]]
@@ -211,7 +211,7 @@ class FeatureCache:
         return Layout(digest(parts), parts, views * images, views, self.dtype, shapes, others)
 
     def _open(self, folder: Path, layout: Layout) -> tuple[Shards, list[int]]:
-        """The files there are, and the numbers of those that are missing."""
+        """The files, and the indices of the missing ones."""
         if not (folder / "manifest.json").exists() and not self.read_only:
             check_space(folder, layout.rows, layout)  # before anything is written
         shards = open_folder(folder, layout, self.read_only)
@@ -224,14 +224,14 @@ class FeatureCache:
         return shards, missing
 
     def _compare(self, border: Border, cached: CachedFeatures, view: int, samples: Sequence[Any]) -> None:
-        """Raise an error unless the first samples of a view are those on disk: the key may tell too little."""
+        """Raise an error unless the first samples of a view match those on disk: the key may be incomplete."""
         batch = default_collate(list(samples))
         kept = cached.of_view(view, range(len(samples)))
         where = f"in {cached.shards.folder}" + (f" (view {view})" if cached.shards.layout.views > 1 else "")
-        way_out = "The key must tell images, transform and targets: give another, or delete the folder."
+        way_out = "The key must identify images, transform and targets: give another key, or delete the folder."
         for name, others in kept.others.items():
             if not torch.equal(others, batch[name]):
-                raise ValueError(f"{name} of the first samples are {batch[name]}, and {others} {where}. {way_out}")
+                raise ValueError(f"{name} of the first samples are {batch[name]}, but {others} {where}. {way_out}")
         rows = slice(0, ROWS[0])  # as many as the model has run with before
         found = self._compute(border, {name: value[rows] for name, value in batch.items()})
         half = self.dtype != "float32" or torch.is_autocast_enabled(self._device.type)
@@ -246,7 +246,7 @@ class FeatureCache:
                 )
 
     def _compute(self, border: Border, batch: Mapping[str, Any]) -> list[Tensor]:
-        """The features of a batch of samples, (batch, numbers) each."""
+        """The features of a batch of samples, (batch, features) each."""
         found: dict[str, Tensor] = {}
         inputs = {name: value.to(self._device) for name, value in batch.items() if name in border.inputs}
         calls: dict[CallPoint, int] = {}
@@ -270,7 +270,7 @@ class FeatureCache:
         dtype = DTYPES[self.dtype]
         for name, shape in border.shapes.items():
             if tuple(found[name].shape[1:]) != shape:
-                raise ValueError(f"{name} has the shape {tuple(found[name].shape[1:])}, and {shape} before.")
+                raise ValueError(f"{name} has the shape {tuple(found[name].shape[1:])}, but had {shape} before.")
         return [found[name].to(dtype).flatten(1) for name in border.shapes]
 
     @property
@@ -287,7 +287,7 @@ class FeatureCache:
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
-        """Meanwhile the model is in eval mode; the caller's random numbers go on as if nothing had happened."""
+        """Keep the model in eval mode inside the context, and restore the state of the random generators after it."""
         modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
         try:
@@ -298,8 +298,8 @@ class FeatureCache:
                 module.training = mode
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        """The hook that lets the model take features."""
-        self._running.close()  # what an interrupted call has left: torch runs no hooks after KeyboardInterrupt
+        """The hook that makes the model take features."""
+        self._running.close()  # left by an interrupted call: torch runs no hooks after KeyboardInterrupt
         features = kwargs.get(FEATURES)
         border = self._border
         if features is None or (border is None and self._another_has_features):
@@ -323,10 +323,10 @@ class FeatureCache:
 
     @property
     def _another_has_features(self) -> bool:
-        """Whether another cache stands on the model and takes its features."""
+        """Whether another cache has its hooks on the model and takes its features."""
         others = [getattr(hook, "__self__", None) for hook in self.model._forward_pre_hooks.values()]
         return any(isinstance(other, FeatureCache) and other._border is not None for other in others)
 
     def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """The hook that takes features out again, also after an error."""
+        """The hook that removes the features again, also after an error."""
         self._running.close()

@@ -1,4 +1,4 @@
-"""Where calls of a model's modules can be watched and replaced."""
+"""The places where calls of a model's modules can be recorded and replaced."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class CallPoint:
     """The place where a module's forward can be replaced.
 
     Attributes:
-        path: name of the module in the base model, without what adapters put around it.
+        path: name of the module in the base model, without adapter layers around it.
         module: the module.
         holder: the object whose attribute the forward is.
         attribute: its name.
@@ -34,19 +34,19 @@ class CallPoint:
 
     @property
     def forward(self) -> Forward:
-        """The forward as it is now."""
+        """The current forward."""
         given = self.holder.__dict__.get(self.attribute)
         return given or partial(type(self.module).forward, self.module)
 
     def seen(self, output: Any) -> Any:
-        """What is known after a call: its output, and of a block what its layer has seen inside for side networks."""
+        """The result of a call: its output, and for a block what its layer recorded inside for side networks."""
         if self.attribute == "forward" or not isinstance(self.holder, BlockLayer):
             return output
         current = self.holder._pass
         return output, None if current is None else current.between
 
     def shown(self, seen: Any) -> Any:
-        """The output of a call that did not take place, of which `seen` tells."""
+        """The output of a skipped call, from what `seen` recorded."""
         if self.attribute == "forward" or not isinstance(self.holder, BlockLayer):
             return seen
         output, between = seen
@@ -61,7 +61,7 @@ class CallPoint:
 
 
 def call_points(model: nn.Module) -> list[CallPoint]:
-    """Those of all modules below the model itself.
+    """The points of all modules below the model itself.
 
     Inside the forward that a `BlockLayer` gives its block, the block's own is called: that one is replaced, so that
     the equations around it still run.
@@ -84,7 +84,7 @@ def base_path(path: str) -> str:
 
 @contextmanager
 def replaced(forwards: Mapping[CallPoint, Forward]) -> Iterator[None]:
-    """Meanwhile some modules have other forwards."""
+    """Replace the forwards of some modules inside the context."""
     before = {point: point.holder.__dict__.get(point.attribute) for point in forwards}
     try:
         for point, forward in forwards.items():

@@ -16,14 +16,14 @@ FEATURES = "cached_features"
 
 
 class CachedFeatures(Dataset[dict[str, Any]]):
-    """A data set of features in the place of images.
+    """A data set of features in place of images.
 
     Samples are `{"cached_features": {name: (...)}, "labels": ...}`. A `DataLoader` with `collate` as its `collate_fn`
-    gets batches that are read as such, without a copy; other ways of collating work, too.
+    reads whole batches without a copy; other ways of collating also work.
 
-    `epoch` tells which view of the images is read: the epoch modulo the number of views. Set it before each epoch, or
-    `set_epoch` does: loaders of accelerate call that, and so transformers' Trainer, in runs of one process. (With
-    several they may tell their sampler alone: set it in a callback there.)
+    `epoch` selects the view of the images: the epoch modulo the number of views. Set it before each epoch, or let
+    `set_epoch` do so: in runs of one process, loaders of accelerate call it, and so does transformers' Trainer. (With
+    several processes they may only inform their sampler: set it in a callback there.)
 
     Args:
         shards: complete files.
@@ -31,7 +31,7 @@ class CachedFeatures(Dataset[dict[str, Any]]):
 
     def __init__(self, shards: Shards) -> None:
         self.shards = shards
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # also with workers that stay for all epochs
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared with persistent workers
         layout = shards.layout
         self.others = {
             name: torch.cat([shards.others[shard][name] for shard in range(layout.shards)]) for name in layout.others
@@ -82,10 +82,10 @@ class CachedFeatures(Dataset[dict[str, Any]]):
 
     @staticmethod
     def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The batch of some samples of this data set.
+        """Collate samples of this data set into a batch.
 
         Raises:
-            ValueError: they have lost their features on the way.
+            ValueError: the samples have lost their features.
         """
         if isinstance(samples, Batch):
             return {FEATURES: samples.features, **samples.others}
@@ -98,11 +98,11 @@ class CachedFeatures(Dataset[dict[str, Any]]):
 
 
 class Batch(Sequence[Any]):
-    """Samples that lie in tensors of the whole batch.
+    """Samples that are views of tensors of the whole batch.
 
     Args:
         features: (batch, ...), by name.
-        others: what else the samples hold, (batch, ...), by name.
+        others: other entries of the samples, (batch, ...), by name.
     """
 
     def __init__(self, features: dict[str, Tensor], others: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Compute features and write them, beside other processes that may do the same."""
+"""Compute features and write them, alongside other processes that may do the same."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from tqdm.auto import tqdm
 from .storage import DTYPES, DamagedError, Shards, make_folder
 
 
-_PATIENCE = 5  # seconds before it is said that another process is waited for
+_PATIENCE = 5  # seconds of waiting for another process before a message says so
 
 
 class Filler:
-    """Makes the files of a cache that are missing.
+    """Writes the missing files of a cache.
 
-    Files are divided by locks: whoever holds the lock of a file makes it, and the others leave it alone until the lock
-    is free, because the file is there or its maker has died. So any number of processes, of one run or of several,
-    fill a cache together, and one that starts later goes on with what is missing. A file's batches are the same
-    whoever makes it: the features are the same to the bit.
+    Locks divide the files: the process that holds the lock of a file writes it, and the others wait until the lock is
+    free, because the file is complete or its writer has died. So any number of processes, of one run or of several,
+    fill a cache together, and one that starts later continues with the missing files. The batches of a file do not
+    depend on the process that writes it, so the features are identical to the bit.
 
     Args:
         shards: where to write.
-        views: the data set of each view, with samples of the model's inputs and what else is kept.
-        compute: features of a batch, (batch, numbers) each, in the order of the layout.
-        batch_size: images a batch.
+        views: the data set of each view, whose samples have the model's inputs and other entries to keep.
+        compute: returns the features of a batch, (batch, features) each, in the order of the layout.
+        batch_size: images per batch.
         num_workers: processes that read images.
         progress: whether to show a bar.
     """
@@ -51,11 +51,11 @@ class Filler:
         self.batch_size, self.num_workers, self.progress = batch_size, num_workers, progress
         self.data: Dataset[Any] = ConcatDataset(views)
         self.claimed: deque[tuple[int, FileLock]] = deque()
-        self.taken: list[int] = []  # by others
-        self.told = False  # that they are waited for
+        self.taken: list[int] = []  # by other processes
+        self.told = False  # whether the user knows that we wait for them
 
     def fill(self, missing: Sequence[int], description: str) -> None:
-        """Make the files that are missing; return once all are there, whoever has made them.
+        """Write the missing files; return once all are complete, including those of other processes.
 
         Raises:
             ValueError: a feature is not finite in the dtype of the cache.
@@ -71,11 +71,11 @@ class Filler:
                     self._wait(missing[0])
 
     def _wait(self, shard: int) -> None:
-        """Wait until the maker of a file is done, or dead."""
+        """Wait until the writer of a file has finished or died."""
         lock = self.shards.lock(shard)
         if not acquired(lock, 0 if self.told else _PATIENCE):
             if not self.told:
-                tqdm.write(f"waiting for another process that makes {self.shards.path(shard)}", file=sys.stderr)
+                tqdm.write(f"waiting for another process that writes {self.shards.path(shard)}", file=sys.stderr)
             self.told = True
             acquired(lock, -1)
         lock.release()
@@ -109,7 +109,7 @@ class Filler:
                     kept = {name: torch.cat([part[name] for part in others]) for name in layout.others}
                     self.shards.write(shard, features, kept)
                     if not is_whole(self.shards, shard):
-                        text = "The file of features is not what was written: the disk or its driver fails"
+                        text = "The file of features differs from what was written: the disk or its driver fails"
                         raise OSError(errno.EIO, text, str(self.shards.path(shard)))
                     self.claimed.popleft()
                     lock.release()
@@ -120,7 +120,7 @@ class Filler:
             self.claimed.clear()
 
     def _claim(self, missing: Sequence[int]) -> Iterator[list[int]]:
-        """Rows of batches of the files whose locks are free, which are then ours."""
+        """Rows of the batches of each file whose lock we could take."""
         for shard in missing:
             lock = self.shards.lock(shard)
             if not acquired(lock, 0):
@@ -136,7 +136,7 @@ class Filler:
 
 
 class _Batches:
-    """An iterable that can be walked once, as a `DataLoader` takes its batches."""
+    """An iterable over batches of rows, in the form that a `DataLoader` takes."""
 
     def __init__(self, batches: Iterator[list[int]]) -> None:
         self.batches = batches
@@ -146,10 +146,10 @@ class _Batches:
 
 
 def acquired(lock: FileLock, timeout: float) -> bool:
-    """Whether a lock is ours after so many seconds; a negative number waits for ever.
+    """Whether we get a lock within so many seconds; a negative number waits forever.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the lock file cannot be created.
     """
     try:
         lock.acquire(timeout=timeout)
@@ -161,10 +161,10 @@ def acquired(lock: FileLock, timeout: float) -> bool:
 
 
 def is_whole(shards: Shards, shard: int, read_only: bool = False) -> bool:
-    """Whether a file is there and as it was written; a damaged one counts as missing, with a warning.
+    """Whether a file is there and intact; a damaged file counts as missing, with a warning.
 
     Raises:
-        DamagedError: it is damaged, and nothing may be written.
+        DamagedError: the file is damaged, and nothing may be written.
     """
     try:
         return shards.check(shard)

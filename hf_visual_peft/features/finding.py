@@ -1,4 +1,4 @@
-"""Find the border between what is frozen and what trains in any model, by watching it."""
+"""Find the border between the frozen and the trained part of any model, by running it with hooks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .replay import Border, Output, Scaled, exchanges_of, leaves_of
 
 
 ROWS = (3, 2)  # samples in the two batches whose shapes are compared
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the largest output; only what is wrong is far off
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # relative to the largest output; errors are far larger
 _HALF_TOLERANCE = 5e-2
 
 
@@ -27,10 +27,10 @@ class _Call:
     """One call of a module.
 
     Attributes:
-        point: where.
+        point: the place of the call.
         first: its first argument.
         inner: the calls inside.
-        output: what it has returned.
+        output: its output.
     """
 
     point: CallPoint
@@ -40,21 +40,21 @@ class _Call:
 
     @property
     def frozen(self) -> bool:
-        """Whether nothing that trains was at work in it, or in the tensors that it has returned."""
+        """Whether nothing that trains took part in the call, or in the tensors that it returned."""
         tensors = [leaf for leaf in leaves_of(self.output)[0] if isinstance(leaf, Tensor)]
         if not tensors or any(tensor.requires_grad for tensor in tensors):
             return False
-        # what hooks have called inside may have left its result elsewhere
+        # calls by hooks inside may have stored their result elsewhere
         return not any(call.point.trains for call in _all([self]))
 
 
 class BorderFinder:
-    """Watches a model at work and finds what of it is frozen.
+    """Runs a model with hooks and finds its frozen part.
 
-    A module is frozen if nothing in it trains and nothing that trains has a part in what it returns; the outermost
-    such modules are skipped later. Which of their outputs the rest of the model reads is tried out: a tensor of NaN in
-    the place of one of them reaches the model's output if and only if it is read. Where a task head reads something
-    frozen, its input is stored, which is less.
+    A module is frozen if nothing in it trains and nothing that trains affects its output; the outermost frozen modules
+    are skipped later. A test shows which of their outputs the rest of the model reads: a tensor of NaN in place of an
+    output reaches the model's output if and only if it is read. Where a task head reads something frozen, only its
+    input is stored, which is smaller.
 
     Args:
         model: as it will be trained.
@@ -68,11 +68,11 @@ class BorderFinder:
         get_base: Any = getattr(model, "get_base_model", None)
         self.base: nn.Module = model if get_base is None else get_base()
         self.backbone: VisionBackbone | None = None
-        with suppress(BackboneError):  # the border of a model that no table describes is found all the same
+        with suppress(BackboneError):  # a model without a backbone that is known also has a border
             self.backbone = find_backbone(self.base)
 
     def find(self, batch: Mapping[str, Tensor]) -> Border:
-        """The border.
+        """Find the border.
 
         Args:
             batch: inputs of the model for `ROWS[0]` samples.
@@ -86,7 +86,7 @@ class BorderFinder:
             fewer_calls, _ = self._watch(few)
         expected = _floats(result)
         if not any(tensor.requires_grad for tensor in expected):
-            raise ValueError(f"{type(self.model).__name__}: nothing that trains has a part in its output.")
+            raise ValueError(f"{type(self.model).__name__}: nothing that trains affects its output.")
         expected = [tensor.detach() for tensor in expected]
         values: dict[str, Tensor] = {}
         border = self._outlined(calls, fewer_calls, batch, values)
@@ -101,12 +101,12 @@ class BorderFinder:
             if not heads or not self._agrees(border, {key: values[key] for key in heads}, expected):
                 needed = {key for key in values if self._is_read(border, values, key)}
             self._settle(border, values, needed)
-            # in another order and number, so that what depends on the rest of the batch is found out, too
+            # in another order and number, to detect outputs that depend on the rest of the batch
             rows = [ROWS[0] - 1, 0]
             chosen = {key: values[key][rows] for key in needed}
             if not self._agrees(border, chosen, [tensor[rows] for tensor in expected]):
                 raise ValueError(
-                    f"{type(self.model).__name__} does not give the same answers from stored features: it reads more "
+                    f"{type(self.model).__name__} does not give the same output from stored features: it reads more "
                     "than its modules return, or mixes the images of a batch. Train it without a cache."
                 )
         return border
@@ -137,7 +137,7 @@ class BorderFinder:
         batch: Mapping[str, Tensor],
         values: dict[str, Tensor],
     ) -> Border:
-        """What may be cut and what could be stored, with its values for the batch."""
+        """The modules that may be cut and the tensors that could be stored, with their values for the batch."""
         whole = _frozen_points(calls)
         blocks = {id(unwrapped(self.base.get_submodule(block.path))) for block in self._blocks}
         frozen, live = _outermost(calls, whole, blocks)
@@ -152,7 +152,7 @@ class BorderFinder:
                     continue
                 reader, first = call.point, call.first
                 for point, of_point in list(frozen.items()):
-                    # a dropout before the head goes on dropping
+                    # a dropout before the head stays active
                     if isinstance(point.module, nn.Dropout) and of_point[-1].output is first:
                         reader, first = point, of_point[-1].first
                         del frozen[point]
@@ -170,7 +170,7 @@ class BorderFinder:
             inputs[name] = leaf
             if value.is_floating_point():
                 values[name] = value
-        # what a module returns that is frozen in some of its calls may come to a cut
+        # the output of a module that is frozen in only some of its calls may reach a cut
         shared = {call.point.module for call in live if call.frozen} - dropping
         return Border(cuts, readers, inputs, {call.point.module for call in live} - shared | dropping)
 
@@ -202,14 +202,14 @@ class BorderFinder:
         return [] if self.backbone is None else [self.base.get_submodule(path) for path in self.backbone.heads]
 
     def _check_blocks(self, frozen: Mapping[CallPoint, list[_Call]]) -> None:
-        """Raise an error unless at least one block of the backbone, or all of it, is frozen."""
+        """Raise an error unless at least one block, or the whole backbone, is frozen."""
         blocks = [base_path(block.path) for block in self._blocks]
         cuts = [point for point in frozen if next(point.module.parameters(), None) is not None]
         if not (any(_within(block, cut.path) for block in blocks for cut in cuts) if blocks else cuts):
             raise ValueError(
-                "No block of the backbone is frozen from the images on: what trains changes what every block "
+                "No block of the backbone is frozen from the images on: trained parameters change what every block "
                 "computes, so there are no features to cache. A linear probe, side networks, and methods on the last "
-                "blocks only (layers_to_transform) have some."
+                "blocks only (layers_to_transform) have such features."
             )
 
     def _replayed(self, border: Border, features: Mapping[str, Tensor], rows: int) -> list[Tensor]:
@@ -231,7 +231,7 @@ class BorderFinder:
         return any(bool(torch.isnan(tensor).any()) for tensor in self._replayed(border, others, ROWS[0]))
 
     def _settle(self, border: Border, values: Mapping[str, Tensor], needed: set[str]) -> None:
-        """Leave the needed features in the border, which then knows their shapes."""
+        """Keep only the needed features in the border, and record their shapes."""
         leaves = [leaf for outputs in border.cuts.values() for output in outputs for leaf in output.leaves]
         known = {
             leaf.key: leaf for leaf in (*border.readers.values(), *leaves, *border.inputs.values()) if _is_key(leaf)
@@ -242,8 +242,8 @@ class BorderFinder:
                 leaf = known[key]
                 if leaf.sample is None:
                     raise ValueError(
-                        f"{key} has the shape {tuple(values[key].shape)} for {ROWS[0]} images, which cannot be parted "
-                        "into one feature an image. Train without a cache."
+                        f"{key} has the shape {tuple(values[key].shape)} for {ROWS[0]} images, which cannot be split "
+                        "into one feature per image. Train without a cache."
                     )
                 border.shapes[key] = leaf.sample
 
@@ -272,7 +272,7 @@ def _by_point(calls: list[_Call]) -> dict[CallPoint, list[_Call]]:
 
 
 def _frozen_points(calls: list[_Call]) -> set[CallPoint]:
-    """Those of modules without anything that trains, which are frozen in every call."""
+    """The calls of modules without trained parameters that are frozen in every call."""
     by_point = _by_point(_all(calls))
     return {point for point, some in by_point.items() if all(call.frozen for call in some)}
 
@@ -282,7 +282,7 @@ def _outermost(
 ) -> tuple[dict[CallPoint, list[_Call]], list[_Call]]:
     """The outermost calls of frozen modules, by module, and all calls around and beside them.
 
-    Of a block of which only a part is frozen, all runs: its inner tensors are many.
+    A block that is only partly frozen runs as a whole, because it has many inner tensors.
     """
     live = []
     found: list[_Call] = []

@@ -1,4 +1,4 @@
-"""What features depend on, as hashes: a cache of anything else is never read."""
+"""Hashes of everything that features depend on, so that a cache of other features is never read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .calls import base_path
 from .replay import Border
 
 
-# entries of a model's config that change nothing before its head, or name where it comes from
+# entries of a model's config that change nothing before its head, or name its origin
 _NAMES = (
     "id2label",
     "label2id",
@@ -42,7 +42,7 @@ _ATTRIBUTES = {
     *_NAMES,
     "config",
     "num_classes",
-    "forward",  # adapters and accelerate put theirs in its place
+    "forward",  # adapters and accelerate replace it
     "_old_forward",
     "train",
     "gradient_checkpointing",
@@ -63,16 +63,16 @@ _PACKAGES = ("torch", "transformers", "timm", "torchvision", "Pillow")
 
 
 def digest(value: Any) -> str:
-    """The hash of plain values, arrays, and whatever has a `to_dict`.
+    """The hash of plain values, arrays, and objects with a `to_dict`.
 
     Raises:
-        TypeError: something in it has no text that is the same in every process.
+        TypeError: a value has no text that is the same in every process.
     """
     return xxh3_128(json.dumps(value, sort_keys=True, default=_plain).encode()).hexdigest()
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray) and value.dtype.hasobject:  # whose bytes are addresses
+    if isinstance(value, np.ndarray) and value.dtype.hasobject:  # its bytes are addresses
         return [value.shape, value.tolist()]
     if isinstance(value, np.ndarray):
         return [str(value.dtype), value.shape, xxh3_128(value.tobytes()).hexdigest()]
@@ -84,11 +84,11 @@ def _plain(value: Any) -> Any:
         return sorted(value)
     if hasattr(value, "to_dict"):
         return [type(value).__name__, value.to_dict()]
-    raise TypeError(f"key: {value!r} ({type(value).__name__}) is no number, text, list, mapping or array.")
+    raise TypeError(f"key: {value!r} ({type(value).__name__}) is not a number, string, list, mapping or array.")
 
 
 def digest_tensors(tensors: Iterator[tuple[str, Tensor]]) -> str:
-    """The hash of names, shapes, types and numbers of tensors."""
+    """The hash of names, shapes, dtypes and values of tensors."""
     total = xxh3_128()
     for name, tensor in tensors:
         for inner, plain in _plain_tensors(name, tensor):
@@ -98,7 +98,7 @@ def digest_tensors(tensors: Iterator[tuple[str, Tensor]]) -> str:
 
 
 def _plain_tensors(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
-    """A tensor with what tells it from others; of one made of several, as quantised weights are, each of these."""
+    """A tensor with its name and dtype; for one that consists of several, such as a quantised weight, each of them."""
     told = f"{name} {tuple(tensor.shape)} {tensor.dtype}"
     if not hasattr(tensor, "__tensor_flatten__"):
         yield told, tensor
@@ -109,7 +109,7 @@ def _plain_tensors(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The numbers of a tensor as they lie in memory."""
+    """The bytes of a tensor."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     numbers: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
     return memoryview(numbers)
@@ -125,19 +125,19 @@ def describe(
     arguments: Mapping[str, Any],
     device: torch.device,
 ) -> dict[str, str]:
-    """Everything that features depend on, by what it is.
+    """Everything that features depend on, by kind.
 
     Args:
         model: that the border belongs to.
-        border: says which modules make the features.
-        key: what tells the images and their transform.
+        border: says which modules compute the features.
+        key: identifies the images and their transform.
         dtype: of the features in the cache.
         views: of each image.
-        arguments: further ones of the model.
+        arguments: extra arguments of the model.
         device: of the model.
 
     Raises:
-        TypeError: the key or an argument is nothing that can be hashed.
+        TypeError: the key or an argument cannot be hashed.
     """
     parts = list(_parts(model, border))
     autocast = torch.is_autocast_enabled(device.type)
@@ -160,11 +160,11 @@ def describe(
 
 
 def _parts(model: nn.Module, border: Border) -> Iterator[tuple[str, nn.Module, bool]]:
-    """The modules that can have a part in the features, with their paths, and whether they are skipped.
+    """The modules that can affect the features, with their paths, and whether they are skipped.
 
-    These are the cuts and what is in them, the modules around them, and those that nobody calls: their weights may be
-    used without. Modules called outside the cuts, heads and side networks, have none, and neither has what this
-    library and peft put around the cuts, so that runs with other adapters there share features.
+    These are the cuts and their modules, the modules around them, and modules that are never called, whose weights may
+    be used directly. Modules called outside the cuts, such as heads and side networks, are left out, and so are the
+    layers of this library and peft around the cuts, so that runs with other adapters there share features.
     """
     cuts = {point.module for point in border.cuts}
 
@@ -184,7 +184,7 @@ def _parts(model: nn.Module, border: Border) -> Iterator[tuple[str, nn.Module, b
 
 
 def _frozen_tensors(parts: Iterable[tuple[str, nn.Module, bool]]) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of the parts; of those that are not skipped, what does not train."""
+    """Parameters and buffers of the parts; for parts that are not skipped, only those that do not train."""
     for path, module, skipped in parts:
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if skipped or not tensor.requires_grad:
@@ -192,7 +192,7 @@ def _frozen_tensors(parts: Iterable[tuple[str, nn.Module, bool]]) -> Iterator[tu
 
 
 def _state(parts: Iterable[tuple[str, nn.Module, bool]]) -> Iterator[list[Any]]:
-    """What the parts compute apart from their tensors: path, type, plain attributes and config of each."""
+    """Everything but tensors that determines what the parts compute: path, type, plain attributes and config."""
     seen: set[int] = set()  # configs, which the modules of a model share
     for path, module, _ in parts:
         attributes = _told_of(vars(module), _ATTRIBUTES)
@@ -216,7 +216,7 @@ def _told_of(values: Mapping[str, Any], without: Iterable[str]) -> dict[str, Any
 
 
 def _told(value: Any) -> Any:
-    """Plain values, collections of them and names of functions, for JSON; None for everything else."""
+    """Plain values, collections of them and names of functions, for JSON; None for other objects."""
     if value is None or isinstance(value, bool | int | float | str):
         return repr(value)
     if isinstance(value, torch.dtype):
@@ -240,20 +240,20 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 
 def key_of(data: Any) -> Any:
-    """What tells the images of a data set and their transform from others.
+    """Identify the images of a data set and their transform.
 
     Args:
-        data: a `datasets.Dataset`. Its fingerprint covers its rows and its transform, but a function that
-            `with_transform` has from an imported module by name only, not what it does. Of files that the rows name
-            and do not hold, size and time of change are added.
+        data: a `datasets.Dataset`. Its fingerprint covers its rows and its transform, but a function from an imported
+            module that `with_transform` got only by name, not by its code. For files that the rows name but do not
+            contain, size and modification time are added.
 
     Raises:
-        ValueError: nothing tells.
+        ValueError: the data set has no fingerprint.
     """
     if type(data).__module__ != "datasets.arrow_dataset":  # subclasses and wrappers may change the samples
         raise ValueError(
-            f"key: nothing of a {type(data).__name__} tells which images and which transform it has. Give key= what "
-            "does: names or hashes of files, the processor, the settings of the transform."
+            f"key: a {type(data).__name__} does not say which images and which transform it has. Give key= with what "
+            "identifies them: names or hashes of files, the processor, the settings of the transform."
         )
     columns = [data.data.column(name) for name in data.data.column_names]
     files = {path for column in columns for chunk in column.chunks for path in _files_in(chunk)}
@@ -273,6 +273,6 @@ def _files_in(array: Any) -> list[str]:
 def _stamp(path: str) -> list[Any]:
     try:
         stat = os.stat(path)
-    except OSError:  # an address, or missing: reading it will tell
+    except OSError:  # a URL, or missing: reading it will show
         return [path]
     return [path, stat.st_size, stat.st_mtime_ns]

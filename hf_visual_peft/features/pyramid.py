@@ -1,4 +1,4 @@
-"""The pyramid of features that an adapter makes beside a plain backbone, for heads that answer for places."""
+"""The pyramid of features that an adapter computes beside a plain backbone, for dense heads."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ def level_sizes(pixels: Tensor) -> list[tuple[int, int]]:
 
 
 def as_maps(tokens: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
-    """Tokens of several maps, one behind the other, (batch, tokens, channels), to (batch, channels, height, width)."""
+    """Split tokens of several maps, (batch, tokens, channels), into maps (batch, channels, height, width)."""
     parts = tokens.split([height * width for height, width in sizes], dim=1)
     return [part.transpose(1, 2).unflatten(2, size) for part, size in zip(parts, sizes, strict=True)]
 
 
 def feature_pyramid(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four maps of `ViTAdapterConfig(pyramid=True)`, for a head of your own that segments or detects.
+    """The four maps of `ViTAdapterConfig(pyramid=True)`, for your own segmentation or detection head.
 
         maps = hf_visual_peft.feature_pyramid(model, pixel_values=pixels)
         logits = dense_head(maps)
 
-    Gradients flow into the adapter. The model runs as a whole; what it returns is dropped, and its own task head gets
-    no gradient: with `modules_to_save=[]` it does not train. Save the head of your own beside the adapter.
+    Gradients flow into the adapter. The whole model runs; its output is dropped, and its own task head gets no
+    gradient: `modules_to_save=[]` keeps it from training. Save your own head beside the adapter.
 
     Args:
-        model: with the adapter active, of peft or with an adapter by transformers' own methods.
+        model: with the adapter active; a `PeftModel`, or a transformers model with the adapter added.
         args: of the model.
         kwargs: of the model.
 
@@ -49,18 +49,18 @@ def feature_pyramid(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor
         rounded up; in the adapter's dtype.
 
     Raises:
-        ValueError: no adapter that makes a pyramid is active, or several, or a batch mixes adapters.
+        ValueError: no active adapter computes a pyramid, several do, or a batch mixes adapters.
     """
     layer = next((module for module in model.modules() if isinstance(module, BlockLayer)), None)
     if kwargs.get("adapter_names") is not None:
-        raise ValueError("feature_pyramid takes no batch that mixes adapters: use set_adapter, without adapter_names.")
+        raise ValueError("feature_pyramid takes no batch that mixes adapters: use set_adapter, not adapter_names.")
     states: dict[str, Tensor] = {}
     if layer is not None:
         with layer.exchange.collecting() as states:
             model(*args, **kwargs)
     if layer is None or len(states) != 1:
         raise ValueError(
-            f"feature_pyramid needs one active adapter of ViTAdapterConfig(pyramid=True), and there are {len(states)}."
+            f"feature_pyramid needs one active adapter of ViTAdapterConfig(pyramid=True), but there are {len(states)}."
         )
     assert layer.exchange.pixels is not None
     (state,) = states.values()

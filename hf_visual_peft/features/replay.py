@@ -20,7 +20,7 @@ from .calls import CallPoint, Forward, replaced
 
 @dataclass(frozen=True)
 class Scaled:
-    """A tensor whose first dimensions or others grow with the batch.
+    """A tensor some of whose dimensions grow with the batch.
 
     Attributes:
         sizes: of each dimension: a fixed size, or None with the size for one sample.
@@ -43,7 +43,7 @@ class Scaled:
             rows: samples in the two.
 
         Raises:
-            ValueError: the sizes do not go with the batch.
+            ValueError: the sizes do not match the batch.
         """
         if many.shape == few.shape:
             return None
@@ -56,14 +56,14 @@ class Scaled:
 
     @property
     def sample(self) -> tuple[int, ...] | None:
-        """The shape of one sample; None where samples do not lie along the first dimension alone."""
+        """The shape of one sample; None where samples do not lie along the first dimension only."""
         first, *others = self.sizes
         if first != (True, 1) or any(grows for grows, _ in others):
             return None
         return tuple(size for _, size in others)
 
     def dummy(self, rows: int, device: torch.device) -> Tensor:
-        """A tensor of the right shape without memory; of NaN, so that nobody can read it and go unnoticed."""
+        """A tensor of the right shape without memory, filled with NaN so that any use shows."""
         shape = [size * rows if grows else size for grows, size in self.sizes]
         value = float("nan") if self.dtype.is_floating_point else 0
         return torch.full((), value, dtype=self.dtype, device=device).expand(shape)
@@ -71,18 +71,18 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Output:
-    """What one call of a cut module returns.
+    """The output of one call of a cut module.
 
     Attributes:
         spec: the structure.
-        leaves: what stands in it: tensors that grow with the batch, and all else as it is.
+        leaves: its contents: tensors that grow with the batch, and all other values unchanged.
     """
 
     spec: TreeSpec
     leaves: tuple[Any, ...]
 
     def build(self, features: Mapping[str, Tensor], rows: int, device: torch.device) -> Any:
-        """The structure for a batch, with features where there are any."""
+        """Build the output for a batch, with features where they are stored."""
         leaves = [_fill(leaf, features, rows, device) if isinstance(leaf, Scaled) else leaf for leaf in self.leaves]
         return tree_unflatten(leaves, self.spec)
 
@@ -97,13 +97,13 @@ class Border:
     """Where the frozen part of a model ends.
 
     Attributes:
-        cuts: modules that are skipped, with what each call of them returns.
-        readers: modules whose first argument is stored, with what it is.
-        inputs: the model's own inputs that stand for the images, by name.
+        cuts: modules that are skipped, with the output of each of their calls.
+        readers: modules whose first argument is stored, with its description.
+        inputs: placeholders for the model's image inputs, by name.
         shapes: of one sample of each feature, by name.
-        live: modules that run as ever and return nothing frozen, as heads and side networks.
+        live: modules that run as usual and return nothing frozen, such as heads and side networks.
         grid: of the images, for the adapter layers of this library.
-        exchanges: what these layers share.
+        exchanges: the objects that these layers share.
     """
 
     cuts: dict[CallPoint, list[Output]]
@@ -121,11 +121,11 @@ class Border:
     def replay(
         self, features: Mapping[str, Tensor], arguments: Mapping[str, Tensor], rows: int, device: torch.device
     ) -> AbstractContextManager[None]:
-        """Meanwhile the model takes features in place of its frozen part.
+        """Make the model take features in place of its frozen part, inside the context.
 
         Args:
             features: of a batch, by name.
-            arguments: what `arguments` has made of them.
+            arguments: the result of `arguments` for them.
             rows: samples in the batch.
             device: of the model.
         """
@@ -135,7 +135,7 @@ class Border:
             forwards[point] = partial(_skipped, point, calls, features, rows, device)
         for point, leaf in self.readers.items():
             forwards[point] = partial(_reading, point.forward, _fill(leaf, features, rows, device))
-        for exchange in self.exchanges:  # the hooks that tell these stand inside what is skipped
+        for exchange in self.exchanges:  # the hooks that set these are in skipped modules
             exchange.grid = self.grid
             if exchange.pixel_handles:
                 exchange.pixels = next(iter(arguments.values()))
@@ -147,7 +147,7 @@ def _skipped(
 ) -> Any:
     output = next(calls, None)
     if output is None:
-        raise RuntimeError(f"{point.path} is called more often than when its features were found.")
+        raise RuntimeError(f"{point.path} is called more often than when its features were computed.")
     return point.shown(output.build(features, rows, device))
 
 
@@ -156,13 +156,13 @@ def _reading(forward: Forward, feature: Tensor, _: Any, *args: Any, **kwargs: An
 
 
 def exchanges_of(model: nn.Module) -> list[Exchange]:
-    """What the adapter layers of this library in a model share; several where it has several tuners."""
+    """The objects that this library's adapter layers share in a model; several if it has several tuners."""
     found = {id(m.exchange): m.exchange for m in model.modules() if isinstance(m, VisualTunerLayer)}
     return list(found.values())
 
 
 def recomputing(model: nn.Module, border: Border) -> list[GradientCheckpointingLayer]:
-    """The layers outside what is skipped that could compute their forward again in the backward pass."""
+    """The layers outside the skipped modules that may recompute their forward in the backward pass."""
     inside = {id(part) for point in border.cuts for part in point.module.modules() if part is not point.module}
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and id(m) not in inside]
 

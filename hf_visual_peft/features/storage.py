@@ -1,8 +1,8 @@
-"""Features on disk: safetensors files of some hundred images each, written once and checked when they are opened.
+"""Features on disk: safetensors files of a few hundred images each, written once and checked when opened.
 
-A row of the tensor `features` is an image: its features one behind another, so that one read fetches them. Rows are
-read from the file into the batch itself: where a disk fails or a file is cut off that is an error, and with a memory
-map the end of the process. `benchmarks/cache.py` compares the times of both and of Arrow.
+A row of the tensor `features` holds all features of one image, so that one read fetches them. Rows are read from the
+file directly into the batch. If a disk fails or a file is truncated, that raises an error, while a memory map would
+end the process. `benchmarks/cache.py` compares the times of both and of Arrow.
 """
 
 from __future__ import annotations
@@ -38,27 +38,27 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 _SHARD_BYTES = 128 * 2**20
 _SHARD_ROWS = 512  # so that little is lost where rows are small
 _CHUNK = 8 * 2**20
-_OPEN_FILES = 64  # at a time in each thread; systems allow a process from 256 on
+_OPEN_FILES = 64  # at a time in each thread; systems allow a process at least 256
 _METADATA = "hf_visual_peft"
 
 
 class DamagedError(ValueError):
-    """A file of a cache is not as it was written; the message says what is wrong."""
+    """A file of a cache has changed since it was written; the message says what is wrong."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What is in a cache.
+    """The contents of a cache.
 
     Attributes:
         fingerprint: of everything the features depend on.
-        parts: the hashes that it is made of, by what they tell.
-        rows: images, each as often as it has views; the views of an image are `rows / views` apart.
+        parts: the hashes that it consists of, by kind.
+        rows: number of images times number of views; the views of an image are `rows / views` apart.
         views: of each image.
         dtype: of the features.
         shapes: of one image's features, by name.
-        others: dtype and shape of what else a sample holds, by name.
-        rows_per_shard: images in a file.
+        others: dtype and shape of the other entries of a sample, by name.
+        rows_per_shard: images per file.
         format: of the files.
     """
 
@@ -79,7 +79,7 @@ class Layout:
 
     @property
     def numbers(self) -> list[int]:
-        """How many numbers each feature of an image has."""
+        """The number of elements of each feature of an image."""
         return [math.prod(shape) for shape in self.shapes.values()]
 
     @property
@@ -102,10 +102,10 @@ class Shards:
     """The files of one cache in a folder.
 
     Attributes:
-        folder: where they lie.
+        folder: that holds them.
         layout: what they hold.
-        starts: where the features begin in the files that are known to be whole.
-        others: what else the samples of those files hold, (rows, ...), by name.
+        starts: offset of the features in the files that are known to be intact.
+        others: other entries of the samples in those files, (rows, ...), by name.
     """
 
     folder: Path
@@ -127,15 +127,15 @@ class Shards:
         return self.folder / ".locks"
 
     def lock(self, shard: int) -> FileLock:
-        """The lock that a process holds while it makes a shard; the system frees it when the process dies."""
+        """The lock that a process holds while it writes a shard; the system frees it when the process dies."""
         return FileLock(self.locks / f"{shard:05d}.lock")
 
     def check(self, shard: int) -> bool:
-        """Read a whole file and compare its checksum; whether it is there.
+        """Read a whole file and compare its checksum; return whether the file is there.
 
         Raises:
-            DamagedError: it is there and was cut off, changed, or belongs to another cache.
-            OSError: it cannot be read.
+            DamagedError: the file was truncated or changed, or belongs to another cache.
+            OSError: the file cannot be read.
         """
         if shard in self.starts:
             return True
@@ -147,7 +147,7 @@ class Shards:
             with safe_open(path, framework="pt") as tensors:
                 metadata = tensors.metadata() or {}
                 if json.loads(metadata[_METADATA])["checksum"] != found:
-                    raise DamagedError("its checksum is another")
+                    raise DamagedError("its checksum differs")
                 if metadata != self._metadata(shard, found):
                     raise DamagedError("it belongs to another cache")
                 for name, (dtype, shape) in self._kinds(shard).items():
@@ -158,10 +158,10 @@ class Shards:
                 others = {name: tensors.get_tensor(name).clone() for name in self.layout.others}
         except FileNotFoundError:
             return False
-        except (OSError, DamagedError):  # a disk or a system that fails says nothing of the file
+        except (OSError, DamagedError):  # a failing disk or system says nothing about the file
             raise
-        except Exception as error:  # whatever a parser says of bytes that are none of its format
-            raise DamagedError(f"it was cut off or is no safetensors file ({error})") from error
+        except Exception as error:  # parsers raise all kinds of errors for bytes in another format
+            raise DamagedError(f"it is truncated or not a safetensors file ({error})") from error
         self.starts[shard] = start + header["features"]["data_offsets"][0]
         self.others[shard] = others
         return True
@@ -175,18 +175,18 @@ class Shards:
     def _metadata(self, shard: int, checksum: str) -> dict[str, str]:
         rows = self.layout.rows_of(shard)
         told = {"checksum": checksum, "fingerprint": self.layout.fingerprint, "rows": [rows.start, rows.stop]}
-        return {_METADATA: json.dumps(told)}  # one entry, as safetensors writes several in any order
+        return {_METADATA: json.dumps(told)}  # one entry, because safetensors writes several in any order
 
     def write(self, shard: int, features: Tensor, others: Mapping[str, Tensor]) -> None:
-        """Write a file aside and rename it once it is on the disk.
+        """Write a temporary file and rename it once it is on the disk.
 
         Args:
-            shard: which.
-            features: (rows, numbers) in the dtype of the layout.
-            others: what else the samples hold, (rows, ...).
+            shard: index of the file.
+            features: (rows, elements) in the dtype of the layout.
+            others: other entries of the samples, (rows, ...).
 
         Raises:
-            OSError: the disk is full, or the folder cannot be written; what is complete stays.
+            OSError: the disk is full, or the folder cannot be written; complete files stay.
         """
         path = self.path(shard)
         tensors = {"features": features, **others}
@@ -205,7 +205,7 @@ class Shards:
             raise OSError(
                 error.errno,
                 f"{kind}: {error.strerror} after {len(self.starts)} of {self.layout.shards} files of features. These "
-                "are kept: the next run goes on there",
+                "are kept: the next run continues there",
                 str(path),
             ) from error
         finally:
@@ -232,29 +232,29 @@ class Shards:
         return batch
 
     def _open(self, shard: int) -> BinaryIO:
-        # a process of its own, or a thread, has a place in the file of its own
+        # each process and thread has its own position in the file
         files = self._files.setdefault((os.getpid(), threading.get_ident()), {})
         file = files.pop(shard, None) or self.path(shard).open("rb", buffering=0)
-        files[shard] = file  # behind the others: the first is the one that was read the longest ago
+        files[shard] = file  # at the end: the first one was read the longest ago
         if len(files) > _OPEN_FILES:
             files.pop(next(iter(files))).close()
         return file
 
 
 def open_folder(folder: Path, layout: Layout, read_only: bool) -> Shards:
-    """The shards in a folder, whose manifest is written if it is not there.
+    """Open the shards in a folder, and write the manifest if there is none.
 
     Args:
         folder: for these features alone.
-        layout: what the cache would hold; of an older manifest, the number of rows in a file counts.
+        layout: what the cache shall hold; an existing manifest decides the number of rows per file.
         read_only: whether to write nothing.
 
     Returns:
         The shards.
 
     Raises:
-        FileNotFoundError: there is none, and none may be written.
-        ValueError: it says that the folder holds something else.
+        FileNotFoundError: there is no manifest, and none may be written.
+        ValueError: the manifest describes other features.
         OSError: the folder cannot be written.
     """
     path = folder / MANIFEST
@@ -273,20 +273,20 @@ def open_folder(folder: Path, layout: Layout, read_only: bool) -> Shards:
         layout = Layout(**{**asdict(layout), "rows_per_shard": there.rows_per_shard})
         if asdict(there) != _plain(asdict(layout)):
             names = [name for name, value in asdict(there).items() if value != _plain(getattr(layout, name))]
-            raise ValueError(f"{path} does not tell of these features: {', '.join(names)} differ. Delete the folder.")
+            raise ValueError(f"{path} describes other features: {', '.join(names)} differ. Delete the folder.")
         return Shards(folder, layout)
     make_folder(folder)
     write_aside(path, json.dumps(asdict(layout), indent=2) + "\n")
     if problem:
-        warnings.warn(f"{problem}; it is written anew.", stacklevel=2)
+        warnings.warn(f"{problem}; it is written again.", stacklevel=2)
     return Shards(folder, layout)
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder if it is not there.
+    """Create a folder if it is not there.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -295,10 +295,10 @@ def make_folder(folder: Path) -> None:
 
 
 def check_space(folder: Path, rows: int, layout: Layout) -> None:
-    """Raise an error if the disk cannot hold some more rows.
+    """Raise an error if the disk cannot hold that many more rows.
 
     Raises:
-        OSError: it cannot; the message says what is needed and what there is.
+        OSError: it cannot; the message says how much is needed and how much is free.
     """
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     needed, free = rows * layout.row_bytes, shutil.disk_usage(there).free
@@ -312,7 +312,7 @@ def check_space(folder: Path, rows: int, layout: Layout) -> None:
 
 
 def size(count: float) -> str:
-    """Bytes in words."""
+    """A number of bytes with a unit."""
     for unit in ("bytes", "KB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "bytes" or count >= 100 else f"{count:.1f} {unit}"
@@ -332,7 +332,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file, without its metadata, and where the tensors begin."""
+    """The header of a safetensors file, without its metadata, and the offset of the tensors."""
     length = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(min(length, os.fstat(file.fileno()).st_size)))
     header.pop("__metadata__", None)
@@ -351,7 +351,7 @@ def _digest_file(file: BinaryIO, header: Mapping[str, Any], start: int) -> str:
         while left:
             count = file.readinto(memoryview(buffer)[: min(left, _CHUNK)])  # type: ignore[attr-defined]
             if not count:
-                raise DamagedError("it was cut off")
+                raise DamagedError("it is truncated")
             total.update(memoryview(buffer)[:count])
             left -= count
     return total.hexdigest()

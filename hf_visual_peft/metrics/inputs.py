@@ -1,4 +1,4 @@
-"""What all metrics here do to a batch before they store it: arrays, checked, and class ids instead of scores."""
+"""Checks and conversions of a batch before a metric stores it: arrays, and class ids instead of scores."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def class_ids(predictions: Any) -> np.ndarray:
         predictions: class ids (N,), or scores (N, classes) of any float type: array, tensor on any device or list.
 
     Returns:
-        (N,) int64. Where classes share the highest score it is the one with the lowest id.
+        (N,) int64. If several classes have the highest score, the one with the lowest id.
 
     Raises:
-        ValueError: neither of the two shapes, class ids that are no whole numbers, or scores that are NaN.
+        ValueError: the shape is neither of the two, class ids are not integers, or scores are NaN.
     """
     array = _array("predictions", predictions)
     if array.ndim == 2:
@@ -30,7 +30,7 @@ def ranked_classes(scores: Any, k: int) -> np.ndarray:
 
     Args:
         scores: (N, classes).
-        k: how many, at most the number of classes.
+        k: at most the number of classes.
 
     Returns:
         (N, k) int64.
@@ -44,7 +44,7 @@ def ranked_classes(scores: Any, k: int) -> np.ndarray:
     if array.shape[1] < k:
         raise ValueError(f"k={k} needs scores of at least {k} classes, got predictions of shape {array.shape}.")
     if np.isnan(array).any():
-        raise ValueError("predictions hold NaN: the model has diverged or was fed with NaN.")
+        raise ValueError("predictions hold NaN: the model has diverged or its input was NaN.")
     return np.argsort(-array, axis=1, kind="stable")[:, :k].astype(np.int64)
 
 
@@ -58,7 +58,7 @@ def scores(predictions: Any) -> np.ndarray:
     if array.ndim != 2:
         raise ValueError(f"predictions must be scores of shape (N, classes), got shape {array.shape}.")
     if np.isnan(array).any():
-        raise ValueError("predictions hold NaN: the model has diverged or was fed with NaN.")
+        raise ValueError("predictions hold NaN: the model has diverged or its input was NaN.")
     return array.astype(np.float32)
 
 

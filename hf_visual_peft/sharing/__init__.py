@@ -1,1 +1,1 @@
-"""What travels with an adapter: its card, its class names, and the way to the Hub."""
+"""What is published with an adapter: its model card, its files, and the upload to the Hub."""

@@ -1,4 +1,4 @@
-"""The text of a card: what an adapter is, how it is loaded, what it reached."""
+"""The text of a model card: what an adapter is, how to load it, and its results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PROCESSOR_NAME = "preprocessor_config.json"
 TIMM_PROCESSOR = "TimmWrapperImageProcessor"
 IMPORT_LINE = "import hf_visual_peft"
 TEMPLATE = Path(__file__).with_name("card_template.md")
-# What transformers' class names end in.
+# The ends of transformers' class names.
 PIPELINE_TAGS = {
     "ForImageClassification": "image-classification",
     "ForImageClassificationWithTeacher": "image-classification",
@@ -49,10 +49,10 @@ MAX_LISTED_LABELS = 200
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What only the run that made an adapter knows; all of it is optional. The fields are those of `hub.push`.
+    """Facts that only the training run knows; all are optional. The fields are those of `hub.push`.
 
     Raises:
-        ValueError: a metric that is no finite number, or metrics without `dataset`.
+        ValueError: a metric is not a finite number, or metrics are given without `dataset`.
     """
 
     base_model: str | None = None
@@ -72,12 +72,12 @@ class Run:
             if not number or not math.isfinite(value):
                 raise ValueError(f"metrics[{name!r}]={value!r}: a card takes a finite number.")
         if self.metrics and not self.dataset:
-            raise ValueError(f"metrics={dict(self.metrics)} without dataset: say what they were measured on.")
+            raise ValueError(f"metrics={dict(self.metrics)} without dataset: name what they were measured on.")
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedAdapter:
-    """What the files of an adapter tell by themselves; nothing is loaded for it.
+    """Facts from the files of an adapter, without loading its weights.
 
     Attributes:
         base_class: class of the base model, `None` where the file does not say.
@@ -85,11 +85,11 @@ class SavedAdapter:
         parameters: number of trained values in the adapter, the head excluded; `None` without a safetensors file.
         head_parameters: number of values in the modules that `modules_to_save` names.
         num_bytes: size of the safetensors file.
-        num_labels: outputs of the saved classification head, where there is one that is a single linear.
-        labels: the names of the classes that travel with the adapter.
-        unnamed: whether these are the numbered ones that transformers makes up.
-        several: whether an image may have several of them.
-        processor: class of the image processor that lies beside the adapter, where there is one.
+        num_labels: outputs of the saved classification head, if it is a single linear.
+        labels: the class names saved with the adapter.
+        unnamed: whether these are the numbered names that transformers makes up.
+        several: whether an image may have several classes.
+        processor: class of the image processor saved beside the adapter, if there is one.
     """
 
     base_class: str | None = None
@@ -105,10 +105,10 @@ class SavedAdapter:
 
     @classmethod
     def read(cls, folder: str | Path, config: PeftConfig) -> SavedAdapter:
-        """Read the configuration and the header of the weights, whichever of the two is there.
+        """Read the configuration and the header of the weights, whichever of them exist.
 
         Raises:
-            ValueError: a file is not what its name says.
+            ValueError: a file is damaged.
         """
         facts: dict[str, Any] = {}
         if Path(folder, PROCESSOR_NAME).is_file():
@@ -127,7 +127,7 @@ class SavedAdapter:
                 with safe_open(weights, framework="np") as file:
                     shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - no mapping
             except SafetensorError as error:
-                raise ValueError(f"{weights} is truncated or no safetensors file: {error}") from error
+                raise ValueError(f"{weights} is truncated or not a safetensors file: {error}") from error
             heads = tuple(getattr(config, "modules_to_save", None) or ())
             if isinstance(config, VisualPeftConfig):
                 sizes = {key: config.trained_numbers(key, tuple(shape)) for key, shape in shapes.items()}
@@ -145,7 +145,7 @@ class SavedAdapter:
 
     @property
     def pipeline_tag(self) -> str | None:
-        """The task that the class of the base model stands for."""
+        """The task of the class of the base model."""
         name = self.base_class or ""
         return next((tag for suffix, tag in PIPELINE_TAGS.items() if name.endswith(suffix)), None)
 
@@ -161,10 +161,10 @@ def build_card(
 
     Args:
         config: configuration of the adapter, of our methods or of peft's own.
-        saved: what its files tell.
-        run: what only the run knows.
-        adapter: repository id that the usage snippet loads. Folders move and say nothing to others: for an adapter
-            or a base model that is only in one, the snippet has a placeholder.
+        saved: facts from its files.
+        run: facts from the run.
+        adapter: repository id that the usage snippet loads. For an adapter or a base model that is only in a local
+            folder, the snippet has a placeholder, because others do not have that folder.
     """
     saved, run = saved or SavedAdapter(), run or Run()
     method, labels = _method(config), run.labels or (() if saved.unnamed else saved.labels)
@@ -194,7 +194,7 @@ def build_card(
         library_name="peft",
         pipeline_tag=tag,
         license=run.license,
-        # A name without an owner is as likely that of a folder or of a reader of files, such as imagefolder.
+        # A name without an owner may as well be a folder or a builder, such as imagefolder.
         datasets=[run.dataset] if run.dataset and "/" in run.dataset and is_hub_id(run.dataset) else None,
         metrics=list(run.metrics) or None,
         tags=sorted(tags),
@@ -218,7 +218,7 @@ def build_card(
 
 
 def is_generated(text: str) -> bool:
-    """Whether nobody wrote in this card: it is empty, the form peft starts from, or one of ours as we left it."""
+    """Whether nobody edited this card: it is empty, peft's blank form, or an unchanged card of ours."""
     seal = re.search(r"<!-- hf_visual_peft .*-->", text)
     return not text.strip() or (seal is not None and seal[0] == _seal(text)) or _lines(text) == _blank_form()
 
@@ -233,29 +233,29 @@ def is_repo_id(name: str | None) -> bool:
 
 
 def is_hub_id(name: str | None) -> bool:
-    """Whether a name that transformers or datasets loaded from was one of the Hub rather than a folder here."""
+    """Whether a name that transformers or datasets loaded from is on the Hub and not a local folder."""
     return is_repo_id(name) and not Path(str(name)).exists()
 
 
 def _method(config: PeftConfig) -> Method | None:
-    """Our method behind a configuration; `None` for one of peft's own."""
+    """The method of a configuration; `None` for one of peft's own."""
     return next((method for method in list_methods().values() if type(config) is method.config_cls), None)
 
 
 def _lines(text: str) -> list[str]:
-    """The text without what peft adds at each save, our seal and white space."""
+    """The text without the lines that peft adds at each save, our seal and white space."""
     lines = (line.strip() for line in text.splitlines())
     return [line for line in lines if line and not line.startswith(("- PEFT ", "<!-- hf_visual_peft "))]
 
 
 @functools.cache
 def _blank_form() -> list[str]:
-    """The form that peft fills nothing into but its version."""
+    """The blank form of peft, which fills in only its version."""
     return _lines(f"{ModelCard.from_template(ModelCardData()).text}\n### Framework versions")
 
 
 def _seal(text: str) -> str:
-    """A comment by which we know our own text again as long as nobody edits it."""
+    """A comment that identifies our own text until somebody edits it."""
     digest = hashlib.sha256("\n".join(_lines(text)).encode()).hexdigest()[:16]
     return f"<!-- hf_visual_peft {digest}: rewritten at the next save, unless you edit it -->"
 
@@ -267,7 +267,7 @@ def _fenced(text: str, language: str) -> str:
 
 
 def _display_name(config: PeftConfig) -> str:
-    """The method as its paper writes it, or as peft does."""
+    """The name of the method as in its paper, or as in peft."""
     return type(config).__name__.removesuffix("Config") if _method(config) else config.peft_type.value
 
 
@@ -285,7 +285,7 @@ def _summary(name: str, base: str | None, base_id: str | None, *, ours: bool) ->
 def _usage(
     config: PeftConfig, saved: SavedAdapter, run: Run, tag: str | None, base: str | None, adapter: str | None
 ) -> str:
-    """The section that tells how to load the adapter, with a snippet that does what was evaluated."""
+    """The section on loading the adapter, with a snippet that repeats what was evaluated."""
     method = _method(config)
     snippet = ["from peft import PeftModel"]
     text = []
@@ -308,7 +308,7 @@ def _usage(
     if saved.processor == TIMM_PROCESSOR:
         reader, origin = TIMM_PROCESSOR, f"{where}, image_processor_filename={json.dumps(PROCESSOR_NAME)}"
     classify = tag == "image-classification"
-    if classify and saved.labels and method is None:  # peft alone does not read the names of the classes
+    if classify and saved.labels and method is None:  # peft alone does not read the class names
         snippet = ["from peft import PeftConfig, PeftModel"]
         names = [
             f'names = PeftConfig.from_pretrained({where}).auto_mapping["id2label"]',
@@ -353,7 +353,7 @@ def _inputs(config: PeftConfig) -> list[str]:
 
 
 def _facts(config: PeftConfig, saved: SavedAdapter, method: Method | None) -> list[tuple[str, str]]:
-    """The rows of the table on the adapter."""
+    """The rows of the table about the adapter."""
     facts = [("Method", f"{config.peft_type.value} of peft")]
     if method is not None:
         paper = method.paper
@@ -370,7 +370,7 @@ def _facts(config: PeftConfig, saved: SavedAdapter, method: Method | None) -> li
 
 
 def _call(config: PeftConfig, method: Method | None) -> str:
-    """The configuration as one would type it: what the method asks for, and what else is not the default."""
+    """The configuration as code: the method's own fields, and other fields that differ from the default."""
     common = {field.name for field in dataclasses.fields(PeftConfig)}
     own = {field.name for field in own_fields(type(config))} if method else set()
     shown = []

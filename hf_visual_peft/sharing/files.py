@@ -8,8 +8,8 @@ from pathlib import Path
 
 
 def write_aside(path: Path, text: str) -> None:
-    """Replace a file as a whole: a full disk or a crash leaves the one that was there."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # machines that share a disk have equal process ids
+    """Replace a whole file at once: after a full disk or a crash the old file is still there."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # process ids of other machines may be equal
     try:
         with aside.open("w", newline="", encoding="utf-8") as file:
             file.write(text)

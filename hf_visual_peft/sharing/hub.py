@@ -1,4 +1,4 @@
-"""The Hub: an adapter and its card go up in one commit, and every saved adapter's card tells how to load it."""
+"""The Hub: upload of an adapter and its card in one commit, and cards that say how to load an adapter."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def push(
 ) -> CommitInfo:
     """Upload one adapter with its card: `adapter_model.safetensors`, `adapter_config.json`, `README.md`, one commit.
 
-    Anyone then loads it with `import hf_visual_peft` and `PeftModel.from_pretrained(base, repo_id)`. An upload that
-    breaks off leaves the repository's last version as it was, and nothing is committed when nothing changed.
+    Anyone can then load it with `import hf_visual_peft` and `PeftModel.from_pretrained(base, repo_id)`. An interrupted
+    upload leaves the repository unchanged, and nothing is committed if nothing changed.
 
-    The repository and the branch are made when they do not exist. A card that is there already is rewritten only if
-    it is one of ours, untouched; of one that somebody edited the text stays and the metadata are brought up to date.
-    In a distributed run call this on the main process.
+    The repository and the branch are created if they do not exist. An existing card is rewritten only if it is an
+    unedited card of ours; in an edited card the text stays and the metadata are updated. In a distributed run call
+    this on the main process.
 
     Args:
         model: what `get_peft_model` or `PeftModel.from_pretrained` returned; any method, also peft's own.
@@ -73,29 +73,29 @@ def push(
         private: visibility of a new repository. An existing one must have it already.
         token: an access token; by default the one of `hf auth login` or `HF_TOKEN`.
         commit_message: title of the commit.
-        base_model: model id of the backbone on the Hub. Needed when it was loaded from a folder: others don't have
-            that folder, so without it a warning is given and the card names no base model in its metadata.
-        metrics: results by metric name, e.g. `{"accuracy": 0.944}`; they become the card's model-index.
-        dataset: what they were measured on: a dataset id of the Hub with its owner, or any other name. Required with
-            `metrics`.
-        dataset_split: split that they were measured on, e.g. `"test"`.
-        command: the command line that made the adapter, as typed.
+        base_model: model id of the backbone on the Hub. Needed if it was loaded from a folder, which others do not
+            have: without it there is a warning, and the card's metadata name no base model.
+        metrics: results by metric name, e.g. `{"accuracy": 0.944}`, for the card's model-index.
+        dataset: that the metrics were measured on: a dataset id of the Hub with its owner, or any other name. Required
+            with `metrics`.
+        dataset_split: split that the metrics were measured on, e.g. `"test"`.
+        command: the command line that trained the adapter, as typed.
         license: license id of the Hub, e.g. `"apache-2.0"`.
-        pipeline_tag: task; by default told by the class of the base model.
-        tags: further tags.
-        processor: image processor that its results were measured with; it goes up beside the adapter, and the card
-            loads it. Without, the card loads that of the base model.
-        interpolate_pos_encoding: whether they were measured with that argument of the model.
+        pipeline_tag: task; by default that of the base model's class.
+        tags: extra tags.
+        processor: image processor that the results were measured with; it is uploaded with the adapter, and the card
+            loads it. By default the card loads that of the base model.
+        interpolate_pos_encoding: whether the results were measured with that argument of the model.
 
     Returns:
-        What `HfApi.create_commit` returns, `oid` and `commit_url` among others.
+        The result of `HfApi.create_commit`, with `oid` and `commit_url`.
 
     Raises:
-        TypeError: `model` is no `PeftModel`.
-        ValueError: a bad `repo_id`, `adapter_name`, `revision`, `base_model` or metric, or a repository whose
-            visibility is not the one asked for. All but the last are found before any request is made.
-        huggingface_hub.errors.HfHubHTTPError: the Hub refused, for example for lack of rights, or because somebody
-            else committed in between.
+        TypeError: `model` is not a `PeftModel`.
+        ValueError: `repo_id`, `adapter_name`, `revision`, `base_model` or a metric is invalid, or the repository does
+            not have the visibility asked for. All but the last are found before any request.
+        huggingface_hub.errors.HfHubHTTPError: the Hub refused, for example because of missing rights, or because
+            somebody else committed in between.
     """
     if not isinstance(model, PeftModel):
         raise TypeError(f"push needs a peft.PeftModel, as get_peft_model returns it, not {type(model).__name__}.")
@@ -130,8 +130,8 @@ def push(
         elif not is_hub_id(config.base_model_name_or_path):
             _set_base_model(folder / CONFIG_NAME, Path(config.base_model_name_or_path or "").name or None)
             warnings.warn(
-                f"The base model {config.base_model_name_or_path!r} is no model of the Hub: others cannot load what "
-                "you upload. Say base_model='user/name' if it is there under another name.",
+                f"The base model {config.base_model_name_or_path!r} is not on the Hub: others cannot load what "
+                "you upload. Pass base_model='user/name' if it is there under another name.",
                 stacklevel=2,
             )
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -154,22 +154,23 @@ def push(
             operations=[CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names],
             commit_message=commit_message or f"Upload {config.peft_type.value} adapter",
             revision=revision,
-            # The card was merged with what stood there: should that change meanwhile, nobody's text is lost.
+            # The card was merged with the existing one: if that changes meanwhile, the commit fails and no text is
+            # lost.
             parent_commit=info.sha,
         )
 
 
 def write_card(folder: str | Path, config: PeftConfig, *, adapter: str | None = None, **run: Any) -> Path:
-    """Write the card of a saved adapter, filled from its files and from the run.
+    """Write the card of a saved adapter, from its files and from the run.
 
     Args:
         folder: where the adapter was saved.
         config: its configuration.
-        adapter: repository id for the usage snippet, if it is known already.
+        adapter: repository id for the usage snippet, if known.
         **run: fields of `Run`, e.g. `metrics={"accuracy": 0.94}, dataset="MNIST", command="..."`.
 
     Returns:
-        Path of the card. A card whose text somebody wrote keeps that text; its metadata are brought up to date.
+        Path of the card. An edited card keeps its text; its metadata are updated.
     """
     path = Path(folder, CARD_NAME)
     card = build_card(config, SavedAdapter.read(folder, config), Run(**run), adapter=adapter)
@@ -180,23 +181,23 @@ def write_card(folder: str | Path, config: PeftConfig, *, adapter: str | None = 
 
 
 def add_usage_to_card(folder: str | Path, config: PeftConfig) -> None:
-    """Make the card of an adapter that was just saved tell how it is loaded.
+    """Make the card of an adapter that was just saved say how to load it.
 
-    peft writes an empty form as the card; it becomes ours, keeping its metadata. So does a card of ours that nobody
-    edited: results that it named belong to the weights that were there before, and go. The text of any other card
-    stays, with a section on loading added at its end if it lacks our import line. A README that is not the card of an
-    adapter is left alone. Doing this twice changes nothing.
+    Our card replaces peft's blank form and keeps its metadata. It also replaces an unedited card of ours, without the
+    results in it, which belong to earlier weights. The text of any other card stays; a section on loading is added at
+    its end if it lacks our import line. A README that is not the card of an adapter is not changed. A second call
+    changes nothing.
 
     An adapter with a name other than `"default"` is saved in a folder of its own and gets its card there.
 
     Args:
-        folder: where configuration and weights are; without a README one is written.
+        folder: with configuration and weights; a README is written if there is none.
         config: the configuration that was saved.
     """
     path = Path(folder, CARD_NAME)
     try:
         saved = SavedAdapter.read(folder, config)
-    except ValueError:  # transformers writes the weights last: these are the remains of a save that broke off
+    except ValueError:  # transformers writes the weights last: these are left from an interrupted save
         saved = SavedAdapter()
     card = build_card(config, saved)
     if path.exists():
@@ -213,10 +214,10 @@ def add_usage_to_card(folder: str | Path, config: PeftConfig) -> None:
 
 
 def merge_cards(there: ModelCard, new: ModelCard) -> ModelCard:
-    """A new card in the place of one that is there.
+    """A new card that replaces an existing one.
 
-    Of the old metadata stays what the new ones don't say, except results of a card nobody edited; of the old text
-    stays everything if somebody wrote it.
+    Old metadata stay where the new card has none, except the results of an unedited card. The old text stays if
+    somebody edited it.
     """
     generated = is_generated(there.text)
     stale = {"eval_results", "model_name", "metrics"} if generated else set()
@@ -237,8 +238,8 @@ def merge_cards(there: ModelCard, new: ModelCard) -> ModelCard:
 def save_processor(processor: Any, folder: str | Path) -> None:
     """Write an image processor beside an adapter, as `preprocessor_config.json`.
 
-    timm's are read off the `config.json` of a model, which beside an adapter would pass for that of a whole model.
-    They come back by `TimmWrapperImageProcessor.from_pretrained` with
+    Processors of timm are normally read from a model's `config.json`, which beside an adapter would look like that of
+    a whole model. `TimmWrapperImageProcessor.from_pretrained` loads this file with
     `image_processor_filename="preprocessor_config.json"`.
 
     Args:
@@ -253,13 +254,13 @@ def save_processor(processor: Any, folder: str | Path) -> None:
 
 
 def _set_base_model(path: Path, base_model: str | None) -> None:
-    """Let a saved configuration name the base model as the Hub does, or without the folder that it lies in here."""
+    """Make a saved configuration name the base model by its Hub id, or without its local folder."""
     saved = json.loads(path.read_text(encoding="utf-8"))
     write_aside(path, json.dumps({**saved, "base_model_name_or_path": base_model}, indent=2, sort_keys=True))
 
 
 def _load_adapter_card(path: Path) -> ModelCard | None:
-    """The card at a path; `None` for a README that is something else than the card of an adapter."""
+    """The card at a path; `None` for a README that is not the card of an adapter."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         card = ModelCard(text, ignore_metadata_errors=True) if text.startswith("---") else None
@@ -269,7 +270,7 @@ def _load_adapter_card(path: Path) -> ModelCard | None:
 
 
 def _with_usage(text: str, generated: str) -> str:
-    """The text of somebody else's card, with the section on loading at its end if it lacks our import line."""
+    """The text of an edited card, with the section on loading at its end if it lacks our import line."""
     usage = re.search(r"^## Use$.*?(?=^## )", generated, flags=re.MULTILINE | re.DOTALL)
     if usage is None or IMPORT_LINE in text or IMPORT_LINE not in usage[0]:
         return text

@@ -1,1 +1,1 @@
-"""What a training loop asks: which parameters, which settings, and what to do with the weights afterwards."""
+"""Tools for a training loop: groups of parameters, default settings, and interpolation of weights."""

@@ -1,4 +1,4 @@
-"""How a method trains where its user says nothing: defaults for AdamW, measured in `docs/defaults.md`."""
+"""Default settings of each method for AdamW, measured in `docs/defaults.md`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ class Training:
     """Settings of a training run with AdamW, under the names of the recipe's flags.
 
     Attributes:
-        learning_rate: at its highest, for method and head alike.
+        learning_rate: the peak, the same for method and head.
         weight_decay: of the parameters that decay (`parameter_groups`).
         lr_scheduler_type: name of a schedule of transformers.
-        num_warmup_steps: share of all steps in which the learning rate rises.
+        num_warmup_steps: fraction of all steps in which the learning rate rises.
         train_crop: how images are cropped in training.
-        crop_scale: least share of an image in a crop.
+        crop_scale: smallest fraction of an image in a crop.
         horizontal_flip: probability of a mirrored image.
     """
 
@@ -29,6 +29,6 @@ class Training:
     horizontal_flip: float = 0.0
 
 
-USUAL = Training(3e-3)  # suits most methods, so also one that says nothing
+USUAL = Training(3e-3)  # suits most methods, so it is the default
 HEAD_ALONE = Training(1e-2)
-ALL_WEIGHTS = Training(3e-5)  # a pretrained backbone falls apart at the rates of the methods
+ALL_WEIGHTS = Training(3e-5)  # the learning rates of the methods would destroy a pretrained backbone

@@ -27,18 +27,18 @@ class Interpolation:
         between = Interpolation(model)
         accuracy = {alpha: evaluate(between(alpha)) for alpha in (0.0, 0.25, 0.5, 0.75, 1.0)}
 
-    The weights of modules that train as a whole (the task head) lie between those of the backbone's and the trained
-    one, too. A head of the backbone that was never trained makes small alphas of little use; give such a backbone the
-    head that goes with it, as a linear probe finds it, before the adapter trains.
+    The weights of modules that train as a whole (the task head) are interpolated too. If the backbone's head was never
+    trained, small alphas are of little use; give such a backbone a trained head, for example from a linear probe,
+    before the adapter trains.
 
-    Two copies of the weights that change are kept beside the model.
+    It keeps two copies of the weights that change.
 
     Args:
-        model: with an adapter that can be merged, of this library or of peft's. It is left as it is.
+        model: with an adapter that can be merged, of this library or of peft. It is not changed.
         adapter_name: which adapter; the active one by default.
 
     Raises:
-        TypeError: `model` is no `PeftModel` whose adapter consists of layers.
+        TypeError: `model` is not a `PeftModel` with adapter layers.
         ValueError: there is no such adapter, it cannot be merged, or more or fewer than one is active.
     """
 
@@ -59,7 +59,7 @@ class Interpolation:
         before, after = _state(base), _state(merged)
         _check_shapes(before, after)
         self._model = merged.requires_grad_(False).eval()
-        # a bias that merging made was none, which is zero
+        # a bias that merging added counts as zero in the backbone
         self._ends = {
             key: (before[key] if key in before else torch.zeros_like(value), value.clone())
             for key, value in after.items()
@@ -68,13 +68,13 @@ class Interpolation:
 
     @torch.no_grad()
     def __call__(self, alpha: float) -> nn.Module:
-        """The model with the weights for alpha, in eval mode. It is the same object in every call.
+        """The model with the weights for alpha, in eval mode. Every call returns the same object.
 
         Args:
             alpha: from 0, the backbone bit for bit, to 1, the merged model bit for bit.
 
         Raises:
-            ValueError: alpha is something else.
+            ValueError: alpha is not in this range.
         """
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
             raise ValueError(f"alpha is {alpha!r}: must be a number from 0 to 1.")
@@ -88,12 +88,12 @@ def interpolate(model: PeftModel, alpha: float, adapter_name: str | None = None)
     """A plain model with the weights `base + alpha * (adapted - base)`; see `Interpolation`, which serves many alphas.
 
     Args:
-        model: with an adapter that can be merged. It is left as it is.
+        model: with an adapter that can be merged. It is not changed.
         alpha: from 0, the backbone, to 1, the merged model.
         adapter_name: which adapter; the active one by default.
 
     Returns:
-        A model of its own in eval mode, of the backbone's class.
+        A new model in eval mode, of the backbone's class.
 
     Raises:
         TypeError: as of `Interpolation`.
@@ -103,7 +103,7 @@ def interpolate(model: PeftModel, alpha: float, adapter_name: str | None = None)
 
 
 def _between(base: Tensor, adapted: Tensor, alpha: float) -> Tensor:
-    if alpha in (0, 1) or not base.is_floating_point():  # counts, as of batches seen, have no in-between
+    if alpha in (0, 1) or not base.is_floating_point():  # integers, such as counts of batches, cannot be interpolated
         return base if alpha < 0.5 else adapted
     wide = torch.promote_types(base.dtype, torch.float32)
     return torch.lerp(base.to(wide), adapted.to(wide), float(alpha))
@@ -138,13 +138,13 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _check_shapes(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
-    """Raise where there is nothing to interpolate between."""
+    """Raise an error if the weights cannot be interpolated."""
     for key, value in before.items():
         if key not in after or after[key].shape != value.shape or after[key].dtype != value.dtype:
             found = "nothing" if key not in after else f"{tuple(after[key].shape)}, {after[key].dtype}"
             raise ValueError(
                 f"{key} is {tuple(value.shape)}, {value.dtype}, in the backbone and {found} in the merged model: "
-                "there is nothing in between."
+                "these cannot be interpolated."
             )
     more = [key for key in after if key not in before and not key.endswith("bias")]
     if more:

@@ -1,4 +1,4 @@
-"""Which parameters an optimizer gets, and which of them decay."""
+"""The parameters that an optimizer gets, and which of them decay."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ WRAPPERS = re.compile(r"\b(base_layer|original_module|modules_to_save\.[^.]+)\."
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The parameters that train, in two groups: those that decay and those that do not.
 
-    Decay is for matrices and higher tensors. Biases, scales, shifts, the weights of norms and everything else of one
-    dimension or none do not decay, nor does what an equation or a model names in its `no_weight_decay`, an attribute
-    or, as in timm, a method: there decay would pull pretrained weights towards zero, or undo a choice.
+    Tensors of two or more dimensions decay. Biases, scales, shifts, weights of norms and all other tensors of fewer
+    dimensions do not. Neither do parameters that an equation or a model names in its `no_weight_decay`, which is an
+    attribute or, as in timm, a method: there decay would pull pretrained weights towards zero, or undo a choice.
 
     Args:
         model: any model.
@@ -51,7 +51,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def _named_without_decay(module: nn.Module) -> set[str]:
-    """Names, within a module, of the parameters that it keeps from decay."""
+    """Names, within a module, of its parameters that must not decay."""
     names = getattr(module, "no_weight_decay", ())
     found: Iterable[str] = names() if callable(names) else names
     return {found} if isinstance(found, str) else set(found)

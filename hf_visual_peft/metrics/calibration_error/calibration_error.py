@@ -11,11 +11,11 @@ from hf_visual_peft.metrics.inputs import class_ids, labels, probabilities
 
 
 class CalibrationError(evaluate.Metric):
-    """How far the probability of the predicted class is from how often it is right, as `"calibration_error"`.
+    """The distance between the probability of the predicted class and its accuracy, as `"calibration_error"`.
 
     The expected calibration error (ECE, Guo et al. 2017, arXiv 1706.04599): samples are sorted into intervals of equal
-    width (a, b] by the probability of their predicted class; the absolute difference between the mean probability and
-    the accuracy of each counts as much as it has samples. 0 is perfect.
+    width (a, b] by the probability of their predicted class; the result is the mean of the absolute differences
+    between mean probability and accuracy, weighted by the number of samples. 0 is perfect.
 
     `predictions` are probabilities (N, classes), `references` class ids (N,).
 
@@ -23,7 +23,7 @@ class CalibrationError(evaluate.Metric):
         bins: number of intervals, 1 or greater.
 
     Raises:
-        ValueError: bins is no whole number or below 1.
+        ValueError: bins is not an integer of at least 1.
     """
 
     def __init__(self, *args: Any, bins: int = 15, **kwargs: Any) -> None:
@@ -34,7 +34,7 @@ class CalibrationError(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="How far probabilities are from how often they are right.",
+            description="Distance between predicted probabilities and accuracy.",
             citation="",
             inputs_description="predictions: probabilities (N, classes); references: class ids (N,).",
             features=datasets.Features(

@@ -13,8 +13,8 @@ from hf_visual_peft.metrics.inputs import indicators, scores
 class MultilabelF1(evaluate.Metric):
     """F1 of the classes whose score is at least a threshold, as `"micro_f1"` and `"macro_f1"`.
 
-    Micro counts all pairs of sample and class together; macro is the mean over the classes of each one's F1, without
-    those that no sample has and none was given. Without any of both, F1 is 0.
+    Micro counts all pairs of sample and class together. Macro is the mean of each class's F1, without classes that
+    occur neither in references nor in predictions. If there are none at all, F1 is 0.
 
     `predictions` are scores (N, classes), `references` are 0 or 1 (N, classes).
 
@@ -22,7 +22,7 @@ class MultilabelF1(evaluate.Metric):
         threshold: of the scores. 0, a probability of one half, fits logits; 0.5 fits probabilities.
 
     Raises:
-        ValueError: the threshold is no finite number.
+        ValueError: the threshold is not a finite number.
     """
 
     def __init__(self, *args: Any, threshold: float = 0.0, **kwargs: Any) -> None:
@@ -49,7 +49,7 @@ class MultilabelF1(evaluate.Metric):
         self.add_batch(predictions=[prediction], references=[reference], **kwargs)
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
-        """Store a batch; of the scores only whether they reach the threshold."""
+        """Store a batch; of the scores it keeps only whether they reach the threshold."""
         found = scores(predictions)
         truths = indicators(references, found.shape)
         super().add_batch(predictions=(found >= self.threshold).astype(np.int64), references=truths, **kwargs)

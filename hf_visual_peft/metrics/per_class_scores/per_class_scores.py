@@ -11,10 +11,10 @@ from hf_visual_peft.metrics.inputs import class_ids, confusion, labels, per_clas
 
 
 class PerClassScores(evaluate.Metric):
-    """Lists with an entry a class: `"precision"`, `"recall"`, `"f1"`, between 0 and 1, and `"support"`, its samples.
+    """Lists with an entry per class: `"precision"`, `"recall"`, `"f1"`, from 0 to 1, and `"support"`, its samples.
 
-    A figure that divides by nothing is 0: the precision of a class never predicted, the recall of one without sample.
-    `predictions` are class ids (N,) or scores (N, classes), `references` class ids (N,).
+    A figure that would divide by zero is 0: the precision of a class never predicted, the recall of one without
+    sample. `predictions` are class ids (N,) or scores (N, classes), `references` class ids (N,).
 
     Args:
         classes: how many there are.

@@ -20,7 +20,7 @@ class TopKAccuracy(evaluate.Metric):
         k: number of classes, 1 or greater.
 
     Raises:
-        ValueError: k is no whole number or below 1.
+        ValueError: k is not an integer of at least 1.
     """
 
     def __init__(self, *args: Any, k: int = 5, **kwargs: Any) -> None:
