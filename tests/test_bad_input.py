@@ -124,7 +124,7 @@ def test_damaged_weights(saved, damage):
     path = saved / "adapter_model.safetensors"
     whole = path.read_bytes()
     path.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "zip": b"PK\x03\x04" + whole[4:]}[damage])
-    with pytest.raises(ValueError, match=r"adapter_model.safetensors is truncated or no safetensors file"):
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors is truncated or not a safetensors file"):
         PeftModel.from_pretrained(FAMILIES["vit"].model(), saved)
 
 

@@ -302,8 +302,8 @@ def test_forward_before_the_choice_says_what_to_do(name):
         model.train(mode)
         with pytest.raises(
             NotCalibratedError,
-            match=rf"{name.upper()} has not chosen yet what to train\. Call hf_visual_peft\.calibrate\(model, "
-            r"dataloader\) after get_peft_model, or load an adapter that was trained\.",
+            match=rf"{name.upper()} has not yet chosen what to train\. Call hf_visual_peft\.calibrate\(model, "
+            r"dataloader\) after get_peft_model, or load a trained adapter\.",
         ):
             output_of(model, images(2))
     with model.disable_adapter():

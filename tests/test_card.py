@@ -187,7 +187,7 @@ def test_a_truncated_adapter_is_named(tmp_path):
     save(get_peft_model(vit(), config_of("vpt")), tmp_path)
     weights = tmp_path / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is truncated or no safetensors file"):
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is truncated or not a safetensors file"):
         write_card(tmp_path, config_of("vpt"))
     add_usage_to_card(tmp_path, config_of("vpt"))
     assert "import hf_visual_peft" in (tmp_path / "README.md").read_text()

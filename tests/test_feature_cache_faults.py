@@ -322,7 +322,7 @@ def test_waiting_for_another_process_is_said_once(tmp_path, reference, monkeypat
     def hold():
         with shards.lock(1), shards.lock(2):
             held.set()
-            time.sleep(0.5)
+            time.sleep(3)
 
     process = in_process(hold)
     held.wait()

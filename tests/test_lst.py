@@ -289,7 +289,7 @@ def test_fisher_sums_squared_gradients_of_single_images(tmp_path):
     config = LSTConfig(r=2, num_heads=2, mlp_ratio=2.5, init="fisher")
     assert config.chooses_from_data
     model = get_peft_model(family.model(), config)
-    with pytest.raises(NotCalibratedError, match="LST has not chosen yet"):
+    with pytest.raises(NotCalibratedError, match="LST has not yet chosen"):
         model(**images(2))
     calibrate(model, (labelled(3), labelled(2)), progress=False)
     with torch.no_grad():

@@ -112,7 +112,7 @@ def test_sct_number_of_channels():
 def test_sct_saves_its_choice(tmp_path):
     family = FAMILIES["vit"]
     model = get_peft_model(family.model(), SCTConfig(channels=5)).eval()
-    with pytest.raises(NotCalibratedError, match="SCT has not chosen yet"):
+    with pytest.raises(NotCalibratedError, match="SCT has not yet chosen"):
         output_of(model, family.inputs(2))
     model.save_pretrained(tmp_path / "early")
     early = PeftModel.from_pretrained(family.model(), tmp_path / "early")

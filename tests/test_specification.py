@@ -141,7 +141,7 @@ def test_difffit(name):
 
 def test_choice_that_does_not_fit_is_refused():
     part = Chosen(3, 10, "GPS")
-    with pytest.raises(NotCalibratedError, match="GPS has not chosen yet"):
+    with pytest.raises(NotCalibratedError, match="GPS has not yet chosen"):
         part()
     for indices, message in (
         ([0, 10, 1], "1 indices outside 0 to 9, the first is 10"),
@@ -276,7 +276,7 @@ def test_gps(name):
 def test_gps_saves_its_choice(tmp_path):
     family = FAMILIES["vit"]
     model = get_peft_model(family.model(), GPSConfig(k=3)).eval()
-    with pytest.raises(NotCalibratedError, match="GPS has not chosen yet"):
+    with pytest.raises(NotCalibratedError, match="GPS has not yet chosen"):
         output_of(model, family.inputs(2))
     calibrate(model, BATCHES, progress=False)
     with torch.no_grad():
@@ -458,7 +458,7 @@ def test_spt_on_dinov2():
 def test_spt_keeps_its_choice(tmp_path):
     family = FAMILIES["vit"]
     model = get_peft_model(family.model(), SPTConfig(budget=300)).eval()
-    with pytest.raises(NotCalibratedError, match="SPT has not chosen yet"):
+    with pytest.raises(NotCalibratedError, match="SPT has not yet chosen"):
         output_of(model, family.inputs(2))
     with pytest.raises(NotCalibratedError):
         model.merge_adapter()

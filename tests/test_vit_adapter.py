@@ -404,7 +404,7 @@ def test_heads_must_divide_the_values():
         ("resnet", "convolutional network"),
         ("videomae", "it reads videos"),
         ("siglip2", "its input is not images"),
-        ("perceiver", "how its tokens lie in the image is not known"),
+        ("perceiver", "the layout of its tokens in the image is not known"),
     ],
 )
 def test_refusals(name, reason):

@@ -1,4 +1,4 @@
-"""Methods that choose from data what they train: one pass over images before training."""
+"""Calibration of methods that choose from data what they train: one pass over images before training."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from ..sites import VisualTunerLayer
 
 
 class NotCalibratedError(RuntimeError):
-    """A method that chooses from data was called before it could choose."""
+    """A method that chooses from data was used before its calibration."""
 
     def __init__(self, method: str) -> None:
         super().__init__(
-            f"{method} has not chosen yet what to train. Call hf_visual_peft.calibrate(model, dataloader) after "
-            "get_peft_model, or load an adapter that was trained."
+            f"{method} has not yet chosen what to train. Call hf_visual_peft.calibrate(model, dataloader) after "
+            "get_peft_model, or load a trained adapter."
         )
 
 
 @dataclass
 class Calibration:
-    """What a method sees when it chooses.
+    """What a method can use to choose.
 
     Attributes:
-        model: computes what the base model does while the method chooses.
+        model: computes the same as the base model while the method chooses.
         backbone: in it.
         adapter: whose equations choose.
         layers: the adapter's layers by full name.
-        max_batches: how many batches to read at most, None for all.
+        max_batches: most batches to read; None for all.
         dataloader: gives mappings with `pixel_values` and `labels`.
         progress: whether to show a bar.
     """
@@ -59,15 +59,15 @@ class Calibration:
         """Batches on the model's device.
 
         Args:
-            default_max: how many the method reads where the caller does not say.
+            default_max: most batches that the method reads by default.
 
         Raises:
-            ValueError: there is none, or one has no labels, or pixels that are not finite.
+            ValueError: there is no batch, or one has no labels, or pixels that are not finite.
         """
         limit = self.max_batches or default_max
         device = next(self.model.parameters()).device
         total = limit
-        with suppress(TypeError):  # no length, as that of a loader of an endless stream
+        with suppress(TypeError):  # no length: a loader of a stream
             length = len(self.dataloader)  # type: ignore[arg-type]
             total = min(length, limit or length)
         batches = islice(self.dataloader, limit)
@@ -88,22 +88,22 @@ class Calibration:
             raise ValueError("dataloader gives no batch: there is nothing to choose from.")
 
     def output(self, batch: Mapping[str, Tensor]) -> Any:
-        """What the model makes of a batch; models that do not know `pixel_values` by name get them first."""
+        """The model's output for a batch; models without an argument `pixel_values` get it as the first one."""
         if self.input_name in inspect.signature(self.model.forward).parameters:
             return self.model(**batch)
         return self.model(batch["pixel_values"])
 
     def loss(self, batch: dict[str, Tensor], purpose: str) -> Tensor:
-        """Cross entropy of the model's answers to a batch, whose labels it takes out.
+        """The cross entropy of the model's output for a batch; the labels are removed from the batch.
 
         Binary cross entropy where the labels are 0 or 1 for each class, as fractions: (batch, classes).
 
         Args:
             batch: as `batches` gives it.
-            purpose: who measures what by it, for errors.
+            purpose: which method measures what, for errors.
 
         Raises:
-            ValueError: there is no head, it gives no (batch, classes) logits, or it has no such labels.
+            ValueError: there is no head, it does not return (batch, classes) logits, or labels are out of range.
         """
         name = type(self.model).__name__
         if not self.backbone.heads:
@@ -115,14 +115,14 @@ class Calibration:
         if several:
             return F.binary_cross_entropy_with_logits(logits.float(), labels)
         if not isinstance(logits, Tensor) or logits.shape[:-1] != labels.shape:
-            raise ValueError(f"{purpose} by a classifier's loss: {name} gives no (batch, classes) logits.")
+            raise ValueError(f"{purpose} by a classifier's loss: {name} does not return (batch, classes) logits.")
         if not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[-1]:
             raise ValueError(f"dataloader: labels must be from 0 to {logits.shape[-1] - 1}.")
         return F.cross_entropy(logits.float(), labels)
 
     @property
     def input_name(self) -> str:
-        """What a batch has the images in: `pixel_values`, or `input_ids` where the model takes colours as such."""
+        """The key of the images in a batch: `pixel_values`, or `input_ids` if the model takes colours as tokens."""
         known = inspect.signature(self.model.forward).parameters
         return "input_ids" if "input_ids" in known and "pixel_values" not in known else "pixel_values"
 
@@ -146,19 +146,19 @@ def calibrate(
 ) -> None:
     """Let an adapter choose from data what it trains.
 
-    Stands between `get_peft_model` and training. The choice is part of the adapter and is saved with its weights. In a
-    distributed run give every process the same batches, so that all choose the same.
+    Call it between `get_peft_model` and training. The choice is part of the adapter and is saved with its weights. In
+    a distributed run give every process the same batches, so that all make the same choice.
 
     Args:
         model: a `PeftModel`, or a transformers model with the adapter added.
         dataloader: gives mappings with `pixel_values` (batch, channels, height, width) and `labels` (batch,).
         adapter_name: of the adapter.
-        max_batches: stop after that many; by default as many as the method's paper uses.
-        seed: of everything random; the caller's random numbers go on as if nothing had happened.
+        max_batches: most batches to read; by default as many as in the method's paper.
+        seed: of everything random; the state of the random generators is restored afterwards.
         progress: whether to show a bar.
 
     Raises:
-        ValueError: the adapter chooses nothing from data, or the data are unfit; the adapter is then as it was.
+        ValueError: the adapter chooses nothing from data, or the data are invalid; the adapter is then unchanged.
     """
     configs = getattr(model, "peft_config", {})
     if adapter_name not in configs:
@@ -181,7 +181,7 @@ def calibrate(
 
 @contextmanager
 def _as_base_model(model: nn.Module, seed: int) -> Iterator[None]:
-    """Switch adapters off and everything back as it was afterwards."""
+    """Switch adapters off inside the context, and restore everything afterwards."""
     switches = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     disabled = [module.disable_adapters for module in switches]
     training = {module: module.training for module in model.modules()}

@@ -1,4 +1,4 @@
-"""What the configs of all methods share."""
+"""The base of all configs, and hooks for saving."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def on_saving(listener: Callable[[str, VisualPeftConfig], None]) -> None:
     """Call a function each time an adapter of this library was saved.
 
     Args:
-        listener: gets the folder, in which config and weights are, and the config.
+        listener: gets the folder, with config and weights, and the config.
     """
     _SAVED.append(listener)
 
@@ -40,13 +40,13 @@ class VisualPeftConfig(PeftConfig):
 
     Args:
         layers_to_transform: index or indices of the blocks to adapt, from 0; all by default.
-        exclude_modules: names, or a regular expression that matches full names, of modules to leave alone.
-        modules_to_save: modules to train copies of and save, by names or ends of names. None means the task head,
-            found by its role in the architecture; `[]` means none. The method leaves these modules out where it would
-            act in them, and says so.
-        init_weights: the method's own initialisation, or (False) with random numbers added to every weight.
-        train_norm_statistics: let the running statistics of batch norms move; they are then saved with the adapter.
-            Else they stay as they are in the backbone.
+        exclude_modules: names, or a regular expression for full names, of modules that must not be adapted.
+        modules_to_save: modules of which to train and save copies, by names or ends of names. None means the task
+            head, found by its role in the architecture; `[]` means none. If the method would act in one of these
+            modules, it skips it, with a warning.
+        init_weights: whether to use the method's own initialisation; False adds random numbers to every weight.
+        train_norm_statistics: whether the running statistics of batch norms are updated; they are then saved with the
+            adapter. Else they stay those of the backbone.
         backbone: path of the backbone to adapt, in a model that holds several; the only one by default.
     """
 
@@ -54,17 +54,17 @@ class VisualPeftConfig(PeftConfig):
         default=None, metadata={"help": "Indices of the blocks to adapt, from 0; all by default."}
     )
     exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names, or a regular expression for full names, of modules to leave alone."}
+        default=None, metadata={"help": "Names, or a regular expression for full names, of modules not to adapt."}
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules to train and save; default: the task head. []: none."}
+        default=None, metadata={"help": "Extra modules to train and save; default: the task head. []: none."}
     )
     init_weights: bool = field(
-        default=True, metadata={"help": "The method's initialisation, or (False) random numbers added to it."}
+        default=True, metadata={"help": "Use the method's initialisation; False adds random numbers to it."}
     )
     train_norm_statistics: bool = field(
         default=False,
-        metadata={"help": "Let the running statistics of batch norms move; they are saved with the adapter."},
+        metadata={"help": "Update the running statistics of batch norms; they are saved with the adapter."},
     )
     backbone: str | None = field(
         default=None, metadata={"help": "Path of the backbone to adapt, in a model that holds several."}
@@ -75,17 +75,15 @@ class VisualPeftConfig(PeftConfig):
     target_modules: ClassVar[Any] = None
     target_parameters: ClassVar[Any] = None
     unknown_fields: ClassVar[list[str]] = []
-    from_file: ClassVar[bool] = False  # whether the fields are those of a file, and so of an adapter that was trained
-    filled_heads: ClassVar[list[str] | None] = None  # what took the place of None in `modules_to_save`, for one model
-    heads_added: ClassVar[list[str]] = []  # task heads of the model, where the adapter of the file was trained without
-    whole_modules: ClassVar[bool] = False  # whether the method trains copies of modules, and no equations
-    copied_head: ClassVar[str] = ""  # where the head is one of them: name under which its copy is saved
+    from_file: ClassVar[bool] = False  # whether the config was read from a file, so that its adapter is trained
+    filled_heads: ClassVar[list[str] | None] = None  # what replaced None in `modules_to_save`, for one model
+    heads_added: ClassVar[list[str]] = []  # heads of the model that the adapter of the file lacks
+    whole_modules: ClassVar[bool] = False  # whether the method trains copies of modules instead of equations
+    copied_head: ClassVar[str] = ""  # if the head is one of them: name under which its copy is saved
     widened_head: ClassVar[str] = ""  # the part of its equations that makes the head wider
-    per_stage: ClassVar[bool] = True  # whether the method sees blocks of one width at a time, or all
+    per_stage: ClassVar[bool] = True  # whether the method sees blocks of one width at a time; else all blocks
     video: ClassVar[bool] = False  # whether the method takes videos, (batch, frames, channels, height, width)
-    frames_meet_before_norms: ClassVar[bool] = (
-        False  # whether their frames become one before the norms behind the blocks
-    )
+    frames_meet_before_norms: ClassVar[bool] = False  # whether frames are averaged before the norms after the blocks
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,10 +112,10 @@ class VisualPeftConfig(PeftConfig):
         return {name: list(value) if isinstance(value, tuple) else value for name, value in super().to_dict().items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`; beside an adapter's weights, call what `on_saving` was given.
+        """Write `adapter_config.json`; if weights are in the folder, also call the listeners of `on_saving`.
 
         Args:
-            save_directory: folder to write to; made if it does not exist.
+            save_directory: folder to write to; created if it does not exist.
             kwargs: as of `PeftConfig.save_pretrained`.
         """
         super().save_pretrained(save_directory, **kwargs)
@@ -137,7 +135,7 @@ class VisualPeftConfig(PeftConfig):
             kwargs: as of `PeftConfig.from_pretrained`.
 
         Raises:
-            ValueError: beside the config lies a weights file that is damaged: the first moment to tell.
+            ValueError: the weights file beside the config is damaged.
         """
         weights = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
         if weights.is_file():
@@ -146,13 +144,13 @@ class VisualPeftConfig(PeftConfig):
                     pass
             except SafetensorError as error:
                 raise ValueError(
-                    f"{weights} is truncated or no safetensors file ({weights.stat().st_size} bytes; {error}). "
+                    f"{weights} is truncated or not a safetensors file ({weights.stat().st_size} bytes; {error}). "
                     "Save or download the adapter again."
                 ) from error
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
-        """The equations of the method and where in this backbone they stand.
+        """The method's equations and their places in this backbone.
 
         Raises:
             ValueError: a field does not fit the backbone.
@@ -160,7 +158,7 @@ class VisualPeftConfig(PeftConfig):
         raise NotImplementedError(f"{type(self).__name__} does not say where it acts.")
 
     def trained_numbers(self, name: str, shape: tuple[int, ...]) -> int:
-        """How many trained numbers stand behind one tensor of the adapter's file; 0 for what was chosen.
+        """The number of trained parameters in one tensor of the adapter's file; 0 for chosen indices.
 
         Args:
             name: of the tensor.
@@ -174,7 +172,7 @@ class VisualPeftConfig(PeftConfig):
 
     @property
     def gradients(self) -> Literal["full", "partial", "none"]:
-        """How far gradients cross the backbone with these fields; of most methods one answer for all."""
+        """How far gradients cross the backbone with these fields; for most methods the fields do not matter."""
         return get_method(self.method_type).gradients
 
     @property
@@ -183,9 +181,10 @@ class VisualPeftConfig(PeftConfig):
         return type(self).choose is not VisualPeftConfig.choose
 
     def initialise(self, adapter: Calibration) -> None:
-        """Set first weights that come of the backbone's own, in methods that have such; without data.
+        """Set initial weights that depend on the backbone's weights, in methods that have such; without data.
 
-        Called when the adapter is put in, unless `init_weights` is False. Weights may be on the meta device.
+        Called when the adapter is put into the model, unless `init_weights` is False. Weights may be on the meta
+        device.
         """
 
     @property

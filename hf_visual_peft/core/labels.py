@@ -1,14 +1,14 @@
-"""Names of classes that travel with an adapter.
+"""Class names that are saved with an adapter.
 
-An adapter that holds a copy of the head for image classification belongs to the classes it was trained on. They are
-saved in its `adapter_config.json`, under `auto_mapping`, a dictionary that peft takes as it is. Whatever then loads
-the adapter, `PeftModel.from_pretrained`, `AutoModelForImageClassification.from_pretrained` or `pipeline`, gets a head
-of that many classes and their names in `model.config`, whatever head the base has. Each adapter of a model keeps its
-own, and the base those it came with: switching or disabling adapters switches the names, too.
+An adapter with a copy of the head for image classification belongs to the classes it was trained on. They are saved in
+its `adapter_config.json`, under `auto_mapping`, a dictionary that peft does not change. `PeftModel.from_pretrained`,
+`AutoModelForImageClassification.from_pretrained` and `pipeline` then load the adapter with a head of that many classes
+and put their names into `model.config`, whatever head the base has. Each adapter of a model keeps its own names, and
+so does the base: switching or disabling adapters also switches the names.
 
-With methods of this library all that happens by itself. Of peft's own methods, those that `with_visual_targets` or
-the recipe prepared, or that `hub.push` uploaded, have the names in their file; `import hf_visual_peft` makes peft read
-them.
+With methods of this library all that happens automatically. Adapters of peft's own methods have the names in their
+file if `with_visual_targets` or the recipe prepared them, or `hub.push` uploaded them; `import hf_visual_peft` makes
+peft read them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Labels:
 
     Attributes:
         names: by index.
-        problem_type: of transformers' config, None where it is told by the labels at the first loss.
+        problem_type: of transformers' config; None if the labels decide it at the first loss.
     """
 
     names: tuple[str, ...]
@@ -50,7 +50,7 @@ class Labels:
 
     @classmethod
     def of_model(cls, model: nn.Module) -> Labels | None:
-        """Those in the config of a transformers model; `None` without."""
+        """The classes in the config of a transformers model; `None` if there are none."""
         config = getattr(model, "config", None)
         names = getattr(config, NAMES, None)
         if not isinstance(names, dict) or sorted(names) != list(range(len(names))):
@@ -59,10 +59,10 @@ class Labels:
 
     @classmethod
     def of_mapping(cls, mapping: Mapping[str, Any] | None) -> Labels | None:
-        """Those in the `auto_mapping` of an adapter; `None` without.
+        """The classes in the `auto_mapping` of an adapter; `None` if there are none.
 
         Raises:
-            ValueError: they are no mapping of 0, 1, ... to names.
+            ValueError: they are not a mapping of 0, 1, ... to names.
         """
         names = (mapping or {}).get(NAMES)
         if mapping is None or names is None:
@@ -77,7 +77,7 @@ class Labels:
 
     @property
     def made_up(self) -> bool:
-        """Whether they are the numbered names that transformers gives classes without any."""
+        """Whether they are the numbered names that transformers makes up."""
         return self.names == tuple(f"LABEL_{index}" for index in range(len(self.names)))
 
     def tell_model(self, config: Any) -> None:
@@ -85,11 +85,11 @@ class Labels:
         config.id2label = dict(enumerate(self.names))
         config.label2id = {name: index for index, name in enumerate(self.names)}
         config.problem_type = self.problem_type
-        if hasattr(config, "label_names"):  # under which timm's wrapper saves them
+        if hasattr(config, "label_names"):  # timm's wrapper saves them under this name
             config.label_names = list(self.names)
 
     def tell_adapter(self, config: PeftConfig, model: nn.Module) -> None:
-        """Put them into the config of an adapter for a model, beside what peft writes there."""
+        """Put them into the config of an adapter for a model, beside the entries of peft."""
         base = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
         own: dict[str, Any] = {NAMES: {str(index): name for index, name in enumerate(self.names)}}
         if self.problem_type is not None:
@@ -100,12 +100,12 @@ class Labels:
 
 @dataclass
 class _Owners:
-    """Whose classes a model's config tells just now.
+    """Whose classes a model's config currently has.
 
     Attributes:
         config: of the model.
         base: classes of the base.
-        by_adapter: those of adapters that have others.
+        by_adapter: classes of the adapters that have other ones.
         owner: the adapter, None for the base.
     """
 
@@ -118,7 +118,7 @@ class _Owners:
         return self.base if adapter_name is None else self.by_adapter.get(adapter_name, self.base)
 
     def tell(self, holder: Any) -> None:
-        """Let the model's config follow the head that is active."""
+        """Put the classes of the active head into the model's config."""
         copies = holder.modules_to_save if isinstance(holder, ModulesToSaveWrapper) else holder.plans
         active = next((name for name in holder.active_adapters if name in copies), None)
         owner = None if holder.disable_adapters else active
@@ -129,7 +129,7 @@ class _Owners:
         self.owner = owner
 
     def keep(self) -> None:
-        """Take over what somebody has changed in the model's config since."""
+        """Keep changes that a user made in the model's config since."""
         names = tuple(self.config.id2label[index] for index in sorted(self.config.id2label))
         now = Labels(names, getattr(self.config, PROBLEM, None))
         if now == self.of(self.owner):
@@ -141,7 +141,7 @@ class _Owners:
 
 
 def _tells_which_is_active(cls: type) -> type:
-    """Let what holds a head and its copies tell the model's config which of them is active, whenever that changes."""
+    """Make a class that holds a head and its copies update the model's config whenever the active one changes."""
 
     def told(name: str) -> Callable[..., None]:
         change = getattr(cls, name)
@@ -160,21 +160,21 @@ def _tells_which_is_active(cls: type) -> type:
 
 @_tells_which_is_active
 class LabelledCopies(ModulesToSaveWrapper):
-    """A head with copies of it that peft keeps, whose classes differ."""
+    """A head with copies that peft keeps, whose classes differ."""
 
     owners: _Owners
 
 
 @_tells_which_is_active
 class LabelledTrainedCopy(TrainedCopy):
-    """The same, put in for an adapter of this library."""
+    """A head with copies that the tuner of this library keeps, whose classes differ."""
 
     owners: _Owners
 
 
 @_tells_which_is_active
 class LabelledWholeLayer(WholeLayer):
-    """A head with copies of it that a method of this library trains, whose classes differ."""
+    """A head with copies that a method of this library trains, whose classes differ."""
 
     owners: _Owners
 
@@ -188,12 +188,12 @@ def _owners_in(model: nn.Module) -> _Owners | None:
 
 
 def record(model: nn.Module, adapter_name: str) -> None:
-    """Put the names of the classes into an adapter's config, as they stand in the model's config now.
+    """Put the class names of the model's config into an adapter's config.
 
-    Nothing is done where the adapter holds no copy of a head for these classes.
+    Nothing happens if the adapter has no copy of a head for these classes.
 
     Args:
-        model: with adapters; a `PeftModel`, or a model of transformers that they were added to.
+        model: with adapters; a `PeftModel`, or a transformers model that they were added to.
         adapter_name: which of them.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -209,10 +209,10 @@ def record(model: nn.Module, adapter_name: str) -> None:
 
 
 def name_classes(config: PeftConfig, model: nn.Module) -> None:
-    """Put the names of a model's classes into the config of an adapter that is to train a copy of its head.
+    """Put a model's class names into the config of an adapter that will train a copy of its head.
 
     Args:
-        config: of any method; left as it is where the adapter copies no head for these classes.
+        config: of any method; not changed if the adapter copies no head for these classes.
         model: without or with adapters.
     """
     labels = Labels.of_model(model)
@@ -222,11 +222,10 @@ def name_classes(config: PeftConfig, model: nn.Module) -> None:
 
 @contextmanager
 def fitted(model: nn.Module, config: PeftConfig, adapter_name: str) -> Iterator[None]:
-    """Meanwhile the head of the base has as many classes as an adapter that is put in, which copies it.
+    """Give the head of the base the number of classes of an adapter that is put in and copies it, inside the context.
 
-    Afterwards the head is as it was, and the model's config tells the names of the adapter's classes while it is
-    active. An adapter that is to train, and not only to be used, gets the classes of the base, unless these are as
-    many and have no names.
+    Afterwards the head is restored, and the model's config has the adapter's class names while it is active. An
+    adapter that will be trained gets the classes of the base, unless these are equally many and have no names.
 
     Args:
         model: in which the adapter is put.
@@ -262,7 +261,7 @@ def fitted(model: nn.Module, config: PeftConfig, adapter_name: str) -> Iterator[
 
 
 def forget(model: nn.Module) -> None:
-    """Let a model's config tell the classes of the base again, as its adapters are taken out."""
+    """Put the classes of the base back into a model's config when its adapters are removed."""
     owners = _owners_in(model)
     if owners is not None and owners.owner is not None:
         owners.keep()
@@ -270,11 +269,11 @@ def forget(model: nn.Module) -> None:
 
 
 def check_mixed(model: nn.Module, names: Iterable[str]) -> None:
-    """Raise an error where the logits of a batch that mixes adapters would be of different lengths.
+    """Raise an error if the logits of a batch that mixes adapters would have different lengths.
 
     Args:
         model: with adapters.
-        names: of those that the batch mixes; other names stand for the base.
+        names: of the adapters that the batch mixes; other names mean the base.
     """
     owners = _owners_in(model)
     counts = {} if owners is None else {name: len(owners.of(name).names) for name in dict.fromkeys(names)}
@@ -287,15 +286,15 @@ def check_mixed(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def teach_peft() -> None:
-    """Let peft's own methods read the names of classes in an adapter's config, and save those that are there.
+    """Make peft's own methods read class names from an adapter's config, and save them.
 
-    Both concern only configs that have such names.
+    Both affect only configs that have such names.
     """
     inject, save = BaseTuner.inject_adapter, PeftConfigMixin.save_pretrained
 
     @functools.wraps(inject)
     def inject_adapter(self: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        ours = self.tuner_layer_cls is VisualTunerLayer  # which have done it before they planned
+        ours = self.tuner_layer_cls is VisualTunerLayer  # these have done it in their own inject_adapter
         with nullcontext() if ours else fitted(model, self.peft_config[adapter_name], adapter_name):
             inject(self, model, adapter_name, *args, **kwargs)
 
@@ -311,13 +310,13 @@ def teach_peft() -> None:
 
 
 def unwrapped_head(model: nn.Module, path: str) -> nn.Module:
-    """A head of the base, where adapters may have put copies beside it."""
+    """A head of the base, without the copies that adapters put beside it."""
     module = model.get_submodule(path)
     return module.original_module if isinstance(module, ModulesToSaveWrapper) else unwrapped(module)
 
 
 def _heads(model: nn.Module, config: Any, count: int) -> list[str]:
-    """Those heads of the base with so many classes that an adapter is to copy."""
+    """The heads of the base with that many classes of which an adapter will train copies."""
     names = to_present_names(model, list(getattr(config, "modules_to_save", None) or ()))
     names = [
         *(names or ()),
@@ -342,7 +341,7 @@ def _copy_in(holder: Any, adapter_name: str) -> nn.Module | None:
 
 
 def _last(head: nn.Module | None) -> Any:
-    """The linear or convolution in a head that makes the logits; `None` without."""
+    """The linear or convolution in a head that computes the logits; `None` if there is none."""
     layers = [] if head is None else [m for m in head.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     return layers[-1] if layers and layers[-1].weight.is_floating_point() else None
 
@@ -354,7 +353,7 @@ def _outputs(head: nn.Module | None) -> int | None:
 
 @contextmanager
 def _resized(layers: list[Any], outputs: int | None) -> Iterator[None]:
-    """Meanwhile the layers have other, empty weights for so many outputs; nothing happens for `None`."""
+    """Give the layers zero weights for that many outputs inside the context; nothing happens for `None`."""
     before = []
     for layer in layers if outputs is not None else ():
         size = "out_features" if isinstance(layer, nn.Linear) else "out_channels"

@@ -1,4 +1,4 @@
-"""Where the equations of a method stand in a backbone, stage by stage, or why they cannot."""
+"""Places the equations of a method in a backbone, stage by stage, or says why it cannot."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .registry import list_methods
 
 
 def placements_of(config: VisualPeftConfig, selected: VisionBackbone, whole: VisionBackbone) -> list[Placement]:
-    """The equations of a method and where they stand.
+    """The equations of a method and their places.
 
-    A method sees one stage at a time: blocks of one width. What its equations share they share within a stage.
-    Branches at a sub-layer that a block lacks are left out, as are tokens that join an attention which pools.
+    A method sees one stage at a time: blocks of one width. Its equations share parts only within a stage. Branches at
+    a sub-layer that a block lacks are left out, and so are tokens that would join an attention that pools.
 
     Args:
         config: of the method.
-        selected: the backbone, without the blocks that the config leaves alone.
-        whole: all of it.
+        selected: the backbone, with only the blocks to adapt.
+        whole: the whole backbone.
 
     Raises:
         NoTokensError: the method needs a stream of tokens and the backbone has none; the message names those that
@@ -35,7 +35,7 @@ def placements_of(config: VisualPeftConfig, selected: VisionBackbone, whole: Vis
     if not placements and len(selected.blocks) < len(whole.blocks):
         raise ValueError(
             f"{type(config).__name__}.exclude_modules is {config.exclude_modules!r}, layers_to_transform "
-            f"{config.layers!r}: in the blocks that are left, the method has nothing to act on."
+            f"{config.layers!r}: in the remaining blocks, the method has nothing to act on."
         )
     if not placements:
         raise BackboneError(
@@ -53,10 +53,10 @@ def _all_placements(config: VisualPeftConfig, selected: VisionBackbone, whole: V
 
 
 def _side_placements(config: VisualPeftConfig, placements: list[Placement], whole: VisionBackbone) -> list[Placement]:
-    """The pieces of a network beside the backbone, and what hands its state on at blocks that have none.
+    """The pieces of a side network, and the sites that pass its state on at blocks without a piece.
 
     Raises:
-        ValueError: the network ends before the last stage, or how tokens of stages lie in the image is not known.
+        ValueError: the network ends before the last stage, or the layout of the tokens in the image is not known.
     """
     name = f"{type(config).__name__} does not fit {whole.class_name}"
     pieces = {p.path: p for p in placements if isinstance(p.site, SideSite)}
@@ -82,7 +82,7 @@ def _side_placements(config: VisualPeftConfig, placements: list[Placement], whol
         frozen = model.frozen if following else model.ends or model.heads is not None
         layout = model.needs_layout or (model.aligned and not one_grid)
         if layout and whole.architecture.grid is None:
-            raise ValueError(f"{name}: how its tokens lie in the image is not known.")
+            raise ValueError(f"{name}: the layout of its tokens in the image is not known.")
         final = path == paths[-1]
         site = replace(
             model,
@@ -106,7 +106,7 @@ def _advice(config: VisualPeftConfig, whole: VisionBackbone) -> str:
     names = []
     for name, method in list_methods().items():
         try:
-            # to the end: what the last block cannot do is an error, too
+            # all blocks: the last one may also refuse
             found = method.config_cls is not type(config) and _all_placements(method.config_cls(), whole, whole)
         except ValueError:
             continue
@@ -127,7 +127,7 @@ def _placements(config: VisualPeftConfig, selected: VisionBackbone, whole: Visio
                 _check_block_site(config, whole, site)
             if isinstance(site, SideSite) and site.needs_pixels and whole.architecture.grid == "spatial_shapes":
                 raise ValueError(
-                    f"{type(config).__name__} does not fit {whole.class_name}: it is not given images, but patches."
+                    f"{type(config).__name__} does not fit {whole.class_name}: its input is patches, not images."
                 )
             if placement.shared is not None and stage.stage is not None:
                 shared = replace(placement.shared, name=f"{placement.shared.name}_stage{stage.stage}")
@@ -145,10 +145,10 @@ _PROMPTS = (
 def _check_block_site(
     config: VisualPeftConfig, backbone: VisionBackbone, site: BranchSite | TokenSite | LogitSite | KeyValueSite
 ) -> None:
-    """Refuse what the architecture's blocks cannot do.
+    """Refuse a site that the architecture's blocks do not support.
 
     Raises:
-        ValueError: it is such a site.
+        ValueError: the site is not supported.
     """
     table, name = backbone.architecture, f"{type(config).__name__} does not fit {backbone.class_name}"
     if isinstance(site, TokenSite):
@@ -157,10 +157,10 @@ def _check_block_site(
             raise ValueError(f"{name}: no tokens can join those of its attention.{advice}")
         if table.prompts != "sequence" and (site.takes or site.hands_on):
             raise ValueError(
-                f"{name} with tokens that go from block to block: they join its attention only (deep=True)."
+                f"{name} with tokens that pass from block to block: they can only join its attention (deep=True)."
             )
     if isinstance(site, BranchSite):
         if site.needs_layout and table.grid is None:
-            raise ValueError(f"{name}: how its tokens lie in the image is not known.")
+            raise ValueError(f"{name}: the layout of its tokens in the image is not known.")
         if site.attends and not table.softmax:
             raise ValueError(f"{name}: its attention is not the softmax attention of projected tokens.")

@@ -1,4 +1,4 @@
-"""How a method file enters peft: one decorator, and the list of what has entered."""
+"""How a method becomes known to peft: one decorator, and the list of registered methods."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ..training.defaults import USUAL, Training
 
 
 class VisualPeftType(str):
-    """The `peft_type` of a method of ours.
+    """The `peft_type` of a method of this library.
 
-    peft's own `PeftType` is an enum that cannot be extended. peft only ever looks types up in dictionaries and asks
-    for `.value`, so a string with that attribute is all it needs: it equals and hashes as what `adapter_config.json`
-    holds.
+    peft's own `PeftType` is an enum that cannot be extended. peft only looks types up in dictionaries and reads
+    `.value`, so a string with that attribute is enough: it is equal to the string in `adapter_config.json` and has the
+    same hash.
     """
 
     __slots__ = ()
@@ -37,19 +37,19 @@ class VisualPeftType(str):
 
     @property
     def name(self) -> str:
-        """The same as `value`: member name and value of a method never differ."""
+        """The same as `value`: name and value of a method never differ."""
         return str(self)
 
 
 @dataclass(frozen=True)
 class Paper:
-    """Where a method comes from.
+    """The paper of a method.
 
     Attributes:
         title: the paper's title.
         venue: conference and year.
-        arxiv: arXiv identifier without version, e.g. `"2203.12119"`; None where the paper is not there.
-        page: address of the paper where it is not on arXiv.
+        arxiv: arXiv identifier without version, e.g. `"2203.12119"`; None if the paper is not on arXiv.
+        page: URL of the paper if it is not on arXiv.
     """
 
     title: str
@@ -77,12 +77,12 @@ VisualTuning = Literal[
 
 @dataclass(frozen=True)
 class Method:
-    """Everything there is to know about a registered method without building a model.
+    """All facts about a registered method that need no model.
 
     Attributes:
         name: lower-case name used on command lines and as prefix of parameter names, e.g. `"vpt"`.
         config_cls: the `PeftConfig`.
-        tuner_cls: the `BaseTuner` behind it.
+        tuner_cls: its `BaseTuner`.
         paper: its source.
         category: branch of the taxonomy of "Parameter-Efficient Fine-Tuning for Pre-Trained Vision Models" (arXiv
             2402.02242), taken from the method's folder.
@@ -91,12 +91,12 @@ class Method:
         counts: trainable parameters on ViT-B/16-224 without the head, by fields of the config: pairs of (fields,
             count). The first is for the paper's usual setting.
         mergeable: whether the adapter folds into the weights of the backbone.
-        gradients: how far gradients cross the backbone: through all of it, a part, or not at all.
-        identity_at_start: whether a fresh adapter leaves the backbone's output as it was.
+        gradients: how far gradients cross the backbone: all of it, a part, or not at all.
+        identity_at_start: whether a fresh adapter leaves the backbone's output unchanged.
         calibrated: whether the method chooses from data, by `hf_visual_peft.calibrate`, before it can train.
-        head_inputs: further inputs of the task head on ViT-B/16-224 with the first of the counts. Each class has as
-            many numbers more, which the counts leave out, as they do the head.
-        training: settings for AdamW that suit it; the recipe's where a user gives none.
+        head_inputs: extra inputs of the task head on ViT-B/16-224 with the first of the counts. Each class has as many
+            extra parameters; the counts exclude them, like the head.
+        training: settings for AdamW that suit it; the recipe's defaults.
     """
 
     name: str
@@ -121,7 +121,7 @@ class Method:
 
     @property
     def whole_modules(self) -> bool:
-        """Whether it trains copies of whole modules of the model, and no equations."""
+        """Whether it trains copies of whole modules of the model instead of equations."""
         return bool(self.config_cls.whole_modules)  # type: ignore[attr-defined]
 
     @property
@@ -131,7 +131,7 @@ class Method:
 
 
 _METHODS: dict[str, Method] = {}
-_TUNER: list[type] = []  # the one base of all tuners, once it is known
+_TUNER: list[type] = []  # the base of all tuners, once it is known
 
 ConfigT = TypeVar("ConfigT", bound=type)
 
@@ -169,7 +169,7 @@ def tuner_base(tuner_cls: TunerT) -> TunerT:
     """Make a class the base of the tuners of all methods that are registered from now on.
 
     Args:
-        tuner_cls: the class; a decorator returns it as it is.
+        tuner_cls: the class; it is returned unchanged, so that this is a decorator.
     """
     _TUNER[:] = [tuner_cls]
     return tuner_cls
@@ -189,7 +189,7 @@ def register(
     head_inputs: int = 0,
     training: Training = USUAL,
 ) -> Callable[[ConfigT], ConfigT]:
-    """Make a config class a peft method: `get_peft_model`, saving, loading and transformers then know it.
+    """Make a config class a peft method, known to `get_peft_model`, saving, loading and transformers.
 
     Stands above `@dataclass` on a subclass of `VisualPeftConfig`. The arguments are those of `Method`.
 
@@ -237,11 +237,11 @@ def register(
 
 
 def _accept_saved_fields(config_cls: type) -> None:
-    """Let a config be built from a file with fields it does not know, remembering them.
+    """Let a config be built from a file with unknown fields, and record these.
 
-    peft drops such fields with a warning, whichever class loads the file, and a model built on what is left may
-    compute something else than what was trained. So the config keeps their names and refuses to be applied to a
-    model. Only files carry `peft_type`: a call with a misspelt field stays a `TypeError`.
+    peft drops such fields with a warning, whichever class loads the file, and a model built from the remaining fields
+    may compute something other than what was trained. So the config keeps their names and refuses to be applied to a
+    model. Only files contain `peft_type`: a call with a misspelt field still raises a `TypeError`.
     """
     init = config_cls.__init__  # type: ignore[misc]
     known = {field.name for field in fields(config_cls) if field.init}

@@ -1,6 +1,6 @@
 """Modules and weights that a model has under several names.
 
-torch lists such a module once, under its first name, and peft replaces it there only.
+torch lists such a module once, under its first name, and peft replaces it only there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 def holders_of(
     model: nn.Module, wanted: Callable[[nn.Module], bool] = lambda module: True
 ) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Where modules stand: the modules that have them and their names there, by the id of the module.
+    """The parents of modules and the names of the modules in them, by the id of the module.
 
     Args:
         model: any.
@@ -31,7 +31,7 @@ def holders_of(
 
 
 def names_of_modules(model: nn.Module) -> dict[str, list[str]]:
-    """All names of the modules that have several, by the first, which is among them."""
+    """All names of the modules that have several, by the first name, which is among them."""
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
@@ -39,7 +39,7 @@ def names_of_modules(model: nn.Module) -> dict[str, list[str]]:
 
 
 def share_copies(model: nn.Module, adapter_name: str) -> None:
-    """Let copies that an adapter trains be shared, and tied, as the modules are that they were made of.
+    """Share and tie an adapter's trained copies as the original modules are.
 
     Args:
         model: with the copies (`modules_to_save`).
@@ -63,11 +63,11 @@ def share_copies(model: nn.Module, adapter_name: str) -> None:
 
 
 def with_all_names(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """An adapter's weights under all names that a model has for them; a file has each once.
+    """An adapter's weights under all names that a model has for them; a file has each only once.
 
     Args:
         state_dict: the weights.
-        model: that they are for.
+        model: that the weights belong to.
     """
     names: dict[int, list[str]] = {}
     for tensors in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):

@@ -1,4 +1,4 @@
-"""Explicit targets, as peft's own methods have them: single modules of any model, named and not found by role."""
+"""Explicit targets, as in peft's own methods: single modules of any model, by name instead of by role."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class TargetedConfig(VisualPeftConfig):
 
     Args:
         target_modules: names, a regular expression for full names, or `"all-linear"`, as in peft's own methods:
-            modules of any model. Overrides the roles; a fresh adapter is then the identity, as peft's own are, and
+            modules of any model. They replace the roles; a fresh adapter is then the identity, as in peft, and
             `modules_to_save=None` means none.
         layers_pattern: with `target_modules` and `layers_to_transform`: name of the list of blocks.
     """
@@ -92,8 +92,8 @@ class TargetedConfig(VisualPeftConfig):
             )
 
     def _at(self, path: str) -> Placement:
-        """The equation as it stands at the module of that name."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what stands at one module.")
+        """The placement of the equation at the module of that name."""
+        raise NotImplementedError(f"{type(self).__name__} does not define its equation at one module.")
 
 
 def own_fields(config_cls: type) -> list[Field]:
@@ -120,12 +120,12 @@ def find_targets(model: nn.Module, config: TargetedConfig) -> dict[str, nn.Modul
     """
     modules = dict(model.named_modules())
     if str(config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-        _maybe_include_all_linear_layers(config, model)  # which does not see linears in layers of ours
+        _maybe_include_all_linear_layers(config, model)  # it does not see linears inside layers of this library
         own = {path for path, module in modules.items() if isinstance(module, VisualTunerLayer)}
         config.target_modules |= {path for path in own if isinstance(unwrapped(modules[path]), nn.Linear | Conv1D)}  # type: ignore
     names: Any = config.target_modules
     inside = tuple(f"{path}." for path, module in modules.items() if isinstance(module, BaseTunerLayer))
-    free = [path for path in modules if path and not path.startswith(inside)]  # peft passes over the others
+    free = [path for path in modules if path and not path.startswith(inside)]  # peft skips the others
     several = names_of_modules(model)
     for layer in config.layers or ():
         only = replace(config, layers_to_transform=[layer])
@@ -141,19 +141,19 @@ def find_targets(model: nn.Module, config: TargetedConfig) -> dict[str, nn.Modul
         if isinstance(unwrapped(parent), nn.MultiheadAttention):
             raise ValueError(
                 f"{type(config).__name__}.target_modules: {path!r} belongs to a MultiheadAttention, which uses its "
-                "weight without calling it. Leave it out by exclude_modules."
+                "weight without calling it. Exclude it with exclude_modules."
             )
     _require_calls(model, targets, type(config).__name__)
     return targets
 
 
 def _require_calls(model: nn.Module, targets: Collection[str], name: str) -> None:
-    """Refuse a target whose weight the model uses without calling it: nothing there would have an effect.
+    """Refuse a target whose weight the model uses without calling it: an adapter there would have no effect.
 
-    Told by the biases that such attention has beside its projection, or by a pass through a copy of the model.
+    It is detected by the biases that such attention has beside its projection, or by running a copy of the model.
 
     Raises:
-        ValueError: there is one.
+        ValueError: there is such a target.
     """
     suspects = [path for path in targets if _holds_tensors(model.get_submodule(path.rpartition(".")[0]))]
     if not suspects:
@@ -172,7 +172,7 @@ def _require_calls(model: nn.Module, targets: Collection[str], name: str) -> Non
 
 
 def _holds_tensors(parent: nn.Module) -> bool:
-    """Whether a module has parameters beside its modules, and so may use weights of these, too."""
+    """Whether a module has own parameters, and so may also use the weights of its children directly."""
     return any(True for _ in parent.parameters(recurse=False))
 
 
@@ -181,7 +181,7 @@ def _has_bias_beside(model: nn.Module, path: str) -> bool:
 
 
 def names_target(config: TargetedConfig, names: Iterable[str]) -> Any:
-    """Whether a module is a target under one of its names, and excluded under none; as peft's check has it."""
+    """Whether a module is a target under one of its names and excluded under none, by peft's rules."""
     found = [check_target_module_exists(config, name) for name in names]
     excluded = [each for each in found if isinstance(each, _ExcludedModule)]
     return excluded[0] if excluded else any(found)

@@ -1,4 +1,19 @@
-"""Where a method may act: each place written once, for all methods and all architectures.
+"""Where a method may act: each place is written once, for all methods and all architectures.
+
+Words that mean one thing throughout this library:
+
+- stream: the hidden states that run from block to block, as tokens or as a map; sub-layers add to it.
+- block: one of the repeated modules of a backbone, such as a transformer layer.
+- sub-layer: the attention or the MLP of a block, with its norm.
+- prefix tokens: the backbone's own tokens before the patches: CLS, distillation and register tokens.
+- prompt: a learned token that an adapter puts into the stream or into attention.
+- join: a prompt *joins* a sequence if the tokens of that sequence attend to it.
+- extra: belonging to an adapter and not to the backbone, as in extra tokens, keys or queries.
+- site: a place where an equation acts, and what it reads and changes there.
+- equation: the module of an adapter that computes its change at one site.
+- slot: the name of an equation in its layer; it is a part of the names of the adapter's weights.
+- tap: what a side network can read at a block: streams, layout, images.
+- piece: the part of a side network that stands at one block.
 
 A *site* says where an equation acts, a *placement* puts one equation at one site of one module. Three layers carry
 them: `ModuleLayer` around a linear, norm or convolution, `BlockLayer` around a transformer block, `WholeLayer` around
