@@ -12,7 +12,7 @@ import pytest
 from families import FAMILIES
 
 import hf_visual_peft
-from hf_visual_peft import find_backbone
+from hf_visual_peft import find_backbone, sites
 from hf_visual_peft.cli import catalogue
 from hf_visual_peft.cli.catalogue import describe_sites
 from hf_visual_peft.cli.main import main
@@ -142,3 +142,12 @@ def test_no_method_calls_its_config_by_a_fixed_name():
 def test_errors_name_the_class_that_was_given(backbone):
     with pytest.raises(ValueError, match=r"^_Narrow.deep is False: prompts pass"):
         list(_Narrow().placements(dataclasses.replace(backbone, blocks=(backbone.blocks[0], backbone.blocks[2]))))
+
+
+def test_contributing_names_sites_that_there_are():
+    text = (PAGE.parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE))
+    assert {"TokenSite", "BranchSite", "OutputSite"} <= named <= set(sites.__all__)
+    assert all(
+        Path(PAGE.parents[1], path).exists() for path in re.findall(r"`((?:tests|hf_visual_peft)/[\w./]+)`", text)
+    )

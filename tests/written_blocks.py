@@ -251,6 +251,18 @@ def mobilevit(block, path, step, x):
     return step("mlp", x, block.layernorm_after, lambda n: block.output.dense(block.intermediate(n)), layout)
 
 
+def dinov3(block, path, step, x, position_embeddings, **_):
+    """Its patches have rotary positions, its five prefix tokens none."""
+    rows = (x.shape[1] - 5) // 4
+    layout = Layout(rows, 4, prefix=5)
+
+    def attention(n):
+        return block.layer_scale1(block.attention(n, position_embeddings=position_embeddings)[0])
+
+    x = step("attention", x, block.norm1, attention, layout)
+    return step("mlp", x, block.norm2, lambda n: block.layer_scale2(block.mlp(n)), layout)
+
+
 def timm_vit(block, path, step, x, **_):
     layout = Layout(4, 4, prefix=5)
     x = step("attention", x, block.norm1, lambda n: block.ls1(block.attn(n)), layout)
@@ -340,6 +352,7 @@ BACKBONES: dict[str, tuple[Callable, str, tuple[int, int]]] = {
     "timesformer": (timesformer, r"timesformer\.encoder\.layer\.\d", (48, 32)),
     "videomae": (videomae, r"videomae\.encoder\.layer\.\d", (32, 32)),
     "mobilevit": (mobilevit, r"mobilevit\.encoder\.layer\.\d\.transformer\.layer\.\d", (96, 64)),
+    "dinov3_vit": (dinov3, r"backbone\.model\.layer\.\d", (48, 32)),
     "timm_vit_registers": (timm_vit, r"blocks\.\d", (32, 32)),
     "timm_swin": (timm_swin, r"layers\.\d\.blocks\.\d", (48, 32)),
 }
@@ -349,7 +362,6 @@ NO_BLOCKS = ("LevitAttentionSubsample", "SwiftFormerConvEncoder", "PatchMerging"
 
 def rewritten(base: nn.Module, name: str, weights: dict[str, dict[str, dict[str, Tensor]]], equation: Any) -> list:
     """Let the blocks run as they are written here, with the weights of an adapter; the places that come by."""
-    forward, pattern, _ = BACKBONES[name]
     seen = []
 
     def step(path, sublayer, x, norm, run, layout):
@@ -360,9 +372,15 @@ def rewritten(base: nn.Module, name: str, weights: dict[str, dict[str, dict[str,
         seen.append((path, sublayer))
         return x + added + equation(weights[sublayer][path], x, normed, added, layout)
 
+    run_written(base, name, step)
+    return seen
+
+
+def run_written(base: nn.Module, name: str, step: Callable) -> None:
+    """Let the blocks run as they are written here, each sub-layer by `step(path, sublayer, x, norm, run, layout)`."""
+    forward, pattern, _ = BACKBONES[name]
     paths = [path for path, _ in base.named_modules() if re.fullmatch(pattern, path)]
     for path in paths:
         block = base.get_submodule(path)
         if type(block).__name__ not in NO_BLOCKS:
             block.forward = partial(forward, block, path, partial(step, path))
-    return seen
