@@ -26,6 +26,7 @@ from .core.registry import get_method, list_methods
 from .features import CachedFeatures, FeatureCache
 from .features.pyramid import feature_pyramid
 from .methods import load_methods
+from .methods.prefix.prefix_tuning import store_prefixes
 from .peft_methods.methods import with_visual_targets
 from .sharing import hub
 from .training.interpolation import Interpolation, interpolate
@@ -62,6 +63,7 @@ __all__ = [
     "register_architecture",
     "register_heads",
     "split_attention",
+    "store_prefixes",
     "thaw_norms",
     "with_visual_targets",
     *_CONFIGS,

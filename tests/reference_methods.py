@@ -387,6 +387,16 @@ def vpt(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
     return torch.cat([x[:, :1], x[:, 1 + prompts.shape[1] :]], dim=1)
 
 
+def vfpt(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
+    """Two of three prompts by the real part of the two-dimensional transform, written as sums of cosines."""
+    prompts = v.drop(w[f"{index}.vfpt_tokens.prompts"].expand(len(x), -1, -1), 0.1)
+    turns = [torch.outer(torch.arange(n), torch.arange(n)) / n for n in (2, WIDTH)]
+    angles = 2 * torch.pi * (turns[0][:, None, :, None] + turns[1][None, :, None, :])
+    first = torch.einsum("btc,uvtc->buv", prompts[:, :2], torch.cos(angles))
+    x = v.plain_block(index, torch.cat([x[:, :1], first, prompts[:, 2:], x[:, 1:]], dim=1))
+    return torch.cat([x[:, :1], x[:, 1 + prompts.shape[1] :]], dim=1)
+
+
 def vpt_shallow(v: Vit, w: Weights) -> Tensor:
     """Prompts, from a narrower space, that travel through all blocks."""
     prompts = w.linear("0.vpt_shared", w["0.vpt_tokens.prompts"])
@@ -395,6 +405,23 @@ def vpt_shallow(v: Vit, w: Weights) -> Tensor:
     for index in range(DEPTH):
         x = v.plain_block(index, x)
     return v.w.linear("head", v.norm("norm", torch.cat([x[:, :1], x[:, 1 + count :]], dim=1))[:, 0])
+
+
+def prefix(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
+    """Keys and values of all heads; where an MLP makes them, those of block 0 come first: its keys, its values."""
+    if "0.prefix_network.embedding" in w:
+        own = w.of("0.prefix_network.")
+        made = own.linear("up", torch.tanh(own.linear("down", own["embedding"]))).chunk(2 * DEPTH, dim=-1)
+        prefixes = made[2 * index : 2 * index + 2]
+    else:
+        prefixes = tuple(w[f"{index}.prefix_heads.{name}"] for name in ("keys", "values"))
+    n = v.norm(f"{index}.norm1", x)
+    key, value = (
+        torch.cat([v.linear(f"{index}.{role}", n), v.drop(p.expand(len(x), -1, -1), 0.1)], dim=1)
+        for role, p in zip(("key", "value"), prefixes, strict=True)
+    )
+    z = x + v.linear(f"{index}.output", attend(v.linear(f"{index}.query", n), key, value, HEADS))
+    return z + v.fed(index, z)
 
 
 def vqt(v: Vit, w: Weights) -> Tensor:

@@ -121,6 +121,13 @@ METHODS = {
     "mosa": Reference(blockwise(methods.mosa), "Theia-4869/MoSA: vit_mosa.py, pruner.py", {"r": 4}),
     "partial": Reference(methods.partial, "the paper"),
     "pfeiffer": Reference(blockwise(methods.pfeiffer), "the paper", {"r": 4, "dropout": 0.1}),
+    "prefix": Reference(blockwise(methods.prefix), "the paper", {"num_virtual_tokens": 3, "dropout": 0.1}, False),
+    "prefix-mlp": Reference(
+        blockwise(methods.prefix),
+        "jxhe/unify-parameter-efficient-tuning: petl/petl_factory.py, class Prefix",
+        {"num_virtual_tokens": 3, "reparam_dim": 5, "dropout": 0.1},
+        False,
+    ),
     "repadapter": Reference(methods.repadapter, "luogen1996/RepAdapter: repadapter.py", {"r": 4}),
     "restuning": Reference(side.restuning, "the paper", {"r": 4}, False),
     "rlrr": Reference(methods.rlrr, "zstarN70/RLRR: models/networks.py", identity=False),
@@ -148,6 +155,12 @@ METHODS = {
         side.vitadapter,
         "czczup/ViT-Adapter: adapter_modules.py, with group norms",
         {"channels": 4, "num_points": 2, "interactions": 2, "drop_path": 0.1},
+    ),
+    "vfpt": Reference(
+        blockwise(methods.vfpt),
+        "runtsang/VFPT: src/models/vit_prompt/vit_fourier.py",
+        {"num_virtual_tokens": 3, "fraction": 0.7, "dropout": 0.1},
+        False,
     ),
     "vpt": Reference(
         blockwise(methods.vpt), "KMnP/vpt: vit_prompt/vit.py", {"num_virtual_tokens": 3, "dropout": 0.1}, False

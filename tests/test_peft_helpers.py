@@ -51,6 +51,7 @@ SIZES = {
     "mosa": ({"r": 2}, {"r": 4}),
     "partial": ({"k": 1}, {"k": 2}),
     "pfeiffer": ({"r": 2}, {"r": 4}),
+    "prefix": ({"num_virtual_tokens": 2}, {"num_virtual_tokens": 3}),
     "repadapter": ({"r": 2}, {"r": 4}),
     "restuning": ({"r": 2}, {"r": 4}),
     "sharedlora": ({"r": 2}, {"r": 4}),
@@ -58,6 +59,7 @@ SIZES = {
     "snell": ({"r": 2}, {"r": 4}),
     "snf": ({"num_flows": 1}, {"num_flows": 2}),
     "spt": ({"r": 2}, {"r": 4}),
+    "vfpt": ({"num_virtual_tokens": 2}, {"num_virtual_tokens": 3}),
     "vpt": ({"num_virtual_tokens": 2}, {"num_virtual_tokens": 3}),
     "vqt": ({"num_virtual_tokens": 2}, {"num_virtual_tokens": 3}),
 }

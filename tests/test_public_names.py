@@ -28,6 +28,7 @@ NAMES = {
     "register_architecture",
     "register_heads",
     "split_attention",
+    "store_prefixes",
     "thaw_norms",
     "with_visual_targets",
 }
@@ -62,6 +63,7 @@ CONFIGS = {
     "MonaConfig",
     "PartialConfig",
     "PfeifferConfig",
+    "PrefixConfig",
     "RLRRConfig",
     "RepAdapterConfig",
     "ResTuningConfig",
@@ -73,6 +75,7 @@ CONFIGS = {
     "STAdapterConfig",
     "SharedLoRAConfig",
     "SideTuningConfig",
+    "VFPTConfig",
     "VPTConfig",
     "VQTConfig",
     "ViTAdapterConfig",

@@ -151,11 +151,11 @@ def _check_block_site(
         ValueError: the site is not supported.
     """
     table, name = backbone.architecture, f"{type(config).__name__} does not fit {backbone.class_name}"
-    if isinstance(site, TokenSite):
+    if isinstance(site, TokenSite | KeyValueSite):
         if table.prompts is None:
             advice = _PROMPTS if table.softmax else ""
             raise ValueError(f"{name}: no tokens can join those of its attention.{advice}")
-        if table.prompts != "sequence" and (site.takes or site.hands_on):
+        if isinstance(site, TokenSite) and table.prompts != "sequence" and (site.takes or site.hands_on):
             raise ValueError(
                 f"{name} with tokens that pass from block to block: they can only join its attention (deep=True)."
             )

@@ -24,6 +24,7 @@ from .attention import KeyValueSite, LogitSite, attention_of, attention_path
 from .block import BlockLayer, drop_path
 from .block_sites import BranchSite, NormSite, TokenSite
 from .exchange import Exchange
+from .forms import head_sizes, projections
 from .grid import Grid, TokenLayout, to_tokens
 from .layer import Equation, Placement, Shared, Site, VisualTunerLayer
 from .module import LinearSite, ModuleLayer, OutputSite, WeightSite, as_linear, as_matrix, output_channels
@@ -59,7 +60,9 @@ __all__ = [
     "attention_of",
     "attention_path",
     "drop_path",
+    "head_sizes",
     "output_channels",
+    "projections",
     "resized",
     "to_tokens",
     "whole_module",

@@ -22,7 +22,7 @@ from .attention import (
     watched,
 )
 from .block_sites import Pass
-from .forms import alone, head_sizes, project, spread, why_not_alone
+from .forms import alone, head_sizes, project, projections, spread, why_not_alone
 from .grid import TokenLayout
 from .layer import Equation, Site, VisualTunerLayer, call_equation
 from .masks import PositionBias
@@ -49,16 +49,6 @@ class AttentionLayer(VisualTunerLayer):
 
     def _attention_module(self) -> nn.Module:
         return self.base_layer.get_submodule(attention_path(self.base_layer, self._query))
-
-    def _projections(self) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
-        """The attention module, and those of its parts that project to keys, values and queries."""
-        path = attention_path(self.base_layer, self._query)
-        attention = self.base_layer.get_submodule(path)
-        names = (self._key, self._value, self._query)
-        key, value, query = (
-            attention.get_submodule(name.removeprefix(f"{path}.").partition(".")[0]) for name in names
-        )
-        return attention, key, value, query
 
     def watch_attention(self) -> None:
         """Let equations act in the block's attention from now on."""
@@ -136,17 +126,16 @@ class AttentionLayer(VisualTunerLayer):
         equations = list(self._equations(KeyValueSite))
         if current is None or (current.joining is None and not equations):
             return None
-        attention, key, value, query = self._projections()
-        heads, channels, _ = head_sizes(attention, key, value, query)
+        form = projections(self.base_layer, self._query, self._key, self._value)
         if current.joining is not None:
             with self._unwatched():
-                pairs.append(project(attention, key, value, current.joining, heads, channels))
+                pairs.append(project(form, current.joining))
         assert current.entered is not None
         for _, equation, _, shared in equations:
             assert equation is not None
             pairs.append(equation(current.entered.shape[0], *shared))
         keys, values = (torch.cat([x.to(own.dtype) for x in each], dim=2) for each in zip(*pairs, strict=True))
-        return spread((keys, values), own, heads)
+        return spread((keys, values), own, head_sizes(form)[0])
 
     def _logit_change(self) -> Callable[[Tensor], Tensor] | None:
         equations = list(self._equations(LogitSite))

@@ -10,12 +10,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .attention import NO_ACTS, Pair, watched
+from .attention import NO_ACTS, Pair, attention_path, watched
 
 
 _KEY_NORMS = ("k_norm", "norm_k", "key_norm", "k_layernorm")
@@ -26,18 +26,30 @@ _SIZES = ("head_dim", "dim_head", "attention_head_size", "head_size")
 _ROTATION = "position_embeddings"  # rows and columns turn queries and keys by it; there are none for other tokens
 
 
-def head_sizes(attention: nn.Module, key: nn.Module, value: nn.Module, query: nn.Module) -> tuple[int, int, int]:
-    """Number of heads that keys have, and channels of a head in keys and in values.
+class Projections(NamedTuple):
+    """An attention module, and those of its children that project, which may be one."""
 
-    Args:
-        attention: the module.
-        key: its projection to keys.
-        value: its projection to values, which may be the same.
-        query: its projection to queries, which may be the same.
+    attention: nn.Module
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+
+
+def projections(block: nn.Module, query: str, key: str, value: str) -> Projections:
+    """Those of a block; names are those of the projections in it."""
+    path = attention_path(block, query)
+    attention = block.get_submodule(path)
+    children = (name.removeprefix(f"{path}.").partition(".")[0] for name in (query, key, value))
+    return Projections(attention, *map(attention.get_submodule, children))
+
+
+def head_sizes(form: Projections) -> tuple[int, int, int]:
+    """Number of heads that keys have, and channels of a head in keys and in values.
 
     Raises:
         ValueError: the module does not tell how many heads it has.
     """
+    attention, query, key, value = form
     heads = _heads_of(attention)
     if _by_head(attention) and not getattr(attention, "head_first", False):
         sizes: Any = attention
@@ -72,17 +84,15 @@ def _width(projection: nn.Module) -> int:
     raise ValueError(f"{type(projection).__name__} is no linear or convolution that projects to keys and values.")
 
 
-def project(attention: nn.Module, key: nn.Module, value: nn.Module, tokens: Tensor, heads: int, channels: int) -> Pair:
+def project(form: Projections, tokens: Tensor) -> Pair:
     """Keys and values of tokens without position, (images, heads, tokens, channels of a head) each.
 
     Args:
-        attention: the module.
-        key: its projection to keys.
-        value: its projection to values, which may be the same.
+        form: of the module.
         tokens: (images, tokens, channels), as the module reads its own.
-        heads: of its keys.
-        channels: of a head in its keys.
     """
+    attention, _, key, value = form
+    heads, channels, _ = head_sizes(form)
     projected = _applied(attention, key, tokens)
     if key is not value:
         keys = _split(projected[..., -heads * channels :], heads)  # after queries, where both are one linear

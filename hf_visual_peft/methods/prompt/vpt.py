@@ -116,10 +116,12 @@ class VPTConfig(VisualPeftConfig):
                 "exclude_modules so."
             )
         width = self.projection_dim or backbone.width
-        prompts = partial(Prompts, self.num_virtual_tokens, width, backbone.patch_features, self.dropout)
         projection = Shared("shared", partial(Projection, width, backbone.width)) if self.projection_dim else None
         for block in blocks:
             new = self.deep or block is blocks[0]
             site = TokenSite(takes=not new, hands_on=not self.deep and block is not blocks[-1])
-            build = (lambda _: prompts()) if new else None
+            build = (lambda _: self._prompts(width, backbone.patch_features)) if new else None
             yield Placement(block.path, "tokens", site, build, projection)
+
+    def _prompts(self, width: int, patch_features: int) -> Prompts:
+        return Prompts(self.num_virtual_tokens, width, patch_features, self.dropout)
