@@ -16,6 +16,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from ..backbones.backbone import is_pointwise, linear_sizes
+from .affine import has_channels_first, is_activated, is_linear_in_weight
 from .exchange import Exchange
 from .layer import Equation, Site, VisualTunerLayer, call_equation
 from .shifts import Flow, Place, place_for_shift, put
@@ -78,6 +79,7 @@ class ModuleLayer(VisualTunerLayer, nn.Module):
         self.places: dict[nn.Module, Place] = {}  # for shifts of modules without a bias; found before a merge
         self.given: list[nn.Module] = []  # modules to which merging gave a bias
         self._elsewhere: dict[nn.Module, Tensor] = {}  # shifts on their way to these places
+        self._activated: bool | None = None  # once it was looked for
         self._before_merge: list[_Weights] = []
         self._originals: list[tuple[nn.Module, str, Tensor | None]] = []
 
@@ -89,7 +91,7 @@ class ModuleLayer(VisualTunerLayer, nn.Module):
             return self.base_layer(*args, **kwargs)
         if parts := self._parts(args):
             return self._run_parts(parts, lambda name, index, *a, **k: self.forward(*a, **k), args, kwargs)
-        if self._norm_does_it():
+        if self._norm_does_it() or self._activation_follows():
             return evaluate_changed(self.get_base_layer(), self._active(), args[0])
         output = self._base_output(*args, **kwargs)
         dim = channel_dim(self.get_base_layer(), output.ndim)
@@ -108,6 +110,15 @@ class ModuleLayer(VisualTunerLayer, nn.Module):
         if norm._forward_pre_hooks or norm._forward_hooks or "forward" in norm.__dict__:  # which want to be called
             return False
         return all(_is_channelwise(e) and e.module.scale.dtype == norm.weight.dtype for e in equations)  # type: ignore[union-attr]
+
+    def _activation_follows(self) -> bool:
+        """Whether the module is a norm that ends in an activation, and only what acts before that is active here."""
+        if self._activated is None:
+            self._activated = is_activated(self.get_base_layer())
+        if not self._activated:
+            return False
+        equations = list(self._active())
+        return bool(equations) and all(isinstance(e.site, WeightSite) or hasattr(e.module, "fold") for e in equations)
 
     def _base_output(self, *args: Any, **kwargs: Any) -> Tensor:
         equations = [e for e in self._active() if isinstance(e.site, WeightSite)]
@@ -278,7 +289,7 @@ def _require_foldable(module: nn.Module, equations: Iterable[Equation]) -> None:
             f"Cannot merge an adapter into {module}: its weight is quantised. Keep the adapter beside the backbone, "
             "or merge it into the backbone in floating point and quantise the result."
         )
-    if "Standardized" in type(module).__name__ or "StdConv" in type(module).__name__:
+    if not is_linear_in_weight(module):
         raise ValueError(f"Cannot merge an adapter into {module}: it standardises its weight.")
     around = any(not isinstance(e.site, WeightSite) for e in equations)
     if around and isinstance(module, nn.Linear) and not _does_as_a_linear(module):
@@ -332,12 +343,18 @@ def _apply(equations: Iterable[Equation], weights: _Weights) -> _Weights:
     """Weight and bias after equations that change them, in the dtype they have."""
     weight, bias = _matrix(weights), weights.bias
     for each in equations:
+        call: Any = each.module
         if _is_channelwise(each):  # at a norm
-            equation: Any = each.module
-            scale, shift = equation.scale, equation.shift
+            scale, shift = call.scale, call.shift
             new_weight, new_bias = weight * scale, shift if bias is None else bias * scale + shift
+        elif isinstance(each.site, OutputSite):  # at a norm that ends in an activation: a number for each channel
+            shift = call(torch.zeros_like(weight), *each.shared)
+            new_weight, new_bias = (
+                call(weight, *each.shared) - shift,
+                shift if bias is None else call(bias, *each.shared),
+            )
         else:
-            new_weight, new_bias = each.module(weight, bias, *each.shared)  # type: ignore[misc]
+            new_weight, new_bias = call(weight, bias, *each.shared)
         weight, bias = new_weight.to(weight.dtype), None if new_bias is None else new_bias.to(weight.dtype)
     return _Weights(weights.module, _laid_as_in(weights.module, weight, weights.weight), bias)
 
@@ -387,7 +404,7 @@ def output_channels(module: nn.Module) -> int | None:
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
         return module.normalized_shape[0]
     weight = getattr(module, "weight", None)
-    if type(module).__name__.endswith("Norm") and isinstance(weight, Tensor) and weight.ndim == 1:
+    if "Norm" in type(module).__name__ and isinstance(weight, Tensor) and weight.ndim == 1:
         return weight.shape[0]  # of a model's own
     return None
 
@@ -395,7 +412,8 @@ def output_channels(module: nn.Module) -> int | None:
 def channel_dim(module: nn.Module, ndim: int) -> int:
     """The dimension of a module's output that holds the channels, counted from the end (negative).
 
-    Told by the module's class, not by shapes: height, width and tokens may have the same size as the channels.
+    Told by the module's class, or what it runs on, not by shapes: height, width and tokens may have the same size as
+    the channels.
 
     Args:
         module: the module.
@@ -405,10 +423,11 @@ def channel_dim(module: nn.Module, ndim: int) -> int:
         return -1 - len(module.kernel_size)
     if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.GroupNorm):
         return 1 - ndim
-    if isinstance(module, nn.LayerNorm):
-        maps = getattr(module, "data_format", "") == "channels_first" or type(module).__name__ == "LayerNorm2d"
-        return -3 if maps else -1
-    return -1
+    if type(module) is nn.LayerNorm or "Norm" not in type(module).__name__:
+        return -1
+    told = getattr(module, "data_format", "")
+    maps = told == "channels_first" if told else has_channels_first(module)
+    return 1 - ndim if maps else -1
 
 
 def evaluate_changed(module: nn.Module, equations: Iterable[Equation], x: Tensor) -> Tensor:

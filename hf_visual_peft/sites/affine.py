@@ -1,0 +1,115 @@
+"""What modules of a library's own classes do with weight and bias, told from what they compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+@torch.no_grad()
+def is_activated(norm: nn.Module) -> bool:
+    """Whether a norm does more after its weight and bias, as one that ends in an activation.
+
+    Told from what it makes of its bias alone, with a weight of zero.
+
+    Args:
+        norm: of any class; False where it has no bias, or does not take the usual shapes.
+    """
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    if type(norm).__module__.startswith("torch.nn.") or not isinstance(weight, Tensor) or not isinstance(bias, Tensor):
+        return False
+    if weight.ndim != 1:
+        return False
+    channels = len(weight)
+    made = -torch.linspace(0.5, 1.5, channels)  # no activation leaves negative numbers as they are
+    values = {**_statistics(norm), "weight": torch.zeros(channels), "bias": made}
+    side = 2 if channels != 2 else 3
+    for shape, laid in (((1, channels, side, side), (1, -1, 1, 1)), ((1, side, channels), (1, 1, -1))):
+        output = _call(norm, values, torch.ones(shape))
+        if output is not None and output.shape == shape:
+            return not torch.allclose(output, made.view(laid).expand(shape), atol=1e-6)
+    return False
+
+
+@torch.no_grad()
+def is_linear_in_weight(module: nn.Module) -> bool:
+    """Whether a convolution or linear is one in its weight, and does not, for one thing, standardise it first.
+
+    Args:
+        module: of any class; True for those of torch, and where the module cannot be asked.
+    """
+    weight = getattr(module, "weight", None)
+    convolution = isinstance(module, nn.modules.conv._ConvNd)
+    if type(module).__module__.startswith("torch.nn.") or not isinstance(weight, Tensor):
+        return True
+    if not convolution and not isinstance(module, nn.Linear):
+        return True
+    generator = torch.Generator().manual_seed(0)
+    if convolution:
+        spans = zip(module.kernel_size, module.dilation, strict=True)
+        shape = (1, module.in_channels, *((size - 1) * step + 1 for size, step in spans))
+    else:
+        shape = (1, module.in_features)  # type: ignore[assignment]
+    x, new = torch.rand(shape, generator=generator), torch.rand(weight.shape, generator=generator)
+    outputs = [_call(module, {**_zeros(module), "weight": factor * new}, x) for factor in (1.0, 2.0)]
+    if any(output is None for output in outputs):
+        return True
+    one, two = outputs
+    return torch.allclose(2 * one, two, rtol=1e-4, atol=1e-5 * float(two.abs().max()))  # type: ignore[operator,union-attr]
+
+
+_FIRST: dict[type, bool] = {}
+
+
+@torch.no_grad()
+def has_channels_first(norm: nn.Module) -> bool:
+    """Whether a norm of a library's own takes maps, (batch, channels, height, width), and not (..., channels).
+
+    Told from what it runs on, once for a class.
+
+    Args:
+        norm: with a weight of one number for each channel.
+    """
+    cls = type(norm)
+    if cls not in _FIRST:
+        weight = getattr(norm, "weight", None)
+        if not isinstance(weight, Tensor) or weight.ndim != 1 or len(weight) == 1:
+            return False
+        channels = len(weight)
+        side = 2 if channels != 2 else 3
+        values = {**_statistics(norm), **{name: torch.ones(p.shape) for name, p in norm.named_parameters()}}
+        shapes = (1, channels, side, side), (1, side, side, channels)
+        first, last = (_call(norm, values, torch.ones(shape)) is not None for shape in shapes)
+        if not first and not last:
+            return False
+        _FIRST[cls] = first and not last
+    return _FIRST[cls]
+
+
+def _statistics(norm: nn.Module) -> dict[str, Tensor]:
+    """Buffers of a norm that has seen nothing."""
+    ones = {name: torch.ones(buffer.shape) for name, buffer in norm.named_buffers() if buffer.is_floating_point()}
+    others = {name: torch.zeros_like(b, device="cpu") for name, b in norm.named_buffers() if name not in ones}
+    return {**ones, **others}
+
+
+def _zeros(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter but gains, as none, and these as ones."""
+    return {
+        name: torch.zeros(p.shape) if name == "bias" else torch.ones(p.shape) for name, p in module.named_parameters()
+    }
+
+
+def _call(module: nn.Module, values: dict[str, Tensor], x: Tensor) -> Tensor | None:
+    """A module's output with other values in the place of all it has; None where it does not take such an input."""
+    hooks: Any = module._forward_hooks or module._forward_pre_hooks
+    if hooks:  # which count, or change, what runs through the module
+        return None
+    try:
+        output = functional_call(module, values, (x,))
+    except (RuntimeError, ValueError, AssertionError, IndexError):
+        return None
+    return output if isinstance(output, Tensor) else None
