@@ -27,6 +27,7 @@ from .features import CachedFeatures, FeatureCache
 from .features.pyramid import feature_pyramid
 from .methods import load_methods
 from .methods.prefix.prefix_tuning import store_prefixes
+from .peft_methods.defaults import teach_targets
 from .peft_methods.methods import with_visual_targets
 from .sharing import hub
 from .training.interpolation import Interpolation, interpolate
@@ -36,6 +37,7 @@ from .version import __version__  # noqa: F401
 
 load_methods()
 teach_peft()
+teach_targets()
 _CONFIGS = {method.config_cls.__name__: method.config_cls for method in list_methods().values()}
 globals().update(_CONFIGS)
 

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import transformers as tf
-from families import FAMILIES, _two_towers
+from families import FAMILIES
 from peft import (
     IA3Config,
     LNTuningConfig,
@@ -25,16 +25,17 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 import hf_visual_peft
-from hf_visual_peft import freeze_norms, with_visual_targets
+from hf_visual_peft import find_backbone, freeze_norms, with_visual_targets
 from hf_visual_peft.coverage.cell import Cell, run_cell
 from hf_visual_peft.coverage.command import add_arguments
 from hf_visual_peft.coverage.matrix import choose_cells
 from hf_visual_peft.coverage.models import MODELS
+from hf_visual_peft.coverage.plain import _two_towers
 from hf_visual_peft.coverage.report import summary, to_markdown
 from hf_visual_peft.coverage.sizes import small_config_of_peft
 from hf_visual_peft.demo.models import default_config
-from hf_visual_peft.peft_methods import defaults as peft_defaults
 from hf_visual_peft.peft_methods.methods import PEFT_METHODS, any_method
+from hf_visual_peft.peft_methods.targets import fill_targets
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type", "ignore:.*is_activation_checkpointing")
@@ -115,7 +116,7 @@ def test_without_attention_they_act_on_the_mlp_where_they_can():
         else:
             with pytest.raises(ValueError, match="nothing to act on in PoolFormerModel: its blocks have no linears"):
                 PEFT_METHODS[name].config(model)
-            with pytest.raises(ValueError, match="Please specify `target_modules`"):
+            with pytest.raises(ValueError, match="nothing to act on in PoolFormerModel: its blocks have no linears"):
                 get_peft_model(model, PEFT_METHODS[name].config_cls())
 
 
@@ -128,25 +129,11 @@ def test_ia3_acts_on_keys_values_and_the_mlp(architecture):
     assert {name for name, layer in layers.items() if layer.is_feedforward} == {n for n in layers if n.endswith(ends)}
 
 
-def test_ia3_scales_the_values_behind_attention_where_names_end_alike():
-    """Of data2vec's `attention.output.dense` and `output.dense` names tell only the end; scaling is the same."""
-    tiny = MODELS["data2vec-vision"]
+def test_ia3_scales_values_also_where_other_names_end_alike():
+    """Of data2vec's `attention.output.dense` and `output.dense` a name tells only the end."""
     wanted = {f"data2vec_vision.encoder.layer.{i}.{n}" for i in range(3) for n in
-              ("attention.attention.key", "attention.output.dense", "output.dense")}  # fmt: skip
-    named = get_peft_model(tiny.model(), IA3Config()).eval()
-    assert adapted(named) == wanted
-    exact = get_peft_model(tiny.model(), PEFT_METHODS["ia3"].config(tiny.model())).eval()
-    scales = dict(named.named_parameters())
-    with torch.no_grad():
-        for name, scale in exact.named_parameters():
-            if "ia3_l" in name:
-                scale.copy_(torch.rand(scale.shape) + 0.5)
-                other = scales[name.replace("attention.attention.value", "attention.output.dense")]
-                other.copy_(scale.reshape(other.shape))
-        found, expected = (tiny.call(model, tiny.arguments(2)).logits for model in (named, exact))
-    torch.testing.assert_close(found, expected)
-    with torch.no_grad(), exact.disable_adapter():
-        assert not torch.allclose(expected, tiny.call(exact, tiny.arguments(2)).logits)
+              ("attention.attention.key", "attention.attention.value", "output.dense")}  # fmt: skip
+    assert adapted(get_peft_model(MODELS["data2vec-vision"].build(), IA3Config())) == wanted
 
 
 @pytest.mark.parametrize(("name", "wanted"), [("beft", VALUE["vit"]), ("osf", LINEARS["vit"])])
@@ -197,43 +184,27 @@ def test_trains_saves_loads_and_switches_off(architecture):
             assert cell == Cell("works"), name
 
 
-def default_targets(mapping, model, model_type):
-    """What peft makes of an entry."""
-    config = LoraConfig(target_modules=mapping[model_type])
-    return {name for name, _ in model.named_modules() if check_target_module_exists(config, name)}
-
-
-def test_model_types_and_models_agree():
-    """Everywhere, by each kind of method: what the model type says is what the roles of the model say."""
+def test_what_peft_is_told_alone_and_before_agree():
+    """Everywhere, by each kind of method: `LoraConfig()` acts where `with_visual_targets` makes it act."""
     kinds = {"lora", "vera", "beft", "osf", "ia3", "ln_tuning"}
     compared = dict.fromkeys(kinds, 0)
     for architecture, tiny in MODELS.items():
         if tiny.missing_package:
             continue
         model = tiny.build()
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
         for name in kinds:
-            mapping, _ = peft_defaults._MAPPINGS[PEFT_METHODS[name].peft_type]
-            if model_type not in mapping or (name != "lora" and architecture == "timm_wrapper_convnext"):
-                continue  # one entry for all of timm's models, of which this has convolutions in place of linears
-            if model_type in peft_defaults._HOLDERS and not default_targets(mapping, model, model_type):
-                with pytest.raises(ValueError, match="has nothing to act on"):  # in the backbone that this one holds
-                    PEFT_METHODS[name].config(model)
+            kind = PEFT_METHODS[name]
+            told = kind.config_cls(**kind.chosen)
+            try:
+                exact = kind.config(model, modules_to_save=[])
+            except ValueError as error:
+                with pytest.raises(ValueError, match=re.escape(str(error))):
+                    fill_targets(told, model, find_backbone(model), short=True)
                 continue
-            exact = PEFT_METHODS[name].config(model).target_modules
-            if isinstance(exact, str):
-                exact = {path for path, _ in model.named_modules() if re.fullmatch(exact, path)}
-            found = default_targets(mapping, model, model_type)
-            if name == "ia3":  # a text tower, and values behind attention
-                found = {path for path in found if "text_model" not in path}
-                behind = {path for path in found if path.endswith("attention.output.dense")}
-                found, exact = found - behind, {p for p in exact if not (behind and p.endswith(("value", "v_proj")))}
-            if name == "osf":  # which passes convolutions by
-                found = {path for path in found if not isinstance(model.get_submodule(path), nn.Conv2d)}
-            if architecture in ("beit_segmentation", "dpt_depth"):  # which leave parts of their backbone unread
-                assert found >= exact, (architecture, name)
-                continue
-            assert found == exact, (architecture, name)
+            fill_targets(told, model, find_backbone(model), short=True)
+            names = [path for path, _ in model.named_modules()]
+            by_look, by_config = ({p for p in names if check_target_module_exists(c, p)} for c in (told, exact))
+            assert by_look == by_config, (architecture, name)
             compared[name] += 1
     assert min(compared.values()) > 25, compared
 
@@ -244,7 +215,7 @@ def test_convolutional_networks_get_their_dense_convolutions():
         layers = [model.get_base_model().get_submodule(name).base_layer for name in adapted(model)]
         assert len(layers) >= 3, architecture
         assert all(isinstance(layer, nn.Conv2d) and layer.groups == 1 for layer in layers), architecture
-        with pytest.raises(ValueError, match="Please specify `target_modules`"):
+        with pytest.raises(ValueError, match="VeraConfig has nothing to act on in .*: its blocks have no linears"):
             get_peft_model(MODELS[architecture].build(), VeraConfig())
 
 
@@ -294,8 +265,7 @@ def test_raw_timm_models():
         torch.manual_seed(0)
         return timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=3)
 
-    with pytest.raises(ValueError, match="target_modules"):
-        get_peft_model(vit(), LoraConfig())
+    assert adapted(get_peft_model(vit(), LoraConfig())) == {"blocks.0.attn.qkv", "blocks.1.attn.qkv"}
     model = get_peft_model(vit(), with_visual_targets(LoraConfig(), vit()))
     assert adapted(model) == {"blocks.0.attn.qkv", "blocks.1.attn.qkv"}
     assert isinstance(model.get_base_model().head, ModulesToSaveWrapper)

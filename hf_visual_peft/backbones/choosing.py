@@ -125,11 +125,7 @@ def tower_in(model: nn.Module) -> str:
     input is called pixels.
     """
     modules = dict(model.named_modules())
-    pixels = [
-        path
-        for path, module in modules.items()
-        if isinstance(module, nn.Conv2d | nn.Conv3d) and module.in_channels in _PIXELS
-    ]
+    pixels = [path for path, module in modules.items() if _embeds_pixels(module)]
     blocks = [path for path, module in modules.items() if _is_list_of_blocks(module)]
     around = [
         path
@@ -139,6 +135,15 @@ def tower_in(model: nn.Module) -> str:
         and any(is_in(each, path) for each in blocks)
     ]
     return max(around, key=lambda path: path.count(".") + bool(path), default="")
+
+
+def takes_images(model: nn.Module) -> bool:
+    """Whether anything in a model takes images."""
+    return any(_takes_pixels(module) or _embeds_pixels(module) for module in model.modules()) or bool(known_in(model))
+
+
+def _embeds_pixels(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d | nn.Conv3d) and module.in_channels in _PIXELS
 
 
 def _is_list_of_blocks(module: nn.Module) -> bool:

@@ -250,7 +250,7 @@ class VisualTuner(MergingTuner):
             self._check_trained(trained, config, type(model).__name__)
             return
         if config.backbone:
-            (config.backbone,) = to_present_names(model, [config.backbone]) or ()
+            config.backbone = next(iter(to_present_names(model, [config.backbone]) or ()))
         backbone = find_backbone(model, config.backbone)
         self._check_one_backbone(model, config, backbone)
         self._check_layers(config, backbone)

@@ -11,7 +11,6 @@ from .table import (
     architecture_of,
     heads_of,
     known_backbones,
-    on_registration,
     register_architecture,
     register_heads,
 )
@@ -30,7 +29,6 @@ __all__ = [
     "architecture_of",
     "heads_of",
     "known_backbones",
-    "on_registration",
     "register_architecture",
     "register_heads",
 ]

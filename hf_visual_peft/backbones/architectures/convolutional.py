@@ -27,23 +27,20 @@ _RESNET = Architecture(
     softmax=False,
     prompts=None,
     grid=None,
-    model_types=("resnet",),
 )
 _RT_DETR_RESNET = replace(
     _RESNET,
     backbones=("RTDetrResNetBackbone",),
     patch_embedding="embedder.embedder.0.convolution",
-    model_types=(),
 )
-_REGNET = replace(_RESNET, backbones=("RegNetModel",), model_types=("regnet",))
-_BIT = replace(_RESNET, backbones=("BitModel",), patch_embedding="embedder.convolution", model_types=("bit",))
+_REGNET = replace(_RESNET, backbones=("RegNetModel",))
+_BIT = replace(_RESNET, backbones=("BitModel",), patch_embedding="embedder.convolution")
 _EFFICIENTNET = replace(
     _RESNET,
     backbones=("EfficientNetModel",),
     blocks="encoder.blocks",
     patch_embedding="embeddings.convolution",
     embeddings="embeddings",
-    model_types=("efficientnet",),
 )
 _MOBILENET_V1 = replace(
     _RESNET,
@@ -51,13 +48,11 @@ _MOBILENET_V1 = replace(
     blocks="layer",
     patch_embedding="conv_stem.convolution",
     embeddings="conv_stem",
-    model_types=("mobilenet_v1",),
 )
 _MOBILENET_V2 = replace(
     _MOBILENET_V1,
     backbones=("MobileNetV2Model",),
     patch_embedding="conv_stem.first_conv.convolution",
-    model_types=("mobilenet_v2",),
 )
 _HGNET_V2 = replace(
     _RESNET,
@@ -65,7 +60,6 @@ _HGNET_V2 = replace(
     blocks="encoder.stages.*.blocks",
     patch_embedding="embedder.stem1.convolution",
     own_heads=("fc",),
-    model_types=("hgnet_v2",),
 )
 _PP_LCNET = replace(
     _RESNET,
@@ -74,7 +68,6 @@ _PP_LCNET = replace(
     patch_embedding="encoder.convolution.convolution",
     embeddings="encoder.convolution",
     own_heads=("head",),
-    model_types=("pp_lcnet",),
 )
 _TEXTNET = replace(
     _RESNET,
@@ -83,7 +76,6 @@ _TEXTNET = replace(
     patch_embedding="stem.conv",
     embeddings="stem",
     heads=("fc",),
-    model_types=("textnet",),
 )
 _CONVNEXT = replace(
     _RESNET,
@@ -98,13 +90,11 @@ _CONVNEXT = replace(
     drop_path=("drop_path",),
     stream="channels_first",
     grid="map",
-    model_types=("convnext", "convnextv2"),
 )
 _CONVNEXT_BACKBONE = replace(
     _CONVNEXT,
     backbones=("ConvNextBackbone", "ConvNextV2Backbone"),
     norms=("hidden_states_norms.*",),
-    model_types=(),
 )
 _DINOV3_CONVNEXT = replace(
     _CONVNEXT,
@@ -117,7 +107,6 @@ _DINOV3_CONVNEXT = replace(
     norm2=("layer_norm",),
     fc1=("pointwise_conv1",),
     fc2=("pointwise_conv2",),
-    model_types=("dinov3_convnext",),
 )
 
 CONVOLUTIONAL = (

@@ -20,7 +20,6 @@ def _below(table: Architecture, name: str, backbones: tuple[str, ...], norms: tu
         between=tuple(f"{name}.{module}" for module in table.between),
         norms=norms,
         heads=(),
-        model_types=(),
     )
 
 
@@ -34,7 +33,6 @@ _SWIN = Architecture(
     between=("encoder.layers.*.downsample.norm", "encoder.layers.*.downsample.reduction"),
     prompts="keys",
     grid="given",
-    model_types=("swin",),
 )
 _SWIN_BACKBONE = _below(_SWIN, "swin", ("SwinBackbone",), ("hidden_states_norms.*",))
 _DONUT_SWIN = replace(
@@ -48,18 +46,16 @@ _DONUT_SWIN = replace(
     fc1=("intermediate.dense",),
     fc2=("output.dense",),
     prompts="keys",
-    model_types=("donut-swin",),
 )
-_MASKFORMER_SWIN = replace(_DONUT_SWIN, backbones=("MaskFormerSwinModel",), model_types=())
+_MASKFORMER_SWIN = replace(_DONUT_SWIN, backbones=("MaskFormerSwinModel",))
 _MASKFORMER_SWIN_BACKBONE = _below(_MASKFORMER_SWIN, "model", ("MaskFormerSwinBackbone",), ("hidden_states_norms.*",))
 _SWINV2 = replace(
     _DONUT_SWIN,
     backbones=("Swinv2Model",),
     post_norm=True,
     softmax=False,  # of cosines
-    model_types=("swinv2",),
 )
-_SWINV2_BACKBONE = replace(_SWINV2, backbones=("Swinv2Backbone",), norms=("hidden_states_norms.*",), model_types=())
+_SWINV2_BACKBONE = replace(_SWINV2, backbones=("Swinv2Backbone",), norms=("hidden_states_norms.*",))
 _HIERA = Architecture(
     backbones=("HieraModel",),
     blocks="encoder.stages.*.layers",
@@ -73,9 +69,8 @@ _HIERA = Architecture(
     operations=("proj",),
     prompts="keys",
     grid="units",
-    model_types=("hiera",),
 )
-_HIERA_BACKBONE = replace(_HIERA, backbones=("HieraBackbone",), norms=("hidden_states_norms.*",), model_types=())
+_HIERA_BACKBONE = replace(_HIERA, backbones=("HieraBackbone",), norms=("hidden_states_norms.*",))
 _PVT = Architecture(
     backbones=("PvtModel",),
     blocks="encoder.block.*",
@@ -96,7 +91,6 @@ _PVT = Architecture(
     operations=("attention.self.sequence_reduction", "attention.self.layer_norm"),
     prompts="keys",
     grid="given",
-    model_types=("pvt",),
 )
 _PVT_V2 = replace(
     _PVT,
@@ -118,7 +112,6 @@ _PVT_V2 = replace(
     output=("attention.proj",),
     reduction=("attention.spatial_reduction",),
     operations=("attention.spatial_reduction", "attention.layer_norm", "mlp.dwconv.dwconv"),
-    model_types=("pvt_v2",),
 )
 _SEGFORMER = Architecture(
     backbones=("SegformerModel",),
@@ -137,7 +130,6 @@ _SEGFORMER = Architecture(
     ),
     prompts="keys",
     grid="given",
-    model_types=("segformer",),
 )
 _CVT = Architecture(
     backbones=("CvtModel",),
@@ -161,7 +153,6 @@ _CVT = Architecture(
     operations="all",
     prompts="keys",
     grid="given",
-    model_types=("cvt",),
 )
 _FOCALNET = Architecture(
     backbones=("FocalNetModel",),
@@ -182,7 +173,6 @@ _FOCALNET = Architecture(
     softmax=False,
     prompts=None,
     grid="given",
-    model_types=("focalnet",),
 )
 _LEVIT = Architecture(
     backbones=("LevitModel",),
@@ -210,7 +200,6 @@ _LEVIT = Architecture(
     equal_parts=False,
     grid="halved",
     prompts=None,
-    model_types=("levit",),
 )
 _SWIFTFORMER = Architecture(
     backbones=("SwiftFormerModel",),
@@ -238,7 +227,6 @@ _SWIFTFORMER = Architecture(
     softmax=False,
     prompts=None,
     grid="map",
-    model_types=("swiftformer",),
 )
 _MOBILEVIT = Architecture(
     backbones=("MobileViTModel",),
@@ -257,7 +245,6 @@ _MOBILEVIT = Architecture(
     drop_path=(),
     prompts="sequence",
     grid="halved",
-    model_types=("mobilevit",),
 )
 _MOBILEVITV2 = replace(
     _MOBILEVIT,
@@ -273,7 +260,6 @@ _MOBILEVITV2 = replace(
     equal_parts=False,
     prompts=None,
     grid="unfolded",
-    model_types=("mobilevitv2",),
 )
 _POOLFORMER = Architecture(
     backbones=("PoolFormerModel",),
@@ -297,7 +283,6 @@ _POOLFORMER = Architecture(
     softmax=False,
     prompts=None,
     grid="map",
-    model_types=("poolformer",),
 )
 _SAM2 = Architecture(
     backbones=("Sam2HieraDetModel",),
@@ -319,7 +304,6 @@ _SAM2 = Architecture(
     stream="channels_last",
     prompts="keys",
     grid="map",
-    model_types=("sam2_hiera_det_model", "sam2_vision_model"),
 )
 
 HIERARCHICAL = (

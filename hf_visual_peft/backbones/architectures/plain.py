@@ -10,22 +10,19 @@ _VIT = Architecture(
     blocks="layers",
     patch_embedding="embeddings.patch_embeddings.projection",
     prompts="sequence",
-    model_types=("vit", "vit_msn", "ijepa"),
 )
 _DEIT = replace(
     _VIT,
     backbones=("DeiTModel",),
     prefix_tokens=("cls_token", "distillation_token"),
     heads=("classifier", "cls_classifier", "distillation_classifier"),
-    model_types=("deit",),
 )
-_VIT_MAE = replace(_VIT, backbones=("ViTMAEModel",), grid="masked", model_types=("vit_mae",))
+_VIT_MAE = replace(_VIT, backbones=("ViTMAEModel",), grid="masked")
 _BEIT = replace(
     _VIT,
     backbones=("BeitModel",),
     norms=("layernorm", "pooler.layernorm"),
     position_bias=("relative_position_bias",),
-    model_types=("beit",),
 )
 _DATA2VEC = replace(
     _BEIT,
@@ -38,7 +35,6 @@ _DATA2VEC = replace(
     fc1=("intermediate.dense",),
     fc2=("output.dense",),
     position_bias=("attention.attention.relative_position_bias",),
-    model_types=("data2vec-vision",),
 )
 _DINOV2 = replace(
     _VIT,
@@ -49,7 +45,6 @@ _DINOV2 = replace(
     norm2=("norm2",),
     fc1=("mlp.fc1", "mlp.gate_proj", "mlp.up_proj"),
     fc2=("mlp.fc2", "mlp.down_proj"),
-    model_types=("dinov2", "dinov2_with_registers"),
 )
 _DINOV3 = replace(
     _DINOV2,
@@ -57,7 +52,6 @@ _DINOV3 = replace(
     blocks="model.layer",
     patch_embedding="embeddings.patch_embeddings",
     norms=("norm",),
-    model_types=("dinov3_vit",),
 )
 _CLIP = Architecture(
     backbones=("CLIPVisionModel", "CLIPVisionTransformer", "MetaClip2VisionModel", "CLIPSegVisionModel"),
@@ -75,14 +69,6 @@ _CLIP = Architecture(
     norm2=("layer_norm2",),
     drop_path=(),
     prompts="sequence",
-    model_types=(
-        "clip",
-        "clip_vision_model",
-        "metaclip_2",
-        "metaclip_2_vision_model",
-        "clipseg",
-        "clipseg_vision_model",
-    ),
 )
 _SIGLIP = replace(
     _CLIP,
@@ -91,13 +77,11 @@ _SIGLIP = replace(
     input_norms=(),
     norms=("post_layernorm",),
     pooled_norms=(),
-    model_types=("siglip", "siglip_vision_model"),
 )
 _SIGLIP2 = replace(
     _SIGLIP,
     backbones=("Siglip2VisionModel", "Siglip2VisionTransformer"),
     grid="spatial_shapes",
-    model_types=("siglip2", "siglip2_vision_model"),
 )
 _OWLVIT = replace(
     _CLIP,
@@ -105,7 +89,6 @@ _OWLVIT = replace(
     input_norms=("pre_layernorm",),
     norms=("post_layernorm",),
     pooled_norms=(),
-    model_types=("owlvit", "owlv2"),
 )
 _BLIP2 = replace(
     _CLIP,
@@ -117,7 +100,6 @@ _BLIP2 = replace(
     key=("self_attn.qkv",),
     value=("self_attn.qkv",),
     output=("self_attn.projection",),
-    model_types=("blip-2", "blip_2_vision_model"),
 )
 _DPT = replace(
     _DATA2VEC,
@@ -125,7 +107,6 @@ _DPT = replace(
     patch_embedding=("embeddings.patch_embeddings.projection", "embeddings.projection"),  # the latter behind a BiT
     norms=("layernorm",),
     position_bias=(),
-    model_types=("dpt",),
 )
 _VIDEOMAE = replace(
     _DPT,
@@ -133,9 +114,8 @@ _VIDEOMAE = replace(
     outer_norms=("fc_norm",),
     video=True,
     heads=("classifier",),
-    model_types=("videomae",),
 )
-_VIVIT = replace(_VIT, backbones=("VivitModel",), video=True, model_types=("vivit",))
+_VIVIT = replace(_VIT, backbones=("VivitModel",), video=True)
 _TIMESFORMER = replace(
     _DPT,
     backbones=("TimesformerModel",),
@@ -153,7 +133,6 @@ _TIMESFORMER = replace(
     prompts="keys",
     grid="frames_last",
     video=True,
-    model_types=("timesformer",),
 )
 _VITDET = replace(
     _DINOV2,
@@ -173,7 +152,6 @@ _VITDET = replace(
     stream_inside="channels_last",
     prompts="keys",
     grid="map",
-    model_types=("vitdet",),
 )
 _SAM = Architecture(
     backbones=("SamVisionEncoder", "SamHQVisionEncoder"),
@@ -194,7 +172,6 @@ _SAM = Architecture(
     stream="channels_last",
     prompts="keys",
     grid="map",
-    model_types=("sam", "sam_vision_model"),
 )
 _PERCEIVER = Architecture(
     backbones=("PerceiverModel",),
@@ -220,7 +197,6 @@ _PERCEIVER = Architecture(
     own_heads=("decoder.decoder.final_layer",),
     prompts="sequence",
     grid=None,  # its tokens are no patches
-    model_types=("perceiver",),
 )
 _IMAGEGPT = Architecture(
     backbones=("ImageGPTModel",),
@@ -242,7 +218,6 @@ _IMAGEGPT = Architecture(
     softmax=False,  # each token sees those before it
     prompts=None,
     grid=None,
-    model_types=("imagegpt",),
 )
 
 PLAIN = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -87,8 +86,6 @@ class Architecture:
             of that name, padded at the end; `"masked"`: some cells, shuffled, as told by the embeddings' third output
             `ids_restore`. None: it is not known.
         video: whether the backbone takes videos.
-        model_types: optional; `model_type` of the transformers configs of the backbones and of the models that hold
-            one. For these peft's own `LNTuningConfig()` finds the norms; see `peft_defaults`.
         remedy: optional; what to do where a block lacks a role, in place of the general advice.
     """
 
@@ -133,18 +130,15 @@ class Architecture:
     prompts: Literal["sequence", "keys"] | None = None
     grid: GridKind | None = "full"
     video: bool = False
-    model_types: Names = ()
     remedy: str = ""
 
 
 _ARCHITECTURES: dict[str, Architecture] = {}
 _HEADS: dict[str, Names] = {}
-_TABLES: list[Architecture] = []
-_LISTENERS: list[Callable[[Architecture], None]] = []
 
 
 def register_architecture(architecture: Architecture) -> None:
-    """Make a family of backbones known, also one of the user's own; to peft's methods, too, by its model types.
+    """Make a family of backbones known, also one of the user's own.
 
     Args:
         architecture: the role table. A backbone class that has a table already gets the new one.
@@ -156,20 +150,6 @@ def register_architecture(architecture: Architecture) -> None:
         raise ValueError("Architecture.backbones is empty: name at least one class of backbone.")
     for name in architecture.backbones:
         _ARCHITECTURES[name] = architecture
-    _TABLES.append(architecture)
-    for listener in _LISTENERS:
-        listener(architecture)
-
-
-def on_registration(listener: Callable[[Architecture], None]) -> None:
-    """Call a function with each table that is registered, those of the past first.
-
-    Args:
-        listener: the function.
-    """
-    _LISTENERS.append(listener)
-    for table in _TABLES:
-        listener(table)
 
 
 def architecture_of(module: nn.Module) -> Architecture | None:

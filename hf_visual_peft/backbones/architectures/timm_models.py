@@ -82,7 +82,6 @@ _EFFICIENTFORMER = replace(
     reads_mlp="mlp",
     stream="channels_first",
     grid="map",
-    model_types=(),
 )
 _CONVNEXT = replace(
     _RESNET_LIKE,
@@ -100,7 +99,6 @@ _CONVNEXT = replace(
     own_heads=("head.fc",),
     stream="channels_first",
     grid="map",
-    model_types=(),
 )
 _RESNET = replace(
     _RESNET_LIKE,
@@ -110,7 +108,6 @@ _RESNET = replace(
     embeddings="",
     heads=(),
     own_heads=("fc",),
-    model_types=(),
 )
 
 # as `features_only=True` makes them: without heads, with modules of the first two levels side by side

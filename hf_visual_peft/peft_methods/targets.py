@@ -1,0 +1,224 @@
+"""Where peft's own methods act in a backbone, found in the model itself.
+
+| method | acts on |
+|---|---|
+| LoRA and the other methods for linears | query and value, or the one linear that holds both; without them the linears of the MLP; without these the dense convolutions of the blocks |
+| BEFT | value |
+| OSF | all linears of attention and MLP |
+| IA3 | key, value and the last linear of the MLP |
+| LN tuning | all norms of the backbone but batch norms: on ViT-B/16 38,400 parameters |
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.ia3 import IA3Model
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..backbones.architectures import Architecture
+from ..backbones.backbone import LINEAR_ROLES, Block, VisionBackbone, unwrapped
+from ..backbones.frozen_norms import keeps_statistics
+
+
+# methods of peft that act on Conv2d, too
+CONVOLUTIONAL_METHODS = frozenset({"ADALORA", "BOFT", "HIRA", "HRA", "IA3", "LOHA", "LOKR", "LORA", "OFT"})
+
+
+def _find_tuners() -> dict[str, type[BaseTuner]]:
+    """The tuners of peft that look up their targets by the type of the model, by `peft_type`."""
+    found: dict[str, type[BaseTuner]] = {}
+    for peft_type, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items():
+        of_peft = tuner.__module__.startswith("peft.")  # some methods have none, or look for themselves
+        if of_peft and (getattr(tuner, "target_module_mapping", None) or tuner is IA3Model):
+            found[str(getattr(peft_type, "value", peft_type))] = tuner
+    return found
+
+
+TUNERS = _find_tuners()
+METHODS = tuple(TUNERS)
+"""The methods of peft that get targets here, by `peft_type`."""
+
+
+def method_of(config: PeftConfig) -> str:
+    """The `peft_type` of a config as it stands in files."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def fill_targets(config: Any, model: nn.Module, backbone: VisionBackbone, short: bool = False) -> None:
+    """Put what a method acts on into the fields of its config that are None.
+
+    Args:
+        config: of one of `METHODS`.
+        model: that it is for, with adapters or without.
+        backbone: in the model.
+        short: name modules by ends of their names, where these mean the same, so that they fit larger models, too.
+
+    Raises:
+        ValueError: the method has nothing to act on.
+    """
+    method = method_of(config)
+    given = config.target_modules is not None or getattr(config, "target_parameters", None) is not None
+    if not given:
+        part = backbone.select(_layers(config, backbone))
+        paths = _TARGETS.get(method, _linears)(model, part, method in CONVOLUTIONAL_METHODS)
+        if not paths:
+            raise ValueError(
+                f"{type(config).__name__} has nothing to act on in {backbone.class_name}: "
+                f"{_REASONS.get(method, _NO_LINEARS)}. Name modules in target_modules, or choose another method."
+            )
+        config.target_modules = _named(model, paths, method, short)
+        for name in ("layers_to_transform", "layers_pattern"):  # the names are those of the chosen blocks
+            if hasattr(config, name):
+                setattr(config, name, None)
+    if method == "IA3" and config.feedforward_modules is None:
+        paths = _of_roles(model, backbone.blocks, backbone.architecture.fc2)
+        targets = config.target_modules
+        alike = isinstance(targets, set) and _ends(model, paths)
+        config.feedforward_modules = alike if alike and alike <= targets else _pattern(paths)
+
+
+def _named(model: nn.Module, paths: list[str], method: str, short: bool) -> set[str] | str:
+    """Names by which peft finds these modules and no others; a regular expression where full names would find more."""
+    if short and (ends := _ends(model, paths)):
+        return ends
+    # peft may shorten a set of names, and then refuses the file of IA3, whose two fields no longer agree
+    return set(paths) if method != "IA3" and not _is_end(model, paths) else _pattern(paths)
+
+
+def _ends(model: nn.Module, paths: Iterable[str]) -> set[str]:
+    """The shortest ends of names that these modules and no others have; none where there are none."""
+    wanted = set(paths)
+    names = [path for path, _ in model.named_modules()]
+    for count in range(1, max((path.count(".") for path in wanted), default=0)):
+        ends = {".".join(path.split(".")[-count:]) for path in wanted}
+        if not any(end[0].isdigit() for end in ends):
+            dotted = tuple(f".{end}" for end in ends)
+            if {name for name in names if f".{name}".endswith(dotted)} == wanted:
+                return ends
+    return set()
+
+
+_NO_LINEARS = "its blocks have no linears that the method supports"
+_REASONS = {
+    "BEFT": "it has no linear for values",
+    "IA3": "it has no keys, no values and no MLP",
+    "LN_TUNING": "it has no norms but batch norms",
+}
+
+
+def _layers(config: Any, backbone: VisionBackbone) -> list[int] | None:
+    given = getattr(config, "layers_to_transform", None)
+    if given is None or given == []:
+        return None
+    layers = [given] if isinstance(given, int) else list(given)
+    if not all(0 <= layer < backbone.depth for layer in layers):
+        raise ValueError(
+            f"{type(config).__name__}.layers_to_transform is {given!r}: {backbone.class_name} has the blocks 0 to "
+            f"{backbone.depth - 1}."
+        )
+    return layers
+
+
+def _attention_or_mlp(architecture: Architecture) -> tuple[tuple[str, ...], ...]:
+    """Names of query and value (of key, where there is no value), and of the MLP's linears; either may be none."""
+    attention = (*architecture.query, *(architecture.value or architecture.key)) if architecture.query else ()
+    return tuple(dict.fromkeys(attention)), (*architecture.fc1, *architecture.fc2)
+
+
+def _linears(model: nn.Module, backbone: VisionBackbone, convolutional: bool) -> list[str]:
+    """Query and value, else the MLP, else dense convolutions: the first of which the method supports some."""
+    for names in _attention_or_mlp(backbone.architecture):
+        found = _of_roles(model, backbone.blocks, names, convolutional)
+        if found:
+            return found
+    operations = (path for block in backbone.blocks for path in block.roles["operations"])
+    return [
+        path
+        for path in operations
+        if convolutional
+        and _is_dense(unwrapped(model.get_submodule(path)))
+        and not _is_read(model.get_submodule(path.rpartition(".")[0]))
+    ]
+
+
+def _values(model: nn.Module, backbone: VisionBackbone, convolutional: bool) -> list[str]:
+    return _of_roles(model, backbone.blocks, backbone.architecture.value, convolutional)
+
+
+def _all_linears(model: nn.Module, backbone: VisionBackbone, convolutional: bool) -> list[str]:
+    names = [name for role in LINEAR_ROLES for name in getattr(backbone.architecture, role)]
+    found = _of_roles(model, backbone.blocks, names, convolutional)
+    return [path for path in found if not isinstance(unwrapped(model.get_submodule(path)), Conv1D)]  # OSF passes by
+
+
+def _ia3(model: nn.Module, backbone: VisionBackbone, convolutional: bool) -> list[str]:
+    table = backbone.architecture
+    return _of_roles(model, backbone.blocks, (*table.key, *table.value, *table.fc2), convolutional)
+
+
+def _norms(model: nn.Module, backbone: VisionBackbone, convolutional: bool) -> list[str]:
+    roles = ("norm1", "norm2", "further_norms")
+    paths = [*(path for block in backbone.blocks for path in block.modules(roles)), *backbone.norms]
+    norms = {path: unwrapped(model.get_submodule(path)) for path in paths}
+    return [
+        path
+        for path, norm in norms.items()
+        if any(True for _ in norm.parameters(recurse=False)) and not keeps_statistics(norm)
+    ]
+
+
+_TARGETS: Mapping[str, Callable[[nn.Module, VisionBackbone, bool], list[str]]] = {
+    "BEFT": _values,
+    "IA3": _ia3,
+    "LN_TUNING": _norms,
+    "OSF": _all_linears,
+}
+
+
+def _of_roles(
+    model: nn.Module, blocks: Iterable[Block], names: Iterable[str], convolutional: bool = True
+) -> list[str]:
+    """Full names of the linears that a table names so, those of attention that pools tokens included."""
+    wanted = re.compile("|".join(re.escape(name).replace(r"\*", r"\w+") for name in names) or "(?!)")
+    return [
+        f"{block.path}.{name}"
+        for block in blocks
+        for name, module in model.get_submodule(block.path).named_modules()
+        if wanted.fullmatch(name)
+        and (isinstance(base := unwrapped(module), nn.Linear | Conv1D) or (convolutional and _is_dense(base)))
+    ]
+
+
+def _is_dense(module: nn.Module) -> bool:
+    """Whether a module is a convolution of all channels that peft's layers can stand beside.
+
+    These make another with its kernel, stride and padding, and know neither dilation nor borders other than zeros.
+    """
+    if not isinstance(module, nn.Conv2d) or module.groups != 1:
+        return False
+    dilated = any(step > 1 < size for step, size in zip(module.dilation, module.kernel_size, strict=True))
+    return not dilated and module.padding_mode == "zeros"
+
+
+def _is_read(parent: nn.Module) -> bool:
+    """Whether a module reads the stride of its convolution, to pad as TensorFlow does; peft's layers have none."""
+    names = ("MobileNetV1ConvLayer", "MobileNetV2ConvLayer")
+    return type(parent).__name__ in names and bool(getattr(parent.config, "tf_padding", False))
+
+
+def _is_end(model: nn.Module, paths: Iterable[str]) -> bool:
+    """Whether another module's name ends in one of these, with which peft would take it for a target, too."""
+    names = set(paths)
+    others = (path.split(".") for path, _ in model.named_modules() if path not in names)
+    return any(".".join(parts[start:]) in names for parts in others for start in range(1, len(parts)))
+
+
+def _pattern(paths: Iterable[str]) -> str:
+    return "|".join(map(re.escape, paths))
