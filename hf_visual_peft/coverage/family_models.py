@@ -13,6 +13,7 @@ import re
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ Library = Literal["timm", "transformers"]
 LIBRARIES: tuple[Library, ...] = ("timm", "transformers")
 
 LARGEST = 150_000_000  # parameters of a model that is run; a larger one is adapted on the meta device only
+_LARGE = 20_000_000  # parameters of one that is run with few blocks, where it can be
 _SIDES = (64, 96, 128)  # of images that are tried before the size that a model is made for
 _LAYERS, _WORDS, _SIDE = 2, 1024, 96
 # which class of a family stands for it: the first that matches one of these, the whole model before its parts
@@ -202,13 +204,15 @@ def runnable(library: Library, name: str) -> FamilyModel:
     Raises:
         NotRunnableError: it is too large, or does not run on pictures alone; the message says which.
     """
-    size = parameters_of(library, name)
-    if size > LARGEST:
-        raise NotRunnableError(f"{size / 1e6:,.0f} M parameters")
     ways = list(_timm_ways(name)) if library == "timm" else list(_transformers_ways(name))
     reason = ""
     for tiny in ways:
         try:
+            with torch.device("meta"):
+                size = count(tiny.build())
+            if size > LARGEST:
+                reason = reason or f"{size / 1e6:,.0f} M parameters"
+                continue
             found = tensors_of(tiny.call(model := tiny.build().eval(), tiny.arguments(2)))
         except Exception as error:  # any: a size or a way that this model does not take
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
@@ -225,11 +229,11 @@ def _differs(output: Tensor) -> bool:
 
 
 def _timm_ways(name: str) -> Iterator[FamilyModel]:
-    """With small images, where the model takes these; else as it is made."""
+    """With small images and, of a large model, few blocks, where the model takes these; else as it is made."""
     channels, *made_for = importlib.import_module("timm").get_pretrained_cfg(name).input_size
-    tried = [(side, resized) for side in _SIDES for resized in (False, True)]
-    for side, resized in (*tried, (0, False)):
-        fields = {"img_size": side} if resized else {}
+    fewer = ({"depth": _LAYERS}, {}) if parameters_of("timm", name) > _LARGE else ({},)
+    for shrunk, side, resized in (*product(fewer, _SIDES, (False, True)), ({}, 0, False)):
+        fields = {**shrunk, "img_size": side} if resized else shrunk
         yield FamilyModel(
             name,
             "timm",
