@@ -196,9 +196,12 @@ def test_leaves_batch_norms_alone(name):
 
 
 @pytest.mark.parametrize("name", ["resnet", "levit", "swiftformer"])
-def test_batch_norms_alone_are_no_default(name):
-    with pytest.raises(ValueError, match="LNTuningConfig has nothing to act on in .*no norms but batch norms"):
-        get_peft_model(MODELS[name].build(), LNTuningConfig())
+def test_batch_norms_alone_train(name):
+    model = MODELS[name].build()
+    norms = {path for path, module in model.named_modules() if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d)}
+    read = {path for path in norms if not path.startswith("classifier")}
+    wanted = {f"{path}.{part}" for path in read for part in ("weight", "bias")}
+    assert trained(get_peft_model(model, LNTuningConfig())) == wanted
 
 
 @pytest.mark.parametrize(
@@ -339,7 +342,7 @@ def test_backbones_that_others_hold(name, config_cls):
         return {path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
     if name == "detr_resnet" and config_cls is LNTuningConfig:
-        with pytest.raises(ValueError, match="no norms but batch norms"):  # there are batch norms alone
+        with pytest.raises(ValueError, match="no norms with weights"):  # there are frozen batch norms alone
             adapted(config_cls())
         return
     exact = adapted(with_visual_targets(config_cls(), MODELS[name].build()))

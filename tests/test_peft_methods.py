@@ -319,8 +319,36 @@ def test_what_acts_on_no_modules_is_refused():
         with_visual_targets(PrefixTuningConfig(TaskType.FEATURE_EXTRACTION), FAMILIES["vit"].model())
     with pytest.raises(hf_visual_peft.BackboneError):
         with_visual_targets(LoraConfig(), nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="LNTuningConfig has nothing to act on in ResNetModel: it has no norms but"):
-        with_visual_targets(LNTuningConfig(), MODELS["resnet"].build())
+    with pytest.raises(ValueError, match="IA3Config has nothing to act on in ResNetModel: it has no keys"):
+        with_visual_targets(IA3Config(), MODELS["resnet"].build())
+    with pytest.raises(ValueError, match="LNTuningConfig has nothing to act on in .*: it has no norms with weights"):
+        with_visual_targets(LNTuningConfig(), MODELS["detr_resnet"].build())  # where they are frozen for good
+
+
+def test_batch_norms_train_where_there_are_no_others(tmp_path):
+    """A copy of each, with its statistics, is the adapter; those of the base stay."""
+    tiny = MODELS["resnet"]
+    base = tiny.model()
+    pixels = tiny.arguments(4)
+    with torch.no_grad():
+        before = base(**pixels).logits
+    model = get_peft_model(copy.deepcopy(base), with_visual_targets(LNTuningConfig(modules_to_save=[]), base)).train()
+    loss = model(**pixels).logits.square().mean()
+    loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    model.eval().save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**pixels).logits, model(**pixels).logits)
+        assert not torch.allclose(again(**pixels).logits, before)
+        with model.disable_adapter():
+            assert torch.equal(model(**pixels).logits, before)
+
+
+def test_convolutions_that_standardise_their_weight_are_left_alone():
+    """peft adds to the weight when it merges; what standardises it then would scale the addition."""
+    with pytest.raises(ValueError, match="LoraConfig has nothing to act on"):
+        with_visual_targets(LoraConfig(), MODELS["bit"].build())
 
 
 @pytest.mark.parametrize("architecture", ["mobilenet_v1", "mobilenet_v2"])

@@ -85,7 +85,7 @@ class PeftMethod:
         return {
             "BEFT": "value",
             "IA3": "key, value and fc2",
-            "LN_TUNING": "all norms but batch norms",
+            "LN_TUNING": "all norms but batch norms, else these",
             "OSF": "all linears of the blocks",
         }.get(self.peft_type, blocks)
 

@@ -6,7 +6,7 @@
 | BEFT | value |
 | OSF | all linears of attention and MLP |
 | IA3 | key, value and the last linear of the MLP |
-| LN tuning | all norms of the backbone but batch norms: on ViT-B/16 38,400 parameters |
+| LN tuning | all norms of the backbone but batch norms, and these where there are no others: on ViT-B/16 38,400 parameters |
 """  # noqa: E501
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from ..backbones.architectures import Architecture
 from ..backbones.backbone import LINEAR_ROLES, Block, VisionBackbone, unwrapped
 from ..backbones.frozen_norms import keeps_statistics
+from ..sites.affine import is_linear_in_weight
 
 
 # methods of peft that act on Conv2d, too
@@ -109,7 +110,7 @@ _NO_LINEARS = "its blocks have no linears that the method supports"
 _REASONS = {
     "BEFT": "it has no linear for values",
     "IA3": "it has no keys, no values and no MLP",
-    "LN_TUNING": "it has no norms but batch norms",
+    "LN_TUNING": "it has no norms with weights",
 }
 
 
@@ -167,11 +168,9 @@ def _norms(model: nn.Module, backbone: VisionBackbone, convolutional: bool) -> l
     roles = ("norm1", "norm2", "further_norms")
     paths = [*(path for block in backbone.blocks for path in block.modules(roles)), *backbone.norms]
     norms = {path: unwrapped(model.get_submodule(path)) for path in paths}
-    return [
-        path
-        for path, norm in norms.items()
-        if any(True for _ in norm.parameters(recurse=False)) and not keeps_statistics(norm)
-    ]
+    weighted = {path: norm for path, norm in norms.items() if any(True for _ in norm.parameters(recurse=False))}
+    # peft trains copies of norms: of batch norms with their statistics, which a few batches of a new task leave noisy
+    return [path for path, norm in weighted.items() if not keeps_statistics(norm)] or list(weighted)
 
 
 _TARGETS: Mapping[str, Callable[[nn.Module, VisionBackbone, bool], list[str]]] = {
@@ -199,12 +198,13 @@ def _of_roles(
 def _is_dense(module: nn.Module) -> bool:
     """Whether a module is a convolution of all channels that peft's layers can stand beside.
 
-    These make another with its kernel, stride and padding, and know neither dilation nor borders other than zeros.
+    These make another with its kernel, stride and padding, know neither dilation nor borders other than zeros, and
+    merge by a sum of weights, which one that standardises its weight would rescale.
     """
     if not isinstance(module, nn.Conv2d) or module.groups != 1:
         return False
     dilated = any(step > 1 < size for step, size in zip(module.dilation, module.kernel_size, strict=True))
-    return not dilated and module.padding_mode == "zeros"
+    return not dilated and module.padding_mode == "zeros" and is_linear_in_weight(module)
 
 
 def _is_read(parent: nn.Module) -> bool:
