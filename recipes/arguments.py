@@ -37,7 +37,7 @@ from hf_visual_peft.peft_methods.methods import PEFT_METHODS, PeftMethod, any_me
 
 
 def literal(text: str) -> Any:
-    """The value of a method's field: a number, true, false, null, a list in brackets, or text."""
+    """Parse the value of a method's field: a number, true, false, null, a list in brackets, or text."""
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             return kind(text)
@@ -58,13 +58,13 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
         add(f"--{split}_dir", help=f"folder for {split}, with one folder of images a class")
         add(f"--{split}_file", help=f"file for {split}: {', '.join(suffix.lstrip('.') for suffix in FORMATS)}")
         add(f"--{split}_split", help=f"split for {split} ('{split}'), or a slice as 'train[:800]', or none")
-    add("--streaming", **SWITCH, help="read samples as they come, without a copy on disk and a look at all before")
-    add("--shuffle_buffer", type=positive, default=1000, help="samples that --streaming draws the next one from")
-    add("--cache_dir", help="folder for what is downloaded; default: that of each library")
+    add("--streaming", **SWITCH, help="read samples as a stream, without a copy on disk")
+    add("--shuffle_buffer", type=positive, default=1000, help="samples among which --streaming draws the next one")
+    add("--cache_dir", help="folder for downloads; default: that of each library")
     add("--token", help="access token for data set and checkpoint on the Hub; default: that of `hf auth login`")
-    add("--data_token", help="access token for the data set, where it is another")
+    add("--data_token", help="access token for the data set, if it differs")
     add("--trust_remote_code", **SWITCH, help="refused: code from the Hub is never run")
-    add("--train_val_split", type=real, help="share of train to validate on where there is no such split (best: 0.15)")
+    add("--train_val_split", type=real, help="fraction of train to validate on without such a split (best: 0.15)")
     add("--image_column_name", help="default: the only column of images")
     add(
         "--label_column_name",
@@ -72,19 +72,19 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
         help="default: the only column of class labels, else 'label'; several: columns of 0 and 1, one a class",
     )
     add("--class_weights", nargs="+", metavar="WEIGHT", help="in the loss: balanced, or CLASS=NUMBER for some (1)")
-    add("--sampler", choices=["shuffle", "balanced"], default="shuffle", help="balanced: each class as often")
-    add("--threshold", type=real, help="probability that gives a class, for F1 of several classes a sample (0.5)")
+    add("--sampler", choices=["shuffle", "balanced"], default="shuffle", help="balanced: each class equally often")
+    add("--threshold", type=real, help="probability from which a class counts, for F1 of multi-label samples (0.5)")
     add("--max_train_samples", type=positive, help="train on that many random samples")
     add("--max_eval_samples", type=positive, help="evaluate each split on that many random samples")
     add("--check_images", **(SWITCH | {"default": True}), help="decode every image once before training")
-    add("--skip_corrupt_images", **SWITCH, help="count images that cannot be decoded and go on without them")
+    add("--skip_corrupt_images", **SWITCH, help="skip and count images that cannot be decoded")
     add("--image_size", type=positive, help="side of the model's input, pixels; default: the image processor's")
     add(
         "--train_crop",
         choices=CROPS,
         help="default: the method's; " + "; ".join(f"{k}: {v}" for k, v in CROPS.items()),
     )
-    add("--crop_scale", type=real, help="least share of the image in a random_resized crop; default: 0.5")
+    add("--crop_scale", type=real, help="smallest fraction of the image in a random_resized crop; default: 0.5")
     add("--clip_frames", type=positive, help="frames of each video, whose column holds lists of images")
     add("--horizontal_flip", type=real, help="probability of a mirrored image in training; default: 0")
 
@@ -92,7 +92,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     add("--model_name_or_path", required=True, help="checkpoint on the Hub or local folder")
     add("--model_revision", default="main", help="branch, tag or commit of the checkpoint")
     add("--image_processor_name", help="default: the checkpoint's")
-    add("--ignore_mismatched_sizes", **SWITCH, help="replace a head for another number of classes")
+    add("--ignore_mismatched_sizes", **SWITCH, help="replace a head that has a different number of classes")
     add("--interpolate_pos_encoding", **SWITCH, help="for an --image_size other than that of pretraining")
     add("--method", help="name of the method, linear or full")
 
@@ -104,7 +104,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def flags_of(path: str) -> list[str]:
-    """The flags in a YAML file, as they would stand on the command line."""
+    """The flags of a YAML file, as on the command line."""
     content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"--config {path}: expected flags and values, got {type(content).__name__}.")
@@ -114,12 +114,12 @@ def flags_of(path: str) -> list[str]:
             flags += [f"--{name}", *map(str, value)]
         elif value is not None:
             word = "no" if value is False else value if isinstance(value, str) else json.dumps(value)
-            flags.append(f"--{name}={word}")  # YAML's `no` is false, and a value of some flags
+            flags.append(f"--{name}={word}")  # YAML reads `no` as false, but it is a value of some flags
     return flags
 
 
 def method_config(method: str) -> tuple[type[PeftConfig] | None, dict[str, Any]]:
-    """The config class of a method and what its name says of the fields; no class for `linear` and `full`."""
+    """The config class of a method and the fields that its name sets; no class for `linear` and `full`."""
     if method in ("linear", "full"):
         return None, {}
     try:
@@ -131,11 +131,11 @@ def method_config(method: str) -> tuple[type[PeftConfig] | None, dict[str, Any]]
 
 
 def parse_args(argv: list[str], description: str | None = None) -> tuple[argparse.Namespace, PeftConfig | None]:
-    """All flags, and the method's config, None for linear and full. Bad ones end the program with a message.
+    """All flags, and the method's config, None for linear and full. Invalid flags end the program with a message.
 
     Args:
-        argv: the words of the command line behind the script's name.
-        description: what `--help` says before the flags.
+        argv: the words of the command line after the script's name.
+        description: text of `--help` before the flags.
     """
     parser = build_parser(description)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -187,7 +187,7 @@ def refuse_code(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise an error for flags that are right one by one and wrong together."""
+    """Raise an error for valid flags that do not work together."""
     sources = [name for name in ("dataset_name", "train_dir", "train_file") if getattr(args, name)]
     if len(sources) != 1:
         raise ValueError(f"one of --dataset_name, --train_dir and --train_file is needed, got {len(sources)}")
@@ -209,7 +209,7 @@ def check(args: argparse.Namespace) -> None:
     ours = hf_visual_peft.list_methods().get(args.method.lower())
     if bool(args.clip_frames) != (ours is not None and ours.video):
         wanted = (
-            "takes single images: leave --clip_frames out" if args.clip_frames else "takes videos: give --clip_frames"
+            "takes single images: remove --clip_frames" if args.clip_frames else "takes videos: give --clip_frames"
         )
         raise ValueError(f"--method {args.method} {wanted}")
     check_augmentation(args)
@@ -217,26 +217,26 @@ def check(args: argparse.Namespace) -> None:
 
 
 def check_folder(args: argparse.Namespace) -> None:
-    """Raise an error where the run would write over what is there, or delete what it needs."""
+    """Raise an error if the run would overwrite existing files, or delete files that it needs."""
     folder, resume = args.output_dir, args.resume_from_checkpoint
     left = [path.name for path in earlier_output(folder)]
-    if Path(args.model_name_or_path).resolve() == folder.resolve():  # an adapter may lie beside its model
+    if Path(args.model_name_or_path).resolve() == folder.resolve():  # an adapter may be in the folder of its model
         if args.overwrite_output_dir or args.method in ("linear", "full"):
-            raise ValueError(f"--output_dir {folder} is that of --model_name_or_path, which would be lost")
+            raise ValueError(f"--output_dir {folder} is --model_name_or_path, which would be overwritten")
         left = [name for name in left if name.startswith(("adapter_", "checkpoint-", "all_results"))]
     inside = resume and (resume in ("latest", "auto") or folder.resolve() in Path(resume).resolve().parents)
     if args.overwrite_output_dir and inside:
-        raise ValueError(f"--overwrite_output_dir would delete what --resume_from_checkpoint {resume} goes on with")
+        raise ValueError(f"--overwrite_output_dir would delete the checkpoint of --resume_from_checkpoint {resume}")
     runs = [name for name in left if name.startswith("checkpoint-") or name == "all_results.json"]
     if left and not resume and not args.overwrite_output_dir:
         raise ValueError(
-            f"--output_dir {folder} has a run ({', '.join(runs or left)}): go on with it by --resume_from_checkpoint "
-            "latest, or delete it by --overwrite_output_dir"
+            f"--output_dir {folder} has a run ({', '.join(runs or left)}): continue it with --resume_from_checkpoint "
+            "latest, or delete it with --overwrite_output_dir"
         )
 
 
 def data_title(args: argparse.Namespace) -> str:
-    """The data set as the card names it: its id on the Hub, or the name of its folder and not where that lies."""
+    """The name of the data set in the card: its id on the Hub, or the name of its folder without the path."""
     if args.dataset_name and not Path(args.dataset_name).exists():
         return args.dataset_name
     path = Path(re.sub(r"[-_.]*[*?].*", "", str(args.dataset_name or args.train_dir or args.train_file))).resolve()
@@ -244,14 +244,14 @@ def data_title(args: argparse.Namespace) -> str:
 
 
 def shown(argv: list[str]) -> str:
-    """The command for the card and the results as others may see it: without secrets and folders of this machine."""
+    """The command for the card and the results, without secrets and local folders."""
     command = shlex.join(map(without_folders, argv))
     words = re.sub(r"--(hub_|data_)?token[ =]\S+ ?", "", command).strip()
     return f"accelerate launch recipes/image_classification.py {words}"
 
 
 def without_folders(word: str) -> str:
-    """A word of a command line, of whose absolute path only the end is left: the name, behind that of its folder."""
+    """A word of a command line; of an absolute path only the last folder and the name are kept."""
     flag, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
     path = Path(value)
     if not (path.is_absolute() or value.startswith("~")) or len(path.parts) < 2:

@@ -14,7 +14,7 @@ from torch import Tensor
 from training_options import natural, positive, real
 
 
-# what changes an image at random beside crop and horizontal flip, and what these flags are without any
+# flags of random changes beside crop and horizontal flip, and their values without augmentation
 OFF = {"vertical_flip": 0.0, "augment": "none", "color_jitter": None, "random_erasing": 0.0}
 FLAGS = (*OFF, "randaugment_ops", "randaugment_magnitude")
 BATCH_FLAGS = ("mixup", "cutmix")
@@ -22,21 +22,21 @@ BATCH_FLAGS = ("mixup", "cutmix")
 
 def add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("augmentation in training, beside crop and horizontal flip").add_argument
-    add("--vertical_flip", type=real, default=0.0, help="probability of an image upside down")
+    add("--vertical_flip", type=real, default=0.0, help="probability of a vertical flip")
     add("--augment", choices=["none", "randaugment", "trivialaugment"], default="none", help="policy of torchvision")
     add("--randaugment_ops", type=positive, default=2, help="operations an image")
     add("--randaugment_magnitude", type=natural, default=9, help="their strength, 0 to 30")
     add("--color_jitter", type=real, nargs="+", metavar="SHARE", help="brightness, contrast, saturation, hue up to "
         "0.5; one value: that of the first three")  # fmt: skip
     add("--random_erasing", type=real, default=0.0, help="probability of a rectangle that is erased")
-    add("--mixup", type=real, default=0.0, metavar="ALPHA", help="blend pairs of a batch, images and labels")
+    add("--mixup", type=real, default=0.0, metavar="ALPHA", help="blend pairs of images and their labels in a batch")
     add("--cutmix", type=real, default=0.0, metavar="ALPHA", help="put a rectangle of one image into another; with "
         "--mixup, each batch gets one of the two")  # fmt: skip
-    add("--mix_probability", type=real, default=1.0, help="share of the batches that --mixup and --cutmix change")
+    add("--mix_probability", type=real, default=1.0, help="fraction of the batches that --mixup and --cutmix change")
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Raise an error for values that no augmentation has, and for torchvision where it is needed and missing."""
+    """Raise an error for invalid values, and for torchvision if it is needed and missing."""
     for name in ("vertical_flip", "random_erasing", "mix_probability"):
         if getattr(args, name) > 1:
             raise ValueError(f"--{name} must be between 0 and 1, got {getattr(args, name)}")
@@ -68,7 +68,7 @@ def torchvision_v2(flag: str) -> Any:
 
 @contextlib.contextmanager
 def drawn_from(*numbers: int) -> Iterator[None]:
-    """Let torch draw from these numbers, and as before afterwards."""
+    """Seed torch with these numbers inside the context, and restore its state afterwards."""
     (seed,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     with torch.random.fork_rng(devices=[]):
         torch.random.manual_seed(int(seed))
@@ -77,11 +77,11 @@ def drawn_from(*numbers: int) -> Iterator[None]:
 
 def check_shape(pixels: Tensor, dimensions: int, flag: str) -> None:
     if pixels.ndim != dimensions:
-        raise ValueError(f"{flag} needs images, and this image processor cuts patches itself; leave it out.")
+        raise ValueError(f"{flag} needs images, but this image processor cuts patches itself; remove it.")
 
 
 class Augmentation:
-    """What the flags add to an image in training.
+    """The augmentation of an image in training, as the flags say.
 
     Args:
         args: flags of the recipe.
@@ -108,7 +108,7 @@ class Augmentation:
             self.on_pixels.append(torchvision_v2("--random_erasing").RandomErasing(p=args.random_erasing))
 
     def image(self, image: Image.Image, drawn: tuple[int, ...]) -> Image.Image:
-        """The image before it is normalised; what is random is drawn from `drawn`, for each frame of a video alike."""
+        """Augment an image before normalisation; `drawn` seeds it, so that all frames of a video change alike."""
         if self.vertical_flip and np.random.default_rng((*drawn, 2)).random() < self.vertical_flip:
             image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
         if self.on_images:
@@ -128,11 +128,11 @@ class Augmentation:
 
 
 class Mixing:
-    """mixup and CutMix of a batch.
+    """Mixup and CutMix of a batch.
 
     Args:
         args: flags of the recipe.
-        classes: how many there are.
+        classes: number of classes.
     """
 
     def __init__(self, args: argparse.Namespace, classes: int) -> None:
@@ -144,12 +144,12 @@ class Mixing:
             self.kinds.append(torchvision_v2("--cutmix").CutMix(alpha=args.cutmix, num_classes=classes))
 
     def __call__(self, pixels: Tensor, labels: Tensor, drawn: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Pixels and labels, the latter as shares of each class where the batch is mixed.
+        """Pixels and labels; the labels are weights of the classes if the batch is mixed.
 
         Args:
             pixels: (batch, channels, height, width), or (batch, frames, channels, height, width).
             labels: (batch,).
-            drawn: what is random is drawn from the seed and these numbers.
+            drawn: numbers that seed the random draws, together with the seed.
         """
         if not self.kinds:
             return pixels, labels

@@ -1,4 +1,4 @@
-"""Features of the frozen backbone in the place of images, computed once for all epochs and runs."""
+"""Features of the frozen backbone in place of images, computed once for all epochs and runs."""
 
 from __future__ import annotations
 
@@ -18,16 +18,14 @@ from hf_visual_peft.features import fingerprint
 
 
 def check_augmentation(args: argparse.Namespace) -> None:
-    """Raise an error for flags that do not go with cached features."""
+    """Raise an error for flags that do not work with cached features."""
     if not args.cache_features:
         if args.cache_views:
             raise ValueError("--cache_views needs --cache_features")
         return
     for name in (*augmentation.BATCH_FLAGS, "drop_path_rate"):
         if getattr(args, name):
-            raise ValueError(
-                f"--{name} does not go with --cache_features, which keeps what comes out of frozen blocks"
-            )
+            raise ValueError(f"--{name} does not work with --cache_features, which keeps the output of frozen blocks")
     crop_or_flip = args.train_crop != "none" or args.horizontal_flip > 0
     random = crop_or_flip or augmentation.is_random(args) or bool(args.clip_frames)
     if random and not args.cache_views:
@@ -43,7 +41,7 @@ def check_augmentation(args: argparse.Namespace) -> None:
 
 
 def key_of(images: Images) -> dict[str, Any]:
-    """What tells these images, labels and their preparation from others."""
+    """The key of these images, labels and their preparation."""
     args = images.args
     key = {
         "data": fingerprint.key_of(images.data),
@@ -65,14 +63,14 @@ def cache_features(
     args: argparse.Namespace,
     inputs: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The features of each split, `CachedFeatures`; on every process, which divide what is missing among them.
+    """The features of each split, `CachedFeatures`; the processes divide the missing ones among them.
 
     Args:
         accelerator: of the run.
         model: before it is prepared.
         data: images of each split.
         args: of the recipe.
-        inputs: further arguments of the model.
+        inputs: extra arguments of the model.
     """
     cache = FeatureCache(
         model.to(accelerator.device),

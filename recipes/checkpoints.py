@@ -1,4 +1,4 @@
-"""Checkpoints for the recipes: they hold only what trains, and a full disk or a kill never costs the one before."""
+"""Checkpoints for the recipes: they hold only trained weights, and a full disk or a kill never damages the last."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or put together where FSDP2 has left each process a part of it; on every process."""
+    """The whole tensor, gathered if FSDP2 has divided it among the processes; on every process."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def saved_state(model: nn.Module) -> dict[str, Tensor]:
     """The `state_dict` for `model.save_pretrained`; on every process.
 
-    Of a model with adapters, the backbone's shards stay where they are: only what trains is gathered.
+    For a model with adapters only the trained weights are gathered, not the backbone's shards.
     """
     backbone = set()
     if isinstance(model, PeftModel):
@@ -35,10 +35,10 @@ def saved_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of what training changes, on every process: trainable parameters, and buffers such as statistics."""
+    """A copy of everything that training changes, on every process: parameters, and buffers such as statistics."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
-    # a quantised adapter trains parameters that its state does not hold, as what it saves is made of them
+    # the parameters of a quantised adapter are not in its state, which is computed from them
     state |= {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {name: whole(tensor.detach()).to("cpu", copy=True).contiguous() for name, tensor in state.items()}
 
@@ -62,18 +62,18 @@ def _like(target: Tensor | None, tensor: Tensor) -> Tensor:
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run has come.
+    """The progress of a run.
 
     Attributes:
-        epoch: how many are done.
-        batch: how many of the next epoch are done.
+        epoch: number of finished epochs.
+        batch: number of finished batches of the next epoch.
         step: optimizer steps so far.
         seconds: time so far.
-        kept: the evaluation whose weights are kept: epoch, step and metrics.
+        kept: epoch, step and metrics of the evaluation whose weights are kept.
         best: the rank of the best evaluation so far.
-        stale: how many evaluations there were since then.
+        stale: number of evaluations since then.
         evaluated: the step of the last evaluation.
-        train_loss: sum of the losses of the steps of this epoch, or of the last one, and how many they are.
+        train_loss: sum of the losses of the steps of this epoch, or of the last one, and their number.
     """
 
     epoch: int = 0
@@ -88,15 +88,15 @@ class Progress:
 
 
 class Checkpoints:
-    """Folders `checkpoint-STEP` with what trains, the optimizer, the schedule and the random states.
+    """Folders `checkpoint-STEP` with the trained weights, the optimizer, the schedule and the random states.
 
-    Each is written aside and renamed: a full disk or a kill leaves the one before whole.
+    Each is written to a temporary folder and then renamed: a full disk or a kill leaves the last one intact.
 
     Args:
-        run: what must be the same in a run that resumes, by name; `max_steps` may grow.
+        run: settings that must be the same in a run that resumes, by name; `max_steps` may grow.
 
     Attributes:
-        steps_before: `max_steps` of the run that wrote the checkpoint that was taken up.
+        steps_before: `max_steps` of the run that wrote the loaded checkpoint.
     """
 
     steps_before: int | None = None
@@ -118,7 +118,7 @@ class Checkpoints:
         load_trainable(self.model, load_file(Path(folder) / "trainable.safetensors"), folder)
 
     def all(self) -> list[Path]:
-        """Whole checkpoints, oldest first."""
+        """Complete checkpoints, oldest first."""
         found = [path for path in self.folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
         return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
 
@@ -142,7 +142,7 @@ class Checkpoints:
             shutil.rmtree(aside, ignore_errors=True)
             whole = self.all()
             raise OSError(
-                f"Cannot write {target}: {error}. The last whole checkpoint is {whole[-1] if whole else 'none'}."
+                f"Cannot write {target}: {error}. The last complete checkpoint is {whole[-1] if whole else 'none'}."
             ) from error
         self.accelerator.wait_for_everyone()
         if main:
@@ -153,7 +153,7 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
 
     def load(self, name: str) -> tuple[Progress, dict[str, Tensor] | None]:
-        """Take up a checkpoint by path or `latest`; returns how far it is and the weights of its best evaluation."""
+        """Load a checkpoint by path or `latest`; return its progress and the weights of its best evaluation."""
         whole = self.all()
         if name == "latest" and not whole:
             raise ValueError(
@@ -163,13 +163,13 @@ class Checkpoints:
         try:
             content = json.loads((path / "progress.json").read_text(encoding="utf-8"))
         except OSError as error:
-            raise ValueError(f"--resume_from_checkpoint {name}: {path} is no checkpoint of this recipe.") from error
+            raise ValueError(f"--resume_from_checkpoint {name}: {path} is not a checkpoint of this recipe.") from error
         now = json.loads(json.dumps(self.run, default=sorted))  # sets, as in peft's configs, as lists
         before = content["run"]
         changed = [f"{k} {before.get(k)} (now {v})" for k, v in now.items() if before.get(k) != v and k != "max_steps"]
         if changed:
             raise ValueError(
-                f"{path} comes from a run with {', '.join(changed)}: it cannot go on with other settings."
+                f"{path} comes from a run with {', '.join(changed)}: it cannot continue with other settings."
             )
         if content["progress"]["step"] > now["max_steps"]:
             raise ValueError(

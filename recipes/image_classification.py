@@ -1,24 +1,24 @@
-r"""Adapt a pretrained vision transformer to an image data set by one parameter-efficient method.
+r"""Adapt a pretrained vision model to an image data set with a parameter-efficient method.
 
     accelerate launch recipes/image_classification.py --config recipes/configs/vpt.yaml \
         --model_name_or_path google/vit-base-patch16-224-in21k --dataset_name beans --output_dir out/vpt
 
 Everything is a flag; `--config` reads flags from a YAML file, and those on the command line win. `--method` takes any
 method that `hf-visual-peft methods` lists, of this library or of peft, with the fields of its config as flags
-(`--help --method vpt` lists them), `linear` for a linear probe and `full` for fine-tuning. The script is flat from
-top to bottom; the files beside it serve it, as README.md tells: copy the folder and change what you need.
+(`--help --method vpt` lists them), `linear` for a linear probe and `full` for fine-tuning. The script reads from top
+to bottom; README.md describes the files beside it: copy the folder and change what you need.
 
 The weights to keep are the best on a validation split (`--select best`) or the last; the test split is used once, at
 the end. `--output_dir` then holds the adapter with its head (loadable by `PeftModel.from_pretrained`), the image
 processor, `all_results.json` and checkpoints, which hold only what trains. With such a folder as
 `--model_name_or_path`, `--do_predict photos` predicts and `--eval_only` evaluates.
 
-Exit status: 0 done, 1 error, 2 wrong flags, 143 or 130 stopped by SIGTERM or SIGINT, with a checkpoint to go on from.
+Exit status: 0 done, 1 error, 2 wrong flags, 143 or 130 stopped by SIGTERM or SIGINT, with a checkpoint to resume from.
 """
 
 from __future__ import annotations
 
-import hf_visual_peft  # first: it silences notices that other packages give while they are imported
+import hf_visual_peft  # first: it hides notices that other packages print on import
 
 
 # isort: split
@@ -132,7 +132,7 @@ def evaluate_split(
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Train, evaluate and save as the flags say; returns the content of `all_results.json`, or what was predicted."""
+    """Train, evaluate and save as the flags say; return the content of `all_results.json`, or the predictions."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args, config = parse_args(argv, __doc__)
     if args.do_predict or args.eval_only:
@@ -149,18 +149,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     check_sharded(accelerator, args)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("--mixed_precision fp16 needs a GPU: on a CPU nothing would be in fp16; use bf16 or no.")
+        raise ValueError("--mixed_precision fp16 needs a GPU: on a CPU nothing would run in fp16; use bf16 or no.")
     main_process = accelerator.is_main_process
     transformers.logging.set_verbosity(transformers.logging.WARNING if main_process else transformers.logging.ERROR)
     screen = Screen(accelerator, progress_kind(args.progress))
     if main_process:
         if args.push_to_hub:
-            HfApi(token=args.hub_token).whoami()  # no access is an error now and not after training
+            HfApi(token=args.hub_token).whoami()  # missing access is an error now, not after training
         args.output_dir.mkdir(parents=True, exist_ok=True)
 
     set_seed(args.seed)
     processor = load_processor(args)
-    with accelerator.main_process_first():  # the others find what it has cached
+    with accelerator.main_process_first():  # the others then read its cache
         splits = load_splits(args)
     data, names, skipped = (prepare_stream if args.streaming else prepare_data)(args, processor, splits)
     for flag in ("early_stopping_patience", "eval_steps", "eval_epochs"):
@@ -173,9 +173,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if isinstance(config, hf_visual_peft.VisualPeftConfig) and config.chooses_from_data:
         if args.streaming:
             raise ValueError(
-                f"--method {args.method} reads samples before training, which --streaming does not allow."
+                f"--method {args.method} reads samples before training, which does not work with --streaming."
             )
-        # every process reads the same batches, so that all choose the same; a run that resumes chooses again
+        # every process reads the same batches, so that all make the same choice; a resumed run chooses again
         sampler = torch.Generator().manual_seed(args.seed)
         size = args.per_device_train_batch_size
         hf_visual_peft.calibrate(
@@ -226,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             sampler=BalancedSampler(ids, args.seed, again=not args.cache_features) if balances else None,
             num_workers=args.dataloader_num_workers,
             pin_memory=accelerator.device.type == "cuda",
-            generator=torch.Generator().manual_seed(args.seed),  # its draws must not shift those of dropout
+            generator=torch.Generator().manual_seed(args.seed),  # its draws must not change those of dropout
             collate_fn=getattr(images, "collate", None),
         )
         loaders[split] = accelerator.prepare(loader)
@@ -262,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         screen=screen, max_steps=max_steps, loss=criterion, inputs=inputs, mixing=Mixing(args, len(names)),
         average=average,
     )  # fmt: skip
-    if main_process and args.overwrite_output_dir:  # not before everything is in place
+    if main_process and args.overwrite_output_dir:  # only after everything has loaded
         clear(args.output_dir)
     accelerator.wait_for_everyone()
     if args.resume_from_checkpoint:
@@ -278,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         average.exchange()
     training.check_result()
     state = accelerator.get_state_dict(wrapped) if deepspeed else saved_state(model)
-    if main_process:  # before the test split, so that nothing there can cost the adapter
+    if main_process:  # before the test split, so that no error there can lose the adapter
         save = functools.partial(model.save_pretrained, state_dict=state)
         publish(args.output_dir, save, functools.partial(save_processor, processor, model))
     kept = progress.kept or {"epoch": training.epoch_number(), "step": progress.step}
@@ -310,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 "interpolate_pos_encoding": args.interpolate_pos_encoding,
             }
             if is_own_readme(args.output_dir):
-                accelerator.print(f"{args.output_dir / CARD} is not the card of a run and stays as it is.")
+                accelerator.print(f"{args.output_dir / CARD} is not the card of a run, so it is not changed.")
             else:
                 hub.write_card(args.output_dir, model.peft_config["default"], labels=names, **report)
         if args.push_to_hub:

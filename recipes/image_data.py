@@ -28,24 +28,24 @@ from hf_visual_peft.sharing import hub
 
 
 CROPS = {
-    "random_resized": "any part of the image, area and shape drawn at random",
+    "random_resized": "a part of the image, of random area and shape",
     "random": "a square of 7/8 of the shorter side",
     "none": "as in evaluation",
 }
 
 
 def find_column(data: datasets.Dataset, flag: str, given: str | None, kind: type, default: str) -> str:
-    """The column that was named, else the only one of a kind, else the one with the usual name."""
+    """The column that was named, else the only one of its kind, else the one with the usual name."""
     of_kind = [name for name, feature in data.features.items() if isinstance(feature, kind)]
     name = given or (of_kind[0] if len(of_kind) == 1 else default)
     if name not in data.features:
         columns = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in data.features.items())
-        raise ValueError(f"The data set has no {default} column {name!r}: choose by {flag} among {columns}.")
+        raise ValueError(f"The data set has no {default} column {name!r}: choose with {flag} among {columns}.")
     return name
 
 
 class CorruptImageError(ValueError):
-    """An image cannot be decoded; the message names it."""
+    """An image cannot be decoded; the message names the image."""
 
 
 def decode(value: dict[str, Any] | None, where: str) -> Image.Image:
@@ -58,9 +58,9 @@ def decode(value: dict[str, Any] | None, where: str) -> Image.Image:
                 raise ValueError(f"32-bit pixels from {pixels.min()} to {pixels.max()}; save them as 8 or 16 bits")
             image = Image.fromarray((pixels >> 8).astype(np.uint8))
         elif image.mode == "F":
-            raise ValueError("floating-point pixels, whose black and white nothing tells; save them as 8 or 16 bits")
+            raise ValueError("floating-point pixels with an unknown range; save them as 8 or 16 bits")
         return image.convert("RGB")
-    except Exception as error:  # decoders raise anything on a damaged file
+    except Exception as error:  # decoders raise all kinds of errors for a damaged file
         name = (value or {}).get("path") or "an image without file name"
         raise CorruptImageError(f"Cannot decode {name} ({where}): {error}. See --skip_corrupt_images.") from error
 
@@ -68,14 +68,14 @@ def decode(value: dict[str, Any] | None, where: str) -> Image.Image:
 def decode_clip(
     value: list[dict[str, Any]], count: int, rng: np.random.Generator | None, where: str
 ) -> list[Image.Image]:
-    """Some images of a list, in RGB: one of each of `count` equal stretches, the middle one or one drawn at random."""
+    """Images of a list, in RGB: one from each of `count` equal sections, the middle one or a random one."""
     edges = np.linspace(0, len(value), count + 1)
     places = (edges[:-1] + edges[1:]) / 2 if rng is None else rng.uniform(edges[:-1], edges[1:])
     return [decode(value[min(int(place), len(value) - 1)], where) for place in places]
 
 
 def decode_all(value: Any, where: str) -> None:
-    """Decode an image, or every image of a list; an error if one cannot be decoded or there is none."""
+    """Decode an image, or every image of a list; raise an error if one cannot be decoded or there is none."""
     if isinstance(value, list) and not value:
         raise CorruptImageError(f"There is no frame ({where}). See --skip_corrupt_images.")
     for image in value if isinstance(value, list) else [value]:
@@ -83,7 +83,7 @@ def decode_all(value: Any, where: str) -> None:
 
 
 class Verdicts(torch.utils.data.Dataset[str]):
-    """What is wrong with each image, "" where nothing is."""
+    """The fault of each image, "" if it has none."""
 
     def __init__(self, data: datasets.Dataset, numbers: range, split: str) -> None:
         self.data, self.numbers, self.split = data, numbers, split
@@ -102,7 +102,7 @@ class Verdicts(torch.utils.data.Dataset[str]):
 
 
 class Images(torch.utils.data.Dataset[dict[str, Any]]):
-    """Samples as the model wants them.
+    """Samples as inputs of the model.
 
     Augmentation is drawn from seed, epoch and sample number: a resumed run, or one with other workers, sees the same
     pixels.
@@ -123,27 +123,27 @@ class Images(torch.utils.data.Dataset[dict[str, Any]]):
         return len(self.data)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        # numbers beyond those of the samples are further looks at them: `BalancedSampler`
+        # larger numbers are repetitions of the samples: `BalancedSampler`
         (value,) = self.data[index % len(self)].values()
         label = self.ids[index % len(self)]
         where = f"sample {index % len(self)} of the {self.split} split"
         return self.sample(value, label, where, (self.args.seed, self.epoch, index))
 
     def sample(self, value: Any, label: Any, where: str, drawn: tuple[int, ...]) -> dict[str, Any]:
-        """An image or clip as the model wants it, and its label.
+        """An image or clip as input of the model, and its label.
 
         Args:
             value: of the column of images.
             label: a number, or 0 and 1 for each class.
-            where: tells the sample from others, for messages.
-            drawn: what augmentation is drawn from.
+            where: identifies the sample, for messages.
+            drawn: numbers that seed the augmentation.
         """
         if self.args.clip_frames:
             places = np.random.default_rng((*drawn, 1)) if self.split == "train" else None
             images = decode_clip(value, self.args.clip_frames, places, where)
         else:
             images = [decode(value, where)]
-        # every frame of a clip gets the same draws, so the same crop and flip
+        # every frame of a clip uses the same draws, so the same crop and flip
         images = [self.augment(image, np.random.default_rng(drawn)) for image in images]
         if self.further is not None:
             images = [self.further.image(image, drawn) for image in images]
@@ -176,7 +176,7 @@ class Images(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def input_size(processor: Any) -> tuple[int, int]:
-    """Height and width of what the image processor makes."""
+    """Height and width of the image processor's output."""
     pixels = processor(images=Image.new("RGB", (640, 480)), return_tensors="pt")["pixel_values"]
     if pixels.ndim != 4:
         raise ValueError(
@@ -186,19 +186,19 @@ def input_size(processor: Any) -> tuple[int, int]:
 
 
 def is_timm(processor: Any) -> bool:
-    """Whether an image processor is the one around timm's transforms, which has arguments of its own."""
+    """Whether an image processor is the wrapper of timm's transforms, which has its own arguments."""
     return isinstance(processor, transformers.TimmWrapperImageProcessor)
 
 
 def without_resize(processor: Any) -> Any:
-    """The image processor for images that have the size of the model's input."""
+    """The image processor for images that already have the size of the model's input."""
     if is_timm(processor):
         return type(processor)(processor.data_config | {"crop_pct": 1.0, "crop_mode": "squash"})
     return functools.partial(processor, do_resize=False, do_center_crop=False)
 
 
 def resampling(processor: Any) -> Image.Resampling:
-    """How an image processor resizes."""
+    """The resampling of an image processor."""
     if is_timm(processor):
         return Image.Resampling.__members__.get(
             processor.data_config["interpolation"].upper(), Image.Resampling.BICUBIC
@@ -207,9 +207,9 @@ def resampling(processor: Any) -> Image.Resampling:
 
 
 def save_processor(processor: Any, model: Any, folder: Path) -> None:
-    """Write an image processor beside an adapter, or where `AutoImageProcessor` looks for that of a whole model.
+    """Write an image processor beside an adapter, or where `AutoImageProcessor` expects that of a whole model.
 
-    timm's has no file of its own there but stands in the model's `config.json`.
+    For a whole model, timm's has no own file but is part of the model's `config.json`.
     """
     if isinstance(model, PeftModel) or not is_timm(processor):
         hub.save_processor(processor, folder)
@@ -224,7 +224,7 @@ def load_processor(args: argparse.Namespace, *, timm_file: str | None = None) ->
 
     Args:
         args: of the recipe.
-        timm_file: where timm's stands in a file of its own, as beside an adapter.
+        timm_file: file of timm's processor, if it has its own, as beside an adapter.
     """
     own = {"pretrained_model_name_or_path": args.model_name_or_path, "revision": args.model_revision}
     other = {"pretrained_model_name_or_path": args.image_processor_name}
@@ -243,15 +243,15 @@ def load_processor(args: argparse.Namespace, *, timm_file: str | None = None) ->
         return type(processor)(processor.data_config | {"input_size": size})
     scale = args.image_size / input_size(processor)[1]
     config = processor.to_dict()
-    for key in ("size", "crop_size"):  # scaled alike, so that a crop keeps its share of the image
+    for key in ("size", "crop_size"):  # scaled alike, so that a crop keeps its fraction of the image
         config[key] = config.get(key) and {side: round(length * scale) for side, length in config[key].items()}
     return type(processor).from_dict(config)
 
 
 def usable_rows(data: datasets.Dataset, split: str, args: argparse.Namespace) -> np.ndarray:
-    """Numbers of the samples whose image can be decoded; an error for others unless they may be skipped.
+    """Indices of the samples whose image can be decoded; others raise an error unless they may be skipped.
 
-    The files are looked at in every run, as they may have changed, and each process looks at a part of them.
+    Every run checks the files, because they may have changed, and each process checks a part of them.
     """
     if not (args.check_images or args.skip_corrupt_images):
         return np.arange(len(data))
@@ -259,7 +259,7 @@ def usable_rows(data: datasets.Dataset, split: str, args: argparse.Namespace) ->
     numbers = range(state.process_index, len(data), state.num_processes)
     loader = torch.utils.data.DataLoader(
         Verdicts(data, numbers, split), batch_size=None, num_workers=args.dataloader_num_workers,
-        generator=torch.Generator(),  # its draws must not shift those of the model
+        generator=torch.Generator(),  # its draws must not change those of the model
     )  # fmt: skip
     bar = tqdm(loader, desc=f"Check {split}", leave=False, disable=not Screen.bars)
     found = gather_object([(number, fault) for number, fault in zip(numbers, bar, strict=True) if fault])
@@ -284,7 +284,7 @@ def columns_of(data: datasets.Dataset, args: argparse.Namespace) -> tuple[str, l
 
 
 def columns_of_all(splits: Mapping[str, Any], args: argparse.Namespace) -> dict[str, tuple[str, list[str]]]:
-    """The columns of each split: those of train, or its own where it is of another source."""
+    """The columns of each split: those of train, or its own if it is from another source."""
     columns = {"train": columns_of(splits["train"], args)}
     image, labels = columns["train"]
     for split, data in splits.items():
@@ -304,16 +304,16 @@ def columns_of_all(splits: Mapping[str, Any], args: argparse.Namespace) -> dict[
 
 
 def encode_all(named: Mapping[str, tuple[Any, list[str] | None]]) -> tuple[list[str], dict[str, np.ndarray]]:
-    """The names of the classes, and what `class_ids` gives for each split.
+    """The names of the classes, and the result of `class_ids` for each split.
 
     Args:
-        named: what `read_labels` gives for each split.
+        named: the result of `read_labels` for each split.
     """
     names = class_names(*named["train"])
     several = any(isinstance(row, list) for row in named["train"][0])
     ids = {split: class_ids(rows, split, names, several) for split, (rows, _) in named.items()}
     if len(names) < 2 - several:
-        raise ValueError(f"The train split has one class, {some(names)}; there is nothing to tell apart.")
+        raise ValueError(f"The train split has one class, {some(names)}; classification needs at least two.")
     if bare := [split for split, split_ids in ids.items() if several and not split_ids.any()]:
         raise ValueError(f"No sample of the {bare[0]} split has any class.")
     return names, ids
@@ -327,7 +327,7 @@ def prepare_data(
     Args:
         args: of the recipe.
         processor: image processor of the model.
-        splits: what `load_splits` found; every process calls this at the same time.
+        splits: the result of `load_splits`; every process calls this at the same time.
     """
     splits = dict(splits)
     encoded = datasets.Image(decode=False)
@@ -353,7 +353,7 @@ def prepare_data(
         skipped += len(images) - len(good)
         if len(good) == 0:
             raise ValueError(f"The {split} split has no image that can be used.")
-        if ids[split].ndim == 2 and not ids[split][kept[good]].any():  # what is measured needs one
+        if ids[split].ndim == 2 and not ids[split][kept[good]].any():  # metrics need one
             raise ValueError(f"No sample of the {split} split has any class.")
         found[split] = Images(images.select(good), ids[split][kept[good]], split, processor, args)
     tell(class_table({split: images.ids for split, images in found.items()}, names))

@@ -1,7 +1,7 @@
-"""Folders and zip files with one folder of images a class.
+"""Folders and zip files with one folder of images per class.
 
-The folders of the first level are the classes; images in folders below belong to them. What could be meant in two
-ways is an error that names it, and what is left out is counted.
+The folders of the first level are the classes; images in folders below belong to them. An ambiguous layout is an error
+that names the folders, and skipped files are counted.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ SPLIT_FOLDERS = {
 }
 SPLIT_NAMES = {name for names in SPLIT_FOLDERS.values() for name in names}
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-IGNORED = ("__MACOSX", "__pycache__")  # beside all that begin with a dot
-STUBS = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow knows these files and cannot read their pixels
+IGNORED = ("__MACOSX", "__pycache__")  # beside all names that begin with a dot
+STUBS = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow recognises these files but cannot read their pixels
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Listing:
     left_out: Counter[str] = field(default_factory=Counter)  # files by suffix
 
     def add(self, path: PurePosixPath, suffixes: frozenset[str]) -> None:
-        """Sort a file in by its suffix."""
+        """Sort a file by its suffix."""
         if path.suffix.lower() in suffixes:
             self.images.append(path)
         elif path.name in METADATA:
@@ -66,7 +66,7 @@ def list_folder(root: Path) -> Listing:
     def visit(folder: Path, above: PurePosixPath, parents: tuple[str, ...]) -> None:
         real = os.path.realpath(folder)
         if real in parents:
-            raise ValueError(f"{folder} is a link to a folder that it lies in: remove the link.")
+            raise ValueError(f"{folder} is a link to a folder that contains it: remove the link.")
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             if hidden(entry.name):
                 continue
@@ -89,10 +89,10 @@ def list_zip(file: Path) -> tuple[Listing, PurePosixPath]:
         with zipfile.ZipFile(file) as archive:
             names = sorted(info.filename for info in archive.infolist() if not info.is_dir())
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{file} is no zip file that can be read: {error}.") from error
+        raise ValueError(f"{file} is not a readable zip file: {error}.") from error
     paths = [path for path in map(PurePosixPath, names) if not any(map(hidden, path.parts))]
     outer = {path.parts[0] for path in paths}
-    # many programs put the folder that was packed into the file, too
+    # many programs also put the packed folder itself into the file
     packed = len(outer) == 1 and all(len(path.parts) > 2 or path.name in METADATA for path in paths)
     top = PurePosixPath(*outer) if packed else PurePosixPath()
     listing, suffixes = Listing(), image_suffixes()
@@ -109,7 +109,7 @@ def some(names: list[str], most: int = 5) -> str:
 
 
 def check_layout(listing: Listing, source: str) -> None:
-    """Raise an error for folders that can be read in more than one way, or have no classes."""
+    """Raise an error for folders that are ambiguous or have no classes."""
     images = listing.images
     if not images:
         rest = f"; left out: {told(listing.left_out)}" if listing.left_out else ""
@@ -153,7 +153,7 @@ def check_layout(listing: Listing, source: str) -> None:
 
 
 def told(left_out: Counter[str]) -> str:
-    """Files that were left out, for a message: `2 .heic, 1 without suffix`."""
+    """Skipped files, for a message: `2 .heic, 1 without suffix`."""
     return ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
 
 
@@ -172,9 +172,9 @@ def class_folders(listing: Listing, source: str, locate: Callable[[PurePosixPath
     check_layout(listing, source)
     names = sorted({path.parts[0] for path in listing.images})
     if empty := sorted({*listing.classes} - {*names}):
-        tell(f"{source}: no image in {some(empty)}, which {'is' if len(empty) == 1 else 'are'} no class.")
+        tell(f"{source}: no image in {some(empty)}, so {'it is' if len(empty) == 1 else 'they are'} not a class.")
     if listing.left_out:
-        tell(f"{source}: files left out, as they are no images that Pillow reads: {told(listing.left_out)}.")
+        tell(f"{source}: skipped files that are not images that Pillow reads: {told(listing.left_out)}.")
     place = {name: number for number, name in enumerate(names)}
     return datasets.Dataset.from_dict(
         {
@@ -191,13 +191,13 @@ def read_zip(file: Path, source: str) -> datasets.Dataset:
     if listing.metadata:
         raise ValueError(f"{source} holds {listing.metadata[0]}: unpack the file and give the folder.")
     data = class_folders(listing, source, lambda path: f"zip://{top / path}::{file.resolve()}")
-    # the data set's fingerprint, and so a cache of features, must be another once the file is
+    # the data set's fingerprint, and so a cache of features, must change when the file changes
     stat = file.stat()
     return data.add_column("archive", [f"{stat.st_size} {stat.st_mtime_ns}"] * len(data))
 
 
 def split_folders(root: Path, tables: frozenset[str], source: str) -> dict[str, Path]:
-    """The folders of splits in a folder, or itself as train where it holds class folders.
+    """The folders of splits in a folder, or the folder itself as train if it holds class folders.
 
     Args:
         root: the folder.
@@ -205,7 +205,7 @@ def split_folders(root: Path, tables: frozenset[str], source: str) -> dict[str, 
         source: flag and value, for messages.
 
     Returns:
-        Nothing where `datasets` knows better: the folder holds data files, or a card that describes them.
+        Nothing if `datasets` should read the folder: it holds data files, or a card that describes them.
     """
     folders = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and not hidden(folder.name)]
     if [folder.name for folder in folders] == ["data"]:
@@ -228,5 +228,5 @@ def split_folders(root: Path, tables: frozenset[str], source: str) -> dict[str, 
         return {}
     others = [folder.name for folder in folders if folder not in found.values()]
     if found and others:
-        tell(f"{source}: {some(others)} read by no split.")
+        tell(f"{source}: no split reads {some(others)}.")
     return found or {"train": root}

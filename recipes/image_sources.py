@@ -1,4 +1,4 @@
-"""Where the recipes' images come from: the Hub, folders, zip files and tables, each split from its own or from one."""
+"""The sources of the recipes' images: the Hub, folders, zip files and tables, one for all splits or one for each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import datasets
 from image_folders import class_folders, list_folder, read_zip, some, split_folders, tell, told
 
 
-SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
+SAVED = ("dataset_dict.json", "state.json")  # files that `save_to_disk` writes
 SPLITS = ("train", "validation", "test")
 FORMATS = {
     ".parquet": "parquet",
@@ -31,13 +31,13 @@ Source = Callable[[], datasets.Dataset]
 
 
 def load_splits(args: argparse.Namespace) -> dict[str, datasets.Dataset]:
-    """The splits there are of train, validation and test, as the flags choose them."""
+    """The existing splits among train, validation and test, as the flags choose them."""
     sources = named_sources(args) if args.dataset_name else {}
     given = {}
     for split in SPLITS:
         folder, file = getattr(args, f"{split}_dir"), getattr(args, f"{split}_file")
         if folder and file:
-            raise ValueError(f"--{split}_dir {folder} and --{split}_file {file}: {split} is read from one; give one.")
+            raise ValueError(f"--{split}_dir {folder} and --{split}_file {file}: give only one for {split}.")
         if folder or file:
             given[split] = f"--{split}_dir {folder}" if folder else f"--{split}_file {file}"
             sources[split] = (
@@ -55,7 +55,7 @@ def load_splits(args: argparse.Namespace) -> dict[str, datasets.Dataset]:
     used = {name for pieces in taken.values() for name, _, _ in pieces}
     for split, flag in given.items():
         if split not in used and getattr(args, f"{split}_split") != "none":
-            raise ValueError(f"{flag} is read by no split: leave it or --{split}_split away.")
+            raise ValueError(f"No split reads {flag}: remove it or --{split}_split.")
     for split in set(taken) - {"train"}:
         shared = sum(
             max(0, min(end, other_end) - max(start, other_start))
@@ -65,7 +65,7 @@ def load_splits(args: argparse.Namespace) -> dict[str, datasets.Dataset]:
         )
         if shared:
             many = str(shared) if isinstance(chosen[split], datasets.Dataset) else "all"
-            tell(f"Samples of {split} that are in train, too, as --{split}_split and --train_split say: {many}.")
+            tell(f"Samples of {split} that are also in train, because of --{split}_split and --train_split: {many}.")
     return chosen
 
 
@@ -94,7 +94,7 @@ def named_sources(args: argparse.Namespace) -> dict[str, Source]:
 
 
 def cut(loaded: Mapping[str, Source], spec: str, flag: str) -> tuple[datasets.Dataset, list[tuple[str, int, int]]]:
-    """A split or a slice of it, as `train[:80%]`, and what it is made of: splits, first and last sample numbers."""
+    """A split or a slice of it, such as `train[:80%]`, and its parts: splits, first and last sample numbers."""
     if spec in loaded:
         data = loaded[spec]()
         return data, [(spec, 0, len(data) if isinstance(data, datasets.Dataset) else 1)]
@@ -103,7 +103,7 @@ def cut(loaded: Mapping[str, Source], spec: str, flag: str) -> tuple[datasets.Da
         names_known = ", ".join(loaded) or "none"
         raise ValueError(f"{flag}: the data set has the splits {names_known}. There is no {' or '.join(unknown)}.")
     if not all(isinstance(loaded[name](), datasets.Dataset) for name in names):
-        raise ValueError(f"{flag}: --streaming takes whole splits of tables and of the Hub; name one, as train.")
+        raise ValueError(f"{flag}: --streaming takes whole splits of tables and of the Hub; name one, such as train.")
     try:
         lengths = {name: len(loaded[name]()) for name in names}
         pieces = datasets.ReadInstruction.from_spec(spec).to_absolute(lengths)
@@ -131,7 +131,7 @@ def read_folder(folder: Path, flag: str, args: argparse.Namespace) -> datasets.D
     listing = list_folder(folder)
     if not listing.metadata:
         if not listing.images and set(FORMATS) & set(listing.left_out):
-            raise ValueError(f"{flag} has no image but files that go with --train_file: {told(listing.left_out)}.")
+            raise ValueError(f"{flag} has no images, but files for --train_file: {told(listing.left_out)}.")
         return class_folders(listing, flag, lambda path: str(folder.resolve() / path))
     tables, args = [], argparse.Namespace(**vars(args) | {"streaming": False})
     for path in listing.metadata:
@@ -148,7 +148,7 @@ def read_folder(folder: Path, flag: str, args: argparse.Namespace) -> datasets.D
             "it away so that the folders are classes."
         )
     if len(listing.images) > len(data):
-        tell(f"{flag}: {len(listing.images)} images are there, and {listing.metadata[0]} names {len(data)}.")
+        tell(f"{flag}: there are {len(listing.images)} images, but {listing.metadata[0]} names {len(data)}.")
     return data
 
 
@@ -168,7 +168,7 @@ def read_table(file: str, flag: str, args: argparse.Namespace, paths: tuple[str,
     kind = FORMATS.get(Path(file).suffix.lower())
     if kind is None:
         raise ValueError(
-            f"{flag}: the suffix {Path(file).suffix or '(none)'!r} says nothing about the format; known are "
+            f"{flag}: the suffix {Path(file).suffix or '(none)'!r} does not identify the format; valid are "
             f"{', '.join(FORMATS)}."
         )
     files: Any = file
@@ -176,11 +176,11 @@ def read_table(file: str, flag: str, args: argparse.Namespace, paths: tuple[str,
         found = [file] if Path(file).is_file() else sorted(glob.glob(file, recursive=True))
         if not found:
             raise ValueError(f"{flag}: there is no such file.")
-        if len({Path(path).parent for path in found}) > 1:  # each has paths relative to itself
+        if len({Path(path).parent for path in found}) > 1:  # the paths in each are relative to its folder
             return datasets.concatenate_datasets([read_table(path, flag, args, paths) for path in found])
         files = [glob.escape(str(Path(path).absolute())) for path in found]
     options: dict[str, Any] = {}
-    if kind == "csv":  # text stays as it is: a class may be named NA or 007
+    if kind == "csv":  # text is not converted: a class may be named NA or 007
         options = {"converters": dict.fromkeys([*paths, *(args.label_column_name or ["label"])], str)}
         options |= {"keep_default_na": False, "na_values": [""], "sep": "\t" if file.lower().endswith(".tsv") else ","}
     try:
@@ -204,7 +204,7 @@ def read_table(file: str, flag: str, args: argparse.Namespace, paths: tuple[str,
 
 
 def absolute(data: datasets.Dataset, column: str, folder: Path) -> datasets.Dataset:
-    """The data set with images where text names their files, which lie in the folder where the paths are relative."""
+    """The data set with images in place of the names of their files; relative paths start at the folder."""
 
     def place(value: Any) -> Any:
         if isinstance(value, list):

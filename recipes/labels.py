@@ -1,4 +1,4 @@
-"""Labels for the recipes: classes by name, one a sample or several, held-out samples, weights and balanced draws."""
+"""Labels for the recipes: class names, one or several per sample, held-out samples, weights, balanced sampling."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from torch import Tensor
 
 FLAG = "--label_column_name"
 BITS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
-Rows = list[Any]  # the class of each sample by name, or a list of its classes; None where there is no label
+Rows = list[Any]  # the class name of each sample, or a list of its classes; None without a label
 
 
 def clean(value: Any) -> str | None:
-    """The name of a class; None where there is none."""
-    if value is None or value != value:  # the latter: not a number
+    """The name of a class; None if there is none."""
+    if value is None or value != value:  # the latter: NaN
         return None
     return unicodedata.normalize("NFC", str(value)).strip() or None
 
@@ -36,19 +36,19 @@ def find_label_columns(data: datasets.Dataset, given: Sequence[str] | None) -> l
     found = list(given) if given else (of_kind if len(of_kind) == 1 else (usual or ["label"])[:1])
     if missing := [name for name in found if name not in kinds]:
         columns = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in data.features.items())
-        raise ValueError(f"The data set has no label column {missing[0]!r}: choose by {FLAG} among {columns}.")
+        raise ValueError(f"The data set has no label column {missing[0]!r}: choose with {FLAG} among {columns}.")
     return found
 
 
 def read_labels(data: datasets.Dataset, columns: Sequence[str]) -> tuple[Rows, list[str] | None]:
-    """The classes of each sample, and the names of all classes where the data set says them.
+    """The classes of each sample, and the names of all classes if the data set has them.
 
     Args:
         data: any split.
         columns: one that holds a class or a list of classes, or one for each class that holds 0 or 1.
 
     Returns:
-        Texts where a sample has one class, lists of texts where it may have several.
+        Strings if a sample has one class, lists of strings if it may have several.
     """
     values = [data.select_columns([column]).with_format(None)[column][:] for column in columns]
     if len(columns) > 1:
@@ -81,7 +81,7 @@ def read_labels(data: datasets.Dataset, columns: Sequence[str]) -> tuple[Rows, l
 
 
 def are_bits(rows: list[Any], length: int, floats: bool, inner: Any) -> bool:
-    """Whether lists hold 0 or 1 for each class, and not the numbers of classes, which no list holds twice."""
+    """Whether lists hold 0 or 1 for each class, and not class ids, of which a list has each at most once."""
     rows = [row for row in rows if row is not None]
     if isinstance(inner, datasets.ClassLabel) or not rows or not rows[0] or len({len(row) for row in rows}) > 1:
         return False
@@ -106,7 +106,7 @@ def from_bits(rows: list[Any], names: list[str], column: str) -> Rows:
 
 
 def class_names(rows: Rows, declared: list[str] | None) -> list[str]:
-    """The names of the classes: as the data set says them, else those there are, numbers in their order."""
+    """The names of the classes: those of the data set, else those that occur, numbers in ascending order."""
     if declared is not None:
         return declared
     names = {name for row in rows for name in (row if isinstance(row, list) else [row]) if name is not None}
@@ -115,21 +115,21 @@ def class_names(rows: Rows, declared: list[str] | None) -> list[str]:
 
 
 def class_ids(rows: Rows, split: str, names: list[str], several: bool) -> np.ndarray:
-    """The class of each sample as index into `names`, (N,), or 0 and 1 for each sample and class, (N, classes)."""
+    """The class of each sample as an index into `names`, (N,), or 0 and 1 for each sample and class, (N, classes)."""
     missing = [number for number, row in enumerate(rows) if row is None]
     if missing:
         way = "Label them or take them out" if split == "train" else f"--{split}_split none leaves the split out"
         shown = some([str(number) for number in missing])
-        raise ValueError(f"The {split} split has {len(missing)} samples without label, of number {shown}. {way}.")
+        raise ValueError(f"The {split} split has {len(missing)} samples without label: numbers {shown}. {way}.")
     if any(isinstance(row, list) != several for row in rows):
-        kinds = ("lists of classes", "one class a sample")
+        kinds = ("lists of classes", "one class per sample")
         raise ValueError(f"The labels of train are {kinds[not several]}, those of {split} {kinds[several]}.")
     place = {name: number for number, name in enumerate(names)}
     for number, row in enumerate(rows):
         for name in row if several else [row]:
             if name not in place:
                 raise ValueError(
-                    f"Class {name!r} of the {split} split is none of the training split's: "
+                    f"Class {name!r} of the {split} split is not in the training split: "
                     f"{names if len(names) <= 20 else some(names, 20)} (sample {number})."
                 )
     if not several:
@@ -141,14 +141,14 @@ def class_ids(rows: Rows, split: str, names: list[str], several: bool) -> np.nda
 
 
 def counts_of(ids: np.ndarray, classes: int) -> np.ndarray:
-    """How many samples each class has, (classes,)."""
+    """The number of samples of each class, (classes,)."""
     return ids.sum(0).astype(np.int64) if ids.ndim == 2 else np.bincount(ids, minlength=classes)
 
 
 def hold_out(ids: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Part the samples in two, the same share of every class in the second: sample numbers of both.
+    """Split the samples in two, stratified by class: the sample numbers of both parts.
 
-    A class with two samples or more has one in either part at least. Of samples with several classes, the rarest one
+    A class with two or more samples has at least one in each part. For samples with several classes, the rarest class
     counts.
     """
     if ids.ndim == 2:
@@ -165,7 +165,7 @@ def hold_out(ids: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.n
 
 
 def class_table(ids: Mapping[str, np.ndarray], names: list[str], most: int = 30) -> str:
-    """Names of the classes and how many samples each split has of them; of very many, some."""
+    """Names of the classes and their numbers of samples in each split; some of them if there are very many."""
     counts = {split: counts_of(split_ids, len(names)) for split, split_ids in ids.items()}
     width = max(map(len, [*names[:most], "class"]))
     lines = [f"{'class':{width}}" + "".join(f"{split:>12}" for split in ids)]
@@ -190,8 +190,8 @@ def class_table(ids: Mapping[str, np.ndarray], names: list[str], most: int = 30)
 def class_weights(given: Sequence[str] | None, ids: np.ndarray, names: list[str]) -> Tensor | None:
     """The weights of the classes, (classes,), or None.
 
-    `balanced`: where a sample has one class, the inverse of its share, so that all classes weigh the same and the
-    samples 1 on average; where it may have several, how many samples lack a class for each that has it.
+    `balanced`: with one class per sample, the inverse of the class's frequency, so that all classes weigh the same and
+    samples weigh 1 on average; with several, the number of samples without the class divided by the number with it.
     """
     if not given:
         return None
@@ -212,19 +212,19 @@ def class_weights(given: Sequence[str] | None, ids: np.ndarray, names: list[str]
         try:
             weights[names.index(name)] = float(number)
         except ValueError:
-            raise ValueError(f"--class_weights {text}: {number!r} is no number.") from None
+            raise ValueError(f"--class_weights {text}: {number!r} is not a number.") from None
     if not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
-        raise ValueError(f"--class_weights {' '.join(given)}: weights must be 0 or greater, and one above 0.")
+        raise ValueError(f"--class_weights {' '.join(given)}: weights must be 0 or greater, and at least one above 0.")
     return torch.tensor(weights, dtype=torch.float32)
 
 
 def check_flags(args: argparse.Namespace, several: bool, classes: int) -> None:
-    """Raise an error for flags that do not go with the labels, and choose what is best where none is given.
+    """Raise an error for flags that do not fit the labels, and choose the metric for the best model if none is given.
 
     Args:
         args: flags of the recipe; `metric_for_best_model` and `threshold` are set.
         several: whether samples may have several classes.
-        classes: how many there are.
+        classes: number of classes.
     """
     own = ["mean_average_precision", "micro_f1"] if several else ["accuracy", "mean_per_class_accuracy"]
     known = [*own, "macro_f1", "loss"]
@@ -236,34 +236,34 @@ def check_flags(args: argparse.Namespace, several: bool, classes: int) -> None:
         raise ValueError(f"--metric_for_best_model {args.metric_for_best_model}: {kind} have {', '.join(known)}.")
     if several:
         wrong = {
-            "--sampler balanced": args.sampler == "balanced",  # a draw for a class brings the others of the sample
+            "--sampler balanced": args.sampler == "balanced",  # a sample drawn for one class also has others
             f"--top_k {args.top_k}": args.top_k,
             f"--label_smoothing_factor {args.label_smoothing_factor}": args.label_smoothing_factor,
         }
         if any(wrong.values()):
             names = ", ".join(name for name, given in wrong.items() if given)
             raise ValueError(
-                f"{names}: does not go with {kind}; leave it out. --class_weights balanced weighs classes."
+                f"{names}: does not work with {kind}; remove it. --class_weights balanced weighs classes."
             )
     if (args.top_k or 0) > classes:
         raise ValueError(f"--top_k {args.top_k}: there are {classes} classes.")
     if args.sampler == "balanced" and args.class_weights == ["balanced"]:
-        raise ValueError("--sampler balanced and --class_weights balanced would each do the whole; give one of them.")
+        raise ValueError("--sampler balanced and --class_weights balanced both balance the classes; give one of them.")
     if args.threshold is not None and not several:
-        raise ValueError(f"--threshold {args.threshold}: {kind} get the best one; leave it out.")
+        raise ValueError(f"--threshold {args.threshold}: {kind} get the class with the highest score; remove it.")
     args.threshold = 0.5 if args.threshold is None else args.threshold
     if not 0 < args.threshold < 1:
         raise ValueError(f"--threshold must be between 0 and 1, got {args.threshold}.")
 
 
 class Loss:
-    """Cross entropy, or binary cross entropy where samples may have several classes.
+    """Cross entropy, or binary cross entropy if samples may have several classes.
 
     Args:
-        weights: of the classes, in training only. A sample counts as much as its class; where it may have several,
-            each of its classes counts as much more than those that it lacks.
+        weights: of the classes, in training only. The weight of a sample is that of its class; with several classes,
+            the weight multiplies the terms of the classes that the sample has.
         several: whether samples may have several classes.
-        smoothing: of the labels in training, where samples have one class.
+        smoothing: of the labels in training, if samples have one class.
     """
 
     def __init__(self, weights: Tensor | None = None, *, several: bool = False, smoothing: float = 0.0) -> None:
@@ -278,7 +278,8 @@ class Loss:
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The mean over samples for training.
 
-        Weights do not divide it, as torch's would: a batch is then the mean of its parts, on any number of processes.
+        Unlike in torch, the sum is not divided by the weights: so the loss of a batch is the mean over its parts, on
+        any number of processes.
         """
         weights = None if self.weights is None else self.weights.to(logits.device)
         if self.several:
@@ -291,15 +292,15 @@ class Loss:
 
 
 class BalancedSampler(torch.utils.data.Sampler[int]):
-    """As many draws an epoch as there are samples, of each class as many on average, with replacement.
+    """Draws as many samples per epoch as there are, with replacement, equally many of each class on average.
 
-    They follow from seed and epoch alone: every process draws the same, and so does a resumed run. A sample that comes
-    again within an epoch has its number plus the number of samples, so that it gets another augmentation.
+    The draws depend only on seed and epoch: every process and a resumed run draw the same. A repetition of a sample
+    within an epoch has its number plus the number of samples, so that it gets another augmentation.
 
     Args:
         ids: the class of each sample, (N,).
         seed: of the draws.
-        again: whether numbers beyond N tell such samples.
+        again: whether numbers of N and more mark repetitions.
     """
 
     def __init__(self, ids: np.ndarray, seed: int, *, again: bool = True) -> None:

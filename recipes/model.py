@@ -1,4 +1,4 @@
-"""The pretrained model of a run: its head, its method, and its stochastic depth."""
+"""The pretrained model of a run, with its head, method and stochastic depth."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def load_model(args: argparse.Namespace, config: PeftConfig | None, names: list[
     own = {"pretrained_model_name_or_path": args.model_name_or_path, "revision": args.model_revision}
     own |= {"cache_dir": args.cache_dir, "token": args.token}
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # its table says that the head is new; other gaps are errors below
+    transformers.logging.set_verbosity_error()  # its table says that the head is new; other gaps are errors
     try:
         model, loading = transformers.AutoModelForImageClassification.from_pretrained(
             **own, **drop_path_options(args, own), ignore_mismatched_sizes=args.ignore_mismatched_sizes,
@@ -32,7 +32,7 @@ def load_model(args: argparse.Namespace, config: PeftConfig | None, names: list[
         if args.ignore_mismatched_sizes or "ignore_mismatched_sizes" not in str(error):
             raise
         raise ValueError(
-            f"The head of {args.model_name_or_path} is for another number of classes than the {len(names)} of the "
+            f"The head of {args.model_name_or_path} has a different number of classes from the {len(names)} of the "
             "data: give --ignore_mismatched_sizes for a new one."
         ) from error
     finally:
@@ -41,7 +41,7 @@ def load_model(args: argparse.Namespace, config: PeftConfig | None, names: list[
         model.config.label_names = list(names)
     takers = [m for m in model.modules() if "interpolate_pos_encoding" in inspect.signature(m.forward).parameters]
     if args.interpolate_pos_encoding and not takers:
-        raise ValueError(f"--interpolate_pos_encoding: {type(model).__name__} takes no such argument; leave it away.")
+        raise ValueError(f"--interpolate_pos_encoding: {type(model).__name__} has no such argument; remove it.")
     if args.method != "full":
         given = getattr(config, "modules_to_save", None)
         named = getattr(config, "backbone", None)
@@ -54,11 +54,11 @@ def load_model(args: argparse.Namespace, config: PeftConfig | None, names: list[
                 parameter.requires_grad_(name.startswith(tuple(f"{head}." for head in heads)))
         else:
             adapted = hf_visual_peft.with_visual_targets(config, model)
-            # whoever loads the adapter gets the very checkpoint; a folder has no revisions
+            # so that the adapter is loaded with exactly this checkpoint; a folder has no revisions
             named = args.model_revision != "main" and not Path(args.model_name_or_path).exists()
             model = get_peft_model(model, adapted, revision=args.model_revision if named else None)
         if not isinstance(config, hf_visual_peft.VisualPeftConfig):
-            hf_visual_peft.freeze_norms(model)  # ours do it themselves
+            hf_visual_peft.freeze_norms(model)  # methods of the library do it themselves
     if args.drop_path_rate:
         check_drop_path(model, args)
     if args.gradient_checkpointing:
@@ -68,19 +68,19 @@ def load_model(args: argparse.Namespace, config: PeftConfig | None, names: list[
 
 
 def drop_path_options(args: argparse.Namespace, own: dict[str, Any]) -> dict[str, Any]:
-    """How `from_pretrained` is told `--drop_path_rate`."""
+    """The arguments of `from_pretrained` for `--drop_path_rate`."""
     if args.drop_path_rate is None:
         return {}
     found = transformers.AutoConfig.from_pretrained(**own)
     if found.model_type == "timm_wrapper":
         return {"model_args": {**(found.model_args or {}), "drop_path_rate": args.drop_path_rate}}
     if not hasattr(found, "drop_path_rate"):
-        raise ValueError(f"--drop_path_rate: {found.model_type} models have no stochastic depth; leave it out.")
+        raise ValueError(f"--drop_path_rate: {found.model_type} models have no stochastic depth; remove it.")
     return {"drop_path_rate": args.drop_path_rate}
 
 
 def check_drop_path(model: nn.Module, args: argparse.Namespace) -> None:
-    """Raise an error where no stochastic depth of the backbone would act in training."""
+    """Raise an error if no stochastic depth of the backbone would act in training."""
     training = {module: module.training for module in model.modules()}
     model.train()
     acts = any(type(m).__name__.endswith("DropPath") and m.training for m in model.modules())
@@ -88,5 +88,5 @@ def check_drop_path(model: nn.Module, args: argparse.Namespace) -> None:
         module.training = mode
     if not acts:
         raise ValueError(
-            f"--drop_path_rate {args.drop_path_rate} acts nowhere in this model with --method {args.method}."
+            f"--drop_path_rate {args.drop_path_rate} has no effect in this model with --method {args.method}."
         )

@@ -1,4 +1,4 @@
-"""Optimizers, learning rates and the moving average of what trains."""
+"""Optimizers, learning rates and the moving average of the trained parameters."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 
 
 def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """The optimizer of what trains, as the flags say."""
+    """The optimizer of the trained parameters, as the flags say."""
     groups = hf_visual_peft.parameter_groups(model, args.weight_decay)
     if args.layer_lr_decay < 1:
         groups = split_by_depth(model, groups, args.learning_rate, args.layer_lr_decay)
@@ -41,11 +41,11 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
 
 
 def depths(model: nn.Module) -> tuple[dict[str, int], int]:
-    """How deep in the backbone each parameter that trains stands, by name, and the greatest depth.
+    """The depth of each trained parameter in the backbone, by name, and the greatest depth.
 
-    What comes before the first block has 0 and block i has i + 1, with the adapters in it and with what comes between
-    it and the next; weights that blocks share have the depth of the first. What comes behind the last block or
-    beside the backbone, as heads, has the greatest.
+    Modules before the first block have depth 0. Block i has depth i + 1, with its adapters and with the modules
+    between it and the next block; weights that blocks share have the depth of the first one. Modules after the last
+    block or outside the backbone, such as heads, have the greatest depth.
     """
     backbone = hf_visual_peft.find_backbone(model)
     blocks = [f"{block.path}." for block in backbone.blocks]
@@ -64,7 +64,7 @@ def depths(model: nn.Module) -> tuple[dict[str, int], int]:
 def split_by_depth(
     model: nn.Module, groups: list[dict[str, Any]], learning_rate: float, decay: float
 ) -> list[dict[str, Any]]:
-    """The groups, each parted by depth: the deepest has the learning rate, each before it `decay` of the next."""
+    """The groups, divided by depth: the deepest has the learning rate, each other `decay` times that of the next."""
     of_name, deepest = depths(model)
     depth = {id(parameter): of_name[name] for name, parameter in model.named_parameters() if name in of_name}
     found = []
@@ -76,16 +76,16 @@ def split_by_depth(
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, args: argparse.Namespace, steps: int) -> LambdaLR:
-    """Warm-up and schedule over so many optimizer steps, which ends at `--min_learning_rate`."""
+    """Warm-up and schedule over that many optimizer steps, which ends at `--min_learning_rate`."""
     warmup = round(args.num_warmup_steps * steps if args.num_warmup_steps < 1 else args.num_warmup_steps)
-    stand_in = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)  # get_scheduler changes what it is given
+    stand_in = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)  # get_scheduler changes its argument
     (shape,) = transformers.get_scheduler(args.lr_scheduler_type, stand_in, warmup, steps).lr_lambdas
     low = args.min_learning_rate / args.learning_rate if args.learning_rate else 0.0
     return LambdaLR(optimizer, lambda step: shape(step) if step < warmup else low + (1 - low) * shape(step))
 
 
 def follow_schedule(optimizer: torch.optim.Optimizer, schedule: LambdaLR) -> None:
-    """Set the learning rates that the schedule has at its step, where its length has changed since it was there."""
+    """Set the learning rates of the schedule's current step, in case its length has changed."""
     rates = [
         base * shape(schedule.last_epoch) for base, shape in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
     ]
@@ -97,24 +97,25 @@ def follow_schedule(optimizer: torch.optim.Optimizer, schedule: LambdaLR) -> Non
 class MovingAverage:
     """The exponential moving average of parameters: average + (1 - decay) (value - average) after each step.
 
-    The decay grows as (1 + n) / (10 + n) with the steps n, up to the one given, so that a short run forgets its start.
+    The decay grows as (1 + n) / (10 + n) with the steps n, up to the given value, so that a short run forgets its
+    start.
 
     Args:
-        parameters: what trains.
+        parameters: the trained parameters.
         decay: from 0 to below 1.
     """
 
     def __init__(self, parameters: list[nn.Parameter], decay: float) -> None:
         def step(averages: Tensors, values: Tensors, count: Tensor | int) -> None:
-            n = int(self.average.n_averaged)  # `count` is a copy on the device, for which this would wait
+            n = int(self.average.n_averaged)  # reading `count` on the device would synchronise
             torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + n) / (10 + n)))
 
         self.parameters = parameters
         self.average = AveragedModel(nn.ParameterList(parameters), multi_avg_fn=step)
-        self.average.update_parameters(nn.ParameterList(parameters))  # begins with what is there
+        self.average.update_parameters(nn.ParameterList(parameters))  # starts at the current values
 
     def update(self) -> None:
-        """A step is done."""
+        """Update the averages after a step."""
         self.average.update_parameters(nn.ParameterList(self.parameters))
 
     def state_dict(self) -> dict[str, Any]:
@@ -122,12 +123,12 @@ class MovingAverage:
         return self.average.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the averages of a checkpoint."""
+        """Load the averages of a checkpoint."""
         self.average.load_state_dict(state)
 
     @torch.no_grad()
     def exchange(self) -> None:
-        """Put the averages into the model, and what was there in their place."""
+        """Swap the averages and the parameters of the model."""
         for parameter, average in zip(self.parameters, self.average.module.parameters(), strict=True):
             value = parameter.clone()
             parameter.copy_(average)

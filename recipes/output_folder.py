@@ -1,4 +1,4 @@
-"""What a run writes into its folder: known by name, so that a run finds, keeps or deletes what an earlier one left."""
+"""The files that a run writes into its folder, so that a later run can find, keep or delete them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ WRITTEN = (
 
 
 def earlier_output(folder: Path) -> list[Path]:
-    """What an earlier run left in a folder and the next would write again or mix with its own."""
+    """Files of an earlier run that the next run would overwrite or mix with its own."""
     return [path for pattern in WRITTEN for path in sorted(folder.glob(pattern))]
 
 
 def clear(folder: Path) -> None:
-    """Delete what earlier runs wrote, with a card of theirs and curves of trackers; anything else stays."""
+    """Delete the files of earlier runs, with their cards and logs of trackers; other files stay."""
     remains = [*folder.glob("preprocessor_config.json"), *folder.glob(".checkpoint-*.tmp")]
     for curves in ("events.out.tfevents.*", "hparams.yml"):
         remains += folder.glob(f"image_classification/**/{curves}")
@@ -36,23 +36,23 @@ def clear(folder: Path) -> None:
     for path in [*earlier_output(folder), *remains, *card]:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     for empty in sorted(folder.glob("image_classification/**"), reverse=True):
-        with contextlib.suppress(OSError):  # it holds something else
+        with contextlib.suppress(OSError):  # it holds other files
             empty.rmdir()
 
 
 def is_own_readme(folder: Path) -> bool:
-    """Whether there is a README that somebody wrote: it is not for us to change."""
+    """Whether there is a README that a user wrote, which we must not change."""
     path = folder / CARD
     if not path.exists():
         return False
     try:
         return not is_generated(ModelCard.load(path).text)
-    except (ValueError, yaml.YAMLError):  # its head is no metadata
+    except (ValueError, yaml.YAMLError):  # it does not begin with metadata
         return True
 
 
 def publish(folder: Path, *writers: Callable[[Path], object]) -> None:
-    """Write files aside and move them into a folder once all are whole; a README that somebody wrote stays."""
+    """Write files to a temporary folder and move them once all are complete; a README that a user wrote stays."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".tmp") as aside:
         for write in writers:
             write(Path(aside))

@@ -1,4 +1,4 @@
-"""Prediction and evaluation with what a run saved: an adapter, or the whole model of `linear` and `full`.
+"""Prediction and evaluation with the result of a run: an adapter, or the whole model of `linear` and `full`.
 
 `--do_predict SOURCE` takes any images, with or without labels, `--eval_only` the test split of the usual flags, or
 else validation. `--output_dir` then holds `predictions.csv` and `predictions.json`, with the probability of every
@@ -65,19 +65,19 @@ OF_TRAINING = ("push_to_hub", "resume_from_checkpoint", "cache_features", "strea
 
 def add_prediction_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("prediction, with a saved adapter or model as --model_name_or_path").add_argument
-    add("--do_predict", metavar="SOURCE", help="predict: an image, a folder, a file as of --test_file, or a data set")
+    add("--do_predict", metavar="SOURCE", help="predict: an image, a folder, a file as for --test_file, or a data set")
     add("--eval_only", **SWITCH, help="predict and evaluate on the test split, or else on validation; no training")
-    add("--base_model_name_or_path", help="checkpoint that the adapter goes on; default: the one that it names")
+    add("--base_model_name_or_path", help="checkpoint for the adapter; default: the one that it names")
 
 
 def check_prediction(args: argparse.Namespace) -> None:
-    """Raise an error for flags that do not go together, and for results that are there."""
+    """Raise an error for flags that do not work together, and for existing results."""
     if args.do_predict and args.eval_only:
-        raise ValueError("--do_predict and --eval_only: give one; with labels, --do_predict evaluates, too")
+        raise ValueError("--do_predict and --eval_only: give one; with labels, --do_predict also evaluates")
     if args.do_predict:
         given = [f"--{name}" for name in OF_DATA if getattr(args, name)]
         if given:
-            raise ValueError(f"--do_predict says itself which images: leave {', '.join(given)} away")
+            raise ValueError(f"--do_predict already names the images: remove {', '.join(given)}")
     given = [f"--{name}" for name in OF_TRAINING if getattr(args, name)]
     if given:
         raise ValueError(f"{', '.join(given)}: nothing trains with --do_predict and --eval_only")
@@ -91,14 +91,14 @@ def check_prediction(args: argparse.Namespace) -> None:
 
 @dataclass
 class Saved:
-    """What a run saved.
+    """A saved model.
 
     Attributes:
-        model: with the adapter, where there is one.
+        model: with the adapter, if there is one.
         processor: of its images.
         names: of its classes.
-        several: whether an image may have several of them.
-        inputs: further arguments of the model.
+        several: whether an image may have several classes.
+        inputs: extra arguments of the model.
     """
 
     model: Any
@@ -112,7 +112,7 @@ def load_saved(args: argparse.Namespace) -> Saved:
     """The model with its own image processor and classes.
 
     Raises:
-        ValueError: it cannot classify: it has no trained head, or its base is not there.
+        ValueError: the model has no trained head, or its base cannot be loaded.
     """
     where, flag = args.model_name_or_path, f"--model_name_or_path {args.model_name_or_path}"
     access = {"cache_dir": args.cache_dir, "token": args.token}
@@ -123,9 +123,9 @@ def load_saved(args: argparse.Namespace) -> Saved:
     if adapter and whole:
         raise ValueError(f"{flag} holds an adapter and a whole model: move adapter_config.json or config.json away.")
     if local and not adapter and not whole:
-        raise ValueError(f"{flag} has neither adapter_config.json nor config.json: no run has saved a model there.")
+        raise ValueError(f"{flag} has neither adapter_config.json nor config.json: it is not the result of a run.")
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # what its table of new weights says is an error below
+    transformers.logging.set_verbosity_error()  # new weights in its table are an error below
     try:
         model, missing, base = _load_adapter(args, own, access) if adapter else _load_whole(where, own)
     finally:
@@ -136,7 +136,7 @@ def load_saved(args: argparse.Namespace) -> Saved:
             "trained its head."
         )
     if getattr(model.config, "id2label", None) is None:
-        raise ValueError(f"{flag}: its config names no classes.")
+        raise ValueError(f"{flag}: its config has no class names.")
     for origin in ((where, own["revision"]), base):
         found = cached_file(
             origin[0], PROCESSOR_NAME, revision=origin[1], **access,
@@ -149,7 +149,7 @@ def load_saved(args: argparse.Namespace) -> Saved:
     processor = load_processor(argparse.Namespace(**vars(args) | chosen), timm_file=PROCESSOR_NAME if timm else None)
     adapted = model.peft_config["default"] if adapter else None
     if bool(args.clip_frames) != bool(getattr(adapted, "video", False)):
-        wanted = "single images: leave --clip_frames out" if args.clip_frames else "videos: give --clip_frames"
+        wanted = "single images: remove --clip_frames" if args.clip_frames else "videos: give --clip_frames"
         raise ValueError(f"{flag} takes {wanted}.")
     names = [str(model.config.id2label[index]) for index in range(len(model.config.id2label))]
     several = getattr(model.config, "problem_type", None) == "multi_label_classification"
@@ -169,7 +169,7 @@ def _load_whole(where: str, own: dict[str, Any]) -> tuple[Any, list[str], tuple[
 def _load_adapter(
     args: argparse.Namespace, own: dict[str, Any], access: dict[str, Any]
 ) -> tuple[Any, list[str], tuple[str, Any]]:
-    """The model, its weights that neither base nor adapter has, and the base with its revision."""
+    """The model, its weights that are neither in base nor adapter, and the base with its revision."""
     where = args.model_name_or_path
     config = PeftConfig.from_pretrained(where, **own)
     base = args.base_model_name_or_path or config.base_model_name_or_path
@@ -193,7 +193,7 @@ def _load_adapter(
 
 
 def _other_size(model: Any, processor: Any) -> bool:
-    """Whether images come in another size than that of pretraining, to a model that asks to be told."""
+    """Whether images differ in size from pretraining and the model needs an argument for that."""
     takers = (m for m in model.modules() if "interpolate_pos_encoding" in inspect.signature(m.forward).parameters)
     size = getattr(model.config, "image_size", None)
     if size is None or next(takers, None) is None:
@@ -206,13 +206,13 @@ def _other_size(model: Any, processor: Any) -> bool:
 
 @dataclass
 class Samples:
-    """What there is to predict.
+    """The samples to predict.
 
     Attributes:
         data: one column of images, not yet decoded.
-        rows: their numbers in what was read.
-        files: names of the files, None where there are none.
-        labels: class of each, or list of classes; None for a sample without.
+        rows: their numbers in the source.
+        files: names of the files, None without files.
+        labels: class of each, or list of classes; None for a sample without label.
     """
 
     data: datasets.Dataset
@@ -222,8 +222,8 @@ class Samples:
 
 
 def read_samples(accelerator: Accelerator, args: argparse.Namespace, saved: Saved) -> Samples:
-    """The images and what is known of their classes; every process calls this at the same time."""
-    with accelerator.main_process_first():  # the others find what it has cached
+    """The images and their known classes; every process calls this at the same time."""
+    with accelerator.main_process_first():  # the others then read its cache
         root, data = _read_evaluated(args) if args.eval_only else _read_source(args)
     flag = "--eval_only" if args.eval_only else f"--do_predict {args.do_predict}"
     kind = datasets.List if args.clip_frames else datasets.Image
@@ -248,7 +248,7 @@ def read_samples(accelerator: Accelerator, args: argparse.Namespace, saved: Save
 
 
 def _read_evaluated(args: argparse.Namespace) -> tuple[Path | None, datasets.Dataset]:
-    """The test split, or else validation, and the folder that it lies in."""
+    """The test split, or else validation, and its folder."""
     splits = load_splits(argparse.Namespace(**vars(args) | {"train_split": "none"}))
     for split in ("test", "validation"):
         if split in splits:
@@ -257,12 +257,12 @@ def _read_evaluated(args: argparse.Namespace) -> tuple[Path | None, datasets.Dat
             return Path(folder) if folder else None, splits[split]
     raise ValueError(
         "--eval_only: there is no test split and no validation split. Name one by --test_dir, --test_file or "
-        "--dataset_name, with --test_split where it is called otherwise."
+        "--dataset_name, with --test_split if it has another name."
     )
 
 
 def _read_source(args: argparse.Namespace) -> tuple[Path | None, datasets.Dataset]:
-    """What `--do_predict` names, and the folder that it lies in."""
+    """The source that `--do_predict` names, and its folder."""
     source, flag = args.do_predict, f"--do_predict {args.do_predict}"
     path, suffixes = Path(source), image_suffixes()
     if path.is_file() and path.suffix.lower() in suffixes:
@@ -275,13 +275,13 @@ def _read_source(args: argparse.Namespace) -> tuple[Path | None, datasets.Datase
             return path, read_folder(path, flag, args)
         if listing.images:
             if listing.left_out:
-                tell(f"{flag}: files left out: {', '.join(f'{n} {kind}' for kind, n in listing.left_out.items())}.")
+                tell(f"{flag}: skipped files: {', '.join(f'{n} {kind}' for kind, n in listing.left_out.items())}.")
             labels = [image.parts[0] if len(image.parts) > 1 else None for image in listing.images]
             return path, _images_of([path.resolve() / image for image in listing.images], labels)
     sources = named_sources(argparse.Namespace(**vars(args) | {"dataset_name": source}))
     split = args.test_split or ("test" if "test" in sources else next(iter(sources)) if len(sources) == 1 else None)
     if split is None:
-        raise ValueError(f"{flag} has the splits {', '.join(sources)}: choose one by --test_split.")
+        raise ValueError(f"{flag} has the splits {', '.join(sources)}: choose one with --test_split.")
     return path if path.is_dir() else None, cut(sources, split, f"--test_split {split}")[0]
 
 
@@ -293,7 +293,7 @@ def _images_of(files: list[Path], labels: list[str | None]) -> datasets.Dataset:
 
 
 def _known(labels: list[Any], saved: Saved, flag: str, required: bool) -> list[Any]:
-    """The labels that are classes of the model; others are an error where labels are required, and None else."""
+    """The labels that are classes of the model; others are an error if labels are required, else None."""
     names = set(saved.names)
     kind = list if saved.several else str
     good = [isinstance(row, kind) and ({*row} if saved.several else {row}) <= names for row in labels]
@@ -307,12 +307,12 @@ def _known(labels: list[Any], saved: Saved, flag: str, required: bool) -> list[A
         )
     others = sorted({str(labels[number]) for number in bad if labels[number] is not None})
     if others:
-        tell(f"{len(bad)} samples count as unlabelled: {some(others)} is no class of the model.")
+        tell(f"{len(bad)} samples count as unlabelled: {some(others)} is not a class of the model.")
     return [row if fine else None for row, fine in zip(labels, good, strict=True)]
 
 
 def _name_of(value: dict[str, Any] | None, root: Path | None) -> str | None:
-    """The file of an image, from the folder on that was given; of one elsewhere, its name."""
+    """The file of an image, relative to the given folder; its name if it is elsewhere."""
     path = ((value or {}).get("path") or "").partition("::")[0].removeprefix("zip://")
     if not path:
         return None
@@ -327,7 +327,7 @@ def _name_of(value: dict[str, Any] | None, root: Path | None) -> str | None:
 
 @torch.no_grad()
 def logits_of(accelerator: Accelerator, saved: Saved, images: Images, args: argparse.Namespace) -> Tensor:
-    """The logits of all samples in their order, (N, classes), on every process; `images` have their numbers as ids."""
+    """The logits of all samples in order, (N, classes), on every process; ids of `images` are their numbers."""
     loader = DataLoader(
         images, batch_size=args.per_device_eval_batch_size, num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
@@ -384,7 +384,7 @@ def figures(logits: Tensor, labels: list[Any], saved: Saved, top_k: int | None) 
 
 
 def table_of(found: dict[str, Any], most: int = 30) -> str:
-    """The figures of each class, and the metrics, as they are shown."""
+    """The figures of each class and the metrics, as text."""
     shown = list(found["per_class"].items())[:most]
     width = max(len(name) for name, _ in [*shown, ("class", {})])
     lines = [f"{'class':{width}}{'precision':>11}{'recall':>9}{'f1':>9}{'support':>10}"]
@@ -399,7 +399,7 @@ def table_of(found: dict[str, Any], most: int = 30) -> str:
 
 
 def predictions_of(logits: Tensor, samples: Samples, saved: Saved) -> list[dict[str, Any]]:
-    """A row for each sample: its number, file and label, what is predicted, and the probabilities."""
+    """A row for each sample: its number, file, label, prediction and probabilities."""
     chances = (logits.sigmoid() if saved.several else logits.softmax(-1)).tolist()
     rows = []
     for number, file, label, values in zip(samples.rows, samples.files, samples.labels, chances, strict=True):
@@ -429,7 +429,7 @@ def as_csv(rows: list[dict[str, Any]], saved: Saved) -> str:
 
 
 def predict(args: argparse.Namespace) -> dict[str, Any]:
-    """Predict, evaluate where there are labels, and write both; returns the content of `evaluation.json`."""
+    """Predict, evaluate if there are labels, and write both; return the content of `evaluation.json`."""
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     Screen(accelerator, progress_kind(args.progress))
     saved = load_saved(args)

@@ -1,4 +1,4 @@
-"""What a run shows: a bar on a terminal, lines in a log file, or nothing."""
+"""The progress display of a run: a bar on a terminal, lines in a log file, or nothing."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tqdm.auto import tqdm
 
 
 def progress_kind(asked: str | None) -> str:
-    """`bar`, `lines` or `none`: as asked, else none where `TQDM_DISABLE` is set, a bar on a terminal, or lines."""
+    """`bar`, `lines` or `none`: as asked; else none if `TQDM_DISABLE` is set, a bar on a terminal, or lines."""
     off = os.environ.get("TQDM_DISABLE", "").lower() not in ("", "0", "false", "no")
     return asked or ("none" if off else "bar" if sys.stderr.isatty() else "lines")
 
 
 def peak_memory(device: torch.device) -> float:
-    """Greatest memory so far in GiB: of the accelerator, or of this process on a CPU; 0 where nothing tells."""
+    """Peak memory so far in GiB: of the accelerator, or of this process on a CPU; 0 if it is not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:
@@ -33,14 +33,14 @@ def peak_memory(device: torch.device) -> float:
 
 
 class Screen:
-    """Shows how training goes; on the first process of each machine.
+    """Shows the progress of training, on the first process of each machine.
 
     Args:
         accelerator: of the run.
-        kind: as `progress_kind` tells.
+        kind: result of `progress_kind`.
 
     Attributes:
-        bars: whether bars are shown, of evaluation, too.
+        bars: whether bars are shown, also for evaluation.
     """
 
     bars = True
@@ -50,7 +50,7 @@ class Screen:
         self.main, self.local_main = accelerator.is_main_process, accelerator.is_local_main_process
         Screen.bars = kind == "bar" and self.local_main
         self.bar: tqdm | None = None
-        if not self.bars:  # those of other libraries, too
+        if not self.bars:  # also those of other libraries
             datasets.disable_progress_bars()
             transformers.utils.logging.disable_progress_bar()
             huggingface_hub.utils.disable_progress_bars()
@@ -62,15 +62,15 @@ class Screen:
         self.resume()
 
     def pause(self) -> None:
-        """Leave what follows out of the throughput, up to `resume`."""
+        """Exclude the time until `resume` from the throughput."""
         self.seconds += time.perf_counter() - self.since
 
     def resume(self) -> None:
-        """Count what follows."""
+        """Count time again."""
         self.since = time.perf_counter()
 
     def step(self, images: int) -> None:
-        """One step is done, on so many images on all processes."""
+        """Count a step, with its number of images on all processes."""
         self.images += images
         if self.bar is not None:
             self.bar.update()
@@ -94,11 +94,11 @@ class Screen:
         return {"images_per_second": speed, "peak_memory_gib": memory}
 
     def say(self, text: str) -> None:
-        """A line that stands above the bar, from the first process."""
+        """Print a line above the bar, from the first process."""
         if self.main:
             tqdm.write(text)
 
     def close(self) -> None:
-        """Training is over."""
+        """End the display."""
         if self.bar is not None:
             self.bar.close()

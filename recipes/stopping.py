@@ -1,4 +1,4 @@
-"""How a run ends before its time: by a signal, by numbers that are not finite, or by an error, in one line."""
+"""Early ends of a run: by a signal, by non-finite values, or by an error, each with a message of one line."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class DivergedError(FloatingPointError):
 
 
 class InterruptedBySignal(Exception):  # noqa: N818 - no error, but asked for
-    """A signal arrived while nothing was under way that had to be finished."""
+    """A signal arrived when nothing had to be finished."""
 
 
 class Finite:
-    """Looks whether all that trains is finite.
+    """Checks that all trained parameters are finite.
 
     Args:
         accelerator: of the run.
@@ -56,14 +56,14 @@ class Finite:
         return [name for name, good in zip(tensors, fine, strict=True) if not good]
 
     def check_weights(self, step: int) -> None:
-        """Raise an error, on every process, where any process has weights that are not finite."""
+        """Raise an error on every process if any process has weights that are not finite."""
         found = self._infinite(self._tensors())
         flag = torch.tensor([len(found)], device=self.accelerator.device)
         if self.accelerator.gather(flag).sum().item():
             raise DivergedError(f"weights are not finite at step {step} ({', '.join(found[:3]) or 'another process'})")
 
     def check_losses(self, losses: Sequence[Tensor], step: int) -> list[float]:
-        """The loss of each of the last steps, the mean of all processes; an error where one is not finite."""
+        """The losses of the last steps, averaged over all processes; raise an error if one is not finite."""
         values = self.accelerator.gather(torch.stack(list(losses))).view(-1, len(losses)).mean(0).tolist()
         for value, number in zip(values, range(step - len(values) + 1, step + 1), strict=True):
             if not abs(value) < float("inf"):
@@ -72,7 +72,7 @@ class Finite:
 
 
 class Interruption:
-    """Notes SIGTERM and SIGINT, so that a run can save first; a second one ends it at once.
+    """Records SIGTERM and SIGINT, so that a run can save first; a second signal ends it at once.
 
     Args:
         accelerator: of the run; a signal to one process counts for all.
@@ -111,7 +111,7 @@ class Interruption:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Let a signal break off what is done here, where no other process waits for this one."""
+        """Let a signal interrupt the code in the context, during which no other process waits for this one."""
         self._raise = self.accelerator.num_processes == 1
         try:
             yield
@@ -127,10 +127,10 @@ class Interruption:
 
 
 def run_readably(main: Callable[[], object], show_traceback: bool) -> None:
-    """Run a program; an error ends it with one line and status 1, below its traceback if that is asked for."""
+    """Run a program; an error ends it with one line and status 1, after its traceback if that is wanted."""
     try:
         main()
-    except KeyboardInterrupt:  # before or after training, which has its own way to stop
+    except KeyboardInterrupt:  # before or after training, which handles signals itself
         print("Stopped by SIGINT.", file=sys.stderr, flush=True)
         raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
@@ -142,7 +142,7 @@ def run_readably(main: Callable[[], object], show_traceback: bool) -> None:
 
 
 def told(error: BaseException) -> str:
-    """An error and what caused it, in one line."""
+    """An error and its cause, in one line."""
     seen: BaseException | None = error
     texts: list[str] = []
     while seen is not None and len(texts) < 3:

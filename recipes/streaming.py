@@ -1,7 +1,7 @@
-"""Samples as they come from the Hub or from large files, without a copy on disk.
+"""Samples streamed from the Hub or from large files, without a copy on disk.
 
-Before training, the labels of all samples are read once: the classes, how many samples each has, and the length of an
-epoch are known as without streaming. Images are read and decoded when their turn comes.
+Before training, the labels of all samples are read once, so that the classes, their numbers of samples and the length
+of an epoch are known, as without streaming. Images are read and decoded when they are needed.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from PIL import Image
 from torch import Tensor
 
 
-SHARDS = 64  # at most, of data that is on disk in one piece
+SHARDS = 64  # at most, for data in one file on disk
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Raise an error for flags that need all samples at hand."""
+    """Raise an error for flags that need all samples at once."""
     wrong = {
         "--cache_features": args.cache_features,
         "--sampler balanced": args.sampler == "balanced",
@@ -42,14 +42,14 @@ def check_flags(args: argparse.Namespace) -> None:
     }
     if any(wrong.values()):
         names = ", ".join(name for name, given in wrong.items() if given)
-        raise ValueError(f"--streaming does not go with {names}: it never has all samples at hand; leave one out")
+        raise ValueError(f"--streaming does not work with {names}: it never has all samples at once; remove one")
 
 
 def part_of(stream: datasets.IterableDataset) -> datasets.IterableDataset:
-    """The samples of this process, in every epoch the same ones."""
+    """The samples of this process, the same in every epoch."""
     state = PartialState()
     if state.num_processes > 1 and stream.num_shards % state.num_processes == 0:
-        # `split_dataset_by_node` would deal whole shards out anew in every epoch
+        # `split_dataset_by_node` would distribute whole shards anew in every epoch
         return stream.shard(num_shards=state.num_processes, index=state.process_index)
     return split_dataset_by_node(stream, rank=state.process_index, world_size=state.num_processes)
 
@@ -59,8 +59,8 @@ class Samples(torch.utils.data.IterableDataset[dict[str, Any]]):
 
     Args:
         images: of the process.
-        skipped: how many are left out at the beginning, without decoding them.
-        again: how often the process had them in this epoch, for other augmentations.
+        skipped: number of samples to skip at the beginning, without decoding.
+        again: how often the process has already used them in this epoch, for other augmentations.
     """
 
     def __init__(self, images: StreamedImages, skipped: int, again: int) -> None:
@@ -77,16 +77,16 @@ class Samples(torch.utils.data.IterableDataset[dict[str, Any]]):
 class StreamedImages(Images):
     """Samples of a stream.
 
-    Augmentation is drawn from seed, epoch, process, worker and the sample's place in the stream, whose order follows
-    from seed, epoch and numbers of processes and workers: a resumed run with the same ones sees the same pixels.
+    Augmentation is drawn from seed, epoch, process, worker and the sample's place in the stream, whose order depends
+    on seed, epoch and the numbers of processes and workers: a resumed run with the same numbers sees the same pixels.
 
     Args:
         stream: samples of this process.
         columns: of the image and of the labels.
-        labels: what the classes of a sample are, by what its columns hold.
+        labels: the classes of a sample, by the values of its columns.
         ids: classes of the samples of all processes.
-        own: how many samples this process has.
-        most: how many samples a process has at most.
+        own: number of samples of this process.
+        most: largest number of samples of a process.
         split: its name.
         processor: image processor of the model.
         args: of the recipe.
@@ -108,7 +108,7 @@ class StreamedImages(Images):
         self.columns, self.labels, self.own, self.most = columns, labels, own, most
 
     def __len__(self) -> int:
-        """Of all processes."""
+        """The number of samples of all processes."""
         return len(self.ids)
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -120,17 +120,17 @@ class StreamedImages(Images):
         yield from stream
 
     def prepared(self, row: dict[str, Any], place: tuple[int, int, int]) -> dict[str, Any]:
-        """A row for the model; `place` is the worker, the round of the epoch and the number within it."""
+        """A row for the model; `place` is the worker, the repetition in the epoch and the number within it."""
         image, names = self.columns
         process = PartialState().process_index
         where = f"sample {place[-1]} of the {self.split} split in process {process}, worker {place[0]}"
         held = held_by(row, names)
         if held not in self.labels:
-            raise ValueError(f"The label {held} ({where}) was not there when the labels were read: data have changed.")
+            raise ValueError(f"The label {held} ({where}) was not there when the labels were read: the data changed.")
         return self.sample(row[image], self.labels[held], where, (self.args.seed, self.epoch, process, *place))
 
     def blank(self) -> dict[str, Any]:
-        """A sample of the right shapes, for a process that has none."""
+        """A placeholder sample of the right shapes, for a process without samples."""
         image = Image.new("RGB", (64, 64))
         inputs = self.processor(images=[image] * (self.args.clip_frames or 1), return_tensors="pt")
         if not self.args.clip_frames:
@@ -143,10 +143,10 @@ def held_by(row: Mapping[str, Any], names: list[str]) -> str:
 
 
 class StreamLoader(DataLoaderStateMixin):
-    """Batches of a stream on the device of a process, as many in each process.
+    """Batches of a stream on the device of a process, equally many in each process.
 
-    In training, an epoch has as many batches as the process with most samples needs; others begin theirs again. In
-    evaluation, every sample comes once: batches are filled up, and `real` (batch,) tells which of theirs are samples.
+    In training, an epoch has as many batches as the process with the most samples needs; the others repeat theirs. In
+    evaluation, every sample occurs once: batches are padded, and `real` (batch,) marks the samples.
     """
 
     def __init__(self, accelerator: Accelerator, images: StreamedImages, first: int = 0) -> None:
@@ -165,19 +165,19 @@ class StreamLoader(DataLoaderStateMixin):
         self.dataset.epoch = epoch
 
     def after(self, batches: int) -> StreamLoader:
-        """The rest of an epoch, behind that many batches."""
+        """The rest of an epoch, after that many batches."""
         return StreamLoader(self.accelerator, self.dataset, batches)
 
     def samples(self) -> Iterator[dict[str, Any]]:
-        """Samples of this process, prepared by the workers; in training again and again."""
+        """Samples of this process, prepared by the workers; in training without end."""
         workers = self.dataset.args.dataloader_num_workers
         first = self.first * self.batch_size
-        # several workers take turns, so that none knows by itself what is left out
+        # several workers take turns, so that none knows by itself which samples to skip
         skipped = first if workers < 2 and first < self.dataset.own else 0
         for again in itertools.count() if self.train else range(1):
             loader = torch.utils.data.DataLoader(
                 Samples(self.dataset, 0 if again else skipped, again), batch_size=None, num_workers=workers,
-                generator=torch.Generator().manual_seed(again),  # its draws must not shift those of dropout
+                generator=torch.Generator().manual_seed(again),  # its draws must not change those of dropout
             )  # fmt: skip
             yield from loader if again or skipped else itertools.islice(loader, first, None)
 
@@ -189,7 +189,7 @@ class StreamLoader(DataLoaderStateMixin):
             self.end()
 
     def train_batches(self) -> Iterator[dict[str, Tensor]]:
-        """As many batches in each process; the last one of an epoch is as small as the samples that are left."""
+        """Equally many batches in each process; the last one of an epoch has the remaining samples."""
         samples = self.samples()
         for number in range(self.first, len(self)):
             size = min(self.batch_size, self.dataset.most - number * self.batch_size)
@@ -212,17 +212,17 @@ class StreamLoader(DataLoaderStateMixin):
             yield {**batch, "real": torch.arange(self.batch_size, device=left.device) < left}
         if count != len(self.dataset):
             raise RuntimeError(
-                f"{count} samples of the {self.dataset.split} split came, and {len(self.dataset)} labels were read "
+                f"{count} samples of the {self.dataset.split} split were read, but {len(self.dataset)} labels "
                 "before: the data have changed."
             )
 
     def batch(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Samples together, on the device."""
+        """Collate samples, on the device."""
         return send_to_device(torch.utils.data.default_collate(samples), self.accelerator.device)
 
 
 def opened(data: Any) -> datasets.IterableDataset:
-    """A split as a stream that knows its columns."""
+    """A split as a stream with known columns."""
     if isinstance(data, datasets.Dataset):
         return data.to_iterable_dataset(num_shards=min(SHARDS, len(data)))
     return data if data.features else data._resolve_features()
@@ -231,7 +231,7 @@ def opened(data: Any) -> datasets.IterableDataset:
 def prepare_stream(
     args: argparse.Namespace, processor: Any, splits: Mapping[str, Any]
 ) -> tuple[dict[str, StreamedImages], list[str], int]:
-    """As `prepare_data`; no image is looked at."""
+    """As `prepare_data`, without reading images."""
     streams = {split: opened(data) for split, data in splits.items()}
     if "validation" not in streams and args.select == "best":
         raise ValueError("--streaming holds no samples out: --select best needs a validation split; or --select last.")

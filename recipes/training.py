@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluation, checkpoints, and an end before time."""
+"""The training loop: steps, evaluation, checkpoints, and early ends."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ from torch.utils.data import DataLoader
 
 
 def rank_of(found: dict[str, float], criterion: str) -> list[float]:
-    """What orders evaluations, the greater the better: the criterion, and the lower loss where it is equal."""
+    """The rank of an evaluation, the greater the better: the criterion, then the lower loss."""
     return [-found["loss"] if criterion == "loss" else found[criterion], -found["loss"]]
 
 
 @dataclasses.dataclass
 class Training:
-    """A run from where `progress` stands to its last step.
+    """A run from `progress` to its last step.
 
     Attributes:
         accelerator: of the run.
         args: flags of the recipe.
-        model: as it is saved.
+        model: the one that is saved.
         wrapped: as the accelerator prepared it.
         optimizer: prepared.
         scheduler: prepared.
         loader: of the training images, prepared.
-        images: the training images, which are told their epoch.
-        evaluate: gives the metrics on validation; None where there is no such split.
+        images: the training images, whose epoch is set here.
+        evaluate: returns the metrics on validation; None without a validation split.
         checkpoints: writes them.
-        screen: shows what happens.
+        screen: shows the progress.
         max_steps: optimizer steps of the whole run.
         loss: of logits and labels.
-        inputs: further arguments of the model.
+        inputs: extra arguments of the model.
         mixing: of images within a batch.
-        average: moving average of what trains, for evaluation; None without.
-        progress: how far the run is.
-        best_state: weights of the best evaluation; None where the last are kept.
+        average: moving average of the trained parameters, for evaluation; None for none.
+        progress: of the run.
+        best_state: weights of the best evaluation; None if the last are kept.
     """
 
     accelerator: Accelerator
@@ -76,8 +76,8 @@ class Training:
         self.trainable = [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
         self.finite = Finite(self.accelerator, self.model)
         self.batch: dict[str, Any] | None = None  # the last one
-        self.losses: list[Tensor] = []  # of the steps since the last look at them
-        self.shown: list[float] = []  # of those since the last report
+        self.losses: list[Tensor] = []  # of the steps since the last check
+        self.shown: list[float] = []  # of the steps since the last report
         self.saved: tuple[int, int] | None = None  # step and evaluation of the last checkpoint
         every = self.args.checkpointing_steps
         self.save_steps, self.save_epochs = (int(every), 0) if every.isdigit() else (0, int(every == "epoch"))
@@ -85,25 +85,25 @@ class Training:
         self.eval_epochs = 0 if self.eval_steps else self.args.eval_epochs or 1
 
     def resume(self, name: str) -> None:
-        """Go on from a checkpoint: its path, `latest`, or `auto`, which starts where there is none.
+        """Continue from a checkpoint: its path, `latest`, or `auto`, which starts a new run if there is none.
 
-        Where the run now has other steps than the one before, the rest follows the schedule of the new length.
+        If the number of steps has changed, the rest follows the schedule of the new length.
         """
         folder = self.checkpoints.folder
         if name == "auto" and not self.checkpoints.all():
             if left := earlier_output(folder):
                 raise ValueError(
                     f"--resume_from_checkpoint auto: {folder} has {left[0].name} of a run without checkpoints, which "
-                    "cannot go on; delete it by --overwrite_output_dir, or choose another --output_dir."
+                    "cannot continue; delete it with --overwrite_output_dir, or choose another --output_dir."
                 )
             return
         self.progress, self.best_state = self.checkpoints.load("latest" if name == "auto" else name)
         tell = self.accelerator.print
-        tell(f"Going on after step {self.progress.step} of {self.max_steps}.")
+        tell(f"Continuing after step {self.progress.step} of {self.max_steps}.")
         if self.checkpoints.steps_before != self.max_steps:
             follow_schedule(self.optimizer, self.scheduler.scheduler)
             tell(
-                f"The run had {self.checkpoints.steps_before} steps. From here on it has the learning rates of a run "
+                f"The run had {self.checkpoints.steps_before} steps. From now on it has the learning rates of a run "
                 f"of {self.max_steps}: now {max(self.scheduler.get_last_lr()):.3g}."
             )
 
@@ -111,7 +111,7 @@ class Training:
         """Train to the last step or to an early stop.
 
         Raises:
-            DivergedError: the loss or the weights are not finite; nothing of that is saved.
+            DivergedError: the loss or the weights are not finite; they are not saved.
             SystemExit: a signal stopped the run.
         """
         progress = self.progress
@@ -131,11 +131,11 @@ class Training:
             except RuntimeError:
                 if self.interruption.number is None:
                     raise
-                self.save_and_end()  # the signal has ended the processes that load images, too
+                self.save_and_end()  # the signal has also ended the processes that load images
         self.screen.close()
 
     def explained(self, error: DivergedError) -> DivergedError:
-        """The error with where it was, what is left and what to do."""
+        """The error with the step, the last good checkpoint and a remedy."""
         whole = self.checkpoints.all()
         return DivergedError(
             f"The run diverged: {error} ({self.progress.step} of {self.max_steps} steps are done). Nothing of it is "
@@ -144,7 +144,7 @@ class Training:
         )
 
     def check_result(self) -> None:
-        """Check the weights that are to be saved, and what comes out with them."""
+        """Check the weights before saving, and the model's output with them."""
         try:
             self.finite.check_weights(self.progress.step)
             self.check_outputs()
@@ -153,13 +153,13 @@ class Training:
 
     @torch.no_grad()
     def check_outputs(self) -> None:
-        """Check what the model says of a training batch: weights may be finite, and too large for that."""
+        """Check the model's output for a training batch: finite weights may still be too large."""
         batch = self.batch or {k: v for k, v in next(iter(self.loader)).items() if k != "labels"}
         self.wrapped.eval()
         largest = self.wrapped(**batch, **self.inputs).logits.float().abs().max()
         self.wrapped.train()
         if self.accelerator.gather(largest.isfinite().logical_not().view(1)).any():
-            raise DivergedError(f"what the model says is not finite at step {self.progress.step}")
+            raise DivergedError(f"the model's output is not finite at step {self.progress.step}")
 
     def is_over(self) -> bool:
         """Whether the last step is done, or patience has run out."""
@@ -210,7 +210,7 @@ class Training:
                 break
 
     def backward(self, batch: dict[str, Any], number: int) -> tuple[Tensor, int]:
-        """Add the gradients of a batch; its loss and size."""
+        """Add the gradients of a batch; return its loss and size."""
         labels = batch.pop("labels")
         count, self.batch = len(labels), dict(batch)
         if self.mixing.kinds:
@@ -218,13 +218,13 @@ class Training:
             batch["pixel_values"], labels = self.mixing(batch["pixel_values"], labels, drawn)
         logits = self.wrapped(**batch, **self.inputs).logits.float()
         loss = self.loss(logits, labels)
-        # a batch counts by its images, so that the last one of an epoch, if smaller, has its share
+        # batches are weighted by their images, because the last one of an epoch may be smaller
         share = count / self.args.per_device_train_batch_size
         self.accelerator.backward(loss * share if share != 1 else loss)
         return loss.detach(), count
 
     def finish_gradients(self, images: int) -> Tensor | None:
-        """Make the gradients the mean over the images of a step, clip them, and give their norm where it is shown.
+        """Average the gradients over the images of a step, clip them, and return their norm if it is shown.
 
         accelerate divides by the number of batches that a step should have; the last of an epoch may have fewer.
         """
@@ -255,7 +255,7 @@ class Training:
         self.finite.check_weights(self.progress.step)
 
     def report(self, norm: Tensor | None) -> None:
-        """Show and log how the last steps went."""
+        """Show and log the last steps."""
         self.check()
         loss, rate = sum(self.shown) / len(self.shown), max(self.scheduler.get_last_lr())
         self.shown.clear()
@@ -264,18 +264,18 @@ class Training:
         self.accelerator.log(figures, step=self.progress.step)
 
     def epoch_number(self) -> int:
-        """The epoch that the last step was in, from 1."""
+        """The epoch of the last step, from 1."""
         return self.progress.epoch + (self.progress.batch > 0)
 
     def is_due(self, every_steps: int, every_epochs: int) -> bool:
-        """Whether what happens every so many steps or epochs happens now."""
+        """Whether an action that happens every so many steps or epochs is due now."""
         progress = self.progress
         if every_steps and progress.step % every_steps == 0:
             return True
         return bool(every_epochs) and progress.batch == 0 and progress.epoch % every_epochs == 0
 
     def evaluate_and_save(self, after_resuming: bool = False) -> None:
-        """Evaluate and write a checkpoint, each where it is time."""
+        """Evaluate and write a checkpoint, each if it is due."""
         progress, ends = self.progress, self.progress.step >= self.max_steps
         evaluates = self.evaluate is not None and progress.evaluated != progress.step
         evaluates = evaluates and (ends or self.is_due(self.eval_steps, self.eval_epochs))
@@ -291,7 +291,7 @@ class Training:
         self.screen.resume()
 
     def validate(self) -> None:
-        """Evaluate on validation, and keep the weights where they are the best."""
+        """Evaluate on validation, and keep the weights if they are the best."""
         args, progress = self.args, self.progress
         assert self.evaluate is not None
         with self.average.in_place() if self.average else contextlib.nullcontext():
@@ -302,7 +302,7 @@ class Training:
             self.screen.say(f"Epoch {self.epoch_number()}, step {progress.step}: {figures}")
             rank, best = rank_of(found, args.metric_for_best_model), progress.best
             progress.stale = 0 if best is None or rank > best else progress.stale + 1
-            if args.select == "last" or best is None or rank >= best:  # of equal ones the later
+            if args.select == "last" or best is None or rank >= best:  # the later one if equal
                 progress.kept = {"epoch": self.epoch_number(), "step": progress.step, **found}
                 self.best_state = trainable_state(self.model) if args.select == "best" else None
             progress.best = rank if best is None else max(rank, best)
@@ -320,12 +320,12 @@ class Training:
         self.saved = (self.progress.step, self.progress.evaluated)
 
     def save_and_end(self) -> None:
-        """Write what is not yet written, and end the program because of a signal."""
+        """Write a checkpoint if necessary, and end the program because of a signal."""
         if self.saved != (self.progress.step, self.progress.evaluated):
             self.check()
             self.save()
         self.screen.close()
         whole = self.checkpoints.all()
-        where = f"{whole[-1]} is whole, --resume_from_checkpoint auto goes on" if whole else "no checkpoint is written"
+        where = f"--resume_from_checkpoint auto continues from {whole[-1]}" if whole else "no checkpoint is written"
         reason = " (--checkpointing_steps no)" if self.args.checkpointing_steps == "no" else ""
         self.interruption.end(f"step {self.progress.step} of {self.max_steps} was the last; {where}{reason}.")

@@ -1,4 +1,4 @@
-"""Flags of training and of what a run writes, and the values that they take where none is given."""
+"""Flags of training and of the output of a run, and their default values."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ natural, positive, real = at_least(0), at_least(1), at_least(0, float)
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of training; those that the method has a default for get it in `fill_defaults`."""
+    """Flags of training; `fill_defaults` sets those for which the method has a default."""
     add = parser.add_argument_group("training").add_argument
     add("--per_device_train_batch_size", type=positive, default=32)
     add("--per_device_eval_batch_size", type=positive, default=64)
@@ -57,17 +57,17 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--min_learning_rate", type=real, default=0.0, help="the schedule ends there, not at 0")
     add("--weight_decay", type=real, help="default: the method's")
     add("--lr_scheduler_type", choices=SCHEDULES, help="default: the method's")
-    add("--num_warmup_steps", type=real, help="below 1: share of all steps; default: the method's")
+    add("--num_warmup_steps", type=real, help="below 1: fraction of all steps; default: the method's")
     add(
         "--layer_lr_decay",
         type=real,
         default=1.0,
         help="factor of the learning rate from each block to the one before",
     )
-    add("--drop_path_rate", type=real, help="stochastic depth of the backbone, where the model has it")
+    add("--drop_path_rate", type=real, help="stochastic depth of the backbone, if the model has it")
     add("--label_smoothing_factor", type=real, default=0.0)
     add("--max_grad_norm", type=real, default=0.0, help="0: no clipping")
-    add("--ema_decay", type=real, help="evaluate and save a moving average of what trains, with that decay")
+    add("--ema_decay", type=real, help="evaluate and save a moving average of the trained parameters, with that decay")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: that of `accelerate launch`")
     add("--gradient_checkpointing", **SWITCH)
     add("--cache_features", help="folder for features of the frozen backbone, computed once for all epochs and runs")
@@ -75,7 +75,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--cache_views", type=positive, help="fixed augmentations of each training image among these features")
     add("--dataloader_num_workers", type=natural, default=0)
     add("--seed", type=natural, default=42)
-    add("--top_k", type=positive, help="k of the top-k accuracy; default: 5 where there are more classes")
+    add("--top_k", type=positive, help="k of the top-k accuracy; default: 5 if there are more classes")
     add("--eval_steps", type=positive, help="evaluate on validation every so many optimizer steps, not epochs")
     add("--eval_epochs", type=positive, help="evaluate on validation every so many epochs (1)")
     add("--select", choices=["best", "last"], default="best", help="weights to keep: best on validation, or last")
@@ -94,13 +94,13 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--overwrite_output_dir",
         **SWITCH,
-        help="delete what an earlier run left there, once data and model are loaded",
+        help="delete the files of an earlier run there, once data and model are loaded",
     )
     add("--checkpointing_steps", default="epoch", help="number of optimizer steps, epoch, or no")
     add("--save_total_limit", type=positive, default=2, help="checkpoints to keep")
     add(
         "--resume_from_checkpoint",
-        help="path of a checkpoint, latest, or auto: latest, or a start where there is none",
+        help="path of a checkpoint, latest, or auto: latest, or a new run if there is none",
     )
     add("--logging_steps", type=positive, default=10)
     add("--progress", choices=["bar", "lines", "none"], help="default: bar on a terminal, else lines")
@@ -108,12 +108,12 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     add("--report_to", nargs="+", default=["none"], help=f"none, or some of {', '.join(TRACKERS)}")
     add("--push_to_hub", **SWITCH, help="upload the adapter and its card")
     add("--hub_model_id", help="repository to push to")
-    add("--hub_private_repo", **(SWITCH | {"default": None}), help="make a new repository private")
+    add("--hub_private_repo", **(SWITCH | {"default": None}), help="create the repository as private")
     add("--hub_token", help="default: that of `hf auth login`")
 
 
 def training_defaults(args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags take that are not given, by name: what suits the method under AdamW."""
+    """Defaults of flags that are not given, by name: the method's settings for AdamW."""
     own = {"linear": HEAD_ALONE, "full": ALL_WEIGHTS}
     training = own[args.method] if args.method in own else any_method(args.method).training
     if args.learning_rate is None and args.optim != "adamw_torch":
@@ -125,18 +125,18 @@ def training_defaults(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def fill_defaults(args: argparse.Namespace) -> None:
-    """Give the flags that are not given their values, and note which in `args.by_default`."""
+    """Set flags that are not given to their defaults, and record them in `args.by_default`."""
     args.by_default = {k: value for k, value in training_defaults(args).items() if getattr(args, k) is None}
     vars(args).update(args.by_default)
 
 
 def check_training(args: argparse.Namespace) -> None:
-    """Raise an error for flags that are right one by one and wrong together."""
+    """Raise an error for valid flags that do not work together."""
     for name in ("label_smoothing_factor", "layer_lr_decay"):
         if getattr(args, name) > 1:
             raise ValueError(f"--{name} must be between 0 and 1, got {getattr(args, name)}")
     if args.layer_lr_decay == 0:
-        raise ValueError("--layer_lr_decay must be above 0: leave it out for one learning rate, got 0.0")
+        raise ValueError("--layer_lr_decay must be above 0, got 0.0; without it there is one learning rate")
     for name in ("ema_decay", "drop_path_rate"):
         if (getattr(args, name) or 0) >= 1:
             raise ValueError(f"--{name} must be from 0 to below 1, got {getattr(args, name)}")

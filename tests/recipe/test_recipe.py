@@ -146,7 +146,7 @@ def test_other_image_sizes(run, tmp_path):
     folder = str(tmp_path / "dinov2")
     Dinov2Model(Dinov2Config(**SIZE, mlp_ratio=2)).save_pretrained(folder)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-    with pytest.raises(ValueError, match="--interpolate_pos_encoding: Dinov2ForImageClassification takes no such"):
+    with pytest.raises(ValueError, match="--interpolate_pos_encoding: Dinov2ForImageClassification has no such"):
         run("--model_name_or_path", folder, "--interpolate_pos_encoding", output="dinov2-flag")
     run("--model_name_or_path", folder, "--image_size", 48, "--max_train_steps", 1, output="dinov2")
 
@@ -212,7 +212,7 @@ def test_hold_out_takes_the_same_share_of_each_class():
         (["--method", "adalora"], "--method adalora: choose one of "),
         (["--method", "aim"], "--method aim takes videos: give --clip_frames"),
         (["--method", "STAdapter"], "--method STAdapter takes videos: give --clip_frames"),
-        (["--clip_frames", "4"], "--method vpt takes single images: leave --clip_frames out"),
+        (["--clip_frames", "4"], "--method vpt takes single images: remove --clip_frames"),
         (["--num_virtual_tokens", "0"], "num_virtual_tokens"),
         (["--r", "4"], "unknown: --r 4. --help lists the flags; those of --method vpt are: --"),
         (["--train_file", "x.parquet"], "one of --dataset_name, --train_dir and --train_file is needed, got 2"),

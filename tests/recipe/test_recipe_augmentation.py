@@ -181,7 +181,7 @@ def test_views_of_cached_features_hold_the_augmentation(run, tmp_path):
 
 def test_patches_are_not_taken_for_images():
     further = augmentation.Augmentation(argparse.Namespace(**NOTHING | {"random_erasing": 1.0}))
-    with pytest.raises(ValueError, match="--random_erasing needs images, and this image processor cuts patches"):
+    with pytest.raises(ValueError, match="--random_erasing needs images, but this image processor cuts patches"):
         further.pixels(torch.zeros(1, 16, 48), (0, 0, 0))
     with pytest.raises(ValueError, match="--mixup or --cutmix needs images"):
         mixed((4, 16, 48), mixup=1.0)
@@ -197,8 +197,8 @@ def test_patches_are_not_taken_for_images():
         (["--color_jitter", 0.1, 0.2, 0.3, 0.6], "the hue (the fourth value) must be 0.5 or less"),
         (["--augment", "autoaugment"], "--augment: invalid choice: 'autoaugment'"),
         (["--mixup", -1], "argument --mixup: must be 0 or greater"),
-        (["--mixup", 0.2, "--cache_features", "f"], "--mixup does not go with --cache_features"),
-        (["--cutmix", 1, "--cache_features", "f", "--cache_views", 2], "--cutmix does not go with --cache_features"),
+        (["--mixup", 0.2, "--cache_features", "f"], "--mixup does not work with --cache_features"),
+        (["--cutmix", 1, "--cache_features", "f", "--cache_views", 2], "--cutmix does not work with --cache_features"),
         (
             ["--vertical_flip", 0.5, "--cache_features", "f", "--train_crop", "none", "--horizontal_flip", 0],
             "--cache_views",

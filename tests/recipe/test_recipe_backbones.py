@@ -138,7 +138,7 @@ def test_stochastic_depth_acts_where_the_model_has_it(run, tmp_path, monkeypatch
     ("kind", "method", "message"),
     [
         ("vit", "bitfit", "--drop_path_rate: vit models have no stochastic depth"),
-        ("dinov2", "lst", "acts nowhere in this model with --method lst"),
+        ("dinov2", "lst", "has no effect in this model with --method lst"),
         ("dinov2", "linear", None),
     ],
 )
@@ -211,6 +211,8 @@ def test_a_head_for_other_classes_is_named_with_the_way_out(run, tmp_path):
     model = ViTForImageClassification(ViTConfig(**SIZE, intermediate_size=64, num_labels=10))
     checkpoint = save(model, tmp_path / "ten")
     flags = ["--model_name_or_path", checkpoint, *CHEAP]
-    with pytest.raises(ValueError, match="is for another number of classes than the 3 of the data: give --ignore_mis"):
+    with pytest.raises(
+        ValueError, match="has a different number of classes from the 3 of the data: give --ignore_mis"
+    ):
         run(*flags, method="linear")
     run(*flags, "--ignore_mismatched_sizes", method="linear", output="new")

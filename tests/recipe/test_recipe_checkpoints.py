@@ -178,7 +178,7 @@ def test_full_disk_leaves_the_checkpoint_before_whole(run, monkeypatch, what):
             patch.setattr(Path, "write_text", out_of_space(Path.write_text, 0))
         try:
             with pytest.raises(
-                OSError, match=r"Cannot write .*checkpoint-6: .* last whole checkpoint is .*checkpoint-3"
+                OSError, match=r"Cannot write .*checkpoint-6: .* last complete checkpoint is .*checkpoint-3"
             ):
                 run(*flags, output="full")
         finally:
@@ -207,7 +207,7 @@ def test_what_cannot_be_resumed_says_why(run, tmp_path, capsys):
     done = run("--max_train_steps", 2, "--checkpointing_steps", 2)
     with pytest.raises(ValueError, match=r"comes from a run with learning_rate 0\.01 \(now 0\.5\)"):
         run("--max_train_steps", 2, "--learning_rate", 0.5, "--resume_from_checkpoint", "latest")
-    with pytest.raises(ValueError, match=r"out is no checkpoint of this recipe"):
+    with pytest.raises(ValueError, match=r"out is not a checkpoint of this recipe"):
         run("--max_train_steps", 2, "--resume_from_checkpoint", done.output)
     message = fails(capsys, run, "--max_train_steps", 2)
     assert "has a run (checkpoint-2, all_results.json)" in message

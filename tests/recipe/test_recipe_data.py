@@ -97,7 +97,7 @@ def test_unlabelled_and_unknown_classes_are_named(run, photos, tmp_path):
     with pytest.raises(ValueError, match=r"test split has 2 samples without label.* --test_split none leaves"):
         run(data=[*train, "--test_file", str(tmp_path / "test.parquet")])
     run(data=[*train, "--test_file", str(tmp_path / "test.parquet"), "--test_split", "none"])
-    with pytest.raises(ValueError, match=r"Class 'c' of the test split is none of the training split's: \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"Class 'c' of the test split is not in the training split: \['a', 'b'\]"):
         run("--overwrite_output_dir", data=[*train, "--test_file", str(tmp_path / "odd.parquet")])
 
 

@@ -69,11 +69,11 @@ def test_each_split_has_its_own_source(pictures, tmp_path):
     for flag, message in [("test_dir", "there is no such folder"), ("validation_file", "there is no such file")]:
         with pytest.raises(ValueError, match=rf"--{flag} {tmp_path}/nowhere\.csv: {message}"):
             load(dataset_name=str(tmp_path / "saved"), **{flag: tmp_path / "nowhere.csv"})
-    with pytest.raises(ValueError, match=r"--test_dir .*test and --test_file .*mine\.csv: test is read from one"):
+    with pytest.raises(ValueError, match=r"--test_dir .*test and --test_file .*mine\.csv: give only one for test"):
         load(train_file=train, test_dir=tmp_path / "test", test_file=train)
-    with pytest.raises(ValueError, match=r"--test_dir .*test is read by no split: leave it or --test_split away"):
+    with pytest.raises(ValueError, match=r"No split reads --test_dir .*test: remove it or --test_split"):
         load(train_file=train, test_dir=tmp_path / "test", test_split="train[:2]")
-    with pytest.raises(ValueError, match=r"--validation_file .*mine\.csv is read by no split"):
+    with pytest.raises(ValueError, match=r"No split reads --validation_file .*mine\.csv"):
         load(train_file=train, validation_file=train, validation_split="train[:2]")
     assert list(load(train_file=train, test_dir=tmp_path / "nowhere", test_split="none")) == ["train"]
 
@@ -82,7 +82,7 @@ def test_slices_of_any_source(pictures, capsys):
     train = table(pictures, "slices.csv", list("ababab"))
     found = load(train_file=train, train_split="train[2:]", test_split="train[:2]", validation_split="train[:50%]")
     assert {split: len(data) for split, data in found.items()} == {"train": 4, "validation": 3, "test": 2}
-    assert "Samples of validation that are in train, too, as --validation_split and --train_split say: 1." in (
+    assert "Samples of validation that are also in train, because of --validation_split and --train_split: 1." in (
         capsys.readouterr().out
     )
     for spec, message in [
@@ -99,7 +99,7 @@ def test_slices_of_any_source(pictures, capsys):
 @pytest.mark.parametrize("name", ["table.txt", "table.xlsx", "noname", "table.csv.gz"])
 def test_files_of_other_formats_are_named(tmp_path, name):
     (tmp_path / name).write_text("image,label\n")
-    with pytest.raises(ValueError, match=rf"--train_file .*{name}: the suffix .* known are \.parquet, \.csv, \.tsv"):
+    with pytest.raises(ValueError, match=rf"--train_file .*{name}: the suffix .* valid are \.parquet, \.csv, \.tsv"):
         load(train_file=tmp_path / name)
 
 
@@ -164,7 +164,7 @@ def test_metadata_beside_images(pictures, tmp_path, capsys):
     data = load(train_dir=tmp_path / "all")["train"]
     assert labels_of(data) == (["NA", "b"], ["NA", "b"])
     assert np.array_equal(data[1]["image"], Image.open(tmp_path / "all" / "1.png"))
-    assert "3 images are there, and metadata.csv names 2" in capsys.readouterr().out
+    assert "there are 3 images, but metadata.csv names 2" in capsys.readouterr().out
     for name in "ab":
         paint(tmp_path / "cap" / name / "1.png", 0, np.random.default_rng(0))
     (tmp_path / "cap" / "metadata.csv").write_text("file_name,text\na/1.png,an a\nb/1.png,a b\n")
@@ -201,10 +201,10 @@ def test_text_of_a_table_is_a_class_as_it_stands(pictures, given, names):
 @pytest.mark.parametrize(
     ("name", "values", "missing"),
     [
-        ("m.csv", ["a", "", "b", "  ", "a"], "2 samples without label, of number 1, 3"),
-        ("m.jsonl", ["a", None, "b", "\t", None], "3 samples without label, of number 1, 3, 4"),
-        ("n.jsonl", [1, None, 2, 3, 4], "1 samples without label, of number 1"),
-        ("o.jsonl", [None] * 9 + [1], "9 samples without label, of number 0, 1, 2, 3, 4 and 4 more"),
+        ("m.csv", ["a", "", "b", "  ", "a"], "2 samples without label: numbers 1, 3"),
+        ("m.jsonl", ["a", None, "b", "\t", None], "3 samples without label: numbers 1, 3, 4"),
+        ("n.jsonl", [1, None, 2, 3, 4], "1 samples without label: numbers 1"),
+        ("o.jsonl", [None] * 9 + [1], "9 samples without label: numbers 0, 1, 2, 3, 4 and 4 more"),
     ],
 )
 def test_samples_without_label_are_counted_and_numbered(pictures, name, values, missing):
@@ -260,7 +260,7 @@ def test_several_classes_a_sample_from_columns(pictures):
         with pytest.raises(ValueError, match=rf"--label_column_name cat, dog: {message}; columns .* hold 0 or 1"):
             read_labels(data, ["cat", "dog"])
     rows, _ = read_labels(datasets.Dataset.from_dict({"cat": [1, None], "dog": [0, 1]}), ["cat", "dog"])
-    with pytest.raises(ValueError, match="1 samples without label, of number 1"):
+    with pytest.raises(ValueError, match="1 samples without label: numbers 1"):
         class_ids(rows, "train", ["cat", "dog"], several=True)
 
 
@@ -270,7 +270,7 @@ def test_labels_that_are_refused():
         with pytest.raises(ValueError, match="--label_column_name label: labels must be class names or whole numbers"):
             read_labels(data, ["label"])
     with pytest.raises(
-        ValueError, match="Class 'c' of the test split is none of the training split's: .'a', 'b'.*sample 1"
+        ValueError, match="Class 'c' of the test split is not in the training split: .'a', 'b'.*sample 1"
     ):
         class_ids(["a", "c"], "test", ["a", "b"], several=False)
     for rows, several in [([["a"]], False), (["a"], True)]:
@@ -337,7 +337,7 @@ def test_balanced_weights_are_those_of_scikit_learn():
         (["red=much"], "red=much: 'much' is no number"),
         (["red=-1"], "red=-1: weights must be 0 or greater"),
         (["red=nan"], "red=nan: weights must be 0 or greater"),
-        (["red=0", "blue=0"], "red=0 blue=0: weights must be 0 or greater, and one above 0"),
+        (["red=0", "blue=0"], "red=0 blue=0: weights must be 0 or greater, and at least one above 0"),
     ],
 )
 def test_bad_weights(given, message):

@@ -73,12 +73,12 @@ def test_what_does_not_go_with_several_classes(run, tagged):
         with pytest.raises(ValueError, match=message):
             run("--label_column_name", "tags", *flags, data=files(tagged))
     for flags, message in [
-        (["--threshold", 0.3], r"--threshold 0\.3: samples of one class each get the best one"),
+        (["--threshold", 0.3], r"--threshold 0\.3: samples of one class each get the class with the highest score"),
         (
             ["--metric_for_best_model", "micro_f1"],
             "--metric_for_best_model micro_f1: samples of one class each have acc",
         ),
-        (["--sampler", "balanced", "--class_weights", "balanced"], "each do the whole; give one"),
+        (["--sampler", "balanced", "--class_weights", "balanced"], "both balance the classes; give one"),
         (
             ["--class_weights", "violet=2"],
             "--class_weights violet=2: write balanced, or CLASS=NUMBER with a class as blue",

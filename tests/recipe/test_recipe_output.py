@@ -57,7 +57,7 @@ def test_what_others_wrote_stays(run, tmp_path, capsys):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     run(*QUICK)
-    assert "README.md is not the card of a run and stays as it is" in capsys.readouterr().out
+    assert "README.md is not the card of a run, so it is not changed" in capsys.readouterr().out
     run(*QUICK, "--overwrite_output_dir", method="linear")
     assert {name: (folder / name).read_text() for name in mine} == mine
     assert not (folder / "adapter_config.json").exists()
@@ -88,7 +88,7 @@ def test_the_folder_of_the_model_is_not_deleted(run, capsys, vit):
     before = sorted(path.name for path in Path(vit).iterdir())
     for method, flags in (("vpt", ["--overwrite_output_dir"]), ("full", [])):
         message = fails(capsys, run, *QUICK, *flags, "--output_dir", vit, method=method)
-        assert "is that of --model_name_or_path, which would be lost" in message
+        assert "is --model_name_or_path, which would be overwritten" in message
     assert sorted(path.name for path in Path(vit).iterdir()) == before
 
 

@@ -127,7 +127,7 @@ def test_images_without_labels(predict, trained, photos, vit, tmp_path, capsys):
     upright = [Image.open(source / row["file"]) for row in rows]
     chances = by_hand(trained / "vpt", "vpt", upright, vit)
     np.testing.assert_allclose([list(row["probabilities"].values()) for row in rows], chances, atol=1e-5)
-    assert "day 1 is no class of the model" in capsys.readouterr().out
+    assert "day 1 is not a class of the model" in capsys.readouterr().out
     _, (row,) = predict("--do_predict", source / "a.jpg", output="one")
     assert row["probabilities"] == pytest.approx(rows[0]["probabilities"], abs=1e-6)
 
@@ -237,7 +237,7 @@ def test_a_pipeline_has_the_names(trained, photos):
     ("flags", "message"),
     [
         (["--do_predict", "x", "--eval_only"], "give one"),
-        (["--do_predict", "x", "--test_dir", "y"], "leave --test_dir away"),
+        (["--do_predict", "x", "--test_dir", "y"], "remove --test_dir"),
         (["--eval_only", "--push_to_hub"], "--push_to_hub: nothing trains"),
         (["--eval_only", "--trust_remote_code"], "--trust_remote_code"),
         (["--eval_only", "--tset_dir", "x"], "unknown: --tset_dir x"),
@@ -260,7 +260,7 @@ def test_flags_that_do_not_go_together(predict, capsys, flags, message):
         ),
         (["--do_predict", "{others}", "--model_name_or_path", "{others}"], "neither adapter_config.json nor config"),
         (["--do_predict", "{others}", "--base_model_name_or_path", "/nowhere/vit"], "--base_model_name_or_path says"),
-        (["--do_predict", "{others}", "--clip_frames", "4"], "takes single images: leave --clip_frames out"),
+        (["--do_predict", "{others}", "--clip_frames", "4"], "takes single images: remove --clip_frames"),
     ],
 )
 def test_what_cannot_be_done_is_named_and_nothing_is_written(predict, vit, photos, tmp_path, flags, message):

@@ -171,7 +171,10 @@ def test_folders_tables_and_several_classes_stream_alike(run, photos, tmp_path, 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--cache_features", "x", "--train_crop", "none", "--horizontal_flip", "0"], "not go with --cache_features"),
+        (
+            ["--cache_features", "x", "--train_crop", "none", "--horizontal_flip", "0"],
+            "not work with --cache_features",
+        ),
         (["--sampler", "balanced"], "--streaming does not go with --sampler balanced"),
         (["--max_train_samples", "3", "--max_eval_samples", "3"], "--max_train_samples, --max_eval_samples"),
         (["--train_val_split", "0.2"], "not go with --train_val_split"),
@@ -208,5 +211,5 @@ def test_labels_that_change_on_the_way(shards):
         list(loader)
     loader = stream(shards, train=False)
     loader.dataset.ids = np.zeros(12, dtype=int)
-    with pytest.raises(RuntimeError, match="11 samples of the test split came, and 12 labels were read before"):
+    with pytest.raises(RuntimeError, match="11 samples of the test split were read, but 12 labels before"):
         list(loader)
