@@ -172,7 +172,8 @@ def class_folders(listing: Listing, source: str, locate: Callable[[PurePosixPath
     check_layout(listing, source)
     names = sorted({path.parts[0] for path in listing.images})
     if empty := sorted({*listing.classes} - {*names}):
-        tell(f"{source}: no image in {some(empty)}, so {'it is' if len(empty) == 1 else 'they are'} not a class.")
+        them = "it is not a class" if len(empty) == 1 else "they are not classes"
+        tell(f"{source}: no image in {some(empty)}, so {them}.")
     if listing.left_out:
         tell(f"{source}: skipped files that are not images that Pillow reads: {told(listing.left_out)}.")
     place = {name: number for number, name in enumerate(names)}

@@ -109,7 +109,7 @@ def test_what_is_left_out_is_told(tmp_path, capsys):
     (tmp_path / "yak" / "a.heic").write_bytes(b"any")
     assert samples(load(train_dir=tmp_path)["train"]) == [("cat", "a.png"), ("dog", "b.PNG")]
     told = capsys.readouterr().out
-    assert "no image in owl, yak, which are no class" in told
+    assert "no image in owl, yak, so they are not classes" in told
     assert "1 .dcm, 3 .heic, 1 .jxl, 1 .mpg, 1 .txt, 1 without suffix" in told
 
 

@@ -278,7 +278,7 @@ def test_labels_that_are_refused():
             class_ids(rows, "test", ["a", "b"], several=several)
     data = datasets.Dataset.from_dict({"image": ["x"], "kind": ["a"]})
     for given in (None, ["colour"], ["kind", "colour"]):
-        with pytest.raises(ValueError, match=r"choose by --label_column_name among image \(Value\), kind \(Value\)"):
+        with pytest.raises(ValueError, match=r"choose with --label_column_name among image \(Value\), kind \(Value\)"):
             find_label_columns(data, given)
 
 
@@ -334,7 +334,7 @@ def test_balanced_weights_are_those_of_scikit_learn():
     [
         (["balance"], "balance: write balanced, or CLASS=NUMBER with a class as red, blue"),
         (["rde=2"], "rde=2: write balanced, or CLASS=NUMBER with a class as red"),
-        (["red=much"], "red=much: 'much' is no number"),
+        (["red=much"], "red=much: 'much' is not a number"),
         (["red=-1"], "red=-1: weights must be 0 or greater"),
         (["red=nan"], "red=nan: weights must be 0 or greater"),
         (["red=0", "blue=0"], "red=0 blue=0: weights must be 0 or greater, and at least one above 0"),

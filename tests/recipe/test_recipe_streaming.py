@@ -175,10 +175,10 @@ def test_folders_tables_and_several_classes_stream_alike(run, photos, tmp_path, 
             ["--cache_features", "x", "--train_crop", "none", "--horizontal_flip", "0"],
             "not work with --cache_features",
         ),
-        (["--sampler", "balanced"], "--streaming does not go with --sampler balanced"),
+        (["--sampler", "balanced"], "--streaming does not work with --sampler balanced"),
         (["--max_train_samples", "3", "--max_eval_samples", "3"], "--max_train_samples, --max_eval_samples"),
-        (["--train_val_split", "0.2"], "not go with --train_val_split"),
-        (["--skip_corrupt_images"], "not go with --skip_corrupt_images"),
+        (["--train_val_split", "0.2"], "not work with --train_val_split"),
+        (["--skip_corrupt_images"], "not work with --skip_corrupt_images"),
     ],
 )
 def test_flags_that_need_all_samples(run, capsys, shards, flags, message):
