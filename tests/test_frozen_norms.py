@@ -402,7 +402,7 @@ def test_statistics_that_cannot_move():
 
     base = RESNET.model()
     base.get_submodule(names[-1]).register_forward_hook(lambda *args: None)
-    with pytest.raises(ValueError, match=f"{names[-1]}.*forward hooks stand on it"):
+    with pytest.raises(ValueError, match=f"{names[-1]}.*it has forward hooks"):
         move_statistics(base, "default")
     assert not any("modules_to_save" in name for name, _ in base.named_modules())
 

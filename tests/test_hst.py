@@ -174,7 +174,7 @@ def test_running_statistics_move_and_are_saved(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(loaded(**images(2)).logits, model.eval()(**images(2)).logits)
     config = model.peft_config["default"]
-    counted = sum(config.trained_numbers(n, tuple(v.shape)) for n, v in model.state_dict().items() if ".hst_" in n)
+    counted = sum(config.trained_parameters(n, tuple(v.shape)) for n, v in model.state_dict().items() if ".hst_" in n)
     assert counted == sum(p.numel() for n, p in model.named_parameters() if ".hst_" in n)
 
 

@@ -1,7 +1,7 @@
-"""A frozen backbone stays frozen: its batch norms keep their running statistics while an adapter trains.
+"""Batch norms of a frozen backbone keep their running statistics while an adapter trains.
 
-No adapter's file holds the statistics of the backbone. Where training moves them, switching the adapter off no longer
-gives the backbone, and the adapter answers differently once it is loaded into another copy of it.
+An adapter's file does not hold the statistics of the backbone. If training changed them, disabling the adapter would
+no longer give the backbone, and the adapter would compute something else in another copy of it.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from torch import nn
 
 
 def keeps_statistics(module: nn.Module) -> bool:
-    """Whether training moves numbers that the module keeps: batch norms, instance norms that track, EvoNorm.
+    """Whether a module updates running statistics in training: batch norms, tracking instance norms, EvoNorm.
 
-    Norms that their makers froze (`DetrFrozenBatchNorm2d`, timm's `FrozenBatchNormAct2d`) have their weight as a
-    buffer; their statistics never move.
+    Norms that are frozen by design (`DetrFrozenBatchNorm2d`, timm's `FrozenBatchNormAct2d`) have their weight as a
+    buffer; their statistics never change.
 
     Args:
-        module: any; what lies inside it is not looked at.
+        module: any; its children are not checked.
     """
     buffers = dict(module.named_buffers(recurse=False))
     return "weight" not in buffers and any(name.startswith("running_") for name in buffers)
 
 
 def norms_with_statistics(model: nn.Module) -> list[str]:
-    """The full names of the backbone's norms with running statistics, those of adapters left out.
+    """The full names of the backbone's norms with running statistics, without those of adapters.
 
-    Whoever wants to train these norms with a method of peft's, weights and statistics, gives the names to it:
-    `LoraConfig(..., modules_to_save=norms_with_statistics(model))`. peft then trains a copy of each and saves it.
+    To train these norms, weights and statistics, with a method of peft, pass it the names: `LoraConfig(...,
+    modules_to_save=norms_with_statistics(model))`. peft then trains a copy of each and saves it.
 
     Args:
         model: with adapters or without.
@@ -42,12 +42,12 @@ def norms_with_statistics(model: nn.Module) -> list[str]:
 def freeze_norms(model: nn.Module) -> list[str]:
     """Keep the backbone's norms with running statistics in evaluation mode, also under `model.train()`.
 
-    Norms that belong to an adapter move as ever: copies that peft trains (`modules_to_save`, `LNTuningConfig`) and
-    those in an adapter's own equations. `unload()` and `merge_and_unload()` undo it, and so does `thaw_norms`.
-    Adapters of this library do it by themselves; call it again after adding one of peft's, which may copy norms.
+    Norms that belong to an adapter are updated as usual: copies that peft trains (`modules_to_save`, `LNTuningConfig`)
+    and norms in an adapter's own equations. `unload()`, `merge_and_unload()` and `thaw_norms` undo it. Adapters of
+    this library call it themselves; call it again after adding an adapter of peft, which may copy norms.
 
     Args:
-        model: a `PeftModel`, also one that is wrapped, or any other model with adapters or without.
+        model: a `PeftModel`, also a wrapped one, or any other model with or without adapters.
 
     Returns:
         The full names of the norms that now keep their statistics.
@@ -58,7 +58,7 @@ def freeze_norms(model: nn.Module) -> list[str]:
         if id(module) in kept:
             _freeze(module)
         else:
-            _thaw(module)  # an adapter's copy of a norm that was frozen already
+            _thaw(module)  # an adapter's copy of a norm that was already frozen
     for tuner in [module for module in model.modules() if isinstance(module, BaseTuner)]:
         for name in ("unload", "merge_and_unload"):
             vars(tuner).setdefault(name, _ThenThaw(tuner, name))
@@ -66,7 +66,7 @@ def freeze_norms(model: nn.Module) -> list[str]:
 
 
 def thaw_norms(model: nn.Module) -> None:
-    """Undo `freeze_norms`: every norm is in the mode that it was last asked to be in.
+    """Undo `freeze_norms`: every norm gets the mode that was last set.
 
     Args:
         model: as given to `freeze_norms`, or a part of it.
@@ -78,10 +78,11 @@ def thaw_norms(model: nn.Module) -> None:
 
 
 class _StaysInEval:
-    """What stands in place of a norm's method `train`.
+    """Replaces a norm's method `train`.
 
-    It stands on the norm itself, so it works however the norm is reached, and nothing of it runs in a forward pass:
-    compilers see a norm in evaluation mode. As an object, and no closure, it is copied and pickled with the norm.
+    It is an attribute of the norm, so it works whichever parent calls it, and it does not run in a forward pass:
+    compilers see a norm in evaluation mode. It is an object and not a closure, so it is copied and pickled with the
+    norm.
     """
 
     def __init__(self, norm: nn.Module) -> None:
@@ -97,14 +98,14 @@ class _StaysInEval:
 
 
 class _ThenThaw:
-    """What stands in place of a tuner's methods that take the adapters out."""
+    """Replaces the methods of a tuner that remove the adapters."""
 
     def __init__(self, tuner: BaseTuner, name: str) -> None:
         self.tuner = tuner
         self.name = name
 
     def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
-        before = list(self.tuner.modules())  # trained copies may take the place of norms
+        before = list(self.tuner.modules())  # trained copies may replace norms
         model = getattr(type(self.tuner), self.name)(self.tuner, *args, **kwargs)
         for module in before:
             _thaw(module)
@@ -113,10 +114,10 @@ class _ThenThaw:
 
 
 class NormStatistics(ModulesToSaveWrapper):
-    """A norm and, for each adapter, a copy of it whose statistics move and are saved. Weight and bias stay frozen."""
+    """A norm and its copy for each adapter, whose statistics are updated and saved. Weight and bias stay frozen."""
 
     def update(self, adapter_name: str, **kwargs: Any) -> None:
-        """As peft's, which makes the copy."""
+        """Create a copy for an adapter, as in peft."""
         super().update(adapter_name, **kwargs)
         self.requires_grad_(False)
 
@@ -131,7 +132,7 @@ class NormStatistics(ModulesToSaveWrapper):
         self.requires_grad_(False)
 
     def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
-        """Nothing to do: no parameter here trains."""
+        """Do nothing: no parameter here trains."""
 
 
 def move_statistics(
@@ -141,14 +142,14 @@ def move_statistics(
     acted_on: Collection[str] = (),
     copied: Collection[str] = (),
 ) -> None:
-    """Give an adapter copies of the backbone's norms, whose running statistics it moves and saves.
+    """Give an adapter copies of the backbone's norms, whose running statistics are updated and saved.
 
     Args:
         model: to be adapted, in place.
         adapter_name: whose copies.
         active: whether that adapter is active.
-        acted_on: full names of the norms that the adapter itself is going to act on.
-        copied: full names of modules that it is going to train copies of; norms in them move with these.
+        acted_on: full names of the norms that the adapter itself will act on.
+        copied: full names of modules of which it will train copies; norms in them are updated with these copies.
 
     Raises:
         ValueError: there is no norm with running statistics, or one of them cannot be copied; the model is untouched.
@@ -187,17 +188,17 @@ def _check_movable(
     elif isinstance(parent, ModulesToSaveWrapper) and not isinstance(parent, NormStatistics) and not trained:
         reason = "another adapter has it among its modules_to_save"
     elif norm._forward_hooks or norm._forward_pre_hooks:
-        reason = "forward hooks stand on it, which a copy would share"
+        reason = "it has forward hooks, which a copy would share"
     else:
         return
     raise ValueError(
-        f"train_norm_statistics is True, but the statistics of {path!r} cannot move: {reason}. Leave it False, or "
-        "keep that away from the norm."
+        f"train_norm_statistics is True, but {path!r} cannot update its statistics: {reason}. Leave it False, or "
+        "remove that from the norm."
     )
 
 
 def _of_base(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules of the backbone with their full names, without what adapters brought in."""
+    """The modules of the backbone with their full names, without those of adapters."""
     yield path, module
     only = None
     if isinstance(module, BaseTunerLayer):

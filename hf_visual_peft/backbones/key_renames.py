@@ -1,7 +1,7 @@
-"""Adapters and configs that name a backbone's modules as an earlier version of transformers did.
+"""Renames for adapters and configs with module names of earlier versions of transformers.
 
-transformers renames modules from time to time and keeps tables by which it renames the keys of checkpoints while
-loading. peft applies them to LoRA alone; here they serve the methods of this library.
+transformers renames modules from time to time and keeps tables to rename the keys of checkpoints on loading. peft
+applies them only to LoRA; this module applies them to the methods of this library.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Rename = Callable[[str], str]
 def to_present_keys(
     model: nn.Module, weights: Mapping[str, ValueT], expected: Collection[str], prefix: str
 ) -> dict[str, ValueT]:
-    """Give an adapter's weights the names they would be saved under today.
+    """Rename an adapter's weights to the names under which they would be saved today.
 
-    A key that is expected stays, and so does one that no table of transformers leads from to an expected one.
+    An expected key stays, and so does a key that no table of transformers maps to an expected one.
 
     Args:
         model: with the adapter's layers in it.
-        weights: of the adapter's file, by keys without its name.
+        weights: of the adapter's file, by keys without the adapter's name.
         expected: keys under which the adapter would be saved now.
         prefix: of the method, e.g. `"vpt_"`.
 
@@ -56,14 +56,15 @@ def to_present_keys(
 
 
 def to_present_names(model: nn.Module, names: Names) -> Names:
-    """Give modules the names they have in the model, where a field of a config names them as they were called before.
+    """Replace old module names in a field of a config by the names in the model.
 
     Args:
         model: without or with adapters.
         names: names, or ends of names, or a regular expression for full names, or None.
 
     Returns:
-        the same; in place of what matches no module today, the full names of the modules that it matched before.
+        the same; names that match no module today are replaced by the full names of the modules that they matched
+        before.
     """
     if not names or (isinstance(names, str) and names.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND):
         return names
@@ -88,24 +89,24 @@ def to_present_names(model: nn.Module, names: Names) -> Names:
 
 
 def _candidates(key: str, prefix: str, rename: Rename) -> list[str]:
-    """What an old key `<module>.<prefix><slot>.<parameter>`, or that of a copy of a module, may be called today."""
+    """Possible present names of an old key `<module>.<prefix><slot>.<parameter>`, or of that of a module's copy."""
     module, found, tail = key.rpartition(f".{prefix}")
     if not found:
         return [rename(key)]
     slot, _, parameter = tail.partition(".")
     now = rename(module + SUFFIX).removesuffix(SUFFIX)
-    # where the adapter is a copy of a module, its parameters have been renamed with those of the module
+    # if the adapter is a copy of a module, its parameters were renamed with those of the module
     copied = rename(f"{module}.{parameter}")
     inside = copied.removeprefix(f"{now}.") if copied.startswith(f"{now}.") else parameter
     return [f"{now}.{prefix}{slot}.{name}" for name in (parameter, inside)]
 
 
 def _tables(model: nn.Module, reverse: bool = False) -> list[Rename]:
-    """For each transformers model in a model, what renames keys as transformers does when it loads a checkpoint.
+    """For each transformers model in a model, a function that renames keys as transformers does on loading.
 
     Args:
         model: may hold several, or none.
-        reverse: rename to what the keys were before.
+        reverse: whether to rename to the old keys.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     found: list[str] = []

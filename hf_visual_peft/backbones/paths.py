@@ -12,20 +12,20 @@ from .backbone import unwrapped
 
 
 def join(*names: str) -> str:
-    """One dotted name."""
+    """Join names to one dotted name."""
     return ".".join(name for name in names if name)
 
 
 def is_in(path: str, outer: str) -> bool:
-    """Whether a module is another or lies in it, by their names."""
+    """Whether a module is another one or inside it, by their names."""
     return not outer or path == outer or path.startswith(f"{outer}.")
 
 
 def existing(model: nn.Module, prefix: str, names: Sequence[str]) -> tuple[str, ...]:
-    """Full names of the modules that there are under some names, which may have wildcards.
+    """Full names of the existing modules among some names, which may have wildcards.
 
     Args:
-        model: in which they are.
+        model: that holds the modules.
         prefix: name of the module that the names are relative to.
         names: of the modules.
     """
@@ -40,7 +40,7 @@ def trainable(model: nn.Module, prefix: str, names: Sequence[str]) -> tuple[str,
 
 
 def lookup(model: nn.Module, path: str) -> object:
-    """What is there under a dotted name, or None."""
+    """The object with a dotted name, or None."""
     target: object = model
     for name in path.split(".") if path else ():
         target = getattr(target, name, None)
@@ -48,12 +48,12 @@ def lookup(model: nn.Module, path: str) -> object:
 
 
 def original(module: nn.Module) -> nn.Module:
-    """The module itself where adapters train copies of it."""
+    """The original module if adapters train copies of it."""
     return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
 
 
 def _expand(model: nn.Module, prefix: str, names: Sequence[str]) -> Iterator[str]:
-    """Full names that a dotted name with wildcards stands for."""
+    """Full names that match a dotted name with wildcards."""
     first = next((index for index, name in enumerate(names) if "*" in name), None)
     if first is None:
         yield join(prefix, *names)

@@ -157,7 +157,7 @@ class VisualPeftConfig(PeftConfig):
         """
         raise NotImplementedError(f"{type(self).__name__} does not say where it acts.")
 
-    def trained_numbers(self, name: str, shape: tuple[int, ...]) -> int:
+    def trained_parameters(self, name: str, shape: tuple[int, ...]) -> int:
         """The number of trained parameters in one tensor of the adapter's file; 0 for chosen indices.
 
         Args:

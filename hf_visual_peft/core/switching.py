@@ -1,7 +1,7 @@
-"""Switching adapters in time that does not grow with their number.
+"""Switching of adapters in a time that does not grow with their number.
 
-peft walks through every module of a model to switch, the equations of all adapters among them. Here the walk stays on
-the backbone and on the adapters that it concerns.
+To switch, peft visits every module of a model, including the equations of all adapters. Here the walk visits only the
+backbone and the affected adapters.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def concerned(model: nn.Module, names: Iterable[str]) -> Iterator[nn.Module]:
 
 
 class _Concerned:
-    """What peft walks through in place of a model.
+    """Stands for a model in peft's walk over its modules.
 
     Args:
         model: with adapters.

@@ -130,7 +130,7 @@ class SavedAdapter:
                 raise ValueError(f"{weights} is truncated or not a safetensors file: {error}") from error
             heads = tuple(getattr(config, "modules_to_save", None) or ())
             if isinstance(config, VisualPeftConfig):
-                sizes = {key: config.trained_numbers(key, tuple(shape)) for key, shape in shapes.items()}
+                sizes = {key: config.trained_parameters(key, tuple(shape)) for key, shape in shapes.items()}
                 heads += tuple(filter(None, (config.copied_head, config.widened_head)))
             else:
                 sizes = {key: math.prod(shape) for key, shape in shapes.items()}

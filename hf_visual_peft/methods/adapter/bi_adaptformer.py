@@ -14,7 +14,7 @@ from ...core.config import VisualPeftConfig
 from ...core.registry import Paper, register
 from ...sites import BranchSite, Placement
 from ...training.defaults import Training
-from .binary import BinaryWeight, packed_numbers
+from .binary import BinaryWeight, packed_weights
 
 
 UP_STD = 1e-3  # not 0: the levels of a matrix of zeros would all be equal
@@ -94,10 +94,10 @@ class BiAdaptFormerConfig(VisualPeftConfig):
         self._require_number("scale")
         self._require_number("dropout", 0.0, below=1.0)
 
-    def trained_numbers(self, name: str, shape: tuple[int, ...]) -> int:
+    def trained_parameters(self, name: str, shape: tuple[int, ...]) -> int:
         """How many weights a tensor of the file stands for, without the padding of the last byte."""
-        packed = packed_numbers(name, shape, self.bits)
-        return super().trained_numbers(name, shape) if packed is None else packed
+        packed = packed_weights(name, shape, self.bits)
+        return super().trained_parameters(name, shape) if packed is None else packed
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """Beside the MLP of every block, on the stream."""

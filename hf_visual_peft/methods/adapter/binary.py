@@ -51,7 +51,7 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     return codes.flatten()[: math.prod(shape)].view(shape)
 
 
-def packed_numbers(name: str, shape: tuple[int, ...], bits: int) -> int | None:
+def packed_weights(name: str, shape: tuple[int, ...], bits: int) -> int | None:
     """How many weights a saved tensor of a `BinaryWeight` stands for; None for other tensors."""
     if name.endswith(".codes"):
         return math.prod(shape) * 8 // bits

@@ -16,7 +16,7 @@ from ...core.targets import TargetedConfig
 from ...sites import LinearSite, Placement
 from ...training.defaults import Training
 from ..adapter.bi_adaptformer import BITS, binary_pair
-from ..adapter.binary import packed_numbers
+from ..adapter.binary import packed_weights
 from .products import plus_product
 
 
@@ -106,10 +106,10 @@ class BiLoRAConfig(TargetedConfig):
         self._require_number("scale")
         self._require_number("dropout", 0.0, below=1.0)
 
-    def trained_numbers(self, name: str, shape: tuple[int, ...]) -> int:
+    def trained_parameters(self, name: str, shape: tuple[int, ...]) -> int:
         """How many weights a tensor of the file stands for, without the padding of the last byte."""
-        packed = packed_numbers(name, shape, self.bits)
-        return super().trained_numbers(name, shape) if packed is None else packed
+        packed = packed_weights(name, shape, self.bits)
+        return super().trained_parameters(name, shape) if packed is None else packed
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """Beside the query and value projections of every block, or the MLP's linears where it has no attention."""

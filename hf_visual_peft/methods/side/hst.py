@@ -247,10 +247,10 @@ class HSTConfig(VisualPeftConfig):
         self._require_integer("num_virtual_tokens", 1)
         self._require_number("drop_path", 0.0, below=1.0)
 
-    def trained_numbers(self, name: str, shape: tuple[int, ...]) -> int:
+    def trained_parameters(self, name: str, shape: tuple[int, ...]) -> int:
         """The same, without running statistics."""
         statistics = name.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")
-        return 0 if statistics else super().trained_numbers(name, shape)
+        return 0 if statistics else super().trained_parameters(name, shape)
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """Meta tokens, norms and a piece of the side network at every block."""
