@@ -101,5 +101,5 @@ def test_masks_tell_the_padding(mask):
 def test_no_mask_and_masks_that_tell_nothing():
     assert seen_tokens(None, "attention_mask") is None
     assert seen_tokens(torch.randn(1, 2, 3, 3), "attention_mask").all()  # a bias hides nothing
-    with pytest.raises(ValueError, match="attention_mask: a object does not tell which tokens are padding"):
+    with pytest.raises(ValueError, match="attention_mask: a object does not say which tokens are padding"):
         seen_tokens(object(), "attention_mask")

@@ -39,7 +39,7 @@ _LINEARS = ("query", "key", "value", "the output projection", "fc1", "fc2")
 _INTRODUCTION = """\
 # Methods
 
-Written by `make docs` from what the methods declare (`hf-visual-peft methods --markdown`).
+Written by `make docs` from the declarations of the methods (`hf-visual-peft methods --markdown`).
 
 *Category* is the branch in "Parameter-Efficient Fine-Tuning for Pre-Trained Vision Models"
 ([arXiv 2402.02242](https://arxiv.org/abs/2402.02242)), *visual tuning* that in "Visual Tuning"
@@ -145,7 +145,7 @@ def _section(method: Method, backbone: VisionBackbone) -> str:
     paragraphs = inspect.cleandoc(method.config_cls.__doc__ or "").split("\n\n")
     counts = "; ".join(f"{count:,} ({_setting(setting)})" for setting, count in method.counts)
     if method.head_inputs:
-        counts += f", and {method.head_inputs:,} further inputs of the head for each class"
+        counts += f", and {method.head_inputs:,} extra inputs of the head for each class"
     settings = [f"`{field.name}` ({default_of(field)!r})" for field in own_fields(method.config_cls)]
     items = [
         f"Paper: {_link(method.paper)}, {method.paper.venue}",
@@ -170,7 +170,7 @@ def _section(method: Method, backbone: VisionBackbone) -> str:
 
 
 def describe_sites(placements: Iterable[Placement], backbone: VisionBackbone) -> str:
-    """Where the equations of a method stand, in words.
+    """The places of a method's equations, in words.
 
     Args:
         placements: of the method.
@@ -196,7 +196,7 @@ def describe_sites(placements: Iterable[Placement], backbone: VisionBackbone) ->
 
 
 def _kind(site: Site, names: Mapping[str, str]) -> str:
-    """What an equation at this site acts on, with a gap for the modules or sub-layers."""
+    """What an equation at this site acts on, with a placeholder for the modules or sub-layers."""
     match site:
         case BranchSite():
             about = (
@@ -225,7 +225,7 @@ def _kind(site: Site, names: Mapping[str, str]) -> str:
 
 
 def _names(backbone: VisionBackbone) -> dict[str, str]:
-    """What the modules are called, by their path; in the order of a forward pass."""
+    """The names of the modules, by their path, in the order of a forward pass."""
     names = dict.fromkeys(backbone.patch_embedding, "the patch embedding")
     names |= dict.fromkeys(backbone.input_norms, "the norm before the blocks")
     for block in backbone.blocks:
@@ -235,13 +235,13 @@ def _names(backbone: VisionBackbone) -> dict[str, str]:
 
 
 def _index(placement: Placement, backbone: VisionBackbone) -> int | None:
-    """The block that a placement is in."""
+    """The block of a placement."""
     inside = (b.index for b in backbone.blocks if f"{placement.path}.".startswith(f"{b.path}."))
     return next(inside, None)
 
 
 def _blocks(placements: Sequence[Placement], backbone: VisionBackbone) -> str:
-    """Which blocks, where not all."""
+    """The blocks, if not all."""
     found = {index for placement in placements if (index := _index(placement, backbone)) is not None}
     if len(found) in (0, backbone.depth):
         return ""
@@ -251,7 +251,7 @@ def _blocks(placements: Sequence[Placement], backbone: VisionBackbone) -> str:
 
 
 def _collapse(names: list[str]) -> list[str]:
-    """The same with all linears of a block as one."""
+    """Replace all linears of a block by one entry."""
     if not set(_LINEARS) <= set(names):
         return names
     last = max(names.index(linear) for linear in _LINEARS)
@@ -260,7 +260,7 @@ def _collapse(names: list[str]) -> list[str]:
 
 
 def _shared(placements: Iterable[Placement], backbone: VisionBackbone) -> list[str]:
-    """What equations share: by all blocks, or within each."""
+    """The parts that equations share, among all blocks or within each."""
     users: dict[str, set[int | None]] = {}
     for placement in placements:
         if placement.shared is not None:
@@ -284,7 +284,7 @@ def _vit_b16() -> VisionBackbone:
 
 
 def _count(method: Method, count: int) -> str:
-    """Parameters without the head, and what makes that wider, by class."""
+    """Parameters without the head, and the extra ones of the head per class."""
     return f"{count:,}" + (f" + {method.head_inputs:,} a class" if method.head_inputs else "")
 
 

@@ -1,1 +1,1 @@
-"""The coverage matrix: every registered method on a tiny random model of every architecture."""
+"""Coverage: every method on a tiny random model of every architecture, and on families of timm and transformers."""

@@ -1,4 +1,4 @@
-"""One cell of the matrix: a method on an architecture, through all that a user does with an adapter."""
+"""One cell of the matrix: a method on an architecture, through everything that a user does with an adapter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .tiny import Size, TinyModel
 Status = Literal["works", "not applicable", "skipped", "fails"]
 
 TOLERANCE = 1e-5  # of the output's scale, for a merged model in float32
-LEAST = 1e-5  # of the output's scale, by which a step of an adapter alone moves it
+LEAST = 1e-5  # smallest change of the output, relative to its scale, by two steps of the adapter alone
 FRAMES = 2
 STEP = 0.1  # length of a training step, whatever the gradient's: random models have tiny and huge ones
 _PACKAGE = __name__.partition(".")[0]
@@ -35,12 +35,12 @@ _PACKAGE = __name__.partition(".")[0]
 
 @dataclass(frozen=True)
 class Cell:
-    """What came of a method on an architecture.
+    """The result of a method on an architecture.
 
     Attributes:
-        status: *works*; *not applicable*, which the method or the library said before any work; *skipped* for want of
-            a package; or *fails*.
-        reason: why it does not work, or what restricts it where it does.
+        status: *works*; *not applicable*, if the method or the library refused before any work; *skipped*, if a
+            package is missing; or *fails*.
+        reason: why it does not work, or a restriction if it does.
     """
 
     status: Status
@@ -51,27 +51,27 @@ class Cell:
 
     @classmethod
     def parse(cls, text: str) -> Cell:
-        """The cell that `str` made the text of.
+        """The inverse of `str`.
 
         Raises:
-            ValueError: it starts with no known status.
+            ValueError: the text does not start with a known status.
         """
         status, _, reason = text.partition(": ")
         if status not in ("works", "not applicable", "skipped", "fails"):
-            raise ValueError(f"{text!r} is no cell: it must start with works, not applicable, skipped or fails.")
+            raise ValueError(f"{text!r} is not a cell: it must start with works, not applicable, skipped or fails.")
         return cls(status, reason)  # type: ignore[arg-type]
 
 
 class _Refusal(Exception):  # noqa: N818
-    """The library said that the method has nothing to do here."""
+    """The library refused the method on this model."""
 
 
 class _Check(Exception):  # noqa: N818
-    """An adapted model does something else than it promises."""
+    """An adapted model does not behave as promised."""
 
 
 def first_sentence(message: str) -> str:
-    """Up to the first full stop that ends a sentence, without it, on one line."""
+    """The first sentence, without its full stop, on one line."""
     return re.split(r"\.(?=\s|$)", " ".join(message.split()), maxsplit=1)[0]
 
 
@@ -88,7 +88,7 @@ def is_ours(error: BaseException) -> bool:
 
 
 def what_went_wrong(error: BaseException) -> str:
-    """What this library says where it refuses, in a sentence; any other exception in a few words."""
+    """The message of a refusal by this library, in a sentence; any other exception in a few words."""
     return first_sentence(str(error)) if is_ours(error) else broken(error)
 
 
@@ -104,7 +104,7 @@ def tensors_of(output: Any) -> list[Tensor]:
 
 
 class _Subject:
-    """A model with what it is called with, for one method: images, or videos where the method takes those."""
+    """A model with its arguments, for one method: images, or videos if the method takes them."""
 
     def __init__(self, tiny: TinyModel, method: Method | PeftMethod, batch: int = 2) -> None:
         self.tiny = tiny
@@ -134,7 +134,7 @@ class _Subject:
 
     @torch.no_grad()
     def outputs_of_base(self, base: nn.Module, size: Size | None = None) -> list[Tensor]:
-        """What the base model makes of images, or of videos whose frames its heads, or norms, see averaged."""
+        """The base model's output for images, or for videos whose frames are averaged before its heads or norms."""
         arguments = self.arguments(size)
         if not self.makes_videos or "pixel_values" not in arguments:
             return tensors_of(self.tiny.call(base, arguments))
@@ -145,12 +145,12 @@ class _Subject:
 
 @contextmanager
 def mean_over_frames(base: nn.Module, batch: int, before_norms: bool) -> Iterator[None]:
-    """Meanwhile the heads of a model see the mean over the frames of videos, or the norms before them do.
+    """Average the frames of videos before the heads of a model, or before the norms, inside the context.
 
     Args:
         base: whose batches are the frames of all videos.
         batch: videos.
-        before_norms: as a method's config has it, `frames_meet_before_norms`.
+        before_norms: `frames_meet_before_norms` of a method's config.
     """
 
     def mean(module: nn.Module, args: tuple) -> tuple:
@@ -175,12 +175,12 @@ def run_cell(method: Method | PeftMethod, tiny: TinyModel, base: nn.Module, alon
         method: to try, on a copy of the model.
         tiny: the architecture.
         base: a model of it that was never called, as `tiny.model()` makes one.
-        alone: whether the adapter trains without the task head, and has to move the output by itself; the cell then
-            fails of what others than this library refuse.
+        alone: whether the adapter trains without the task head, and must change the output by itself; then refusals by
+            other libraries make the cell fail.
 
     Returns:
-        What came of it. Only a `ValueError` that `get_peft_model` or `calibrate` raises makes a cell not applicable;
-        with a method of peft's, any exception of its code.
+        The result. Only a `ValueError` from `get_peft_model` or `calibrate` makes a cell not applicable; for a method
+        of peft, any exception in peft's code.
     """
     torch.manual_seed(2)
     stage = ["adapting"]
@@ -192,17 +192,17 @@ def run_cell(method: Method | PeftMethod, tiny: TinyModel, base: nn.Module, alon
         return Cell("not applicable", first_sentence(str(refusal)))
     except _Check as check:
         return Cell("fails", f"{stage[-1]}: {check}")
-    except Exception as error:  # whatever breaks in any method must become a cell, and the others go on
+    except Exception as error:  # any error in any method must become a cell, so that the others still run
         if isinstance(method, PeftMethod) and not alone:
             return Cell("not applicable", f"peft, {stage[-1]}: {broken(error)}")
         return Cell("fails", f"{stage[-1]}: {broken(error)}")
 
 
 def accept(method: Method | PeftMethod, model: nn.Module) -> Cell:
-    """Adapt a model, as one on the meta device, and run nothing.
+    """Adapt a model, for example on the meta device, without running it.
 
     Returns:
-        A cell that works where nothing refuses, is not applicable where this library does, and else fails.
+        A cell that works if nothing refuses, is not applicable if this library refuses, and else fails.
     """
     try:
         get_peft_model(model, _config(method, model, alone=True))
@@ -215,7 +215,7 @@ def _live(method: Method | PeftMethod, tiny: TinyModel, base: nn.Module, stage: 
     """What a user does with an adapter; the restriction under which all of it works, empty where there is none."""
     subject = _Subject(tiny, method)
     model = _adapted(method, subject, base, alone)
-    # frozen as in the adapted model: torch rounds some products by whether a factor requires a gradient
+    # frozen as in the adapted model: torch rounds some products differently if a factor requires a gradient
     reference = copy.deepcopy(base).requires_grad_(False)
     before = subject.outputs_of_base(reference)
 
@@ -251,16 +251,16 @@ def _live(method: Method | PeftMethod, tiny: TinyModel, base: nn.Module, stage: 
 
 
 def _config(method: Method | PeftMethod, model: nn.Module, alone: bool) -> Any:
-    """The config of a method; the task head stays frozen where the adapter is alone and does not train modules."""
+    """The config of a method; the task head stays frozen if the adapter is alone and does not train modules."""
     given: dict[str, Any] = {"modules_to_save": []} if alone and not method.whole_modules else {}
     return small_config_for(method, model, **given)
 
 
 def _adapted(method: Method | PeftMethod, subject: _Subject, base: nn.Module, alone: bool) -> PeftModel:
-    """The model with a random adapter, which has chosen what it trains where its method chooses.
+    """The model with a random adapter, calibrated if its method chooses from data.
 
     Raises:
-        _Refusal: the library says that the method has nothing to do on this model.
+        _Refusal: the library refuses the method on this model.
     """
     try:
         if isinstance(method, PeftMethod):
@@ -306,7 +306,7 @@ def _train_a_step(model: PeftModel, subject: _Subject, method: Method | PeftMeth
     _require(bool(second != first), "a step does not change the loss")
     optimizer.zero_grad()
     second.backward()
-    torch.nn.utils.clip_grad_norm_(trained.values(), norm)  # so that it is no longer than the first
+    torch.nn.utils.clip_grad_norm_(trained.values(), norm)  # so that it is not longer than the first
     optimizer.step()
     moved = [name for name, p in trained.items() if not torch.equal(p, started[name])]
     prefix = method.prefix if isinstance(method, PeftMethod) else f"{method.name}_"
@@ -318,10 +318,10 @@ def _train_a_step(model: PeftModel, subject: _Subject, method: Method | PeftMeth
 
 
 def _refused_size(model: PeftModel, subject: _Subject, reference: nn.Module, size: Size) -> str:
-    """Why the adapted model takes no images of that size, in its own words; empty where it does.
+    """Why the adapted model takes no images of that size, as its error says; empty if it does.
 
     Raises:
-        _Check: it takes them and computes something wrong.
+        _Check: the model takes them, but its output is wrong.
     """
     before = subject.outputs_of_base(reference, size)
     try:
@@ -329,21 +329,21 @@ def _refused_size(model: PeftModel, subject: _Subject, reference: nn.Module, siz
     except ValueError as error:
         return f"no other image size: {first_sentence(str(error))}"
     _require(all(tensor.isfinite().all() for tensor in found), "the output is not finite")
-    _require([t.shape for t in found] == [t.shape for t in before], "the output has another shape than the base's")
+    _require([t.shape for t in found] == [t.shape for t in before], "the output has a different shape from the base's")
     with model.disable_adapter():
         _require_equal(subject.outputs(model, size), before, "the base model's output")
     return ""
 
 
 def _refused_merge(model: PeftModel, subject: _Subject, method: Method | PeftMethod) -> str:
-    """Why the adapter does not merge here, in its own words; empty where it does.
+    """Why the adapter does not merge here, as its error says; empty if it does.
 
-    In double precision, where what is left of a difference is the algebra's: norms of small variance blow up rounding.
+    In double precision, so that differences come from the algebra: norms of small variance amplify rounding errors.
 
     Raises:
         _Check: the merged model computes something else.
     """
-    if not isinstance(method, PeftMethod):  # some of which keep tensors that do not follow
+    if not isinstance(method, PeftMethod):  # some of these keep tensors that do not follow
         model.double()
     before = subject.outputs(model)
     try:
@@ -380,8 +380,8 @@ def _require_close(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def _distance(found: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest difference of two outputs, by the scale of the tensor it is in."""
-    _require([t.shape for t in found] == [t.shape for t in expected], "the output has another shape")
+    """The largest difference of two outputs, relative to the scale of its tensor."""
+    _require([t.shape for t in found] == [t.shape for t in expected], "the output has a different shape")
     distances = [0.0]
     for a, b in zip(found, expected, strict=True):
         if not torch.equal(a, b):

@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fast", action="store_true", help="every method on six architectures, every architecture with four methods"
     )
-    parser.add_argument("--jobs", type=_count, metavar="N", help="processes; by default one a core")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the cells there, one a line")
+    parser.add_argument("--jobs", type=_count, metavar="N", help="processes; by default one per core")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the cells there, one per line")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the page docs/coverage.md there")
     parser.add_argument(
         "--families",
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         Exit status: 0, or 1 where a cell fails or, with `--check`, does not work any more.
 
     Raises:
-        ValueError: an argument makes no sense, before any cell runs.
+        ValueError: an argument is invalid; raised before any cell runs.
         OSError: a file cannot be read or written.
         RuntimeError: a process died.
     """
@@ -62,7 +62,7 @@ def _run_matrix(arguments: argparse.Namespace) -> int:
     from .matrix import choose_cells, run_matrix
 
     if arguments.names:
-        raise ValueError("--names counts models of families: give --families, too.")
+        raise ValueError("--names counts models of families: give --families as well.")
     before = report.read_json(arguments.check) if arguments.check else None
     cells = choose_cells(arguments.methods, arguments.architectures, arguments.fast)
     matrix = run_matrix(cells, arguments.jobs)
@@ -87,7 +87,7 @@ def _run_families(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--families has {unknown[0]!r}: valid are {' and '.join(LIBRARIES)}.")
     for flag in ("fast", "check"):
         if getattr(arguments, flag):
-            raise ValueError(f"--{flag} is for tiny models: leave it out with --families.")
+            raise ValueError(f"--{flag} is for tiny models: remove it, or --families.")
     results = Results(arguments.json)
     run_families(
         results,
@@ -116,5 +116,5 @@ def _names(text: str) -> list[str]:
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of processes: choose an integer from 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes: choose an integer from 1")
     return int(text)

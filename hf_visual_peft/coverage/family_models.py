@@ -1,7 +1,8 @@
-"""The families of models that timm and transformers ship, as these tell them, and models small enough to run.
+"""The families of models that timm and transformers contain, and models of them that are small enough to run.
 
-Nothing is listed here by name. A family is a module file of timm, or a folder of transformers with a model that takes
-pictures. Weights are random; of transformers' configs the defaults count, with few layers and words.
+No family is listed here by name. A family is a module file of timm, or a folder of transformers with a model that
+takes images. Weights are random; transformers' configs have their defaults, with fewer layers and a smaller
+vocabulary.
 """
 
 from __future__ import annotations
@@ -32,25 +33,25 @@ LIBRARIES: tuple[Library, ...] = ("timm", "transformers")
 
 LARGEST = 150_000_000  # parameters of a model that is run; a larger one is adapted on the meta device only
 _LARGE = 20_000_000  # parameters of one that is run with few blocks, where it can be
-_SIDES = (64, 96, 128)  # of images that are tried before the size that a model is made for
+_SIDES = (64, 96, 128)  # image sizes to try before the size that a model is made for
 _LAYERS, _WORDS, _SIDE = 2, 1024, 96
-# which class of a family stands for it: the first that matches one of these, the whole model before its parts
+# the class that represents a family: the first that matches one of these, the whole model before its parts
 _TASKS = ("For(Image|Video)Classification$", "For(?!PreTraining)", "Model$", "")
 
 
 class NotRunnableError(Exception):
-    """The model does not run on pictures alone, with or without an adapter."""
+    """The model does not run on images alone, with or without an adapter."""
 
 
 @dataclass(frozen=True)
 class FamilyModel(TinyModel):
-    """A model of a family at a size that can be run."""
+    """A model of a family, of a size that can be run."""
 
     def model(self) -> nn.Module:
         """The model in eval mode with the same random weights every time.
 
-        Weights are moved off their initial values as in a tiny model, by less where more of them are summed, so that a
-        deep network without norms stays finite.
+        Weights are moved away from their initial values as in a tiny model, by less the more of them are summed, so
+        that a deep network without norms stays finite.
         """
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(0)
@@ -70,18 +71,18 @@ class _OfTransformers(FamilyModel):
     """The same of transformers, called as it takes pictures.
 
     Attributes:
-        features: whether that is by `get_image_features`, as of models that else need words.
+        features: whether to call `get_image_features`, for models that otherwise need text.
     """
 
     features: bool = False
 
     def call(self, model: nn.Module, arguments: Any) -> Any:
-        """What the model makes of pictures."""
+        """The model's output for images."""
         return model.get_image_features(**arguments) if self.features else model(**arguments)  # type: ignore[operator]
 
 
 def timm_families() -> dict[str, list[str]]:
-    """Names of timm's models by the module file that they stand in.
+    """Names of timm's models by their module file.
 
     Raises:
         ModuleNotFoundError: timm is not installed.
@@ -91,7 +92,7 @@ def timm_families() -> dict[str, list[str]]:
 
 
 def transformers_families(only: Collection[str] | None = None) -> dict[str, list[str]]:
-    """Names of transformers' models that take pictures, by their folder; that which stands for it comes first.
+    """Names of transformers' models that take images, by their folder; the one that represents it comes first.
 
     Args:
         only: folders to look into; all by default.
@@ -104,7 +105,7 @@ def transformers_families(only: Collection[str] | None = None) -> dict[str, list
             continue
         try:
             module = importlib.import_module(f"{root.__name__}.{file.parent.name}.{file.stem}")
-        except ImportError:  # of a package that this family needs and this environment lacks
+        except ImportError:  # this family needs a package that is not installed
             continue
         families.setdefault(file.parent.name, []).extend(_with_pictures(module))
     return {name: sorted(classes, key=_rank) for name, classes in families.items() if classes}
@@ -136,7 +137,7 @@ def count(model: nn.Module) -> int:
 
 
 def on_meta(library: Library, name: str) -> nn.Module:
-    """A model without weights: of timm as it is, of transformers shrunken where that can be built."""
+    """A model without weights: of timm unchanged, of transformers shrunk if possible."""
     with torch.device("meta"):
         return next(_built(builders(library, name)))
 
@@ -159,14 +160,14 @@ def _built(ways: Iterable[Callable[[], nn.Module]]) -> Iterator[nn.Module]:
     """The models that can be built.
 
     Raises:
-        NotRunnableError: none can.
+        NotRunnableError: none can be built.
     """
-    reason = "it has no way to be built"
+    reason = "there is no way to build it"
     none = True
     for build in ways:
         try:
             model = build()
-        except Exception as error:  # any: what a library's default config lacks is its own affair
+        except Exception as error:  # any: default configs of a library may be incomplete
             reason = f"{type(error).__name__}: {error}"
             continue
         none = False
@@ -176,12 +177,12 @@ def _built(ways: Iterable[Callable[[], nn.Module]]) -> Iterator[nn.Module]:
 
 
 def shrunken(config_class: type[PreTrainedConfig], side: int | None = None) -> PreTrainedConfig:
-    """The default config with two layers a stack, few words, and images of that side, in all its parts."""
+    """The default config with two layers per stack, a small vocabulary, and images of that size, in all its parts."""
     return config_class(**_smaller(config_class(), side))
 
 
 def _smaller(config: PreTrainedConfig, side: int | None) -> dict[str, Any]:
-    """The fields that differ, to be given to the config's class, which makes what follows from them anew."""
+    """The fields that differ, to build the config again so that dependent fields follow."""
     fields: dict[str, Any] = {}
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
@@ -199,10 +200,10 @@ def _smaller(config: PreTrainedConfig, side: int | None) -> dict[str, Any]:
 
 
 def runnable(library: Library, name: str) -> FamilyModel:
-    """A model of a size that can be run, with pictures for it.
+    """A model of a size that can be run, with images for it.
 
     Raises:
-        NotRunnableError: it is too large, or does not run on pictures alone; the message says which.
+        NotRunnableError: the model is too large, or does not run on images alone; the message says which.
     """
     ways = list(_timm_ways(name)) if library == "timm" else list(_transformers_ways(name))
     reason = ""
@@ -214,7 +215,7 @@ def runnable(library: Library, name: str) -> FamilyModel:
                 reason = reason or f"{size / 1e6:,.0f} M parameters"
                 continue
             found = tensors_of(tiny.call(model := tiny.build().eval(), tiny.arguments(2)))
-        except Exception as error:  # any: a size or a way that this model does not take
+        except Exception as error:  # any: this model does not take this size or call
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             continue
         del model
@@ -229,7 +230,7 @@ def _differs(output: Tensor) -> bool:
 
 
 def _timm_ways(name: str) -> Iterator[FamilyModel]:
-    """With small images and, of a large model, few blocks, where the model takes these; else as it is made."""
+    """With small images and, for a large model, few blocks, if the model takes these; else as it is defined."""
     channels, *made_for = importlib.import_module("timm").get_pretrained_cfg(name).input_size
     fewer = ({"depth": _LAYERS}, {}) if parameters_of("timm", name) > _LARGE else ({},)
     for shrunk, side, resized in (*product(fewer, _SIDES, (False, True)), ({}, 0, False)):
@@ -245,14 +246,14 @@ def _timm_ways(name: str) -> Iterator[FamilyModel]:
 
 
 def _transformers_ways(name: str) -> Iterator[FamilyModel]:
-    """Shrunken or not, called with pictures or asked for their features."""
+    """Shrunk or not, called with images or by `get_image_features`."""
     for build in builders("transformers", name):
         try:
             with torch.device("meta"):
                 model = build()
             tower = model.get_submodule(find_backbone(model).path)
             example = example_of(tower)
-        except Exception:  # any: this way tells nothing, the next may
+        except Exception:  # any: this way does not work, the next may
             continue
         for features in (False, True) if hasattr(model, "get_image_features") else (False,):
             yield _OfTransformers(
@@ -265,7 +266,7 @@ def _transformers_ways(name: str) -> Iterator[FamilyModel]:
 
 
 def _more(example: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
-    """As many pictures as that, random ones, the same every time."""
+    """That many random images, the same every time."""
     generator = torch.Generator().manual_seed(batch)
     return {
         key: torch.randn(batch, *value.shape[1:], generator=generator)

@@ -1,4 +1,4 @@
-"""What came of families as a page: counts, a row a family, and reasons."""
+"""The results of families as a page: counts, a row per family, and reasons."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _LEGEND = (
 
 
 def failures(results: Iterable[Result]) -> list[str]:
-    """The results that are faults, a line each."""
+    """The results that are faults, one per line."""
     return [
         f"{result.library}, {result.family}: {result.item} on {_short(result.model)}: {result.reason}"
         for result in results
@@ -45,7 +45,7 @@ def failures(results: Iterable[Result]) -> list[str]:
 
 
 def counts(results: Results) -> str:
-    """How many families each method works on, and how many models have a backbone that was found."""
+    """The number of families that each method works on, and of models with a backbone that was found."""
     parts = []
     for library in LIBRARIES:
         rows = _rows(results, library)
@@ -95,7 +95,7 @@ def _shown(result: Result | None, reasons: dict[str, int]) -> str:
 
 
 def _without_names(result: Result) -> str:
-    """The reason without which config and class it is about, which the row and column tell."""
+    """The reason without the names of config and class, which are those of the column and row."""
     before, colon, after = result.reason.partition(": ")
     return (
         after

@@ -1,4 +1,4 @@
-"""Cells of families: run in processes with a limit of time, written as they come, and not run twice."""
+"""Cells of families: run in processes with a time limit, written at once, and not run twice."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ SIZE, BACKBONE = "size", "backbone"  # what else is asked of a model: how many p
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one question to one model.
+    """The result of one question to one model.
 
     Attributes:
-        library: that ships the model.
-        family: which the model is of.
+        library: that contains the model.
+        family: of the model.
         model: its name.
         item: a method, or `SIZE` or `BACKBONE`.
         status: as of a cell; `"skipped"` where the model was adapted and not run.
-        reason: why it does not work, or was not run, or what restricts it.
-        parameters: of the model, where they were counted.
+        reason: why it does not work or was not run, or a restriction.
+        parameters: number of the model's parameters, if counted.
     """
 
     library: Library
@@ -62,7 +62,7 @@ class Result:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What was asked."""
+        """The question."""
         return self.library, self.model, self.item
 
 
@@ -81,14 +81,14 @@ class Task:
 
 
 class Results:
-    """A file of results, one a line; what stands in it is not asked again.
+    """A file of results, one per line; questions in it are not asked again.
 
     Args:
-        path: of the file; made where there is none. None keeps them in memory only.
+        path: of the file, which is created if it does not exist. None keeps the results in memory only.
 
     Raises:
-        ValueError: it holds something else.
-        OSError: it cannot be read or written.
+        ValueError: the file holds something else.
+        OSError: the file cannot be read or written.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -101,7 +101,7 @@ class Results:
                 result = Result(**json.loads(line))
             except (ValueError, TypeError) as error:
                 raise ValueError(
-                    f"{path}, line {number}, is no result of hf-visual-peft coverage --families: {error}. Choose "
+                    f"{path}, line {number}, is not a result of hf-visual-peft coverage --families: {error}. Choose "
                     "another file, or delete this line."
                 ) from error
             self.found[result.key] = result
@@ -115,7 +115,7 @@ class Results:
             file.write(json.dumps(asdict(result), ensure_ascii=False) + "\n")
 
     def open_tasks(self, tasks: Iterable[Task]) -> list[Task]:
-        """What of some tasks has no result yet."""
+        """The tasks without a result."""
         open_items = (
             replace(task, items=tuple(i for i in task.items if (task.library, task.model, i) not in self.found))
             for task in tasks
@@ -132,16 +132,16 @@ def run_families(
     jobs: int = 1,
     limit: float = 120.0,
 ) -> None:
-    """Run the methods on one model of every family, the smallest of timm's, and add what comes of it to the results.
+    """Run the methods on one model of every family, of timm the smallest, and add the results.
 
     Args:
-        results: those there are.
-        libraries: whose families.
+        results: existing results.
+        libraries: whose families to run.
         methods: names, of peft's methods, too.
         only: families; all by default.
-        names: whether to look for a backbone in every model of a family, and not only in one.
+        names: whether to look for a backbone in every model of a family; else only in one.
         jobs: processes.
-        limit: seconds that one method may take on one model.
+        limit: seconds for one method on one model.
 
     Raises:
         ValueError: a method or a family is unknown.
@@ -174,7 +174,7 @@ def run_families(
 
 
 def representative(results: Results, library: Library, models: Sequence[str]) -> str:
-    """The model that stands for its family: of timm the smallest, of transformers the first."""
+    """The model that represents its family: of timm the smallest, of transformers the first."""
     if library == "transformers":
         return models[0]
     sizes = {m: found.parameters for m in models if (found := results.found.get((library, m, SIZE)))}
@@ -185,7 +185,7 @@ def answers(task: Task) -> Iterator[Result]:
     """Ask a model everything, in this process."""
     for item in task.items:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what random models bring with them
+            warnings.simplefilter("ignore")  # random models cause many
             if item == SIZE:
                 yield _size(task)
             elif item == BACKBONE:
@@ -197,14 +197,14 @@ def answers(task: Task) -> Iterator[Result]:
 def _size(task: Task) -> Result:
     try:
         return task.result(SIZE, Cell("works"), parameters_of(task.library, task.model))
-    except Exception as error:  # any: what a library cannot build is no fault of a method's
+    except Exception as error:  # any: a model that cannot be built is not the fault of a method
         return task.result(SIZE, Cell("skipped", what_went_wrong(error)))
 
 
 def _backbone(task: Task) -> Result:
     try:
         model = on_meta(task.library, task.model)
-    except Exception as error:  # likewise
+    except Exception as error:  # the same
         return task.result(BACKBONE, Cell("skipped", f"not built: {what_went_wrong(error)}"))
     try:
         find_backbone(model)
@@ -232,7 +232,7 @@ def _method(task: Task, name: str) -> Cell:
 
 @lru_cache(maxsize=1)
 def _subject(library: Library, name: str) -> tuple[TinyModel, nn.Module] | str:
-    """A model that can be run and one of it with weights; or why there is none."""
+    """A model that can be run, and an instance with weights; or the reason why there is none."""
     try:
         tiny = runnable(library, name)
         return tiny, tiny.model()
@@ -241,7 +241,7 @@ def _subject(library: Library, name: str) -> tuple[TinyModel, nn.Module] | str:
 
 
 class _Worker:
-    """A process that answers tasks, one after the other."""
+    """A process that works on tasks, one after the other."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -278,9 +278,9 @@ def _serve(connection: Connection) -> None:
 
 
 def _work(results: Results, tasks: Iterable[Task], jobs: int, limit: float, title: str) -> None:
-    """Answer what is open of some tasks. A process that is late or dies costs one answer, and is replaced."""
+    """Run the open items of some tasks. A process that is late or dies costs one result, and is replaced."""
     queue = results.open_tasks(tasks)[::-1]
-    # pictures and weights are random: a download would be by mistake, and slow
+    # images and weights are random: a download would be a mistake, and slow
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     bar = tqdm(total=sum(len(task.items) for task in queue), desc=title, disable=not queue)
     workers: list[_Worker] = []

@@ -1,4 +1,4 @@
-"""All cells of the matrix: architectures are spread over processes, and one builds its model once for all methods."""
+"""All cells of the matrix: processes share the architectures, and build a model once for all methods."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .cell import Cell, broken, run_cell
 from .models import MODELS
 
 
-# the fast cut: every method on these architectures, and these methods on every architecture
+# the fast subset: every method on these architectures, and these methods on every architecture
 FAST_ARCHITECTURES = ("vit", "dinov2_with_registers", "swin", "pvt_v2", "convnext", "timm_vit")
 FAST_METHODS = ("adaptformer", "bitfit", "ssf", "vpt")
 
@@ -31,7 +31,7 @@ def choose_cells(
     Args:
         methods: names, of peft's methods, too; all of this library by default.
         architectures: names; all by default.
-        fast: of these only the fast cut.
+        fast: whether to run only the fast subset of these.
 
     Raises:
         ValueError: a name is unknown, or nothing is left to run.
@@ -48,7 +48,7 @@ def choose_cells(
     }
     cells = {row: names for row, names in cells.items() if names}
     if not cells:
-        raise ValueError(f"The fast cut has none of the methods {', '.join(chosen)} on {', '.join(rows)}.")
+        raise ValueError(f"The fast subset has none of the methods {', '.join(chosen)} on {', '.join(rows)}.")
     return cells
 
 
@@ -57,11 +57,11 @@ def run_matrix(cells: Mapping[str, list[str]], jobs: int | None = None, progress
 
     Args:
         cells: methods by architecture, see `choose_cells`.
-        jobs: processes; by default one a core. With one everything runs in this process.
+        jobs: processes; by default one per core. With one everything runs in this process.
         progress: whether to show a bar.
 
     Raises:
-        RuntimeError: a process died, as one without memory does.
+        RuntimeError: a process died, for example without memory.
     """
     jobs = min(jobs or _cores(), len(cells))
     found: Matrix = {}
@@ -85,7 +85,7 @@ def run_row(row: str, names: Iterable[str]) -> dict[str, Cell]:
     if tiny.missing_package:
         return {name: Cell("skipped", f"{tiny.missing_package} is not installed") for name in names}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what random tiny models and merged biases bring with them
+        warnings.simplefilter("ignore")  # random tiny models and merged biases cause many
         try:
             base = tiny.model()
         except Exception as error:  # another version of a library than this catalogue knows; the other rows go on
@@ -94,12 +94,12 @@ def run_row(row: str, names: Iterable[str]) -> dict[str, Cell]:
 
 
 def _cores() -> int:
-    """Those this process may use, where the system tells."""
+    """The number of cores that this process may use, if the system tells."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _prepare() -> None:
-    """In a process of the pool: one thread, as there is a process a core, and no chatter over the bar."""
+    """Set up a process of the pool: one thread, because there is a process per core, and no messages over the bar."""
     import torch
     from transformers.utils import logging
 

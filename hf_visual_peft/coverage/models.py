@@ -1,4 +1,4 @@
-"""The catalogue: one tiny random model an architecture, and the variants of some that only the tests run on."""
+"""The catalogue: one tiny random model per architecture, and variants of some for the tests only."""
 
 from __future__ import annotations
 

@@ -35,13 +35,13 @@ TEXT: dict[str, Any] = {
 
 
 def _masked(batch: int, size: Size) -> dict[str, Any]:
-    """Which patches a masked autoencoder drops is part of its arguments, else every call drops others."""
+    """Images and noise for a masked autoencoder: without the noise every call would drop other patches."""
     noise = torch.rand(batch, size[0] * size[1] // 64, generator=torch.Generator().manual_seed(batch))
     return images(batch, size) | {"noise": noise}
 
 
 def _patches(batch: int, size: Size) -> dict[str, Any]:
-    """Images cut into patches of 8 x 8, as the processor of SigLIP 2 does; every other one is smaller than its row."""
+    """Images cut into patches of 8 x 8, as by the processor of SigLIP 2; every other one is smaller than its row."""
     rows, columns = size[0] // 8, size[1] // 8
     shapes = torch.tensor([[rows, columns] if index % 2 == 0 else [rows + 1, columns - 1] for index in range(batch)])
     mask = (torch.arange(rows * columns) < shapes.prod(1, keepdim=True)).long()
@@ -50,7 +50,7 @@ def _patches(batch: int, size: Size) -> dict[str, Any]:
 
 
 def _with_image_tokens(batch: int, size: Size) -> dict[str, Any]:
-    """A prompt of a language model in which four tokens stand for the image."""
+    """A text prompt in which four tokens stand for the image."""
     tokens = torch.tensor([[2, 12, 13, 13, 13, 13, 11, 5]]).expand(batch, -1)
     return images(batch, size) | {"input_ids": tokens, "token_type_ids": (tokens == 13).long()}
 
@@ -85,7 +85,7 @@ def _perceiver() -> nn.Module:
 
 
 def _color_clusters(batch: int, size: Size) -> dict[str, Any]:
-    """ImageGPT reads colors by number, and has no pixels."""
+    """Random color ids: ImageGPT reads these instead of pixels."""
     generator = torch.Generator().manual_seed(batch)
     return {"input_ids": torch.randint(0, 8, (batch, math.prod(size)), generator=generator)}
 
@@ -220,7 +220,7 @@ PLAIN = (
     _resizable("blip_2", lambda: WithHead(tf.Blip2VisionModel(tf.Blip2VisionConfig(**PATCHED)), 16)),
 )
 
-# families of the same classes whose blocks differ by an option; the tests run on them, the matrix does not
+# families of the same classes whose blocks differ by an option, for the tests only
 PLAIN_VARIANTS = (
     _resizable("deit_teacher", lambda: tf.DeiTForImageClassificationWithTeacher(tf.DeiTConfig(**PATCHED, **LABELS))),
     _resizable(

@@ -1,4 +1,4 @@
-"""The matrix as JSON, to be committed and compared with, and as Markdown, to be read."""
+"""The matrix as JSON, for comparison with a committed file, and as Markdown, for readers."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ counts, and a warning says so."""
 
 
 def to_json(matrix: Matrix) -> str:
-    """One line a cell, sorted, so that a changed cell is a changed line."""
+    """One line per cell, sorted, so that a changed cell is a changed line."""
     rows = {row: {name: str(cell) for name, cell in cells.items()} for row, cells in matrix.items()}
     return json.dumps(rows, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> Matrix:
-    """The matrix that `to_json` wrote to a file.
+    """Read the matrix that `to_json` wrote to a file.
 
     Raises:
         ValueError: the file holds something else.
@@ -61,13 +61,13 @@ def read_json(path: Path) -> Matrix:
         rows = json.loads(path.read_text(encoding="utf-8"))
         return {row: {name: Cell.parse(text) for name, text in cells.items()} for row, cells in rows.items()}
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is no matrix written by hf-visual-peft coverage --json: {error}") from error
+        raise ValueError(f"{path} is not a matrix written by hf-visual-peft coverage --json: {error}") from error
 
 
 def regressions(now: Matrix, before: Matrix) -> list[str]:
-    """Cells that worked before and do not any more, and those that fail, each with what is known of it.
+    """Cells that worked before and no longer do, and cells that fail, each with its text.
 
-    A cell that is skipped now tells nothing, and one that was not run is not looked at.
+    Cells that are skipped now or were not run are ignored.
     """
     found = []
     for row, cells in now.items():
@@ -90,7 +90,7 @@ def failures(matrix: Matrix) -> list[str]:
 
 
 def summary(matrix: Matrix) -> str:
-    """How many cells of each kind of architecture work: a table."""
+    """A table of the numbers of working cells for each kind of architecture."""
     rows = []
     for (kind, title), of_peft in product(KINDS.items(), (False, True)):
         cells = [
@@ -118,7 +118,7 @@ def summary(matrix: Matrix) -> str:
 
 
 def heads_table(rows: Iterable[str]) -> str:
-    """Which head trains with an adapter by default, a row an architecture: a table."""
+    """A table of the heads that train with an adapter by default, one row per architecture."""
     lines = []
     for row in rows:
         if MODELS[row].missing_package:

@@ -1,7 +1,7 @@
 """Settings of methods that fit tiny models of 8 to 32 channels.
 
-Most methods need nothing here: their fields have names that others have. A field of another name says beside itself
-what fits: `field(default=30, metadata={"help": "...", "tiny": 4})`.
+Most methods need no entry here, because their fields have the same names as those of others. A field with a new name
+gives its own value: `field(default=30, metadata={"help": "...", "tiny": 4})`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..core.registry import Method
 from ..peft_methods.methods import PeftMethod
 
 
-# for every field of such a name, and for those that the setting names
+# for every field with such a name, and for fields that the setting names
 SMALL = {"r": 4, "n": 4, "channels": 6, "rule_std": 0.01}
 SMALL_WHERE_NAMED = {"groups": 2, "num_virtual_tokens": 2}
 # the same for methods of peft
@@ -34,16 +34,16 @@ SMALL_OF_PEFT: dict[str, dict[str, Any]] = {
     "shira": {"r": 2},
     "supertuning": {"sparsity": 0.5},
     "tinylora": {"init_weights": True},  # its random start is too large for random models
-    "osf": {"init_weights": True},  # likewise: a product of three random matrices, where rounding shows
+    "osf": {"init_weights": True},  # the same: a product of three random matrices, in which rounding matters
     "vblora": {"r": 2, "num_vectors": 8, "vector_length": 2},
     "waveft": {"n_frequency": 8},
 }
-# what their fields for a random start are called
+# names of their fields for a random start
 INITIAL_WEIGHTS = ("init_weights", "init_lora_weights", "init_ia3_weights")
 
 
 def small_fields(config_cls: type, setting: Mapping[str, Any]) -> dict[str, Any]:
-    """A setting of a method's config, shrunk to tiny models.
+    """A setting of a method's config, shrunk for tiny models.
 
     Args:
         config_cls: the config.
@@ -62,7 +62,7 @@ def small_config_for(method: Method | PeftMethod, model: nn.Module, **given: Any
     Args:
         method: of this library or of peft.
         model: that it is for.
-        given: fields that have these values.
+        given: fields with given values.
     """
     if isinstance(method, PeftMethod):
         return small_config_of_peft(method, model, **given)
@@ -70,13 +70,13 @@ def small_config_for(method: Method | PeftMethod, model: nn.Module, **given: Any
 
 
 def small_config(method: Method, **given: Any) -> Any:
-    """The method's usual setting, shrunk to tiny models, with random numbers in every weight of the adapter."""
+    """The method's usual setting, shrunk for tiny models, with random values in every weight of the adapter."""
     small = small_fields(method.config_cls, method.counts[0][0])
     return method.config_cls(**(small | {"init_weights": False} | given))
 
 
 def small_config_of_peft(method: PeftMethod, model: nn.Module, **given: Any) -> Any:
-    """The same for a method of peft; where its config has no field for random numbers, with those it starts with."""
+    """The same for a method of peft; if its config has no field for a random start, with its own initial values."""
     names = {field.name for field in dataclasses.fields(method.config_cls)}
     random = {name: False for name in INITIAL_WEIGHTS if name in names}
     return method.config(model, **(random | SMALL_OF_PEFT.get(method.name, {}) | given))

@@ -29,7 +29,7 @@ UNEVEN, WIDER, WIDEST = (40, 32), (48, 32), (96, 64)
 def _raw(
     name: str, architecture: str, other: Size | None, colors: int = 3, size: Size = (32, 32), **fields: Any
 ) -> TinyModel:
-    """A module as `timm.create_model` gives it, whose forward takes the images alone."""
+    """A module from `timm.create_model`, whose forward takes only the images."""
 
     def build() -> nn.Module:
         import timm
@@ -49,7 +49,7 @@ def _raw(
 
 
 def _wrapped(name: str, architecture: str, other: Size | None, **fields: Any) -> TinyModel:
-    """A timm model as transformers loads one."""
+    """A timm model in transformers' wrapper."""
 
     def build() -> nn.Module:
         config = tf.TimmWrapperConfig(architecture=architecture, model_args=fields, num_labels=3)

@@ -1,4 +1,4 @@
-"""What the matrix needs to know of one architecture: a tiny random model of it, and images for the model."""
+"""The entry of one architecture in the matrix: a tiny random model, and images for it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ LABELS: dict[str, Any] = {"num_labels": 3}
 
 
 def images(batch: int, size: Size, channels: int = 3) -> dict[str, Any]:
-    """Random `pixel_values` of (batch, channels, height, width), the same ones every time."""
+    """Random `pixel_values` of (batch, channels, height, width), the same every time."""
     generator = torch.Generator().manual_seed(batch)
     return {"pixel_values": torch.randn(batch, channels, *size, generator=generator)}
 
 
 @torch.no_grad()
 def liven(model: nn.Module) -> nn.Module:
-    """The model in eval mode, every weight moved off its initial value by the same random numbers every time."""
+    """The model in eval mode, with the same random change of every initial weight every time."""
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
@@ -42,14 +42,14 @@ class TinyModel:
     Attributes:
         name: of the row; for an image classifier of transformers its `model_type`.
         kind: by which the matrix groups rows.
-        build: makes the model, with its usual head where it has one.
-        size: height and width of the images it is made for.
-        other_size: one that it takes as well; None where it takes only its own.
-        interpolates: whether it must be asked, by `interpolate_pos_encoding`, to take another size.
-        inputs: makes the model's arguments from the number of samples and their size.
-        positional: whether the model's forward takes the pixels as first argument, and no `pixel_values`.
+        build: builds the model, with its usual head if it has one.
+        size: height and width of its images.
+        other_size: another size that it takes; None if it takes only its own.
+        interpolates: whether it needs `interpolate_pos_encoding` for another size.
+        inputs: returns the model's arguments for a number of samples and their size.
+        positional: whether the model's forward takes the pixels as first argument instead of `pixel_values`.
         video: whether its own inputs are videos, (batch, frames, channels, height, width).
-        package: which it needs beside those that hf_visual_peft requires.
+        package: extra package that it needs.
     """
 
     name: str
@@ -65,14 +65,14 @@ class TinyModel:
 
     @property
     def missing_package(self) -> str | None:
-        """The package that this architecture needs and this environment lacks."""
+        """The package that this architecture needs and that is not installed."""
         return self.package if self.package and importlib.util.find_spec(self.package) is None else None
 
     def model(self) -> nn.Module:
         """The model in eval mode, with the same random weights every time.
 
-        Every weight is moved off its initial value: a change of the model must not hide behind zeros, ones or tiny
-        layer scales. Batch norms hold the statistics of some images, without which those vanish on the way.
+        Every weight is moved away from its initial value: zeros, ones or tiny layer scales must not hide a change of
+        the model. Batch norms have the statistics of some images, because with others the signal would vanish.
         """
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(0)
@@ -94,26 +94,26 @@ class TinyModel:
             norm.momentum = momentum
 
     def arguments(self, batch: int, size: Size | None = None) -> dict[str, Any]:
-        """Of the model's forward, for images of its own or of another size."""
+        """Arguments of the model's forward, for images of its own or of another size."""
         made = self.inputs(batch, size or self.size)
         if self.interpolates and size not in (None, self.size):
             made["interpolate_pos_encoding"] = True
         return made
 
     def call(self, model: nn.Module, arguments: Mapping[str, Any]) -> Any:
-        """What the model makes of its arguments."""
+        """The model's output."""
         if self.positional:
             return model(arguments["pixel_values"])
         return model(**arguments)
 
 
 class WithHead(nn.Module):
-    """A bare backbone and a classifier of the mean over its last output, as a user writes it.
+    """A bare backbone with a classifier of the mean over its last output, as a user writes it.
 
     Args:
         backbone: whose output has a `last_hidden_state`.
-        channels: of that.
-        channels_first: whether it is (batch, channels, height, width), and not (batch, ..., channels).
+        channels: of that output.
+        channels_first: whether it is (batch, channels, height, width); else (batch, ..., channels).
     """
 
     def __init__(self, backbone: nn.Module, channels: int, channels_first: bool = False) -> None:

@@ -1,15 +1,15 @@
-"""Attention, written once: what happens where a module's queries meet its keys.
+"""Attention, written once: hooks at the point where a module's queries meet its keys.
 
-A module projects its tokens to queries, keys and values in its own way. Then they meet, at a point that is found in
-three kinds of modules:
+Each module projects its tokens to queries, keys and values in its own way. Then they meet, at a point that can be
+found in three kinds of modules:
 
 - transformers' modules call a function of transformers' `AttentionInterface`;
 - others call `F.scaled_dot_product_attention`;
 - others multiply queries and keys, add biases and masks, take the softmax and multiply with the values.
 
-The first are given a function of ours. The others are watched while their forward runs. In all of them the same acts
-follow: keys and values of other tokens join, logits change, keys and values are kept, or kept ones are used instead.
-A module in which the point is not found, or more than once, is refused and never silently wrong.
+The first kind gets a function of ours. In the others, function calls are intercepted while their forward runs. The
+same actions are possible in all of them: extra keys and values join, logits change, keys and values are kept, or kept
+ones replace the module's own. A module in which the point is not found exactly once is refused.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ class LogitSite(Site):
 
 
 class KeyValueSite(Site):
-    """Keys and values of an adapter's own, which join those of a block's attention, in every window.
+    """Extra keys and values, which join those of a block's attention, in every window.
 
-    They have no position and no mask hides them. The equation is called with the number of images; it returns keys
-    and values, (images, heads, tokens, channels of a head) each. `sites.forms.head_sizes` tells heads and channels.
+    They have no position, and no mask hides them. The equation is called with the number of images; it returns keys
+    and values, (images, heads, tokens, channels of a head) each. `sites.forms.head_sizes` returns heads and channels.
     """
 
 
 @dataclass(frozen=True)
 class Acts:
-    """What shall happen where queries meet keys; all functions are asked in every forward.
+    """What to do where queries meet keys; all functions are called in every forward.
 
     Attributes:
         join: called with the module's keys, (..., tokens, channels); returns keys and values that join them, or None.
         change: returns a function of the logits, or None.
-        keep: called with keys and values, those that joined left out.
-        instead: returns keys and values to use in place of the module's own, or None. Then nothing else happens.
+        keep: called with keys and values, without those that joined.
+        instead: returns keys and values to use in place of the module's own, or None. With them, nothing else happens.
     """
 
     join: Callable[[Tensor], Pair | None]
@@ -91,7 +91,7 @@ def attention_path(block: nn.Module, query: str) -> str:
         query: name of the query projection in the block.
 
     Raises:
-        ValueError: there is none, by what the code of the modules around the projection mentions.
+        ValueError: there is none, according to the code of the modules around the projection.
     """
     path = query
     while path:
@@ -100,7 +100,7 @@ def attention_path(block: nn.Module, query: str) -> str:
         if has_interface(module) or _mentions(module):
             return path
     raise ValueError(
-        f"{type(block.get_submodule(query.rpartition('.')[0])).__name__} computes no softmax attention that is known: "
+        f"{type(block.get_submodule(query.rpartition('.')[0])).__name__} computes no known softmax attention: "
         "it calls neither transformers' AttentionInterface, nor scaled_dot_product_attention, nor softmax."
     )
 
@@ -117,7 +117,7 @@ def _mentions(module: nn.Module) -> bool:
 
 
 def _names(cls: type) -> set[str]:
-    """What a class's forward, and the methods of its own that it calls, mention."""
+    """The names in the code of a class's forward and of its own methods that it calls."""
     names: set[str] = set()
     pending = ["forward"]
     while pending:
@@ -132,7 +132,7 @@ def _names(cls: type) -> set[str]:
 
 
 def change_attention(module: nn.Module, acts: Acts) -> None:
-    """Let acts happen in an attention module that uses transformers' interface, from now on."""
+    """Apply acts in an attention module that uses transformers' interface, from now on."""
     if _ACTS in vars(module):
         return
     own: Any = module.config
@@ -158,7 +158,7 @@ def _interface(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers calls in place of the module's own attention function; arguments are those it gives."""
+    """Replaces the module's own attention function in transformers, with its arguments."""
     acts, config = vars(module)[_ACTS]
 
     def plain(key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -182,7 +182,7 @@ AttentionInterface.register(IMPLEMENTATION, _interface)
 def _meet(
     acts: Acts, key: Tensor, value: Tensor, mask: Tensor | None, plain: Callable, changed: Callable
 ) -> tuple[Tensor, Tensor | None]:
-    """Do what shall be done, and what the module does then: `plain`, or `changed` where logits change."""
+    """Apply the acts, then compute attention by `plain`, or by `changed` if logits change."""
     instead = acts.instead()
     if instead is not None:
         return plain(*instead, mask)[0], None
@@ -209,7 +209,7 @@ def _attend(
     """Softmax attention with changed logits: heads and weights."""
     logits = change(query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale))
     if mask is not None and mask.ndim == 2 and query.ndim == 4 and mask.shape[0] == query.shape[0]:
-        mask = mask[:, None, None, :].bool()  # as flash attention has it: (batch, keys)
+        mask = mask[:, None, None, :].bool()  # the mask of flash attention: (batch, keys)
     if mask is not None and mask.dtype == torch.bool:
         logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
     elif mask is not None:
@@ -230,15 +230,15 @@ def watched(
     kwargs: dict[str, Any],
     placed: bool = True,
 ) -> Any:
-    """Call the forward of an attention module, and let acts happen where queries meet keys.
+    """Call the forward of an attention module, and apply acts where queries meet keys.
 
     Args:
         module: the module, for errors.
-        acts: what shall happen.
+        acts: what to do.
         forward: its forward.
         args: of it.
         kwargs: of it.
-        placed: whether the tokens have a position in the image. If not, a bias that the module makes is left out.
+        placed: whether the tokens have a position in the image. If not, a bias that the module computes is left out.
 
     Raises:
         ValueError: the point was not found, or more than once.
@@ -260,7 +260,7 @@ _PRODUCTS = ("matmul", "__matmul__", "bmm")
 _SOFTMAX = ("softmax",)
 _FACTORS = ("mul", "__mul__", "__rmul__", "__imul__", "mul_", "multiply", "div", "__truediv__", "__itruediv__", "div_")
 _DIVISIONS = ("div", "__truediv__", "__itruediv__", "div_")
-# What may happen to logits before the softmax: sums, masks, and other views of the rows in the same order.
+# Operations on logits before the softmax: sums, masks, and other views of the rows in the same order.
 _SUMS = ("add", "__add__", "__radd__", "__iadd__", "add_", "sub", "__sub__", "__isub__", "masked_fill", "masked_fill_")
 _VIEWS = ("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "contiguous", "to", "float", "type_as")
 _TURNS = ("transpose", "swapaxes", "mT", "__get__", "permute")  # of keys that are normalised, and of weights
@@ -272,7 +272,7 @@ class _Logits:
     """Products of queries and keys, on their way to the softmax.
 
     Attributes:
-        tensor: as they are now.
+        tensor: their current values.
         query: (..., queries, channels).
         key: (..., channels, keys).
         normalized: whether the keys were.
@@ -292,12 +292,12 @@ class _Logits:
 
 
 class _Watch(TorchFunctionMode):
-    """Sees the functions that a module calls in its forward."""
+    """Intercepts the functions that a module calls in its forward."""
 
     def __init__(self, acts: Acts, given: tuple | None) -> None:
         super().__init__()
         self.acts = acts
-        self.given = given  # a mask among these is the caller's, any other is a bias of positions, to be left out
+        self.given = given  # a mask among these is the caller's; any other is a position bias, to be left out
         self.met = 0
         self.logits: list[_Logits] = []
         self.normalized: list[Tensor] = []
@@ -430,7 +430,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _as_product(equation: Any, *operands: Any) -> Pair | None:
-    """The two factors of a matrix product that `torch.einsum` is asked for; None if it is another one."""
+    """The two factors if `torch.einsum` computes a matrix product, else None."""
     operands = tuple(operands[0]) if len(operands) == 1 else operands
     if not isinstance(equation, str) or len(operands) != 2:
         return None
@@ -445,7 +445,7 @@ def _as_product(equation: Any, *operands: Any) -> Pair | None:
 
 
 def _is_factor(x: Any) -> bool:
-    """Whether something is one number for all logits of a head."""
+    """Whether a value is one number for all logits of a head."""
     if isinstance(x, Tensor):
         return x.ndim == 0 or tuple(x.shape[-2:]) in ((1,), (1, 1))
     return isinstance(x, int | float) and not math.isnan(x)

@@ -1,8 +1,8 @@
-"""How attention modules project tokens to keys and values, told by the parts that they have.
+"""How attention modules project tokens to keys and values, derived from their parts.
 
-Only what hangs on a module's form stands here: how the channels of its projections are divided into queries, keys and
-values and into heads, which norms follow, and how its forward is called with tokens that have no position. Where
-queries meet keys is the same for all: see `attention`.
+This file has only what depends on a module's form: how the channels of its projections are divided into queries, keys
+and values and into heads, which norms follow, and how its forward is called with tokens that have no position. The
+point where queries meet keys is the same for all: see `attention`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _VALUE_NORMS = ("v_norm", "norm_v", "value_norm")
 _KEY_HEADS = ("num_kv_heads", "num_key_value_heads")
 _HEADS = ("num_attention_heads", "num_heads", "heads")
 _SIZES = ("head_dim", "dim_head", "attention_head_size", "head_size")
-_ROTATION = "position_embeddings"  # rows and columns turn queries and keys by it; there are none for other tokens
+_ROTATION = "position_embeddings"  # rotates queries and keys by rows and columns; extra tokens have none
 
 
 class Projections(NamedTuple):
-    """An attention module, and those of its children that project, which may be one."""
+    """An attention module and its projections, which may be one module."""
 
     attention: nn.Module
     query: nn.Module
@@ -36,7 +36,7 @@ class Projections(NamedTuple):
 
 
 def projections(block: nn.Module, query: str, key: str, value: str) -> Projections:
-    """Those of a block; names are those of the projections in it."""
+    """The form of a block's attention; names are those of the projections in the block."""
     path = attention_path(block, query)
     attention = block.get_submodule(path)
     children = (name.removeprefix(f"{path}.").partition(".")[0] for name in (query, key, value))
@@ -47,7 +47,7 @@ def head_sizes(form: Projections) -> tuple[int, int, int]:
     """Number of heads that keys have, and channels of a head in keys and in values.
 
     Raises:
-        ValueError: the module does not tell how many heads it has.
+        ValueError: the number of heads is not known.
     """
     attention, query, key, value = form
     heads = _heads_of(attention)
@@ -71,7 +71,7 @@ def _heads_of(attention: nn.Module) -> int:
     config: Any = getattr(attention, "config", None)
     number = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
     if not isinstance(number, int):
-        raise ValueError(f"{type(attention).__name__} does not tell how many heads it has (num_heads).")
+        raise ValueError(f"{type(attention).__name__} has no attribute for its number of heads (num_heads).")
     return number // groups if getattr(config, "num_key_value_heads", None) is None else number
 
 
@@ -81,7 +81,7 @@ def _width(projection: nn.Module) -> int:
             number: Any = getattr(module, name, None)
             if isinstance(number, int):
                 return number
-    raise ValueError(f"{type(projection).__name__} is no linear or convolution that projects to keys and values.")
+    raise ValueError(f"{type(projection).__name__} is not a linear or convolution that projects to keys and values.")
 
 
 def project(form: Projections, tokens: Tensor) -> Pair:
@@ -95,7 +95,7 @@ def project(form: Projections, tokens: Tensor) -> Pair:
     heads, channels, _ = head_sizes(form)
     projected = _applied(attention, key, tokens)
     if key is not value:
-        keys = _split(projected[..., -heads * channels :], heads)  # after queries, where both are one linear
+        keys = _split(projected[..., -heads * channels :], heads)  # after queries, if both are one linear
         values = _split(_applied(attention, value, tokens), heads)
     elif _by_head(attention):
         depth = getattr(attention, "val_dim", channels)
@@ -108,7 +108,7 @@ def project(form: Projections, tokens: Tensor) -> Pair:
 
 
 def _applied(attention: nn.Module, projection: nn.Module, tokens: Tensor) -> Tensor:
-    """A projection, with the biases that some modules keep beside it."""
+    """Apply a projection, with the biases that some modules keep beside it."""
     if any(isinstance(module, nn.Conv2d) for module in projection.modules()):
         return projection(tokens.mT.unsqueeze(-1)).squeeze(-1).mT
     projected = projection(tokens)
@@ -119,7 +119,7 @@ def _applied(attention: nn.Module, projection: nn.Module, tokens: Tensor) -> Ten
 
 
 def _by_head(attention: nn.Module) -> bool:
-    """Whether queries, keys and values stand side by side in every head, and not every head in each of them."""
+    """Whether the channels are grouped by heads first, each with its query, key and value."""
     sizes = (getattr(attention, name, None) for name in ("key_dim", "val_dim"))
     return bool(getattr(attention, "head_first", False)) or all(isinstance(size, int) for size in sizes)
 
@@ -130,7 +130,7 @@ def _split(x: Tensor, heads: int) -> Tensor:
 
 
 def _normed(attention: nn.Module, names: tuple[str, ...], x: Tensor) -> Tensor:
-    """Heads, after a norm that the module has for them, of one head's channels or of all."""
+    """Apply the module's norm of queries or keys to heads, over the channels of one head or of all."""
     found = (getattr(attention, name, None) for name in names)
     norm: Any = next((each for each in found if each is not None), None)
     if norm is None:
@@ -144,16 +144,16 @@ def _normed(attention: nn.Module, names: tuple[str, ...], x: Tensor) -> Tensor:
 
 
 def spread(pair: Pair, like: Tensor, heads: int) -> Pair:
-    """Heads of images, as the windows of a module have theirs.
+    """Expand heads of images to the layout of a module's windows.
 
     Args:
         pair: (images, heads, tokens, channels of a head) each.
         like: a module's keys: (windows, heads, ...), (windows x heads, ...), or (images, heads, windows, ...) with the
             heads also after the windows; windows of an image are neighbours.
-        heads: how many there are.
+        heads: number of heads.
 
     Raises:
-        ValueError: the module's keys lie in another way.
+        ValueError: the module's keys have another layout.
     """
     images = pair[0].shape[0]
     lead = tuple(like.shape[:-2])
@@ -171,12 +171,12 @@ def spread(pair: Pair, like: Tensor, heads: int) -> Pair:
             dim = 2 if like.stride(1) < like.stride(2) else 1  # heads are neighbouring channels, windows are not
         keys, values = (x.unsqueeze(dim).expand(*lead, *x.shape[-2:]) for x in pair)
     else:
-        raise ValueError(f"It is not known how heads and windows lie in {where}.")
+        raise ValueError(f"The layout of heads and windows is not known in {where}.")
     return keys, values
 
 
 def why_not_alone(attention: nn.Module) -> str | None:
-    """Why a module cannot be called with other tokens than its own, without position; None if it can."""
+    """Why a module cannot be called with extra tokens, without position; None if it can."""
     known = (_ROTATION, "resolution", "key", "value", "k", "v")
     parameters = list(inspect.signature(type(attention).forward).parameters.values())[2:]
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
@@ -188,7 +188,7 @@ def why_not_alone(attention: nn.Module) -> str | None:
 
 
 def alone(attention: nn.Module, tokens: Tensor, interface: bool) -> Tensor:
-    """What a module answers to tokens that have no position: no bias and no rotation is for them.
+    """The output of a module for tokens without position: without bias and rotation.
 
     Args:
         attention: the module.
@@ -207,7 +207,7 @@ def alone(attention: nn.Module, tokens: Tensor, interface: bool) -> Tensor:
     if "need_weights" in names:
         kwargs["need_weights"] = False
     args = (x, x, x) if {"key", "value"} <= set(names) else (x,)
-    # not through its hooks, which are for its own tokens
+    # without its hooks, which are for its own tokens
     forward: Callable[..., Any] = partial(type(attention).forward, attention)
     output = (
         forward(*args, **kwargs) if interface else watched(attention, NO_ACTS, forward, args, kwargs, placed=False)

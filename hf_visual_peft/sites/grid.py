@@ -1,4 +1,4 @@
-"""How the tokens of a sequence lie in the image."""
+"""The layout of the tokens of a sequence in the image."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..backbones.architectures import Stream
 
 
 def to_tokens(x: Tensor, stream: Stream) -> Tensor:
-    """A token stream as (batch, tokens, channels), however it lies; with three dimensions it is that already."""
+    """A token stream as (batch, tokens, channels), from any memory layout; with three dimensions it is unchanged."""
     if x.ndim == 3:
         return x
     return x.flatten(2).transpose(1, 2) if stream == "channels_first" else x.flatten(1, 2)
 
 
 def from_tokens(tokens: Tensor, like: Tensor, stream: Stream) -> Tensor:
-    """(batch, tokens, channels) laid as the tensor of which `to_tokens` made such a one."""
+    """The inverse of `to_tokens`: (batch, tokens, channels) in the layout of the original tensor."""
     if like.ndim == 3:
         return tokens
     if stream == "channels_first":
@@ -30,15 +30,15 @@ def from_tokens(tokens: Tensor, like: Tensor, stream: Stream) -> Tensor:
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the patch tokens lie.
+    """The positions of the patch tokens.
 
     Attributes:
         height: rows of patches.
         width: patches in a row.
-        cells: (batch, patches), the cell of each token counted row by row, or None where tokens fill the grid in that
-            order. Tokens that are padding stand at cell height x width.
-        times: grids that are in one sequence, as those of a video's frames.
-        frames_last: whether these take turns token by token, or follow each other.
+        cells: (batch, patches), the cell of each token, counted row by row, or None if tokens fill the grid in that
+            order. Padding has the cell height x width.
+        times: number of grids in one sequence, such as the frames of a video.
+        frames_last: whether the grids alternate token by token; else they follow each other.
     """
 
     height: int
@@ -53,11 +53,11 @@ class Grid:
         return self.height * self.width
 
     def of_samples(self, index: Tensor) -> Grid:
-        """The same of some samples of the batch."""
+        """The grid of some samples of the batch."""
         return self if self.cells is None else replace(self, cells=self.cells[index])
 
     def halved_to(self, tokens: int) -> Grid:
-        """The grid of this many tokens that comes of halving rows and columns, rounding up.
+        """The grid of this many tokens that results from halving rows and columns, rounding up.
 
         Raises:
             ValueError: there is none.
@@ -66,7 +66,7 @@ class Grid:
         while height * width > tokens:
             height, width = -(-height // 2), -(-width // 2)
         if height * width != tokens:
-            raise ValueError(f"{tokens} tokens fill no grid that halving {self.height} x {self.width} leads to.")
+            raise ValueError(f"{tokens} tokens fill no grid that results from halving {self.height} x {self.width}.")
         return Grid(height, width)
 
     def to_map(self, tokens: Tensor) -> Tensor:
@@ -108,9 +108,9 @@ class TokenLayout:
     """The parts of a token sequence.
 
     Attributes:
-        prefix: number of tokens that are no patches; they come first.
-        grid: how the other tokens lie in the image; None where nothing has told.
-        frames: images that make one video; they follow each other in the batch. None: each is for itself.
+        prefix: number of prefix tokens, which come first.
+        grid: of the other tokens; None if it is not known.
+        frames: number of consecutive images in the batch that form a video; None for single images.
     """
 
     prefix: int
@@ -118,9 +118,9 @@ class TokenLayout:
     frames: int | None = None
 
     def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(batch, tokens, channels) to prefix tokens and a map of the patches, (batch, channels, height, width).
+        """Split (batch, tokens, channels) into prefix tokens and a map (batch, channels, height, width).
 
-        Of a video whose frames are in one sequence the maps are (batch x frames, ...).
+        For a video whose frames are in one sequence the maps are (batch x frames, ...).
 
         Raises:
             ValueError: the grid is not known, or the tokens do not fill it.
@@ -138,13 +138,13 @@ class TokenLayout:
 
 
 def map_grid(x: Tensor, stream: Stream) -> Grid:
-    """The grid of tokens that lie as a map."""
+    """The grid of tokens in the form of a map."""
     height, width = x.shape[2:] if stream == "channels_first" else x.shape[1:3]
     return Grid(height, width)
 
 
 def unfolded_grid(grid: Grid, inside: int, tokens: Tensor) -> Grid:
-    """The grid of tokens that stand cell by cell of the patches, and of each cell patch by patch."""
+    """The grid of tokens that are ordered by cells of patches, and by patches within each cell."""
     patches, side = grid.halved_to(tokens.shape[1] // inside), math.isqrt(inside)
     token = torch.arange(tokens.shape[1], device=tokens.device)
     cell, patch = token // patches.area, token % patches.area
@@ -155,10 +155,10 @@ def unfolded_grid(grid: Grid, inside: int, tokens: Tensor) -> Grid:
 
 
 def unit_grid(holder: Any, group: int, x: Tensor, image: Grid | None) -> Grid:
-    """The grid of tokens that stand in the order of units, as told by the module that can put them into a map.
+    """The grid of tokens that are ordered by units, from the module that can arrange them as a map.
 
     Raises:
-        ValueError: it cannot, for this number of tokens or this shape of the image.
+        ValueError: the module cannot, for this number of tokens or this shape of the image.
     """
     tokens = torch.arange(x.shape[1], device=x.device).view(1, -1, 1)
     unknown = f"{type(holder).__name__} knows the places of tokens for one image size only."
@@ -168,5 +168,5 @@ def unit_grid(holder: Any, group: int, x: Tensor, image: Grid | None) -> Grid:
         raise ValueError(unknown) from error
     _, height, width, _ = cells.shape
     if image is not None and height * image.width != width * image.height:
-        raise ValueError(unknown)  # as many tokens in another shape: it would put them all the same
+        raise ValueError(unknown)  # equally many tokens in another shape: it would arrange them without an error
     return Grid(height, width, cells.flatten().argsort().expand(x.shape[0], -1))

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 def widen(mask: Any, name: str, at: int, length: int, count: int) -> Any:
     """Give a mask or bias on attention logits entries for inserted tokens.
 
-    All see them, and they see all that anyone sees: a key that is hidden from every token is padding. They have no
-    position, so no bias.
+    All tokens attend to them, and they attend to every key that any token attends to: a key that is hidden from all
+    tokens is padding. They have no position, so they get no bias.
 
     Args:
         mask: (batch, keys), (..., queries, keys) or (..., 1, keys); boolean, or added to the logits; or None.
-        name: of the argument, for the error.
+        name: name of the argument, for the error.
         at: token before which to insert.
-        length: number of tokens, which marks the dimensions that count them.
+        length: number of tokens, by which the dimensions of tokens are recognised.
         count: entries to insert.
     """
     if mask is None:
@@ -44,29 +44,29 @@ def widen(mask: Any, name: str, at: int, length: int, count: int) -> Any:
 
 
 def seen_tokens(mask: Any, name: str) -> Tensor | None:
-    """Which tokens are no padding, (batch or 1, tokens), boolean: those that some token sees; None where all are.
+    """Which tokens are not padding, (batch or 1, tokens), boolean: those that some token attends to; None if all are.
 
     Args:
-        mask: as `widen` has it, and whole: a bias that is added to the logits hides nothing.
-        name: of the argument, for the error.
+        mask: as for `widen`; a bias that is added to the logits hides nothing.
+        name: name of the argument, for the error.
     """
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
-        raise ValueError(f"{name}: a {type(mask).__name__} does not tell which tokens are padding; pass a tensor.")
+        raise ValueError(f"{name}: a {type(mask).__name__} does not say which tokens are padding; pass a tensor.")
     seen = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
     return seen if seen.ndim == 2 else seen.flatten(1, -2).any(dim=1)
 
 
 def for_queries(mask: Any, name: str) -> Any:
-    """The mask or bias for further queries, which see all that anyone sees and have no position, so no bias.
+    """The mask or bias for extra queries: they attend to every key that any token attends to, without position bias.
 
     Args:
-        mask: as `widen` has it.
-        name: of the argument, for the error.
+        mask: as for `widen`.
+        name: name of the argument, for the error.
     """
     if not isinstance(mask, Tensor):
-        raise ValueError(f"{name}: a {type(mask).__name__} cannot be extended to further queries; pass a tensor.")
+        raise ValueError(f"{name}: a {type(mask).__name__} cannot be extended to extra queries; pass a tensor.")
     if mask.ndim == 2 or mask.shape[-2] == 1:
         return mask
     if not mask.is_floating_point():
@@ -76,12 +76,12 @@ def for_queries(mask: Any, name: str) -> Any:
 
 
 class PositionBias:
-    """Lets a module that makes a bias for the grid serve a sequence with inserted tokens, which get no bias."""
+    """Extends the output of a module that computes a bias for the grid to inserted tokens, which get no bias."""
 
     def __init__(self, module: nn.Module, prefix_tokens: int) -> None:
         self.module = module
         self.prefix_tokens = prefix_tokens
-        self.asked = False  # whether further queries are at work, which are no part of the sequence
+        self.asked = False  # whether extra queries run, which are not part of the sequence
         module.forward = self.forward
 
     def remove(self) -> None:
@@ -91,7 +91,7 @@ class PositionBias:
     def forward(
         self, window_size: tuple[int, int], interpolate_pos_encoding: bool = False, dim_size: int | None = None
     ) -> Tensor:
-        """As the module's, with rows and columns of zeros for inserted tokens."""
+        """The module's bias, with rows and columns of zeros for inserted tokens."""
         own = window_size[0] * window_size[1] + self.prefix_tokens
         if self.asked:
             return next(self.module.parameters()).new_zeros(1, 1, 1, 1)  # for any number of keys

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 BASE = "__base__"  # peft's name for no adapter at all
 
-# Arguments of blocks, beside the first, with an entry for each sample, or one for all; and those without.
+# Arguments of blocks, beside the first, with an entry for each sample or one for all; and arguments without.
 _BY_SAMPLE = ("attention_mask",)
 _SHARED = ("position_embeddings", "relative_position_bias", "rope")
 _PLAIN = (bool, int, float, str, type(None))
@@ -24,10 +24,10 @@ _PLAIN = (bool, int, float, str, type(None))
 
 @dataclass(frozen=True)
 class MixedBatch:
-    """Which adapter each sample of a batch goes through.
+    """The adapter of each sample of a batch.
 
     Attributes:
-        names: one for each sample; `BASE` where it goes through none.
+        names: one for each sample; `BASE` for no adapter.
     """
 
     names: tuple[str, ...]
@@ -41,11 +41,11 @@ class MixedBatch:
         """The adapter of each row of a tensor, in which a sample may have several rows: windows, or cells of patches.
 
         Args:
-            count: rows. Those of a sample follow each other.
+            count: number of rows. The rows of a sample are consecutive.
             where: the module that gets the tensor.
 
         Raises:
-            ValueError: the rows cannot be told apart by sample.
+            ValueError: it is not known which rows belong to which sample.
         """
         each, rest = divmod(count, len(self.names))
         if rest or not each:
@@ -57,10 +57,10 @@ class MixedBatch:
 
 
 def count_rows(module: nn.Module, args: tuple) -> int:
-    """Rows of a module's first argument, a tensor or several of as many rows.
+    """Number of rows of a module's first argument, a tensor or several with equally many rows.
 
     Raises:
-        ValueError: it is no such thing.
+        ValueError: the argument is something else.
     """
     counts = {len(leaf) if isinstance(leaf, Tensor) else None for leaf in tree_leaves(args[:1])}
     count = next(iter(counts), None)
@@ -70,19 +70,19 @@ def count_rows(module: nn.Module, args: tuple) -> int:
 
 
 def index_of(rows: list[int], device: torch.device) -> Tensor:
-    """Numbers of rows as a tensor on a device, which the host does not wait for."""
+    """Indices of rows as a tensor on a device, without synchronisation."""
     return torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
 
 
 def check_samples_first(module: nn.Module, x: Any) -> None:
-    """Refuse a linear outside the blocks whose input may have something before the samples, as stacked layers.
+    """Refuse a linear outside the blocks whose input may have another dimension before the samples.
 
     Args:
         module: a linear, or one that starts with it; any other module passes.
         x: its input.
 
     Raises:
-        ValueError: it is one.
+        ValueError: it is such a linear.
     """
     first = next(part for part in module.modules() if not any(part.children()))
     if isinstance(first, nn.Linear) and isinstance(x, Tensor) and x.ndim > 3:
@@ -91,11 +91,11 @@ def check_samples_first(module: nn.Module, x: Any) -> None:
 
 @contextmanager
 def instead_of_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Meanwhile a module does something else, inside its hooks.
+    """Replace a module's forward inside the context; its hooks stay.
 
     Args:
         module: the module.
-        forward: what it does.
+        forward: the replacement.
     """
     own = vars(module).get("forward")
     module.forward = forward
@@ -119,13 +119,13 @@ def run_parts(
 
     Args:
         module: whose arguments these are.
-        parts: rows by adapter; all rows are in one.
+        parts: rows by adapter; each row is in one part.
         run: called with the adapter, the index of its rows, and the part of all arguments.
-        args: of the module; the rows are those of the first.
+        args: of the module; the first one has the rows.
         kwargs: of the module.
 
     Raises:
-        ValueError: whether an argument has an entry for each row is not known.
+        ValueError: it is not known whether an argument has an entry for each row.
     """
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     count = count_rows(module, args)
@@ -147,7 +147,7 @@ def run_parts(
     back = index_of(order, device).argsort()
 
     def together(*leaves: Any) -> Any:
-        if any(leaf is None for leaf in leaves):  # what only some adapters put out, as attention weights
+        if any(leaf is None for leaf in leaves):  # an output of only some adapters, such as attention weights
             return None
         return torch.cat(leaves)[back] if isinstance(leaves[0], Tensor) else leaves[0]
 
@@ -164,6 +164,6 @@ def _part(module: nn.Module, name: str, value: Any, index: Tensor, count: int) -
 
 def _unknown(module: nn.Module, what: str) -> str:
     return (
-        f"adapter_names: how the samples lie in {what} of {type(module).__name__} is not known, so the batch cannot "
+        f"adapter_names: the layout of samples in {what} of {type(module).__name__} is not known, so the batch cannot "
         "be split. Use set_adapter and one batch for each adapter."
     )

@@ -1,8 +1,8 @@
-"""The way of extra tokens through a block whose own tokens do not see them.
+"""Runs extra tokens through a block whose own tokens do not attend to them.
 
-The block runs twice: on its own tokens, and then on the extra ones, with the keys and values that its attention has
-made of its own. Norms, layer scale, residual connections and the MLP are the block's, however it writes them. Keys and
-values are kept, and put in, where queries meet keys; see `attention`.
+The block runs twice: on its own tokens, and then on the extra ones, with the keys and values of its own tokens. Norms,
+layer scale, residual connections and the MLP are the block's own code. Keys and values are recorded, and reused, where
+queries meet keys; see `attention`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .masks import PositionBias, for_queries
 
 Forward = Callable[..., Any]
 _MASKS = ("attention_mask", "attn_mask")
-_NOT_FOR_QUERIES = ("relative_position_bias", "rope")  # they have no position
+_NOT_FOR_QUERIES = ("relative_position_bias", "rope")  # extra queries have no position
 _ROTATION = "position_embeddings"  # and are not rotated
 
 
 def takes_queries(block: nn.Module, query: str, prompts: str | None, grid: str | None) -> bool:
-    """Whether extra queries can see what the attention of a block sees: all its tokens, by a plain softmax.
+    """Whether extra queries can attend to all tokens of a block, by a plain softmax, as the block's own do.
 
     Args:
         block: the block.
@@ -34,7 +34,7 @@ def takes_queries(block: nn.Module, query: str, prompts: str | None, grid: str |
         prompts: of the architecture's table.
         grid: of the same.
     """
-    # "halved": maps are unfolded into several sequences an image, and each sees its own tokens only
+    # "halved": maps are unfolded into several sequences per image, each of which sees only its own tokens
     if not query or grid == "halved" or not (prompts == "sequence" or (prompts == "keys" and grid == "full")):
         return False
     try:
@@ -45,11 +45,11 @@ def takes_queries(block: nn.Module, query: str, prompts: str | None, grid: str |
 
 
 class QueryPath:
-    """Where keys and values of a block's own tokens are kept, and where extra tokens get to see them.
+    """Keeps keys and values of a block's own tokens, and lets extra tokens attend to them.
 
     Args:
-        block: as `takes_queries` has it.
-        biases: modules of the block that make its bias on attention logits.
+        block: one for which `takes_queries` is true.
+        biases: modules of the block that compute its bias on attention logits.
     """
 
     def __init__(self, block: nn.Module, biases: list[PositionBias]) -> None:
@@ -61,7 +61,7 @@ class QueryPath:
         self._positions = {name: position for position, name in enumerate(names) if name in known}
 
     def keep(self, key: Tensor, value: Tensor) -> None:
-        """Keep keys and values of the block's own tokens while it runs on these."""
+        """Keep keys and values of the block's own tokens while the block runs on these."""
         if self.kept is not None:
             self.kept.append((key, value))
 
@@ -75,7 +75,7 @@ class QueryPath:
             kwargs: of the block.
 
         Returns:
-            What the block returns, and the function that asks it: (batch, queries, width) to the same.
+            The block's output, and a function that maps extra tokens (batch, queries, width) to their output.
         """
         self.kept = []
         try:

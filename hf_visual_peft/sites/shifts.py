@@ -1,9 +1,9 @@
-"""Where a merged shift goes that its own module has no bias for.
+"""Finds a place for a merged shift if its own module has no bias.
 
-Many models have linears and convolutions without a bias, and no field of their configs gives them one. What follows
-or precedes them often holds the same shift exactly: the running mean of a batch norm, the position embeddings that
-are added next, or the bias of the norm before. How a model's values flow is read off its code by `torch.fx`, module by
-module; where that cannot be read, no place is found.
+Many models have linears and convolutions without a bias, and no field of their configs adds one. The module before or
+after often has a tensor that can hold the same shift exactly: the running mean of a batch norm, the position
+embeddings that are added next, or the bias of the norm before. `torch.fx` reads the flow of values from the model's
+code, module by module; if it cannot read the code, no place is found.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from torch import Tensor, fx, nn
 from ..backbones.backbone import unwrapped
 
 
-# Methods and functions that put the same numbers in other places, or hand them on as they are.
+# Methods and functions that rearrange values or pass them on unchanged.
 _LAYOUT = ("flatten", "unflatten", "reshape", "view", "permute", "transpose", "movedim", "contiguous", "to", "float")
-# What is read of a tensor beside its numbers.
+# Attributes of a tensor that do not depend on its values.
 _SHAPES = ("size", "dim", "reshape_as", "view_as", "expand_as", "type_as", "to")
-_LARGEST = 1e3  # of a shift in another place, in units of the shift: beyond that, rounding shows
+_LARGEST = 1e3  # of a shift in another place, relative to the shift: beyond that, rounding matters
 
 
 def put(module: nn.Module, name: str, tensor: Tensor | None) -> None:
-    """Set a parameter or buffer anew; a module that is tied to this one keeps what it has."""
+    """Replace a parameter or buffer; a module that is tied to this one keeps the old one."""
     old = getattr(module, name, None)
     if tensor is None or isinstance(tensor, nn.Parameter) or not (old is None or isinstance(old, nn.Parameter)):
         setattr(module, name, tensor)
@@ -45,8 +45,8 @@ class Place:
     Attributes:
         module: whose tensor it is.
         name: of the tensor.
-        moved: the tensor that holds a shift, of the tensor, the shift and the weight of the module whose output is
-            shifted; None where it cannot.
+        moved: function of the tensor, the shift and the weight of the shifted module, which returns the tensor that
+            holds the shift, or None if it cannot.
     """
 
     module: nn.Module
@@ -59,14 +59,14 @@ class Place:
         self._put: Tensor | None = None
 
     def take(self, shift: Tensor, weight: Tensor) -> bool:
-        """Hold a shift, in place of one before; whether it can.
+        """Hold a shift, in place of an earlier one; return whether that is possible.
 
         Args:
             shift: of the output, (channels,).
             weight: of the module whose output it is.
         """
         now = getattr(self.module, self.name)
-        if now is not self._put:  # another merge has set it meanwhile
+        if now is not self._put:  # another merge has replaced it meanwhile
             self._under = now
         new = self.moved(self._under.detach(), shift, weight)
         if new is None:
@@ -76,7 +76,7 @@ class Place:
         return True
 
     def free(self) -> None:
-        """Put back what was there before any merge."""
+        """Restore the tensor from before any merge."""
         if self._put is not None:
             self._first.data = self._first.to(getattr(self.module, self.name))
             setattr(self.module, self.name, self._first)
@@ -84,10 +84,10 @@ class Place:
 
 
 def place_for_shift(flow: Flow, path: str) -> Place | None:
-    """Where a shift of a module's output can go exactly; None where no such place is known.
+    """A place that can hold a shift of a module's output exactly; None if no such place is known.
 
     Args:
-        flow: of values in the model that the module is in.
+        flow: of values in the module's model.
         path: full name of the module, or of the adapter layer around it.
     """
     weight: Any = unwrapped(flow.model.get_submodule(path)).weight
@@ -96,7 +96,7 @@ def place_for_shift(flow: Flow, path: str) -> Place | None:
 
 
 def _in_what_follows(flow: Flow, path: str, channels: int) -> Place | None:
-    """The batch norm, or the position embeddings, that the output goes to and nothing else does."""
+    """The batch norm, or the position embeddings, that alone read the output."""
     module = unwrapped(flow.model.get_submodule(path))
     samples = [_numbered(module, channels, ndim) for ndim in _ndims(module)]
     prefix = 0
@@ -108,7 +108,7 @@ def _in_what_follows(flow: Flow, path: str, channels: int) -> Place | None:
                 continue
             if reader is None or not flow.called_once(scope, user) or prefix != 0:
                 return None
-            # of the dimensions that the value may have, those that the norm takes
+            # of the possible numbers of dimensions, those that the norm takes
             fit = [sample for sample in samples if sample.ndim > 1 and sample.shape[1] == channels]
             in_place = fit and all(_lies_along(sample, 1) for sample in fit) and _has_mean(reader, channels)
             return Place(reader, "running_mean", _less) if in_place else None
@@ -134,7 +134,7 @@ def _in_what_follows(flow: Flow, path: str, channels: int) -> Place | None:
 
 
 def _in_norm_before(flow: Flow, path: str) -> Place | None:
-    """The bias of a norm that a linear alone reads, where a change of it can make every shift of the linear."""
+    """The bias of a norm that only this linear reads, if a change of it can produce every shift of the linear."""
     linear = unwrapped(flow.model.get_submodule(path))
     if type(linear) is not nn.Linear or linear.in_features < linear.out_features:
         return None
@@ -162,7 +162,7 @@ def _rows_moved(prefix: int, table: Tensor, shift: Tensor, _: Tensor) -> Tensor:
 
 
 def _before_linear(bias: Tensor, shift: Tensor, weight: Tensor) -> Tensor | None:
-    """With the least change that the linear turns into the shift, where there is one that rounding leaves intact."""
+    """The bias with the smallest change that the linear maps to the shift; None if rounding would matter."""
     matrix, target = (tensor.detach().double().cpu() for tensor in (weight, shift))
     change = torch.linalg.lstsq(matrix, target[:, None], driver="gelsd").solution[:, 0]
     size = target.abs().max()
@@ -176,7 +176,7 @@ def _has_mean(norm: nn.Module, channels: int) -> bool:
 
 
 def _working(module: nn.Module) -> nn.Module | None:
-    """The module that works where others are wrapped around it; None where that is not one."""
+    """The innermost module under wrappers; None if there are several."""
     module = unwrapped(module)
     if not isinstance(module, AuxiliaryTrainingWrapper):
         return module
@@ -190,23 +190,23 @@ def _working(module: nn.Module) -> nn.Module | None:
 
 
 def _ndims(module: nn.Module) -> tuple[int, ...]:
-    """The dimensions that the module's output may have."""
+    """The possible numbers of dimensions of the module's output."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return (len(module.kernel_size) + 2,)
     return (2, 3)
 
 
 def _numbered(module: nn.Module, channels: int, ndim: int) -> Tensor:
-    """A stand-in for a module's output, in which every entry is the number of its channel."""
+    """A stand-in for a module's output, in which every entry is the index of its channel."""
     dim = 1 if isinstance(module, nn.modules.conv._ConvNd) else ndim - 1
-    sizes = (2, 3, 5, 7, 11)[:ndim]  # none is another
+    sizes = (2, 3, 5, 7, 11)[:ndim]  # all different
     shape = [channels if index == dim else size for index, size in enumerate(sizes)]
     numbers = torch.arange(channels).view([-1 if index == dim else 1 for index in range(ndim)])
     return numbers.expand(shape)
 
 
 def _lies_along(sample: Tensor, dim: int) -> bool:
-    """Whether the channels are the entries of that dimension."""
+    """Whether that dimension is the one of the channels."""
     if sample.ndim <= dim:
         return False
     numbers = torch.arange(sample.shape[dim])
@@ -214,10 +214,10 @@ def _lies_along(sample: Tensor, dim: int) -> bool:
 
 
 def _again(user: fx.Node, value: fx.Node, sample: Tensor) -> Tensor:
-    """What a node that moves numbers about makes of the stand-in.
+    """Apply a node that only rearranges values to the stand-in.
 
     Raises:
-        TypeError: it does more, or where to cannot be told.
+        TypeError: the node does more, or its effect is not known.
     """
     name = _name_of(user)
     if name not in _LAYOUT or not user.args or user.args[0] is not value:
@@ -226,7 +226,7 @@ def _again(user: fx.Node, value: fx.Node, sample: Tensor) -> Tensor:
         return sample
 
     def size(argument: Any) -> Any:
-        """A size of the value itself is known."""
+        """Replace an argument that is a size of the value itself."""
         if not isinstance(argument, fx.Node):
             return argument
         if _name_of(argument) == "getitem" and _name_of(argument.args[0]) == "getattr":  # type: ignore[arg-type]
@@ -243,14 +243,14 @@ def _again(user: fx.Node, value: fx.Node, sample: Tensor) -> Tensor:
 
 
 class _Proxy(fx.Proxy):
-    """A value whose size, where code needs a number, is one that all strides divide."""
+    """A value whose size, if code needs a number, is divisible by all strides."""
 
     def __int__(self) -> int:
         return 64
 
 
 class _Tracer(fx.Tracer):
-    """Reads the code of one module; those inside it are single steps."""
+    """Reads the code of one module; its children are single steps."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -259,24 +259,24 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        return False  # questions about the input: whether its size is another than that of training, or is wrong
+        return False  # checks of the input: whether its size differs from that of training, or is wrong
 
 
 class Flow:
-    """What the modules of a model do with values, each read once."""
+    """The flow of values in the modules of a model; each module is read once."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._graphs: dict[str, fx.Graph | None] = {}
 
     def graph(self, scope: str) -> fx.Graph | None:
-        """The steps of a module's forward with its defaults; None where its code cannot be read."""
+        """The steps of a module's forward with its defaults; None if its code cannot be read."""
         if scope not in self._graphs:
             module = unwrapped(self.model.get_submodule(scope))
             parameters = inspect.signature(type(module).forward).parameters.values()
             defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
             if "interpolate_pos_encoding" in defaults:
-                defaults["interpolate_pos_encoding"] = False  # interpolated, a shift of all rows stays what it is
+                defaults["interpolate_pos_encoding"] = False  # interpolation does not change a shift of all rows
             try:
                 self._graphs[scope] = _Tracer().trace(module, concrete_args=defaults)
             except Exception:
@@ -284,7 +284,7 @@ class Flow:
         return self._graphs[scope]
 
     def only_call(self, scope: str, name: str) -> fx.Node | None:
-        """The one call of a child in a module's forward; None where there is another number of them."""
+        """The one call of a child in a module's forward; None if there is not exactly one."""
         graph = self.graph(scope)
         calls = [node for node in graph.nodes if node.op == "call_module" and node.target == name] if graph else []
         return calls[0] if len(calls) == 1 else None
@@ -302,10 +302,10 @@ class Flow:
         return self.only_call(scope, str(call.target)) is call
 
     def onward(self, path: str) -> Iterator[tuple[str, fx.Node, fx.Node]]:
-        """Follow the output of a module as long as one step alone reads it.
+        """Follow the output of a module as long as only one step reads it.
 
         Yields:
-            The module in whose forward the step is, the value, and the step that reads it.
+            The module whose forward has the step, the value, and the step that reads it.
         """
         scope, name = self.parent(path)
         value = self.only_call(scope, name)
@@ -331,7 +331,7 @@ def _name_of(node: fx.Node) -> str:
 
 
 def _reads_shape(user: fx.Node, value: fx.Node) -> bool:
-    """Whether a step needs no numbers of the value."""
+    """Whether a step does not depend on the elements of the value."""
     name = _name_of(user)
     if name == "getattr":
         return user.args[1] in ("shape", "dtype", "device", "ndim")
@@ -345,14 +345,14 @@ def _is_sum(user: fx.Node) -> bool:
 
 
 def _source(node: Any) -> Any:
-    """The node that a value comes from, without steps that lay it out or spread it."""
+    """The node that a value comes from, without steps that reshape or expand it."""
     while isinstance(node, fx.Node) and (_name_of(node) in (*_LAYOUT, "expand", "unsqueeze", "repeat")):
         node = node.args[0]
     return node
 
 
 def _tensor(holder: nn.Module, node: Any) -> tuple[Tensor, nn.Module, str] | None:
-    """A tensor of a module that a node reads, with its owner and name."""
+    """The tensor of a module that a node reads, with its owner and name."""
     if not isinstance(node, fx.Node) or node.op != "get_attr":
         return None
     scope, _, name = str(node.target).rpartition(".")
@@ -362,7 +362,7 @@ def _tensor(holder: nn.Module, node: Any) -> tuple[Tensor, nn.Module, str] | Non
 
 
 def _table(flow: Flow, scope: str, node: Any) -> tuple[Tensor, nn.Module, str] | None:
-    """The embedding table whose rows a node is, all of them in order."""
+    """The embedding table of a node that returns all its rows in order."""
     holder, node = flow.model.get_submodule(scope), _source(node)
     if isinstance(node, fx.Node) and node.op == "call_module" and flow.called_once(scope, node):
         embedding = holder.get_submodule(str(node.target))
@@ -379,7 +379,7 @@ def _table(flow: Flow, scope: str, node: Any) -> tuple[Tensor, nn.Module, str] |
 
 
 def _tokens_before(holder: nn.Module, user: fx.Node, value: fx.Node, channels: int) -> int | None:
-    """How many tokens a concatenation puts before a value; None where that cannot be told, or some follow it."""
+    """Number of tokens that a concatenation puts before a value; None if it is not known, or if some follow it."""
     parts: Any = user.args[0]
     dim = user.kwargs.get("dim", user.args[1] if len(user.args) > 1 else 0)
     if dim != 1 or parts[-1] is not value or list(parts).count(value) != 1:
