@@ -143,12 +143,12 @@ def _saved_bytes(model: nn.Module) -> int:
 
 
 def read_results(path: Path, protocol: Protocol) -> list[Run]:
-    """Runs of this protocol; a last line that was cut off is left out."""
+    """Runs of this protocol; a truncated last line is skipped."""
     return [run for line in read_lines(path) if (run := Run(**line)).protocol == asdict(protocol)]
 
 
 def append_result(path: Path, run: Run) -> None:
-    """Write one run behind the others, and out to the disk."""
+    """Append one run, and flush it to the disk."""
     append_lines(path, [asdict(run)])
 
 

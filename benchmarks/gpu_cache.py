@@ -119,6 +119,6 @@ def measure(method: str, scale: Scale) -> dict[str, Any]:
 
 
 def cases(device: torch.device, smoke: bool, methods: Sequence[str] = METHODS) -> list[Case]:
-    """A method that caches a vector an image, and one that caches all tokens behind every block."""
+    """A method that caches a vector per image, and one that caches all tokens after every block."""
     scale = Scale.of(device, smoke)
     return [Case("cache", name, partial(measure, name, scale)) for name in METHODS if name in methods]

@@ -32,7 +32,7 @@ from step_rounds import (
     example,
     kept_bytes,
     ratio,
-    start_gradients_behind,
+    start_gradients_after,
     take_turns,
     train_once,
 )
@@ -224,7 +224,7 @@ class Track:
         self.template = scale.model(model).requires_grad_(False)
         self.runs = Runs(scale, EAGER if mode == INT8 else mode)
         behind = copy.deepcopy(self.template)
-        start_gradients_behind(behind.get_submodule("vit.embeddings"))
+        start_gradients_after(behind.get_submodule("vit.embeddings"))
         self.floors = [
             Contestant(FORWARD, copy.deepcopy(self.template), trains=False, dtype=torch.bfloat16),
             Contestant(ACTIVATIONS, behind, dtype=torch.bfloat16),

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """What the lines hold; one that was cut off is left out, and a file that is not there has none."""
+    """What the lines hold; a truncated one is skipped, and a missing file has none."""
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             yield json.loads(line)
@@ -19,7 +19,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Write lines behind the others, and out to the disk; they do not go on a line that was cut off."""
+    """Append lines, and flush them to the disk; they do not continue a truncated line."""
     with path.open("a", encoding="utf-8") as file:
         if file.tell() and not path.read_bytes().endswith(b"\n"):
             file.write("\n")

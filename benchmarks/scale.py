@@ -115,12 +115,12 @@ def images(case: str, count: int, threads: int) -> dict:
 
 
 def read_points(path: Path, setup: Setup) -> list[Point]:
-    """Points of this setup; a last line that was cut off is left out."""
+    """Points of this setup; a truncated last line is skipped."""
     return [point for line in read_lines(path) if (point := Point(**line)).setup == asdict(setup)]
 
 
 def append_points(path: Path, points: Iterable[Point]) -> None:
-    """Write points behind the others, and out to the disk."""
+    """Append points, and flush them to the disk."""
     append_lines(path, map(asdict, points))
 
 

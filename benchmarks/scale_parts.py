@@ -56,7 +56,7 @@ from step_rounds import (  # noqa: E402
     example,
     kept_bytes,
     ratio,
-    start_gradients_behind,
+    start_gradients_after,
     take_turns,
     train_once,
 )
@@ -162,7 +162,7 @@ def adapted(name: str, model: nn.Module) -> nn.Module:
     if name == FULL:
         return model.requires_grad_(True)
     if name == ACTIVATIONS:
-        start_gradients_behind(model.get_submodule(hf_visual_peft.find_backbone(model).embeddings[0]))
+        start_gradients_after(model.get_submodule(hf_visual_peft.find_backbone(model).embeddings[0]))
     return model if name in (FORWARD, ACTIVATIONS) else get_peft_model(model, config_of(name, model))
 
 

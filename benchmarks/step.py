@@ -136,7 +136,7 @@ def key_of(line: Line) -> tuple:
 
 
 def read_results(path: Path) -> dict[tuple, Line]:
-    """The last line of each; one that was cut off is left out."""
+    """The last line of each; a truncated one is skipped."""
     found = {}
     for fields in read_lines(path):
         line = KINDS[fields["kind"]](**fields)
@@ -145,7 +145,7 @@ def read_results(path: Path) -> dict[tuple, Line]:
 
 
 def append_result(path: Path, line: Line) -> None:
-    """Write one line behind the others, and out to the disk."""
+    """Append one line, and flush it to the disk."""
     append_lines(path, [dataclasses.asdict(line)])
 
 

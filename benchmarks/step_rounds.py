@@ -114,11 +114,11 @@ def floors(name: str, device: str) -> list[Contestant]:
     only, from the loss to the output of the embeddings: what every method pays that acts from the first block on.
     """
     forward, activations = (build_model(name).to(device).requires_grad_(False) for _ in range(2))
-    start_gradients_behind(activations.get_submodule("vit.embeddings"))
+    start_gradients_after(activations.get_submodule("vit.embeddings"))
     return [Contestant(FORWARD, forward, trains=False), Contestant(ACTIVATIONS, activations)]
 
 
-def start_gradients_behind(embeddings: nn.Module) -> None:
+def start_gradients_after(embeddings: nn.Module) -> None:
     """Let the output of frozen embeddings ask for a gradient, as it would if something before it trained."""
 
     def start_here(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def take_turns(
         turn: what to do.
         inputs: images and labels of every turn.
         rounds: how many count.
-        warmup: further rounds, before those.
+        warmup: extra rounds before those.
 
     Returns:
         The turns of each, round by round.
