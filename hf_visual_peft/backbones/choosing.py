@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -122,7 +122,7 @@ def tower_in(model: nn.Module) -> str:
     """Path of the part of a model that takes images, also of one that no table knows; `""` where that is the model.
 
     The smallest module that holds blocks and either embeds pixels by a convolution or is a pretrained model whose
-    input is called pixels.
+    input is called pixels; of several the one that a config calls its vision.
     """
     modules = dict(model.named_modules())
     pixels = [path for path, module in modules.items() if _embeds_pixels(module)]
@@ -134,7 +134,17 @@ def tower_in(model: nn.Module) -> str:
         and (_takes_pixels(module) or any(is_in(each, path) for each in pixels))
         and any(is_in(each, path) for each in blocks)
     ]
-    return max(around, key=lambda path: path.count(".") + bool(path), default="")
+    smallest = [path for path in around if not any(is_in(other, path) and other != path for other in around)]
+    told = [path for path in smallest if _is_told(modules, path)]
+    return max(told or smallest, key=lambda path: path.count(".") + bool(path), default="")
+
+
+def _is_told(modules: Mapping[str, nn.Module], path: str) -> bool:
+    """Whether a config of the model around calls a part its vision; what makes images from words is another part."""
+    configs: Any = [getattr(module, "config", None) for module in modules.values()]
+    kinds = {type(vision) for config in configs if (vision := getattr(config, "vision_config", None)) is not None}
+    around = (module for outer, module in modules.items() if outer and is_in(path, outer))
+    return any(type(getattr(module, "config", None)) in kinds for module in around)
 
 
 def takes_images(model: nn.Module) -> bool:

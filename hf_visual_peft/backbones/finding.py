@@ -157,7 +157,9 @@ class _Resolver:
         seen = probe(self.model, [*names, *outside, *further], self.path)
         if seen is None:
             told = _last_told(self.model, len(blocks))
-            return set() if told is None else set(names[told:]), heads.paths
+            # a state of the blocks is read then, which no final norm has seen
+            last = self._norms((*self.table.norms, *self.table.pooled_norms))
+            return set() if told is None else {*names[told:], *last}, heads.paths
         paths = heads.paths
         if seen.whole:
             called = (

@@ -79,7 +79,7 @@ def fill_targets(config: Any, model: nn.Module, backbone: VisionBackbone, short:
             if hasattr(config, name):
                 setattr(config, name, None)
     if method == "IA3" and config.feedforward_modules is None:
-        paths = _of_roles(model, backbone.blocks, backbone.architecture.fc2)
+        paths = _of_roles(model, backbone, ("fc2",))
         targets = config.target_modules
         alike = isinstance(targets, set) and _ends(model, paths)
         config.feedforward_modules = alike if alike and alike <= targets else _pattern(paths)
@@ -127,16 +127,13 @@ def _layers(config: Any, backbone: VisionBackbone) -> list[int] | None:
     return layers
 
 
-def _attention_or_mlp(architecture: Architecture) -> tuple[tuple[str, ...], ...]:
-    """Names of query and value (of key, where there is no value), and of the MLP's linears; either may be none."""
-    attention = (*architecture.query, *(architecture.value or architecture.key)) if architecture.query else ()
-    return tuple(dict.fromkeys(attention)), (*architecture.fc1, *architecture.fc2)
-
-
 def _linears(model: nn.Module, backbone: VisionBackbone, convolutional: bool) -> list[str]:
-    """Query and value, else the MLP, else dense convolutions: the first of which the method supports some."""
-    for names in _attention_or_mlp(backbone.architecture):
-        found = _of_roles(model, backbone.blocks, names, convolutional)
+    """Query and value (key, where there is none), else the MLP, else dense convolutions: what the method supports."""
+    tables = [_table(block, backbone) for block in backbone.blocks]
+    values = "value" if any(table.value for table in tables) else "key"
+    attention = ("query", values) if any(table.query for table in tables) else ()
+    for roles in (attention, ("fc1", "fc2")):
+        found = _of_roles(model, backbone, roles, convolutional)
         if found:
             return found
     operations = (path for block in backbone.blocks for path in block.roles["operations"])
@@ -150,18 +147,16 @@ def _linears(model: nn.Module, backbone: VisionBackbone, convolutional: bool) ->
 
 
 def _values(model: nn.Module, backbone: VisionBackbone, convolutional: bool) -> list[str]:
-    return _of_roles(model, backbone.blocks, backbone.architecture.value, convolutional)
+    return _of_roles(model, backbone, ("value",), convolutional)
 
 
 def _all_linears(model: nn.Module, backbone: VisionBackbone, convolutional: bool) -> list[str]:
-    names = [name for role in LINEAR_ROLES for name in getattr(backbone.architecture, role)]
-    found = _of_roles(model, backbone.blocks, names, convolutional)
+    found = _of_roles(model, backbone, LINEAR_ROLES, convolutional)
     return [path for path in found if not isinstance(unwrapped(model.get_submodule(path)), Conv1D)]  # OSF passes by
 
 
 def _ia3(model: nn.Module, backbone: VisionBackbone, convolutional: bool) -> list[str]:
-    table = backbone.architecture
-    return _of_roles(model, backbone.blocks, (*table.key, *table.value, *table.fc2), convolutional)
+    return _of_roles(model, backbone, ("key", "value", "fc2"), convolutional)
 
 
 def _norms(model: nn.Module, backbone: VisionBackbone, convolutional: bool) -> list[str]:
@@ -182,17 +177,25 @@ _TARGETS: Mapping[str, Callable[[nn.Module, VisionBackbone, bool], list[str]]] =
 
 
 def _of_roles(
-    model: nn.Module, blocks: Iterable[Block], names: Iterable[str], convolutional: bool = True
+    model: nn.Module, backbone: VisionBackbone, roles: Iterable[str], convolutional: bool = True
 ) -> list[str]:
-    """Full names of the linears that a table names so, those of attention that pools tokens included."""
-    wanted = re.compile("|".join(re.escape(name).replace(r"\*", r"\w+") for name in names) or "(?!)")
-    return [
-        f"{block.path}.{name}"
-        for block in blocks
-        for name, module in model.get_submodule(block.path).named_modules()
-        if wanted.fullmatch(name)
-        and (isinstance(base := unwrapped(module), nn.Linear | Conv1D) or (convolutional and _is_dense(base)))
-    ]
+    """Full names of the linears in some roles, those of attention that pools tokens included."""
+    found = []
+    for block in backbone.blocks:
+        names = [name for role in roles for name in getattr(_table(block, backbone), role)]
+        wanted = re.compile("|".join(re.escape(name).replace(r"\*", r"\w+") for name in names) or "(?!)")
+        found += [
+            f"{block.path}.{name}"
+            for name, module in model.get_submodule(block.path).named_modules()
+            if wanted.fullmatch(name)
+            and (isinstance(base := unwrapped(module), nn.Linear | Conv1D) or (convolutional and _is_dense(base)))
+        ]
+    return found
+
+
+def _table(block: Block, backbone: VisionBackbone) -> Architecture:
+    """What names the parts of a block: blocks may have tables of their own."""
+    return getattr(block, "table", None) or backbone.architecture
 
 
 def _is_dense(module: nn.Module) -> bool:

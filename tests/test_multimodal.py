@@ -1,0 +1,135 @@
+"""The vision towers of multimodal models: they are adapted, and the language model never by accident."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers as tf
+from peft import LoraConfig, get_peft_model
+
+import hf_visual_peft as hvp
+
+
+VIT = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+VIT |= {"image_size": 32, "patch_size": 8}
+WORDS = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+WORDS |= {"vocab_size": 64, "pad_token_id": 0}
+TEXT = WORDS | {"num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64}
+QUERIES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+QUERIES |= {"encoder_hidden_size": 16, "vocab_size": 64}
+
+
+def _of(name, generation="ForConditionalGeneration", **fields):
+    def make():
+        return getattr(tf, f"{name}{generation}")(getattr(tf, f"{name}Config")(**fields))
+
+    return make
+
+
+def _image():
+    return {"pixel_values": torch.randn(1, 3, 32, 32)}
+
+
+def _with_words():
+    return _image() | {"input_ids": torch.tensor([[1, 3, 2]])}
+
+
+def _tiles():
+    return {"pixel_values": torch.randn(1, 2, 3, 32, 32), "image_sizes": torch.tensor([[32, 32]])}
+
+
+def _patches():
+    mask = torch.ones(1, 16, dtype=torch.long)
+    return {
+        "pixel_values": torch.randn(1, 16, 192),
+        "spatial_shapes": torch.tensor([[4, 4]]),
+        "pixel_attention_mask": mask,
+    }
+
+
+CLIP, SIGLIP = tf.CLIPVisionConfig(**VIT), tf.SiglipVisionConfig(**VIT, projection_dim=16)
+NAFLEX = tf.Siglip2VisionConfig(**{k: v for k, v in VIT.items() if k != "image_size"}, num_patches=16)
+LLAMA, QWEN, COHERE = tf.LlamaConfig(**TEXT), tf.Qwen2Config(**TEXT), tf.Cohere2Config(**TEXT)
+OPT = tf.OPTConfig(**{k: v for k, v in WORDS.items() if k != "intermediate_size"}, ffn_dim=16, word_embed_proj_dim=16)
+BERT = WORDS | {"encoder_hidden_size": 16, "bos_token_id": 1, "sep_token_id": 2}
+TILED = {"image_grid_pinpoints": [[32, 32]]}
+LAST = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+
+# model, its inputs, and the path of its tower
+MODELS = {
+    "llava": (_of("Llava", vision_config=CLIP, text_config=LLAMA), _image, "model.vision_tower"),
+    "llava_siglip": (_of("Llava", vision_config=SIGLIP, text_config=LLAMA, **LAST), _image, "model.vision_tower"),
+    "vipllava": (_of("VipLlava", vision_config=CLIP, text_config=LLAMA, vision_feature_layers=[-2, -1]), _image,
+                 "model.vision_tower"),
+    "llava_next": (_of("LlavaNext", vision_config=CLIP, text_config=LLAMA, **TILED), _tiles, "model.vision_tower"),
+    "llava_onevision": (_of("LlavaOnevision", vision_config=SIGLIP, text_config=QWEN, **TILED), _tiles,
+                        "model.vision_tower"),
+    "paligemma": (_of("PaliGemma", vision_config=SIGLIP, text_config=tf.GemmaConfig(**TEXT)), _image,
+                  "model.vision_tower"),
+    "gemma3": (_of("Gemma3", vision_config=VIT, text_config=TEXT, mm_tokens_per_image=4), _image,
+               "model.vision_tower"),
+    "blip": (_of("Blip", vision_config=VIT, text_config=BERT, projection_dim=16), _with_words, "vision_model"),
+    "blip2": (_of("Blip2", vision_config=VIT, qformer_config=QUERIES, text_config=OPT, num_query_tokens=4), _image,
+              "vision_model"),
+    "instructblip": (_of("InstructBlip", vision_config=VIT, qformer_config=QUERIES, text_config=OPT,
+                         num_query_tokens=4),
+                     lambda: _image() | {"qformer_input_ids": torch.tensor([[1, 2]])}, "vision_model"),
+    "aya_vision": (_of("AyaVision", vision_config=SIGLIP, text_config=COHERE, vision_feature_layer=-1,
+                       downsample_factor=2, adapter_layer_norm_eps=1e-6), _image, "model.vision_tower"),
+    "cohere2_vision": (_of("Cohere2Vision", vision_config=SIGLIP, text_config=COHERE, downsample_factor=2,
+                           alignment_intermediate_size=32), _image, "model.vision_tower"),
+    "deepseek_vl": (_of("DeepseekVL", vision_config=SIGLIP, text_config=LLAMA), _image, "model.vision_model"),
+    "lfm2_vl": (_of("Lfm2Vl", vision_config=NAFLEX, text_config=tf.Lfm2Config(**TEXT, layer_types=["full_attention"]),
+                    downsample_factor=2, projector_hidden_size=16), _patches, "model.vision_tower"),
+}  # fmt: skip
+
+
+def numbers(value):
+    """All floating tensors in an output, flat."""
+    if isinstance(value, torch.Tensor):
+        return [value.flatten().float()] if value.is_floating_point() else []
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for part in parts for tensor in numbers(part)]
+
+
+def features(model, inputs):
+    """What the language model gets to see of an image; its answer, where it takes words, too."""
+    for module in (model, getattr(model, "model", None)):
+        if hasattr(module, "get_image_features") and "input_ids" not in inputs:
+            output = module.get_image_features(**inputs)
+            pooled = getattr(output, "pooler_output", None)
+            return torch.cat(numbers(output if pooled is None else pooled))
+    return model(**inputs).logits.flatten()
+
+
+@pytest.mark.filterwarnings("ignore:No task head")
+@pytest.mark.parametrize("name", MODELS)
+def test_the_tower_is_adapted_and_the_language_model_is_not(name):
+    make, make_inputs, path = MODELS[name]
+    torch.manual_seed(0)
+    base = make().eval()
+    with torch.no_grad():
+        for parameter in base.parameters():  # some projectors begin with zeros
+            parameter.copy_(torch.randn_like(parameter) / 10 if parameter.ndim > 1 else parameter)
+    inputs = make_inputs()
+    before = features(base, inputs).detach()
+    assert hvp.find_backbone(base).path == path
+    for config in (
+        hvp.AdaptFormerConfig(r=4, init_weights=False, modules_to_save=[]),
+        hvp.SSFConfig(init_weights=False, modules_to_save=[]),
+        LoraConfig(r=2, init_lora_weights=False),
+    ):
+        model = copy.deepcopy(base)
+        adapted = get_peft_model(model, hvp.with_visual_targets(config, model)).eval()
+        trained = {n.removeprefix("base_model.model."): p for n, p in adapted.named_parameters() if p.requires_grad}
+        assert trained
+        assert all(each.startswith(f"{path}.") for each in trained)
+        with torch.no_grad():
+            for parameter in trained.values():
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+        after = features(adapted.get_base_model(), inputs)
+        assert not torch.allclose(after, before, atol=1e-5)
+        after.square().sum().backward()
+        assert [each for each, parameter in trained.items() if parameter.grad is None] == []
