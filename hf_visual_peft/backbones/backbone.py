@@ -52,6 +52,7 @@ class Block:
         rest: full names of the module whose input is the stream behind the last sub-layer, where the block goes on.
         readers: what reads the norm before each sub-layer, linears and convolutions without padding; none where
             other modules do.
+        table: the role table as it is for this block.
     """
 
     index: int
@@ -68,6 +69,7 @@ class Block:
     entrances: Mapping[str, str] = field(default_factory=dict)
     rest: tuple[str, ...] = ()
     readers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    table: Architecture | None = field(default=None, repr=False)
 
     def modules(self, roles: Sequence[str]) -> list[str]:
         """Full names of the modules in some roles, each once where roles share a module."""

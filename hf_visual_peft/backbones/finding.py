@@ -21,7 +21,8 @@ from .backbone import (
     linear_sizes,
     unwrapped,
 )
-from .choosing import REMEDY, choose, unknown
+from .choosing import REMEDY, choose
+from .found import find_unlisted
 from .paths import existing, join, original
 from .probing import probe
 from .task_heads import TaskHeads, heads_around, twins
@@ -30,12 +31,17 @@ from .task_heads import TaskHeads, heads_around, twins
 _SINGLE_ROLES = tuple(role for role in BLOCK_ROLES if role != "fc1")  # a gated MLP has two linears at its entrance
 
 
-def find_backbone(model: nn.Module, backbone: str | None = None) -> VisionBackbone:
+def find_backbone(model: nn.Module, backbone: str | None = None, *, example_inputs: Any = None) -> VisionBackbone:
     """Find the vision backbone in a model.
+
+    Where no role table names its parts, a copy of it runs once on a small input, and its parts are found by what they
+    do there. What was found is kept as long as the model lives.
 
     Args:
         model: a backbone, or a model that holds one.
         backbone: path of the backbone in the model, or of a module that holds it. Needed where there are several.
+        example_inputs: arguments of the backbone's forward for this run, a tensor, tuple or mapping. Needed where the
+            size of its images is not known, or where it takes something else.
 
     Raises:
         BackboneError: none or several found, none at this path, or a role of the table has no module. The message
@@ -43,7 +49,7 @@ def find_backbone(model: nn.Module, backbone: str | None = None) -> VisionBackbo
     """
     choice = choose(model, backbone)
     if choice is None:
-        raise BackboneError(unknown(model, backbone))
+        choice = find_unlisted(model, backbone, example_inputs)
     return _Resolver(model, *choice).resolve()
 
 
@@ -230,7 +236,7 @@ class _Resolver:
         """Names of the lists of blocks and of the blocks in each."""
         found = []
         lists = (self.table.blocks,) if isinstance(self.table.blocks, str) else self.table.blocks
-        several = len(lists) > 1 or "*" in lists[0]
+        several = len(lists) > 1 or "*" in lists[0] or not lists[0]
         for path in self._required(self.path, lists, "blocks"):
             stack = self._module(path)
             if not several and (not isinstance(stack, nn.ModuleList | nn.Sequential) or len(stack) == 0):
@@ -239,7 +245,12 @@ class _Resolver:
                     f"non-empty nn.ModuleList of blocks. {REMEDY}"
                 )
             skipped = self.table.skipped_blocks
-            names = [name for name, block in stack.named_children() if type(unwrapped(block)).__name__ not in skipped]
+            names = [
+                name
+                for name, block in stack.named_children()
+                if type(unwrapped(block)).__name__ not in skipped
+                and join(path, name).removeprefix(f"{self.path}.") not in skipped
+            ]
             if names:
                 found.append((path, names))
         if not found:
@@ -247,8 +258,8 @@ class _Resolver:
         return found
 
     def _block(self, index: int, path: str, group: int, prefix_tokens: int) -> Block:
-        table = self.table
         block = self._module(path)
+        table = self.table.of_block(type(block).__name__, path.removeprefix(f"{self.path}.") if self.path else path)
         roles = {role: self._existing(path, getattr(table, role)) for role in (*BLOCK_ROLES, *OPTIONAL_BLOCK_ROLES)}
         sublayers = table.sublayers
         if table.halves:
@@ -281,8 +292,8 @@ class _Resolver:
             )
         num_heads = self._num_heads(roles["query"])
         # an attention that changes the width pools tokens, too: it is a way from one stage to the next
-        pools = bool(widths["norm1"] and widths["norm2"] and widths["norm1"] != widths["norm2"])
-        if pools and "attention" in sublayers:
+        pools = table.pools or bool(widths["norm1"] and widths["norm2"] and widths["norm1"] != widths["norm2"])
+        if pools and (roles["query"] or "attention" in sublayers):
             pooling = [path for role in SUBLAYER_ROLES["attention"] for path in roles[role]]
             roles |= dict.fromkeys(SUBLAYER_ROLES["attention"], ())
             roles["operations"] = tuple(dict.fromkeys((*pooling, *roles["operations"])))
@@ -293,22 +304,31 @@ class _Resolver:
             path=path,
             roles=roles,
             group=group,
-            width=next((widths[role] for role in ("norm2", "norm1", "fc2", "output") if widths[role]), None),
+            width=next((widths[role] for role in ("norm2", "norm1", "fc2", "output") if widths[role]), table.width),
             num_heads=num_heads,
-            prefix_tokens=prefix_tokens,
+            prefix_tokens=table.prefix_tokens if isinstance(table.prefix_tokens, int) else prefix_tokens,
             sublayers=sublayers,
             post_norm=bool(post_norm),
             pools=pools,
             window=getattr(block, table.window, 0) if table.window else 0,
-            entrances=self._entrances(path, roles, sublayers, bool(post_norm)),
+            entrances=self._entrances(table, path, roles, sublayers, bool(post_norm)),
             rest=self._existing(path, table.reads_result),
-            readers={"attention": self._norm1_readers(path, roles), "mlp": roles["fc1"]},
+            readers={
+                "attention": self._norm1_readers(table, path, roles),
+                "mlp": roles["fc1"] if table.norm2_readers is None else self._existing(path, table.norm2_readers),
+            },
+            table=table,
         )
 
     def _entrances(
-        self, path: str, roles: Mapping[str, tuple[str, ...]], sublayers: Sequence[str], post_norm: bool
+        self,
+        table: Architecture,
+        path: str,
+        roles: Mapping[str, tuple[str, ...]],
+        sublayers: Sequence[str],
+        post_norm: bool,
     ) -> dict[str, str]:
-        given = {"attention": self.table.reads_attention, "mlp": self.table.reads_mlp}
+        given = {"attention": table.reads_attention, "mlp": table.reads_mlp}
         found = {}
         for sublayer in sublayers:
             norm = roles[SUBLAYER_ROLES[sublayer][0]]
@@ -321,10 +341,10 @@ class _Resolver:
                 found[sublayer] = path if sublayer == "attention" else roles["fc1"][0]
         return found
 
-    def _norm1_readers(self, path: str, roles: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
-        if self.table.norm1_readers is not None:
-            return self._existing(path, self.table.norm1_readers)
-        reduction = self._existing(path, self.table.reduction)
+    def _norm1_readers(self, table: Architecture, path: str, roles: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+        if table.norm1_readers is not None:
+            return self._existing(path, table.norm1_readers)
+        reduction = self._existing(path, table.reduction)
         return tuple(dict.fromkeys((*roles["query"], *(reduction or (*roles["key"], *roles["value"])))))
 
     def _parent(self) -> str:
@@ -409,6 +429,8 @@ def _weight(model: nn.Module, path: str) -> Tensor:
 
 
 def _count_prefix_tokens(backbone: nn.Module, embeddings: nn.Module, architecture: Architecture) -> int:
+    if isinstance(architecture.prefix_tokens, int):
+        return architecture.prefix_tokens
     told = getattr(backbone, "num_prefix_tokens", None)  # timm's models
     if isinstance(told, int):
         return told

@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments.command == "coverage":
         return _coverage(arguments)
+    if arguments.command in ("roles", "explain"):
+        return _look(arguments)
     return _demo(arguments)
 
 
@@ -70,7 +72,32 @@ def _parser() -> argparse.ArgumentParser:
         "cell fails.",
     )
     add_coverage_arguments(coverage)
+    roles = commands.add_parser(
+        "roles",
+        help="show which modules of a model play which part",
+        description="Find the parts of a model, by its role table or by watching a copy of it run, and print them as "
+        "a table and as the code that registers them. Weights are random; nothing but a config is downloaded.",
+    )
+    explain = commands.add_parser(
+        "explain",
+        help="show which methods act where on a model, and why others cannot",
+        description="Tell for every method where it acts on a model, or why it cannot.",
+    )
+    for command in (roles, explain):
+        command.add_argument("model", help="Hub id or folder with a config, or the name of a model of timm")
     return parser
+
+
+def _look(arguments: argparse.Namespace) -> int:
+    from .roles import describe_roles, explain, load_model
+
+    show = describe_roles if arguments.command == "roles" else explain
+    try:
+        print(show(load_model(arguments.model)))
+    except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
+        print(f"hf-visual-peft {arguments.command}: error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _coverage(arguments: argparse.Namespace) -> int:

@@ -70,7 +70,7 @@ class BlockLayer(AttentionLayer, BypassedLayer, nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self._init_layer(exchange)
-        table = backbone.architecture
+        table = block.table or backbone.architecture
         self.prefix_tokens = block.prefix_tokens
         self._sublayers, self._post_norm = block.sublayers, block.post_norm
         self._grid_kind, self._prompts, self._group = table.grid, table.prompts, block.group

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from torch import nn
 
@@ -32,7 +33,8 @@ class Architecture:
         embeddings: the module that returns the first block's input; or the modules, one for each list of blocks, that
             return the input of its first block. `""`: the backbone.
         prefix_tokens: optional; parameters of `embeddings` that are put before the patches (CLS, distillation,
-            registers), each of shape (1, tokens, width) or (width,). timm's models tell their number themselves.
+            registers), each of shape (1, tokens, width) or (width,); or how many tokens these are. timm's models tell
+            their number themselves.
         input_norms: optional; norms of the backbone before its blocks. Of these and the other names of norms those
             count that are norms.
         norms: optional; norms of the backbone behind its blocks.
@@ -40,7 +42,7 @@ class Architecture:
         pooled_norms: optional; norms of the pooled output alone, which the `heads` do not read.
         between: optional; linears, convolutions and norms between the lists of blocks, as those that merge patches.
             `"all"`: all there are outside the blocks that no other role has.
-        skipped_blocks: optional; names of classes in the lists that are no blocks.
+        skipped_blocks: optional; names of classes in the lists, or of modules in the backbone, that are no blocks.
         norm1: norm of attention, before it (or after it: `post_norm`).
         query: projection to queries; may be the same module as `key` and `value` where they are fused.
         key: projection to keys.
@@ -87,13 +89,18 @@ class Architecture:
             `ids_restore`. None: it is not known.
         video: whether the backbone takes videos.
         remedy: optional; what to do where a block lacks a role, in place of the general advice.
+        pools: whether the block changes the width or the number of tokens, other than by an attention whose norms
+            tell that by their sizes.
+        width: optional; channels of the block's stream, where no role tells.
+        variants: optional; where blocks differ, the fields of a block that are others there, by the name of their
+            class, or by the name of the block in the backbone, which counts before.
     """
 
     backbones: Names
     blocks: str | Names
     patch_embedding: str | Names
     embeddings: str = "embeddings"
-    prefix_tokens: Names = ("cls_token",)
+    prefix_tokens: Names | int = ("cls_token",)
     input_norms: Names = ()
     norms: Names = ("layernorm",)
     outer_norms: Names = ()
@@ -109,6 +116,7 @@ class Architecture:
     fc1: Names = ("mlp.fc1",)
     fc2: Names = ("mlp.fc2",)
     norm1_readers: Names | None = None
+    norm2_readers: Names | None = None
     reduction: Names = ()
     operations: Names | Literal["all"] = ()
     drop_path: Names = ("drop_path",)
@@ -131,6 +139,19 @@ class Architecture:
     grid: GridKind | None = "full"
     video: bool = False
     remedy: str = ""
+    pools: bool = False
+    width: int | None = None
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
+
+    def of_block(self, class_name: str, path: str) -> Architecture:
+        """The table as it is for one block.
+
+        Args:
+            class_name: the name of the block's class.
+            path: the block's name in the backbone.
+        """
+        different = self.variants.get(path, self.variants.get(class_name))
+        return replace(self, **different) if different else self
 
 
 _ARCHITECTURES: dict[str, Architecture] = {}

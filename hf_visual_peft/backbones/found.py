@@ -1,0 +1,124 @@
+"""Backbones without a role table: which module is one, and what was found of it, kept until it changes."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from .backbone import BackboneError
+from .choosing import Choice, tower_in, unknown
+from .paths import is_in
+from .reading import Found, read_backbone
+
+
+_COMPILED = ("compiled", "compile it after get_peft_model")
+_SHARDED = ("sharded", "shard it after get_peft_model")
+_WRAPPERS = {  # by name: to import them takes longer than to look
+    "OptimizedModule": _COMPILED,
+    "DataParallel": ("wrapped in DataParallel", "wrap it after get_peft_model"),
+    "DistributedDataParallel": ("wrapped in DistributedDataParallel", "wrap it after get_peft_model"),
+    "FullyShardedDataParallel": _SHARDED,
+}
+_found: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Found]] = weakref.WeakKeyDictionary()
+
+
+def find_unlisted(model: nn.Module, named: str | None = None, example_inputs: Any = None) -> Choice:
+    """The backbone of a model without a role table, with the table that was made by watching it run.
+
+    Args:
+        model: a backbone, or a model that holds one.
+        named: path of the backbone in the model; by default it is searched.
+        example_inputs: arguments of the backbone's forward, where none can be made: a tensor, tuple or mapping.
+
+    Raises:
+        BackboneError: it cannot be run, or what was seen does not fit together; the message tells what.
+    """
+    path = backbone_path(model) if named is None else named
+    backbone = model.get_submodule(path)
+    return path, backbone, look_at(model, path, example_inputs).table
+
+
+def look_at(model: nn.Module, path: str, example_inputs: Any = None) -> Found:
+    """What was found of a backbone, read once.
+
+    Args:
+        model: that holds it.
+        path: of the backbone in the model.
+        example_inputs: as in `find_unlisted`.
+
+    Raises:
+        BackboneError: as in `find_unlisted`.
+    """
+    backbone = model.get_submodule(path)
+    _require_plain(model, backbone)
+    adapted = any(isinstance(module, BaseTunerLayer) for module in backbone.modules())
+    kind = None if adapted else _kind(backbone)
+    if example_inputs is None and backbone in _found:
+        before, found = _found[backbone]
+        if adapted or before == kind:
+            return found
+    try:
+        found = read_backbone(backbone, example_inputs)
+    except BackboneError as error:
+        raise BackboneError(f"{_sentence(error)} {unknown(model, path)}") from error
+    _found[backbone] = (kind, found)
+    return found
+
+
+def backbone_path(model: nn.Module) -> str:
+    """The path of the module that takes the images: a model of timm, a pretrained model, or the smallest around.
+
+    Raises:
+        BackboneError: several could be meant.
+    """
+    timm = [path for path, module in model.named_modules() if hasattr(module, "pretrained_cfg")]
+    timm = [path for path in timm if not any(is_in(path, other) and path != other for other in timm)]
+    if len(timm) > 1:
+        raise BackboneError(
+            f"{type(model).__name__} holds several models of timm: {', '.join(map(repr, timm))}. Choose one by its "
+            f"path: backbone={timm[0]!r} in the config."
+        )
+    if timm:
+        return timm[0]
+    path = tower_in(model)
+    around = [path]
+    while around[-1]:
+        around.append(around[-1].rpartition(".")[0])
+    pretrained = next((each for each in around if isinstance(model.get_submodule(each), PreTrainedModel)), None)
+    return path if pretrained is None else pretrained
+
+
+def _require_plain(model: nn.Module, backbone: nn.Module) -> None:
+    """Refuse a model that a copy of would not run as it does.
+
+    Raises:
+        BackboneError: it is compiled or distributed.
+    """
+    for module in (model, *backbone.modules()):
+        for base in type(module).__mro__:
+            if base.__name__ in _WRAPPERS:
+                raise BackboneError(_wrapped(model, *_WRAPPERS[base.__name__]))
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise BackboneError(_wrapped(model, *_COMPILED))
+    if any(hasattr(parameter, "device_mesh") for parameter in backbone.parameters()):
+        raise BackboneError(_wrapped(model, *_SHARDED))
+
+
+def _wrapped(model: nn.Module, state: str, way_out: str) -> str:
+    return (
+        f"{type(model).__name__} is {state}, and no role table names its parts: they cannot be found by watching it "
+        f"run. Call get_peft_model on the plain model: {way_out}."
+    )
+
+
+def _kind(backbone: nn.Module) -> tuple[Any, ...]:
+    return tuple((path, type(module)) for path, module in backbone.named_modules())
+
+
+def _sentence(error: BackboneError) -> str:
+    text = str(error)
+    return text if text.endswith((".", "!")) else f"{text}."

@@ -1,0 +1,246 @@
+"""Make inputs that a backbone takes, and run a copy of it in which blocks that repeat are passed by."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from .backbone import BackboneError
+from .paths import is_in
+from .probing import _images
+from .watching import Call, Trace, shared_copy, watch
+
+
+_LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+_SMALL = 128  # pixels that models take which are not bound to a size
+_MANY = 20_000_000  # numbers in models whose repeated blocks are passed by
+
+
+_NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+class StopRun(Exception):  # noqa: N818 - no error
+    """Ends a run early."""
+
+
+@dataclass
+class Ran:
+    """A run that was watched.
+
+    Attributes:
+        twin: the copy, with the weights of the model.
+        args: that it was run with.
+        kwargs: that it was run with.
+        trace: what was seen.
+        kinds: of parts of lists: equal where parts are built alike.
+        skipped: those that were passed by, and the one built alike that has run, by name.
+        given: arguments that parts of lists were called with, by name.
+        pretrained: whether it is a model of timm or transformers.
+    """
+
+    twin: nn.Module
+    args: tuple
+    kwargs: dict[str, Any]
+    trace: Trace
+    kinds: dict[str, Any] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    given: dict[str, tuple[tuple, dict]] = field(default_factory=dict)
+    pretrained: bool = False
+
+    def calls(self) -> dict[str, Call]:
+        """The first call of each module, in order; in parts that were passed by, that of the one which has run."""
+        found = self.trace.first_calls()
+        for skipped, like in self.skipped.items():
+            call = found[skipped]
+            for path, inner in list(found.items()):
+                if path != like and is_in(path, like):
+                    found[skipped + path.removeprefix(like)] = replace(inner, start=call.start, end=call.end)
+        return dict(sorted(found.items(), key=lambda item: item[1].start))
+
+    def as_run(self, path: str) -> str:
+        """The module that has run in place of one; itself where it has run."""
+        return next((like + path.removeprefix(s) for s, like in self.skipped.items() if is_in(path, s)), path)
+
+    def alike(self, path: str) -> list[str]:
+        """A module and those in whose place it has run."""
+        return [path, *(s + path.removeprefix(like) for s, like in self.skipped.items() if is_in(path, like))]
+
+
+def run_shallow(backbone: nn.Module, example_inputs: Any = None) -> Ran:
+    """Run a copy and watch it.
+
+    Raises:
+        BackboneError: it does not run on any input that could be made.
+    """
+    twin = shared_copy(backbone)
+    reasons = []
+    for args, kwargs in _inputs(twin, example_inputs):
+        kinds, given, skipped = _kinds(twin), {}, {}
+        handles = _pass_by(twin, kinds, given, skipped)
+        devices = {p.device.index or 0 for p in twin.parameters() if p.is_cuda}
+        try:
+            with torch.random.fork_rng(devices), torch.inference_mode(False):
+                trace = watch(twin, args, kwargs)
+        except Exception as error:  # whatever a foreign model raises
+            reasons.append((_described(args, kwargs), error))
+            continue
+        finally:
+            for undo in handles:
+                undo()
+        pretrained = hasattr(twin, "pretrained_cfg") or hasattr(twin, "base_model_prefix")
+        return Ran(twin, args, kwargs, trace, kinds, skipped, given, pretrained)
+    raise BackboneError(_not_run(backbone, reasons))
+
+
+def _not_run(backbone: nn.Module, reasons: list[tuple[str, Exception]]) -> str:
+    name = type(backbone).__name__
+    wanted = [
+        parameter.name
+        for parameter in inspect.signature(backbone.forward).parameters.values()
+        if parameter.default is parameter.empty and parameter.kind in _NAMED
+    ]
+    tried = "; ".join(f"{what}: {_said(error)}" for what, error in reasons[-2:])
+    return (
+        f"{name} could not be run to see what its modules do. Its forward wants {', '.join(wanted) or 'nothing'}. "
+        f"Tried: {tried or 'nothing, as no size of images is known'}. Give arguments that it takes: "
+        "hf_visual_peft.find_backbone(model, example_inputs={'name': tensor}) before get_peft_model."
+    )
+
+
+def _said(error: Exception) -> str:
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__} {first[:160]}"
+
+
+def _described(args: tuple, kwargs: Mapping[str, Any]) -> str:
+    parts = [str(tuple(each.shape)) for each in args if isinstance(each, Tensor)]
+    parts += [f"{name} {tuple(each.shape)}" for name, each in kwargs.items() if isinstance(each, Tensor)]
+    return ", ".join(parts)
+
+
+def _inputs(twin: nn.Module, example: Any) -> Iterator[tuple[tuple, dict[str, Any]]]:
+    """Arguments to try, the likeliest first."""
+    if example is not None:
+        if isinstance(example, Mapping):
+            yield (), dict(example)
+        else:
+            yield (tuple(example) if isinstance(example, list | tuple) else (example,)), {}
+        return
+    config: Any = getattr(twin, "config", None)
+    if {"spatial_shapes", "pixel_attention_mask"} & set(inspect.signature(twin.forward).parameters):
+        yield (), _images(twin)
+        return
+    told: Any = getattr(twin, "default_cfg", None) or {}
+    weight = next((p for p in twin.parameters() if p.is_floating_point()), None)
+    made: dict[str, Any] = {} if weight is None else {"dtype": weight.dtype, "device": weight.device}
+    convolutions = [m for m in twin.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
+    channels = convolutions[0].in_channels if convolutions else getattr(config, "num_channels", None) or 3
+    sizes = list(_sizes(twin, config, told))
+    name = getattr(twin, "main_input_name", None)
+    names = list(inspect.signature(twin.forward).parameters)
+    if name not in names:
+        name = next((each for each in ("pixel_values", "pixel_values_videos", "x", "images") if each in names), None)
+    frames = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", None)
+    generator = torch.Generator().manual_seed(0)
+    for height, width in sizes:
+        shapes = [(1, channels, height, width)]
+        if isinstance(frames, int):
+            shapes.insert(0, (1, frames, channels, height, width))
+        for shape in shapes:
+            pixels = torch.randn(shape, generator=generator).to(**made)
+            yield ((), {name: pixels}) if name and hasattr(twin, "main_input_name") else ((pixels,), {})
+
+
+def _sizes(twin: nn.Module, config: Any, told: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+    size = getattr(config, "image_size", None) or getattr(getattr(twin, "patch_embed", None), "img_size", None)
+    size = size or getattr(twin, "img_size", None) or getattr(twin, "image_size", None)
+    full = size or told.get("input_size", (224,))[1:] or (224, 224)
+    if isinstance(full, Mapping):
+        full = (full.get("height"), full.get("width"))
+    height, width = (full, full) if isinstance(full, int) else (tuple(full) * 2)[:2]
+    if told and not told.get("fixed_input_size") and not size and min(height, width) > _SMALL:
+        yield _SMALL, _SMALL
+    yield int(height), int(width)
+    yield from ((side, side) for side in (64, 32) if not isinstance(config, PretrainedConfig))
+
+
+def _kinds(twin: nn.Module) -> dict[str, Any]:
+    """How the parts of lists are built: classes, sizes and settings of all modules in them."""
+    made = {}
+    for path, module in twin.named_modules():
+        if not isinstance(module, _LISTS):
+            continue
+        for name, part in module.named_children():
+            if any(True for _ in part.children()):
+                made[f"{path}.{name}" if path else name] = tuple(
+                    (inside, type(each), *_settings(each)) for inside, each in part.named_modules()
+                )
+    return made
+
+
+def _settings(module: nn.Module) -> tuple:
+    plain = tuple(
+        (name, value)
+        for name, value in vars(module).items()
+        if isinstance(value, bool | int | str | tuple | type(None))
+        and not name.startswith("_")
+        and _hashable(value)
+        and not name.endswith(("layer_idx", "layer_index"))
+    )
+    sizes = tuple((name, tuple(p.shape)) for name, p in module._parameters.items() if p is not None)
+    return (plain, sizes)
+
+
+def _hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _pass_by(twin: nn.Module, kinds: Mapping[str, Any], given: dict, skipped: dict[str, str]) -> list[Any]:
+    """Let parts of lists return what comes to them, where one built alike has run and kept the shape."""
+    large = sum(p.numel() for p in twin.parameters()) > _MANY
+    shapes: dict[Any, tuple[Any, ...]] = {}
+    undo: list[Any] = []
+
+    def note(path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        given.setdefault(path, (args, kwargs))
+
+    def run(path: str, module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        key = (path.rpartition(".")[0], kinds[path])
+        first = args[0] if args else None
+        known = shapes.get(key)
+        if known is not None and isinstance(first, Tensor) and tuple(first.shape) == known[0]:
+            skipped[path] = known[2]
+            return first if known[1] is None else (first, *known[1])
+        output = forward(*args, **kwargs)
+        result = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(first, Tensor) and isinstance(result, Tensor) and result.shape == first.shape:
+            shapes[key] = (tuple(first.shape), output[1:] if isinstance(output, tuple) else None, path)
+        return output
+
+    for path, module in twin.named_modules():
+        if any(True for _ in module.children()):
+            undo.append(module.register_forward_pre_hook(partial(note, path), with_kwargs=True).remove)
+    for path in kinds:
+        module: Any = twin.get_submodule(path)
+        if large:
+            before = vars(module).get("forward")
+            module.forward = partial(run, path, module, module.forward)
+            undo.append(partial(_restore, module, before))
+    return undo
+
+
+def _restore(module: Any, before: Any) -> None:
+    del module.forward
+    if before is not None:
+        module.forward = before

@@ -1,0 +1,227 @@
+"""Check with numbers what was read off a block, on a copy of it with other weights and another input."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .backbone import BackboneError
+from .roles import BlockReader, BlockRoles
+from .running import Ran
+from .watching import Attention, Trace, watch
+
+
+_TOLERANCE = 1e-5
+_FEW = 8  # tokens that a block runs with which takes any number of them
+_PREFIX = 3  # tokens that are put before those of the block
+
+
+def verified(ran: Ran, path: str, roles: BlockRoles) -> BlockRoles:
+    """The roles, with what only numbers tell; the same roles where there is nothing that numbers could tell.
+
+    The block runs once more in full precision, with random weights and a random stream: the same roles must be read
+    again, and what the sub-layers add must add up to what the block returns.
+
+    Args:
+        ran: the run.
+        path: name of the block.
+        roles: that were read.
+
+    Raises:
+        BackboneError: it does not add up.
+    """
+    if not (roles.sublayers or roles.query):
+        return roles
+    block = ran.twin.get_submodule(path)
+    if path not in ran.given:
+        return replace(roles, softmax=False, prompts=None, equal_parts=False)
+    twin, args, kwargs = _other(block, *ran.given[path])
+    try:
+        trace = watch(twin, args, kwargs, keep=True)
+    except Exception as error:
+        named = f"{type(block).__name__} ({path!r})"
+        raise BackboneError(f"{named} could not be run by itself to check what was found: {error}") from error
+    reader = BlockReader(trace, dict(twin.named_modules()), "")
+    again = reader.read()
+    if again != replace(roles, prompts=again.prompts):
+        different = [name for name, value in roles.as_fields().items() if value != again.as_fields()[name]]
+        raise BackboneError(
+            f"{type(block).__name__} ({path!r}) shows other roles on another input: {', '.join(different)}"
+        )
+    if roles.sublayers:
+        _require_sum(reader, trace, path, block)
+    if not roles.query:
+        return roles
+    (seen,) = _attentions(reader, trace)
+    softmax = not _is_cosine(trace, seen) and not _mixes_heads(reader, trace, seen)
+    equal = _equal_parts(trace, reader, roles, seen)
+    prompts = None
+    if "attention" in roles.sublayers and softmax:
+        plain = roles.stream == "tokens" and not roles.post_norm
+        prompts = "sequence" if plain and _takes_more(twin, args, kwargs) else "keys"
+    return replace(roles, softmax=softmax, equal_parts=equal, prompts=prompts)
+
+
+def _attentions(reader: BlockReader, trace: Trace) -> list[Attention]:
+    with_branch = [branch.attention for branch in reader.branches() if branch.attention is not None]
+    return with_branch or list(trace.attentions)
+
+
+def _other(block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[nn.Module, tuple, dict[str, Any]]:
+    """A copy of a block in full precision with random weights, and arguments with a random stream."""
+    memo = {id(p): nn.Parameter(torch.empty(0), requires_grad=False) for p in block.parameters()}
+    twin = copy.deepcopy(block, memo).eval()
+    generator = torch.Generator().manual_seed(0)
+    made: dict[int, nn.Parameter] = {}
+    for name, parameter in block.named_parameters(remove_duplicate=False):
+        owner, _, last = name.rpartition(".")
+        if id(parameter) not in made:
+            made[id(parameter)] = _random(parameter, generator)
+        setattr(twin.get_submodule(owner), last, made[id(parameter)])
+    for module in twin.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.float().cpu()
+    memory: dict[int, Tensor] = {}
+
+    def full(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in memory:
+                value_cpu = value.detach().cpu()
+                memory[id(value)] = value_cpu.float() if value.is_floating_point() else value_cpu
+            return memory[id(value)]
+        if isinstance(value, tuple | list):
+            return type(value)(map(full, value)) if type(value) in (tuple, list) else value
+        return value
+
+    given = [full(each) for each in args]
+    named = {name: full(each) for name, each in kwargs.items()}
+    if given:
+        given[0] = torch.randn(given[0].shape, generator=generator)
+    else:
+        first = next(iter(named))
+        named[first] = torch.randn(named[first].shape, generator=generator)
+    return twin, tuple(given), named
+
+
+def _random(parameter: nn.Parameter, generator: torch.Generator) -> nn.Parameter:
+    value = torch.randn(parameter.shape, generator=generator)
+    fan = parameter.numel() / parameter.shape[0] if parameter.ndim > 1 else 1.0
+    return nn.Parameter(value / fan**0.5 if parameter.ndim > 1 else 1.0 + 0.3 * value, requires_grad=False)
+
+
+def _require_sum(reader: BlockReader, trace: Trace, path: str, block: nn.Module) -> None:
+    """Refuse a block whose output is not its input and all that was found to be added to it.
+
+    Raises:
+        BackboneError: it differs.
+    """
+    values, call = trace.values, reader.call
+    assert call.stream is not None
+    branches = reader.branches()
+    rebuilt = values[call.stream] if reader.whole else values[branches[0].stream]
+    for branch in branches:
+        stream = values[branch.stream]
+        rebuilt = rebuilt if rebuilt.shape == stream.shape else stream  # moved into another shape on the way
+        plain = trace.nodes[branch.sum].op == "add"
+        rebuilt = rebuilt + (values[branch.added] if plain else values[branch.sum] - stream)
+    out = values[call.outputs[0]]
+    moved = rebuilt.shape != out.shape  # then numbers are compared without their places
+    one, other = (each.flatten().sort().values if moved else each for each in (rebuilt, out))
+    error = ((one - other).norm() / other.norm()).item()
+    if not error <= _TOLERANCE:
+        raise BackboneError(
+            f"{type(block).__name__} ({path!r}): its input and what {len(branches)} sub-layers add differ from its "
+            f"output by {error:.1e} of its size, more than {_TOLERANCE:.0e}"
+        )
+
+
+def _is_cosine(trace: Trace, seen: Attention) -> bool:
+    """Whether queries and keys have lost their lengths."""
+    query = trace.values[seen.query]
+    key = trace.values[seen.key]
+    if not seen.fused:  # the keys stand in columns
+        key = key.transpose(-1, -2)
+    return all(_constant(each.norm(dim=-1)) for each in (query, key))
+
+
+def _constant(lengths: Tensor) -> bool:
+    return lengths.shape[-1] > 1 and bool((lengths.std(dim=-1) < 1e-4 * lengths.mean(dim=-1)).all())
+
+
+def _mixes_heads(reader: BlockReader, trace: Trace, seen: Attention) -> bool:
+    """Whether something with weights changes the logits or the weights of attention."""
+    made = trace.after({seen.query, seen.key}, seen.output) & trace.before(seen.output)
+    return any(trace.nodes[index].owner in reader.projections.values() for index in made)
+
+
+def _equal_parts(trace: Trace, reader: BlockReader, roles: BlockRoles, seen: Attention) -> bool:
+    """Whether queries, keys and values of one projection are its three parts of equal size, in this order."""
+    parts = {"query": seen.query, "key": seen.key, "value": seen.value}
+    shared = [role for role in parts if getattr(roles, role) == roles.value]
+    if len(shared) < 2:
+        return True
+    (path,) = roles.value
+    output = next(out for out, each in reader.projections.items() if each == path)
+    made = trace.values[output]
+    convolved = isinstance(reader.modules[path], nn.Conv2d)
+    channels = made.movedim(1, -1) if convolved else made
+    if channels.shape[-1] % len(shared):
+        return False
+    pieces = channels.chunk(len(shared), dim=-1)
+    for piece, role in zip(pieces, [role for role in ("query", "key", "value") if role in shared], strict=True):
+        raw = _raw(trace, output, parts[role], piece.numel())
+        if raw is None:
+            return False
+        # the same numbers, in whatever order
+        if not torch.allclose(raw.double().square().sum(), piece.double().square().sum(), rtol=1e-9):
+            return False
+    return True
+
+
+def _raw(trace: Trace, output: int, part: int, count: int) -> Tensor | None:
+    """The last value of as many numbers on the way to a part that are all numbers of a projection's output."""
+    way = trace.before(part)
+    found: set[int] = {output}
+    last = -1
+    for node in trace.nodes[output + 1 : part + 1]:
+        if node.index in way and node.selects and node.inputs and node.inputs[0] in found:
+            found.add(node.index)
+            last = node.index if math.prod(node.shape) == count else last
+    return trace.values.get(last)
+
+
+def _takes_more(block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether tokens can stand in the block's sequence: it takes more, asks for no order of them, and all see them."""
+    if not args:
+        return False
+    # what takes any number of tokens takes few; what tells patches by their number takes more than those
+    return any(_takes_more_than(block, stream, args[1:], kwargs) for stream in (args[0][:, :_FEW], args[0]))
+
+
+def _takes_more_than(block: nn.Module, stream: Tensor, rest: tuple, kwargs: Mapping[str, Any]) -> bool:
+    generator = torch.Generator().manual_seed(1)
+    more = torch.randn(stream.shape[0], _PREFIX, stream.shape[-1], generator=generator, dtype=stream.dtype)
+    try:
+        with torch.no_grad():
+            plain = _first(block(stream, *rest, **kwargs))
+            longer = _first(block(torch.cat([more, stream], dim=1), *rest, **kwargs))
+            swapped = _first(block(torch.cat([more.flip(1), stream], dim=1), *rest, **kwargs))
+    except Exception:  # it takes no other number of tokens, in whatever way it says so
+        return False
+    if longer.shape[1] != stream.shape[1] + _PREFIX:
+        return False
+    kept = torch.allclose(longer[:, _PREFIX:], swapped[:, _PREFIX:], rtol=1e-3, atol=1e-4)
+    moved = torch.allclose(longer[:, :_PREFIX], swapped[:, :_PREFIX].flip(1), rtol=1e-3, atol=1e-4)
+    differs = not torch.allclose(longer[:, _PREFIX:], plain, rtol=1e-3, atol=1e-4)
+    return kept and moved and differs
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,186 @@
+"""What was found of a model, printed: the roles of its modules, and which methods act where on it."""
+
+from __future__ import annotations
+
+import pprint
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..backbones.architectures import Architecture
+from ..backbones.backbone import ALL_ROLES, Block, VisionBackbone
+from ..backbones.choosing import choose
+from ..backbones.finding import find_backbone
+from ..backbones.found import look_at
+from ..core.placing import placements_of
+from ..core.registry import list_methods
+from ..tables import format_table
+
+
+def load_model(name: str) -> nn.Module:
+    """A model with its architecture and, where nothing is stored, random weights.
+
+    Args:
+        name: a folder or Hub id with a config of transformers or timm, or the name of a model of timm.
+
+    Raises:
+        ValueError: neither knows it.
+    """
+    import timm
+
+    if not Path(name).exists() and "/" not in name and timm.is_model(name):
+        return timm.create_model(name).eval()
+    if name.startswith(("hf-hub:", "local-dir:")):
+        return timm.create_model(name).eval()
+    from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, TimmWrapperForImageClassification
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name!r} is no folder or Hub id that transformers can read, and no model of timm: {error}"
+        ) from error
+    if config.model_type == "timm_wrapper":
+        return TimmWrapperForImageClassification(config).eval()
+    for auto in (AutoModelForImageClassification, AutoModel):
+        if type(config) in auto._model_mapping:
+            return auto.from_config(config).eval()
+    raise ValueError(f"{name!r} is a {config.model_type}: transformers has no model for images of this kind.")
+
+
+def describe_roles(model: nn.Module) -> str:
+    """The roles of a model's modules as a table, and as the code that registers them.
+
+    Args:
+        model: a backbone, or a model that holds one.
+
+    Raises:
+        BackboneError: none can be found.
+    """
+    backbone = find_backbone(model)
+    listed = choose(model) is not None
+    source = "a role table names its parts" if listed else "found by watching it run"
+    place = f" at {backbone.path!r}" if backbone.path else ""
+    parts = [
+        f"{backbone.class_name}{place}: {backbone.depth} blocks, {source}.",
+        format_table(("role", "modules"), list(_outside(backbone))),
+    ]
+    for block, count in _kinds(model, backbone):
+        name = type(model.get_submodule(block.path)).__name__
+        parts += [
+            f"{name}, as {block.path!r} ({count} alike):",
+            format_table(("role", "modules"), list(_inside(block))),
+        ]
+    if not listed:
+        seen = look_at(model, backbone.path).seen
+        first = {why: path for path, why in reversed(seen.items())}
+        parts += [f"{path}: {why}." for why, path in first.items()]
+    parts.append(as_code(backbone.architecture))
+    return "\n\n".join(parts)
+
+
+def as_code(table: Architecture) -> str:
+    """The code that registers a role table; fields with their default are left out.
+
+    Args:
+        table: the role table.
+    """
+    lines = []
+    for field in fields(Architecture):
+        value = getattr(table, field.name)
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        if value != default:
+            text = pprint.pformat(value, width=100, compact=True, sort_dicts=False)
+            lines.append(f"        {field.name}={text},".replace("\n", "\n        "))
+    return "\n".join(
+        [
+            "import hf_visual_peft",
+            "",
+            "hf_visual_peft.register_architecture(",
+            "    hf_visual_peft.Architecture(",
+            *lines,
+            "    )",
+            ")",
+        ]
+    )
+
+
+def explain(model: nn.Module) -> str:
+    """Which method acts where on a model, and why another cannot.
+
+    Args:
+        model: a backbone, or a model that holds one.
+
+    Raises:
+        BackboneError: none can be found.
+    """
+    backbone = find_backbone(model)
+    rows = []
+    for name, method in list_methods().items():
+        config: Any = method.config_cls()
+        try:
+            placements = placements_of(config, backbone, backbone)
+        except ValueError as error:
+            rows.append((name, "no", _short(str(error))))
+            continue
+        places: dict[str, int] = {}
+        for placement in placements:
+            place = _general(placement.path, backbone)
+            places[place] = places.get(place, 0) + 1
+        counted = (f"{place} ({count})" if count > 1 else place for place, count in places.items())
+        rows.append((name, "yes", ", ".join(counted)))
+    head = f"{backbone.class_name}: {backbone.depth} blocks. Where each method acts, with its defaults:"
+    return f"{head}\n\n{format_table(('method', 'works', 'where, or why not'), rows)}"
+
+
+def _outside(backbone: VisionBackbone) -> Iterator[tuple[str, str]]:
+    table = backbone.architecture
+    for role in ("patch_embedding", "input_norms", "between", "between_norms", "final_norms", "heads"):
+        yield role.replace("_", " "), _listed(getattr(backbone, role))
+    yield "stream", table.stream
+    yield "tokens before the patches", str(backbone.prefix_tokens)
+    yield "how tokens lie in the image", table.grid or "not known"
+
+
+def _inside(block: Block) -> Iterator[tuple[str, str]]:
+    for role in ALL_ROLES:
+        if block.roles[role]:
+            yield role, _listed([path.removeprefix(f"{block.path}.") for path in block.roles[role]])
+    yield "adds to the stream", ", ".join(block.sublayers) or "nothing that methods could stand at"
+    yield "norms", "after the sub-layers" if block.post_norm else "before the sub-layers"
+    yield "width", str(block.width)
+    if block.table is not None:
+        yield "softmax attention", "yes" if block.table.softmax else "no"
+        joining = {"sequence": "in the sequence", "keys": "as keys and values", None: "no"}
+        yield "prompts join", joining[block.table.prompts]
+
+
+def _kinds(model: nn.Module, backbone: VisionBackbone) -> list[tuple[Block, int]]:
+    """The first of all blocks that have the same roles, and how many these are."""
+    kinds: dict[Any, list[Block]] = {}
+    for block in backbone.blocks:
+        roles = tuple((r, tuple(p.removeprefix(block.path) for p in block.roles[r])) for r in ALL_ROLES)
+        kinds.setdefault((type(model.get_submodule(block.path)), roles, block.sublayers), []).append(block)
+    return [(blocks[0], len(blocks)) for blocks in kinds.values()]
+
+
+def _general(path: str, backbone: VisionBackbone) -> str:
+    """A module's name without the number of its block."""
+    for block in backbone.blocks:
+        if path == block.path:
+            return "each block"
+        if path.startswith(f"{block.path}."):
+            return path.removeprefix(f"{block.path}.")
+    return path or "the model"
+
+
+def _listed(paths: Any) -> str:
+    shown = ", ".join(list(paths)[:4])
+    return (shown if len(paths) <= 4 else f"{shown} and {len(paths) - 4} more") or "none"
+
+
+def _short(text: str) -> str:
+    return text.partition(" Methods that work on it:")[0].splitlines()[0][:200]

@@ -1,0 +1,217 @@
+"""Models without a role table: what is found by watching them run, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+
+import hf_visual_peft as hvp
+from hf_visual_peft.cli.roles import as_code, describe_roles, explain
+
+
+WIDTH, HEADS = 16, 2
+
+
+class Mixing(nn.Module):
+    """Softmax attention whose fused projection holds the parts head by head."""
+
+    def __init__(self, by_head: bool = False) -> None:
+        super().__init__()
+        self.everything, self.back, self.by_head = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), by_head
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (HEADS, 3, -1) if self.by_head else (3, HEADS, -1)
+        parts = self.everything(x).unflatten(-1, shape).transpose(-3, -2 if self.by_head else -3)
+        q, k, v = (part.transpose(1, 2) for part in parts.unbind(2))
+        weights = (q @ k.transpose(-1, -2) * (WIDTH // HEADS) ** -0.5).softmax(-1)
+        return self.back((weights @ v).transpose(1, 2).flatten(2))
+
+
+class Unit(nn.Module):
+    """A block whose names say nothing."""
+
+    def __init__(self, order: str = "before", **kwargs: Any) -> None:
+        super().__init__()
+        self.a, self.b = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.c, self.d, self.e = Mixing(**kwargs), nn.Linear(WIDTH, 24), nn.Linear(24, WIDTH)
+        self.order = order
+
+    def widen(self, x: Tensor) -> Tensor:
+        return self.e(nn.functional.gelu(self.d(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.order == "after":
+            x = x + self.a(self.c(x))
+            return x + self.b(self.widen(x))
+        if self.order == "beside":
+            return x + self.c(self.a(x)) + self.widen(self.b(x))
+        if self.order == "around":
+            return self.b(self.a(x + self.c(x)) + self.widen(x))
+        if self.order == "rough":
+            x = x.bfloat16().float() + self.c(self.a(x))
+            return x + self.widen(self.b(x))
+        x = x + self.c(self.a(x))
+        return x + self.widen(self.b(x))
+
+
+class Net(nn.Module):
+    """A small transformer of the user's own."""
+
+    def __init__(self, *units: nn.Module) -> None:
+        super().__init__()
+        self.cut = nn.Conv2d(3, WIDTH, 8, 8)
+        self.extra = nn.Parameter(torch.randn(1, 2, WIDTH))
+        self.units = nn.ModuleList(units)
+        self.end, self.answer = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3)
+        self.image_size = 32
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.cut(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.extra.expand(len(x), -1, -1), x], dim=1)
+        for unit in self.units:
+            x = unit(x)
+        return self.answer(self.end(x)[:, 0])
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    return {
+        "values": {name: value.clone() for name, value in model.state_dict().items()},
+        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for m in model.modules()],
+        "training": [m.training for m in model.modules()],
+        "grads": [p.requires_grad for p in model.parameters()],
+        "random": torch.get_rng_state(),
+    }
+
+
+def assert_untouched(model: nn.Module, before: dict[str, Any]) -> None:
+    after = state(model)
+    for name, value in before.pop("values").items():
+        assert torch.equal(value, after["values"][name])
+    assert torch.equal(before.pop("random"), after["random"])
+    assert before == {key: after[key] for key in before}
+
+
+def test_roles_of_names_that_say_nothing():
+    model = Net(Unit(), Unit(), Unit())
+    before = state(model)
+    backbone = hvp.find_backbone(model)
+    assert_untouched(model, before)
+    block = backbone.blocks[1]
+    names = {"norm1": "a", "query": "c.everything", "output": "c.back", "norm2": "b", "fc1": "d", "fc2": "e"}
+    assert {role: block.roles[role] for role in names} == {role: (f"units.1.{name}",) for role, name in names.items()}
+    assert (block.prefix_tokens, block.width, block.sublayers) == (2, WIDTH, ("attention", "mlp"))
+    assert (backbone.patch_embedding, backbone.final_norms) == (("cut",), ("end",))
+    assert (backbone.architecture.grid, backbone.architecture.prompts) == ("full", "sequence")
+    assert backbone.architecture.equal_parts
+    assert not hvp.find_backbone(Net(Unit(by_head=True))).architecture.equal_parts
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_adapters_stand_where_the_equation_has_them(order: str):
+    model = Net(Unit(order), Unit(order)).eval()
+    plain = copy.deepcopy(model)
+    adapted = get_peft_model(model, hvp.AdaptFormerConfig(r=4, modules_to_save=[])).eval()
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    branches = [m for m in adapted.modules() if type(m).__name__ == "AdaptFormer"]
+    assert len(branches) == 2
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        x = plain.cut(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([plain.extra.expand(2, -1, -1), x], dim=1)
+        for unit, branch in zip(plain.units, branches, strict=True):
+            if order == "before":
+                z = x + unit.c(unit.a(x))
+                x = z + unit.widen(unit.b(z)) + branch(z)
+            else:
+                z = x + unit.a(unit.c(x))
+                x = z + unit.b(unit.widen(z)) + branch(z)
+        expected = plain.answer(plain.end(x)[:, 0])
+        torch.testing.assert_close(adapted(pixels), expected, rtol=1e-4, atol=1e-5)
+        with adapted.disable_adapter():
+            assert torch.equal(adapted(pixels), plain(pixels))
+
+
+def test_norms_after_sub_layers_are_recognised():
+    assert all(block.post_norm for block in hvp.find_backbone(Net(Unit("after"), Unit("after"))).blocks)
+
+
+def test_blocks_of_two_kinds_in_one_list():
+    backbone = hvp.find_backbone(Net(Unit("before"), Unit("after")))
+    assert [block.post_norm for block in backbone.blocks] == [False, True]
+
+
+@pytest.mark.parametrize("order", ["beside", "around"])
+def test_other_sums_take_no_branches_but_have_roles(order: str):
+    model = Net(Unit(order), Unit(order))
+    before = state(model)
+    with pytest.raises(ValueError, match="AdaptFormer"):
+        get_peft_model(model, hvp.AdaptFormerConfig(r=4, modules_to_save=[]))
+    assert_untouched(model, before)
+    assert get_peft_model(model, hvp.SSFConfig(modules_to_save=[]))(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+
+
+def test_a_block_that_is_only_nearly_the_sum():
+    model = Net(Unit("rough"), Unit("rough"))
+    before = state(model)
+    with pytest.raises(hvp.BackboneError, match=r"Unit \('units.0'\).*differ from its output by"):
+        hvp.find_backbone(model)
+    assert_untouched(model, before)
+
+
+class Asking(Net):
+    """Takes what nobody can guess."""
+
+    def forward(self, x: Tensor, weather: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x) * weather
+
+
+def test_a_model_that_cannot_be_run():
+    model = Asking(Unit(), Unit())
+    before = state(model)
+    with pytest.raises(hvp.BackboneError, match=r"Asking could not be run.*wants x, weather.*example_inputs="):
+        hvp.find_backbone(model)
+    assert_untouched(model, before)
+    given = hvp.find_backbone(model, example_inputs=(torch.randn(1, 3, 32, 32), torch.ones(1)))
+    assert hvp.find_backbone(model) == given
+    get_peft_model(model, hvp.SSFConfig(modules_to_save=[]))
+
+
+def test_compiled_and_wrapped_models_are_refused():
+    for model, said in ((Net(Unit(), Unit()), "compiled"), (Net(Unit(), Unit()), "DataParallel")):
+        wrapped = torch.compile(model) if said == "compiled" else nn.DataParallel(model)
+        with pytest.raises(hvp.BackboneError, match=f"{said}.*get_peft_model on the plain model"):
+            hvp.find_backbone(wrapped)
+
+
+def test_found_again_in_an_adapted_model():
+    model = Net(Unit(), Unit())
+    before = hvp.find_backbone(model)
+    adapted = get_peft_model(model, hvp.AdaptFormerConfig(r=4, modules_to_save=[]))
+    assert hvp.find_backbone(adapted.get_base_model()) == before
+    assert hvp.find_backbone(copy.deepcopy(adapted).get_base_model()) == before
+
+
+def test_the_code_that_registers_what_was_found():
+    model = Net(Unit("before"), Unit("after"))
+    backbone = hvp.find_backbone(model)
+    made: list[hvp.Architecture] = []
+    code = as_code(backbone.architecture).replace("hf_visual_peft.register_architecture(", "made.append(")
+    exec(code, {"made": made})
+    assert made == [backbone.architecture]
+    text = describe_roles(model)
+    assert "found by watching it run" in text
+    assert "c.everything" in text
+    assert "adaptformer" in explain(model)
