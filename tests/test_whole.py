@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from equations import assert_equal
 from families import DEPTH, FAMILIES, output_of
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch import nn
 
 from hf_visual_peft import LinearProbeConfig, PartialConfig
+from hf_visual_peft.coverage.models import MODELS
 
 
 # family: blocks, norm behind them that the head reads, head
@@ -52,6 +56,34 @@ def trained_names(model):
 
 def names_below(base, *prefixes):
     return {n for n, _ in base.named_parameters() if any(p is not None and n.startswith(f"{p}.") for p in prefixes)}
+
+
+class _ConvolvedHead(nn.Module):
+    """A backbone whose head is a convolution of 1 x 1, as DLA's and those of many segmenters are."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = MODELS["resnet"].model().resnet
+        self.classifier = nn.Conv2d(self.backbone.config.hidden_sizes[-1], 3, 1)
+
+    def forward(self, pixel_values):
+        return self.classifier(self.backbone(pixel_values).last_hidden_state)
+
+
+def test_a_head_that_is_a_convolution_of_1_x_1(tmp_path):
+    """Its copy is a convolution, too."""
+    torch.manual_seed(0)
+    base = _ConvolvedHead().eval()
+    pixels = MODELS["resnet"].arguments(2)["pixel_values"]
+    model = get_peft_model(copy.deepcopy(base), LinearProbeConfig(init_weights=False)).eval()
+    found = model(pixels)
+    assert found.shape == base(pixels).shape
+    assert not torch.allclose(found, base(pixels))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()(pixels), found)
+    merged = model.merge_and_unload()
+    assert torch.equal(merged(pixels), found)
+    assert type(merged.classifier) is nn.Conv2d
 
 
 @on_three

@@ -458,7 +458,10 @@ class VisualTuner(MergingTuner):
         else:
             layer = self._new_block_layer(target, current_key)
         for placement in placements:
-            equation = placement.build(as_linear(layer.get_base_layer())) if placement.build else None
+            base = layer.get_base_layer()
+            # a copy of a module is one of the module itself
+            made_from = base if isinstance(placement.site, WholeSite) else as_linear(base)
+            equation = placement.build(made_from) if placement.build else None
             if equation is not None and not layer.training:
                 equation.eval()  # in the mode of the model, also where it joins other adapters
             layer.add_equation(

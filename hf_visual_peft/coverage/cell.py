@@ -246,7 +246,7 @@ def _live(method: Method | PeftMethod, tiny: TinyModel, base: nn.Module, stage: 
 
     if method.mergeable:
         stage.append("merging")
-        restriction = "; ".join(filter(None, (restriction, _refused_merge(model, subject, method))))
+        restriction = "; ".join(filter(None, (restriction, _refused_merge(model, subject, method, alone))))
     return restriction
 
 
@@ -335,7 +335,7 @@ def _refused_size(model: PeftModel, subject: _Subject, reference: nn.Module, siz
     return ""
 
 
-def _refused_merge(model: PeftModel, subject: _Subject, method: Method | PeftMethod) -> str:
+def _refused_merge(model: PeftModel, subject: _Subject, method: Method | PeftMethod, alone: bool) -> str:
     """Why the adapter does not merge here, as its error says; empty if it does.
 
     In double precision, so that differences come from the algebra: norms of small variance amplify rounding errors.
@@ -343,7 +343,7 @@ def _refused_merge(model: PeftModel, subject: _Subject, method: Method | PeftMet
     Raises:
         _Check: the merged model computes something else.
     """
-    if not isinstance(method, PeftMethod):  # some of these keep tensors that do not follow
+    if alone or not isinstance(method, PeftMethod):  # some of these keep tensors that do not follow
         model.double()
     before = subject.outputs(model)
     try:
