@@ -1,4 +1,4 @@
-"""Find the vision backbone of a model and the parts its blocks are made of."""
+"""The description of a vision backbone: its blocks, and the names of their modules by role."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .architectures import Architecture
 BLOCK_ROLES = ("norm1", "query", "key", "value", "output", "norm2", "fc1", "fc2")
 LINEAR_ROLES = ("query", "key", "value", "output", "fc1", "fc2")
 NORM_ROLES = ("norm1", "norm2")
-OTHER_ROLES = ("operations", "further_norms")  # linears and convolutions, and norms, that have no role of their own
+OTHER_ROLES = ("operations", "further_norms")  # linears and convolutions, and norms, without another role
 ALL_ROLES = (*BLOCK_ROLES, *OTHER_ROLES)
 OPTIONAL_BLOCK_ROLES = ("drop_path", "position_bias")
 SUBLAYER_ROLES = {"attention": ("norm1", "query", "key", "value", "output"), "mlp": ("norm2", "fc1", "fc2")}
@@ -39,20 +39,20 @@ class Block:
         index: position in the backbone, from 0.
         path: its name in the model.
         roles: full names of the modules in each role.
-        group: number of the list of blocks that it stands in.
-        width: channels of its token stream (behind the attention, where that pools tokens), None where it has none.
-        num_heads: of its attention, None where nothing tells.
+        group: index of the list of blocks that it belongs to.
+        width: channels of its token stream (after the attention, if that pools tokens); None without a stream.
+        num_heads: of its attention; None if not known.
         prefix_tokens: tokens before the patches.
         sublayers: where branches can be put, `"attention"` and `"mlp"`.
         post_norm: whether its norms follow the sub-layers.
-        pools: whether its attention changes width and number of tokens, so that what comes to it is not of its stage.
-        window: rows and columns of its attention's windows; 0 where it has none, or nothing tells.
-        entrances: full name of the module whose input is the stream as a sub-layer reads it; the block where the
-            sub-layer has none of its own.
-        rest: full names of the module whose input is the stream behind the last sub-layer, where the block goes on.
-        readers: what reads the norm before each sub-layer, linears and convolutions without padding; none where
-            other modules do.
-        table: the role table as it is for this block.
+        pools: whether its attention changes width and number of tokens, so that its input belongs to the stage before.
+        window: rows and columns of its attention's windows; 0 if it has none, or if not known.
+        entrances: for each sub-layer, full name of the module whose input is the stream that it reads; the block if
+            there is no such module.
+        rest: full names of the module whose input is the stream after the last sub-layer, if the block continues.
+        readers: linears and convolutions without padding that read the norm before each sub-layer; none if other
+            modules do.
+        table: the role table of this block.
     """
 
     index: int
@@ -72,42 +72,42 @@ class Block:
     table: Architecture | None = field(default=None, repr=False)
 
     def modules(self, roles: Sequence[str]) -> list[str]:
-        """Full names of the modules in some roles, each once where roles share a module."""
+        """Full names of the modules in some roles; a module that roles share is listed once."""
         return list(dict.fromkeys(path for role in roles for path in self.roles[role]))
 
 
 @dataclass(frozen=True)
 class VisionBackbone:
-    """What a method needs to know of a backbone; names and numbers only, no modules.
+    """Everything that a method needs to know about a backbone; only names and numbers, no modules.
 
     Attributes:
-        path: name of the backbone in the model, `""` if it is the model.
+        path: name of the backbone in the model; `""` if it is the model.
         class_name: its class.
-        architecture: the role table that fits.
+        architecture: its role table.
         blocks: the blocks in order.
-        depth: number of blocks of the whole backbone that are read, also where `blocks` holds a selection.
+        depth: number of blocks of the whole backbone that are read, also if `blocks` holds a selection.
         patch_embedding: names of the modules that turn pixels into tokens.
         input_norms: names of the norms before the blocks.
         between: names of the linears and convolutions between lists of blocks.
         between_norms: names of the norms there.
-        final_norms: names of the norms behind the blocks.
+        final_norms: names of the norms after the blocks.
         embeddings: names of the modules that return the first block's input, of all blocks or of each list.
         heads: names of the task heads in the model.
-        head_sizes: output and input features of those that are linears.
-        dense: whether these belong to a model that answers for places in the image, not for the image.
-        head_note: what a user should know of how the heads were found; empty where there is nothing to say.
-        headless: class of the model around the backbone in which no head was found; empty where none is missing.
-        unread: number of further blocks, behind these, that nothing reads.
-        patch_features: numbers that one patch has before it is embedded: channels x height x width.
-        image_channels: channels of the images, 0 where patches do not come as images.
-        reads_images: name of the module that images enter: the patch embedding, or the first convolution of the stem
-            that it ends; empty where patches do not come as images.
-        grid: rows and columns of patches of an image of the size in the backbone's config, None where it has none or
-            the tokens of the blocks are not these.
-        times: grids in the sequence of a video of as many frames as the config tells; 1 for images.
+        head_sizes: output and input features of the heads that are linears.
+        dense: whether the heads belong to a model with outputs for positions in the image, not for the whole image.
+        head_note: a note for users on how the heads were found; empty if not needed.
+        headless: class of the model around the backbone in which no head was found; empty if none is missing.
+        unread: number of blocks after these that nothing reads.
+        patch_features: input values of one patch: channels x height x width.
+        image_channels: channels of the images; 0 if the input is not images.
+        reads_images: name of the module that reads the images: the patch embedding, or the first convolution of its
+            stem; empty if the input is not images.
+        grid: rows and columns of patches of an image of the size in the backbone's config; None if the config has no
+            size or the tokens of the blocks are not these patches.
+        times: grids in the sequence of a video with the number of frames in the config; 1 for images.
         linears: output and input features of every linear and 1 x 1 convolution of the blocks, by its name.
-        stage: which of several stages this is, None where the backbone has but one.
-        width_before: channels of the stage before among those that a method sees, None where there is none.
+        stage: index of the stage; None if the backbone has only one.
+        width_before: channels of the stage before, among those that a method sees; None if there is none.
         width_after: the same of the stage after.
     """
 
@@ -139,7 +139,7 @@ class VisionBackbone:
     width_after: int | None = None
 
     def select(self, layers: Sequence[int] | None) -> VisionBackbone:
-        """The backbone as a method sees it that acts on some blocks only: nothing outside them, either."""
+        """The backbone for a method that acts on some blocks only: without the modules outside the blocks."""
         if layers is None:
             return self
         blocks = tuple(block for block in self.blocks if block.index in layers)
@@ -150,12 +150,12 @@ class VisionBackbone:
         return [path for block in self.blocks for path in block.modules(roles)]
 
     def stages(self, whole: VisionBackbone) -> tuple[VisionBackbone, ...]:
-        """The parts of the backbone whose blocks are alike: of one width, with as many heads.
+        """The stages of the backbone: parts whose blocks have the same width and number of heads.
 
-        What lies before the blocks belongs to the first stage, what lies behind them to the last.
+        Modules before the blocks belong to the first stage, modules after them to the last.
 
         Args:
-            whole: the backbone of which this is a selection, whose stages are counted.
+            whole: the whole backbone, whose stages are counted.
         """
         kinds = [(block.width, block.num_heads) for block in whole.blocks]
         number, stage_of = 0, {}
@@ -191,10 +191,10 @@ class VisionBackbone:
 
     @property
     def width(self) -> int:
-        """Channels of the token stream; where stages differ, the least.
+        """Channels of the token stream; the smallest number if stages differ.
 
         Raises:
-            NoTokensError: there is none.
+            NoTokensError: there is no token stream.
         """
         widths = [block.width for block in self.blocks if block.width is not None]
         if not widths:
@@ -203,7 +203,7 @@ class VisionBackbone:
 
     @property
     def num_heads(self) -> int | None:
-        """Attention heads of a block, None where nothing tells or they differ."""
+        """Attention heads of a block; None if not known or if blocks differ."""
         found = {block.num_heads for block in self.blocks}
         return found.pop() if len(found) == 1 else None
 
@@ -219,16 +219,17 @@ _NOTHING_OUTSIDE: dict[str, Any] = dict.fromkeys(
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module itself where an adapter layer has been put around it."""
+    """The module itself, without an adapter layer around it."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def versions(model: nn.Module, path: str) -> list[nn.Module]:
-    """What stands in a model under a name: one module, or one in each of the copies that adapters train around it.
+    """The modules with a name: one module, or one in each of the copies that adapters train of a module around it.
 
     Args:
         model: with adapters or without.
-        path: the module's name without them. Where copies of the module itself are, what switches between them counts.
+        path: the module's name without adapters. For copies of the module itself, the wrapper that switches between
+            them.
     """
     found = [model]
     for name in path.split(".") if path else ():
@@ -241,11 +242,11 @@ def versions(model: nn.Module, path: str) -> list[nn.Module]:
 
 
 def running(model: nn.Module, path: str) -> nn.Module:
-    """The module that a forward pass goes through under a name: of copies that adapters train the active one.
+    """The module with a name that a forward pass runs: of copies that adapters train, the active one.
 
     Args:
         model: with adapters or without.
-        path: the module's name without them.
+        path: the module's name without adapters.
     """
     module = _active(unwrapped(model))
     for name in path.split("."):
@@ -262,7 +263,7 @@ def _active(module: nn.Module) -> nn.Module:
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
-    """Output and input features of a linear, or of a 1 x 1 convolution or a `Conv1D`, which is one; else None."""
+    """Output and input features of a linear, a `Conv1D` or a 1 x 1 convolution; None for other modules."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
     if isinstance(module, Conv1D):
@@ -273,7 +274,7 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
 
 
 def is_pointwise(module: nn.Module) -> bool:
-    """Whether a module is a convolution that treats every position as a linear does."""
+    """Whether a module is a convolution that acts on every position like a linear."""
     if not isinstance(module, nn.Conv2d) or module.groups != 1:
         return False
     return set(module.kernel_size) == set(module.stride) == {1} and set(module.padding) <= {0, "valid"}

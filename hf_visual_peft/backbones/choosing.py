@@ -1,4 +1,4 @@
-"""Which of the backbones in a model is meant, and what to say where none is known."""
+"""Chooses one of the backbones in a model, and explains what to do if none is known."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
 def choose(model: nn.Module, named: str | None = None) -> Choice | None:
-    """The backbone that is meant; None where no table knows it.
+    """The chosen backbone; None if it has no table.
 
     Args:
         model: a backbone, or a model that holds one or several.
-        named: path of the backbone, or of a module that holds it alone.
+        named: path of the backbone, or of a module that holds only this one.
 
     Raises:
         BackboneError: several fit, or none can be at this path.
@@ -55,7 +55,7 @@ def choose(model: nn.Module, named: str | None = None) -> Choice | None:
 
 
 def known_in(model: nn.Module) -> list[Choice]:
-    """The backbones in a model that have a table, none of them in another."""
+    """The outermost backbones in a model that have a table."""
     found: list[Choice] = []
     for path, module in model.named_modules():
         architecture = architecture_of(module)
@@ -65,14 +65,14 @@ def known_in(model: nn.Module) -> list[Choice]:
 
 
 def _taken(model: nn.Module) -> str | None:
-    """The path that the adapters in a model have chosen; None where there are none, or they have chosen none."""
+    """The path that the adapters in a model have chosen; None if there are no adapters or no choice."""
     configs: Any = getattr(model, "peft_config", None) or {}
     paths = [getattr(config, "backbone", None) for config in configs.values()]
     return next((path for path in paths if path is not None), None)
 
 
 def _check_path(model: nn.Module, named: str, known: Sequence[Choice]) -> None:
-    """Refuse a path at which there is no backbone, and tell those at which there is one.
+    """Refuse a path without a backbone, and list the paths with one.
 
     Raises:
         BackboneError: there is no such module, or it is a part of a backbone.
@@ -83,7 +83,7 @@ def _check_path(model: nn.Module, named: str, known: Sequence[Choice]) -> None:
     there = f" {type(model).__name__} has {_listed(known)}." if known else ""
     if named not in paths:
         close = difflib.get_close_matches(named, paths, n=3)
-        meant = f" Modules with like names: {', '.join(map(repr, close))}." if close and not there else ""
+        meant = f" Modules with similar names: {', '.join(map(repr, close))}." if close and not there else ""
         raise BackboneError(f"backbone is {named!r}: {type(model).__name__} has no such module.{there}{meant}")
     around = next((choice for choice in known if is_in(named, choice[0]) and named != choice[0]), None)
     if around is not None:
@@ -98,7 +98,7 @@ def _listed(choices: Sequence[Choice]) -> str:
 
 
 def unknown(model: nn.Module, named: str | None = None) -> str:
-    """What to do about a model without a known backbone: the remedy, known classes of like names, and what works.
+    """The error text for a model without a known backbone: remedy, classes with similar names, and what works.
 
     Args:
         model: the whole model.
@@ -112,17 +112,17 @@ def unknown(model: nn.Module, named: str | None = None) -> str:
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     return (
         f"{where} no vision backbone that hf_visual_peft knows. {REMEDY.replace('MyViT', name)} "
-        + (f"Known classes with like names: {', '.join(close)}. " if close else "")
+        + (f"Known classes with similar names: {', '.join(close)}. " if close else "")
         + "Without a table, name linears in target_modules: methods that have this field, such as SSF and BitFit, and "
         "peft's own methods act on them."
     )
 
 
 def tower_in(model: nn.Module) -> str:
-    """Path of the part of a model that takes images, also of one that no table knows; `""` where that is the model.
+    """Path of the part of a model that takes images, even without a table; `""` if it is the whole model.
 
-    The smallest module that holds blocks and either embeds pixels by a convolution or is a pretrained model whose
-    input is called pixels; of several the one that a config calls its vision.
+    It is the smallest module that holds blocks and either embeds pixels by a convolution or is a pretrained model with
+    pixels as input; of several, the one that a config calls its vision part.
     """
     modules = dict(model.named_modules())
     pixels = [path for path, module in modules.items() if _embeds_pixels(module)]
@@ -140,7 +140,7 @@ def tower_in(model: nn.Module) -> str:
 
 
 def _is_told(modules: Mapping[str, nn.Module], path: str) -> bool:
-    """Whether a config of the model around calls a part its vision; what makes images from words is another part."""
+    """Whether the config of the model around calls a part its vision part; parts that generate images do not count."""
     configs: Any = [getattr(module, "config", None) for module in modules.values()]
     kinds = {type(vision) for config in configs if (vision := getattr(config, "vision_config", None)) is not None}
     around = (module for outer, module in modules.items() if outer and is_in(path, outer))

@@ -34,14 +34,14 @@ _SINGLE_ROLES = tuple(role for role in BLOCK_ROLES if role != "fc1")  # a gated 
 def find_backbone(model: nn.Module, backbone: str | None = None, *, example_inputs: Any = None) -> VisionBackbone:
     """Find the vision backbone in a model.
 
-    Where no role table names its parts, a copy of it runs once on a small input, and its parts are found by what they
-    do there. What was found is kept as long as the model lives.
+    If no role table names its parts, a copy of it runs once on a small input, and its parts are found by what they do
+    there. The result is kept as long as the model exists.
 
     Args:
         model: a backbone, or a model that holds one.
-        backbone: path of the backbone in the model, or of a module that holds it. Needed where there are several.
-        example_inputs: arguments of the backbone's forward for this run, a tensor, tuple or mapping. Needed where the
-            size of its images is not known, or where it takes something else.
+        backbone: path of the backbone in the model, or of a module that holds it. Needed if there are several.
+        example_inputs: arguments of the backbone's forward for this run, a tensor, tuple or mapping. Needed if the
+            size of its images is not known, or if it takes other inputs.
 
     Raises:
         BackboneError: none or several found, none at this path, or a role of the table has no module. The message
@@ -148,10 +148,10 @@ class _Resolver:
     def _read(
         self, heads: TaskHeads, blocks: Sequence[Block], outside: Sequence[str]
     ) -> tuple[set[str], tuple[str, ...]]:
-        """Names of the last blocks, and of modules outside the blocks, that the model around passes by; and the heads.
+        """Names of the last blocks and of modules outside the blocks that the model does not use; and the heads.
 
-        Not looked for where one answer for the image comes of the backbone as a whole: in classes of transformers for
-        image classification, and in a backbone without a model around it that chooses no maps.
+        There is no search if the whole backbone gives one output for the image: in classes of transformers for image
+        classification, and in a backbone without a model around it that selects no maps.
         """
         maps = hasattr(getattr(self.backbone, "config", None), "out_features") and hasattr(self.backbone, "channels")
         whole = heads.known and not heads.dense and (heads.of_library or not self.path)
@@ -163,7 +163,7 @@ class _Resolver:
         seen = probe(self.model, [*names, *outside, *further], self.path)
         if seen is None:
             told = _last_told(self.model, len(blocks))
-            # a state of the blocks is read then, which no final norm has seen
+            # the state of a block is read then, without the final norm
             last = self._norms((*self.table.norms, *self.table.pooled_norms))
             return set() if told is None else {*names[told:], *last}, heads.paths
         paths = heads.paths
@@ -173,14 +173,14 @@ class _Resolver:
             )
             paths = tuple(dict.fromkeys(called))
         count = max((index + 1 for index, name in enumerate(names) if name in seen.read), default=0)
-        if not count:  # as where a model runs its backbone without gradients
+        if not count:  # for example if a model runs its backbone without gradients
             return set(), paths
         return {*names[count:], *(path for path in outside if path not in seen.read)}, paths
 
     def _patch_embedding(self) -> tuple[str, ...]:
-        """The first that exists of those that the table names; none where it names none.
+        """The first existing one of those that the table names; none if it names none.
 
-        Where that is a stem of several modules, or leaves the work to one, its last convolution or linear.
+        If that is a stem of several modules, its last convolution or linear.
         """
         names = self.table.patch_embedding
         names = (names,) if isinstance(names, str) else names
@@ -202,14 +202,14 @@ class _Resolver:
         )
 
     def _patches(self, embedding: str, blocks: Sequence[Block]) -> tuple[str, int, int]:
-        """The module that images enter, their channels, and how many numbers make one patch.
+        """The module that reads the images, their channels, and the number of input values of one patch.
 
-        The patch embedding may be the last convolution of a stem. Those before it are found backwards: each gives as
-        many channels as the next one takes.
+        The patch embedding may be the last convolution of a stem. Those before it are found backwards: each has as
+        many output channels as the next one has input channels.
 
         Args:
             embedding: name of the patch embedding.
-            blocks: of the backbone, in which no stem is.
+            blocks: of the backbone, which contain no stem.
         """
         convolutions = {
             path: module
@@ -278,8 +278,8 @@ class _Resolver:
                 )
         if roles["query"] and getattr(self._module(roles["query"][0].rpartition(".")[0]), "q_bias", None) is not None:
             raise BackboneError(
-                f"{self.class_name}: the attention of {path!r} has biases of its own and reads the weight of its "
-                "projection past the module, so nothing at the module would have an effect."
+                f"{self.class_name}: the attention of {path!r} has its own biases and reads the weight of its "
+                "projection without calling the module, so an adapter at the module would have no effect."
             )
         post_norm = getattr(block, table.post_norm) if isinstance(table.post_norm, str) else table.post_norm
         post_norm = post_norm or type(block).__name__ in table.post_norm_blocks
@@ -291,7 +291,7 @@ class _Resolver:
                 name for name in self._existing(path, table.operations) if isinstance(self._module(name), _OPERATIONS)
             )
         num_heads = self._num_heads(roles["query"])
-        # an attention that changes the width pools tokens, too: it is a way from one stage to the next
+        # an attention that changes the width also pools tokens: it leads from one stage to the next
         pools = table.pools or bool(widths["norm1"] and widths["norm2"] and widths["norm1"] != widths["norm2"])
         if pools and (roles["query"] or "attention" in sublayers):
             pooling = [path for role in SUBLAYER_ROLES["attention"] for path in roles[role]]
@@ -367,16 +367,16 @@ class _Resolver:
         return paths
 
     def _norms(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Those that are norms: options leave other modules in their place, convolutions and activations, too."""
+        """The modules that are norms: options may put convolutions or activations in their place."""
         return tuple(path for path in self._real(names) if _is_norm(self._module(path)))
 
     def _real(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Those that are no `nn.Identity`, as options leave them where they leave something out."""
+        """The modules that are not `nn.Identity`, by which options replace omitted modules."""
         paths = self._existing(self.path, names)
         return tuple(path for path in paths if not isinstance(self._module(path), nn.Identity))
 
     def _operations(self, path: str, used: Collection[str]) -> tuple[str, ...]:
-        """Linears, convolutions and norms below a module, without those below what is used."""
+        """Linears, convolutions and norms below a module, except those below used modules."""
         if path in used:
             return ()
         module = self._module(path)
@@ -406,18 +406,18 @@ class _Resolver:
 
 
 def _last_told(model: nn.Module, depth: int) -> int | None:
-    """How many blocks a multimodal model reads by its config, None where that says nothing."""
+    """The number of blocks that a multimodal model reads according to its config; None if not given."""
     configs = (getattr(module, "config", None) for module in model.modules())
     told = (getattr(config, "vision_feature_layer", None) for config in configs)
     layers = next((layers for layers in told if layers is not None), None)
     if layers is None:
         return None
-    # of the states before the first block and behind each
+    # of the states before the first block and after each block
     return max(range(depth + 1)[layer] for layer in ([layers] if isinstance(layers, int) else layers))
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm, by its class or by a weight of one number for each channel."""
+    """Whether a module is a norm, by its class or by a weight with one element per channel."""
     weight = getattr(module, "weight", None)
     return "Norm" in type(module).__name__ or (isinstance(weight, Tensor) and weight.ndim == 1)
 

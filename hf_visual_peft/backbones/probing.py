@@ -1,4 +1,4 @@
-"""What a model reads of its parts, found by one backward pass through a copy without weights of its own."""
+"""Finds the parts that a model uses, by one backward pass through a copy that shares its weights."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from torch import Tensor, nn
 from .backbone import unwrapped
 
 
-_SIZE = 224  # of images, where nothing tells
-_SMALL = 50_000_000  # numbers of models that run faster than their meta copies
+_SIZE = 224  # of images, if not known
+_SMALL = 50_000_000  # parameters up to which a model runs faster than its copy on the meta device
 _ON_THE_WAY = ("hidden_states", "hidden_state", "attentions", "model_output")
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What was seen of some modules.
+    """The use of some modules.
 
     Attributes:
-        read: those whose weights the output depends on.
-        called: those that were called.
-        whole: whether the model ran to its end, and not only to the features of its images.
+        read: modules whose weights affect the output.
+        called: modules that were called.
+        whole: whether the whole model ran, and not only its image features.
     """
 
     read: frozenset[str]
@@ -37,10 +37,10 @@ class Seen:
 
 
 def probe(model: nn.Module, paths: Iterable[str], tower: str = "") -> Seen | None:
-    """Run a copy of a model on an image and see which of its modules matter. The model itself is not touched.
+    """Run a copy of a model on an image and find out which modules matter. The model itself is not changed.
 
-    The copy shares the weights of the model, or, of a large one, has its tensors on the meta device, where nothing is
-    computed; where the one does not run, the other is tried. Adapters are switched off.
+    The copy shares the weights of the model; for a large model its tensors are on the meta device, where nothing is
+    computed. If one of them does not run, the other is tried. Adapters are switched off.
 
     Args:
         model: takes images, or has the usual `get_image_features`.
@@ -64,7 +64,7 @@ def probe(model: nn.Module, paths: Iterable[str], tower: str = "") -> Seen | Non
 def _run(model: nn.Module, paths: list[str], tower: str, on_meta: bool) -> Seen | None:
     devices = {p.device.index or 0 for p in model.parameters() if p.is_cuda}
     with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
-        # any error: what an unknown model makes of an image alone is its own affair, and tells nothing
+        # any error: an unknown model may not run on an image alone, which proves nothing
         try:
             twin = _copy(model, on_meta)
             images = _images(twin.get_submodule(tower))
@@ -95,7 +95,7 @@ def _copy(model: nn.Module, on_meta: bool) -> nn.Module:
 
 
 def _images(tower: nn.Module) -> dict[str, Tensor]:
-    """One image, or video, of the size that the tower is made for; patches where it takes these."""
+    """One image or video of the tower's size, or patches if it takes these."""
     config: Any = getattr(tower, "config", None)
     weight = next(p for p in tower.parameters() if p.is_floating_point())
     made: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
@@ -118,7 +118,7 @@ def _images(tower: nn.Module) -> dict[str, Tensor]:
 
 
 def _calls(twin: nn.Module, tower: str, images: Mapping[str, Tensor]) -> Iterator[tuple[Callable[[], Any], bool]]:
-    """Ways to run a model on images, and whether it then runs to its end."""
+    """Ways to run a model on images, and whether they run the whole model."""
     if hasattr(twin, "main_input_name"):  # of transformers
         yield lambda: twin(**images), True
     else:
@@ -140,7 +140,7 @@ def _look(twin: nn.Module, paths: list[str], call: Callable[[], Any], whole: boo
     for path, module in modules.items():
         module.register_forward_hook(lambda *_, path=path: called.add(path))
     output = call()
-    if not whole:  # features of images, beside what they are made of
+    if not whole:  # image features, beside intermediate states
         output = getattr(output, "pooler_output", output)
     outputs = [tensor.sum() for tensor in _tensors(output) if tensor.requires_grad]
     if not outputs:
@@ -157,7 +157,7 @@ def _base(module: nn.Module) -> nn.Module:
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors in what a model returned. Of a mapping without what only reports the states on the way."""
+    """The tensors in a model's output; of a mapping without the intermediate states."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):

@@ -1,4 +1,4 @@
-"""The task head of a model: by name where a table knows it, else by where it stands."""
+"""The task head of a model: by name if a table has it, else by its place in the model."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _OTHERWISE = "name modules in modules_to_save to train others, [] for none"
 
 @dataclass(frozen=True)
 class TaskHeads:
-    """What was found.
+    """The heads that were found.
 
     Attributes:
         paths: names of the heads in the model.
-        dense: whether they belong to a model that answers for places in the image, not for the image.
+        dense: whether they belong to a model with outputs for positions in the image, not for the whole image.
         known: whether a table names them.
-        of_library: whether the model that they belong to is one of a library.
-        missing_in: class of the model in which none was found.
-        note: what a user should know of how they were found, or that none was; empty where there is nothing to say.
+        of_library: whether their model is from a library.
+        missing_in: class of the model without heads.
+        note: a note for users on how they were found, or that none was; empty if not needed.
     """
 
     paths: tuple[str, ...] = ()
@@ -44,17 +44,18 @@ class TaskHeads:
 
 
 def announce(note: str) -> None:
-    """Say how heads were found, where nobody has named any."""
+    """Warn how heads were found, if nobody has named them."""
     if note:
         warnings.warn(note, UserWarning, stacklevel=3)
 
 
 def heads_around(model: nn.Module, path: str, table: Architecture) -> TaskHeads:
-    """The heads of the nearest model around a backbone that has any, or of the backbone.
+    """The heads of the nearest model around a backbone that has heads, or of the backbone.
 
-    What the user has registered, or a table names, counts as it is. Else, in a class of transformers for a task: what
-    it has beside its base model or adds to it, and what has a row for each label. In a model of timm: its classifier.
-    In a module of the user's own: all that stands beside the backbone and is no pretrained model of its own.
+    Heads that the user has registered or a table names are taken without a search. Else, in a class of transformers
+    for a task: modules that it has beside its base model or adds to it, and modules with a row for each label. In a
+    model of timm: its classifier. In a user's own module: all modules beside the backbone that are not pretrained
+    models themselves.
 
     Args:
         model: the whole model.

@@ -1,1 +1,1 @@
-"""peft's own methods on vision models: their names, and targets that fit."""
+"""peft's own methods on vision models: their names, and the targets that they need there."""

@@ -1,9 +1,9 @@
-"""`LoraConfig()` and the like on vision models: peft asks for their targets here, where it knows none itself.
+"""Targets for `LoraConfig()` and the like on vision models for which peft itself has none.
 
-peft looks targets up by the `model_type` of the model's config, which says nothing of a backbone that a detector or a
-language model holds, and which timm's models do not have. So the model itself is looked at. Entries of peft's own and
-of the user's come first: on BLIP-2, Gemma 4 and Llama 4 peft's adapt the language model, and
-`with_visual_targets(LoraConfig(), model)` the vision tower.
+peft looks targets up by the `model_type` of the model's config. That type does not identify a backbone inside a
+detector or a language model, and timm's models do not have one. So the targets are found in the model itself. Entries
+of peft and of the user have priority: on BLIP-2, Gemma 4 and Llama 4 peft's entries adapt the language model, while
+`with_visual_targets(LoraConfig(), model)` adapts the vision tower.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .targets import METHODS, TUNERS, fill_targets, method_of
 
 
 def teach_targets() -> None:
-    """Let peft's tuners look at the model where no entry says what they act on; done once."""
+    """Make peft's tuners search the model if no entry gives their targets; done once."""
     for tuner in {BaseTuner, *TUNERS.values()}:
         prepare = vars(tuner).get("_prepare_adapter_config")
         if prepare is not None and not hasattr(prepare, "_looks"):
@@ -51,17 +51,17 @@ def _looking(prepare: Any, is_static: bool) -> Any:
 
 
 def _is_known(tuner: BaseTuner, config: Any, model_config: dict[str, Any]) -> bool:
-    """Whether peft or the user has an entry for the type of the model, or other fields name the targets."""
+    """Whether peft or the user has an entry for the model's type, or other fields name the targets."""
     mapping = IA3_TARGETS if isinstance(tuner, IA3Model) else tuner.target_module_mapping
     named = getattr(config, "target_parameters", None) or getattr(config, "target_modules_to_tie", None)
     return model_config.get("model_type") in mapping or bool(named)
 
 
 def _fill(config: Any, tuner: BaseTuner) -> None:
-    """Look for the targets.
+    """Find the targets.
 
     Raises:
-        ValueError: the model takes images, and no backbone or nothing to act on is found in it.
+        ValueError: the model takes images, but no backbone or no target is found in it.
     """
     if not takes_images(tuner.model):
         return
@@ -72,7 +72,7 @@ def _fill(config: Any, tuner: BaseTuner) -> None:
 
 
 def _tied_with_embedding(find: Any) -> Any:
-    """As peft's; none where a model does not tell its input embeddings, as detectors with tied heads."""
+    """As in peft; none if a model does not give its input embeddings, such as detectors with tied heads."""
 
     @functools.wraps(find)
     def found(self: BaseTuner) -> list[str]:

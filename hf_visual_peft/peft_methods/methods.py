@@ -1,7 +1,7 @@
 """peft's own methods on vision backbones: by name, with their targets found in the model itself.
 
-`LoraConfig()` alone gets its targets while peft puts it into a model, see `defaults.py`. `with_visual_targets` fills a
-config before, with the task head, too, and for one of several backbones.
+`LoraConfig()` alone gets its targets when peft puts it into a model, see `defaults.py`. `with_visual_targets` fills in
+a config before that, also with the task head, and for one of several backbones.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from .targets import CONVOLUTIONAL_METHODS, METHODS, fill_targets, method_of
 
 ConfigT = TypeVar("ConfigT", bound=PeftConfig)
 
-# AdaLoRA needs the number of training steps and a call after each, Poly the task of every sample
+# AdaLoRA needs the number of training steps and a call after each step, Poly the task of every sample
 _NEED_MORE = ("ADALORA", "POLY")
 _NOT_MERGEABLE = ("LILY",)
 _LOW_RANK = Training(1e-3)
-_TRAINING = {"ln_tuning": Training(1e-2), "ia3": Training(1e-2)}  # few numbers, which have to move far
+_TRAINING = {"ln_tuning": Training(1e-2), "ia3": Training(1e-2)}  # few parameters, which have to change a lot
 
 
 @dataclass(frozen=True)
 class PeftMethod:
-    """A method of peft's that needs nothing of a training loop.
+    """A method of peft that needs no changes of the training loop.
 
     Attributes:
         name: lower-case name used on command lines: that of its `peft_type`, or of a variant.
-        peft_type: as it stands in `adapter_config.json`.
-        chosen: the config's fields that make it the variant.
+        peft_type: as in `adapter_config.json`.
+        chosen: fields of the config that define the variant.
     """
 
     name: str
@@ -59,12 +59,12 @@ class PeftMethod:
 
     @property
     def prefix(self) -> str:
-        """What the names of its parameters start with."""
+        """The prefix of the names of its parameters."""
         return PEFT_TYPE_TO_PREFIX_MAPPING[self.peft_type]
 
     @property
     def convolutional(self) -> bool:
-        """Whether it can act on `nn.Conv2d`, too."""
+        """Whether it can also act on `nn.Conv2d`."""
         return self.peft_type in CONVOLUTIONAL_METHODS
 
     @property
@@ -79,7 +79,7 @@ class PeftMethod:
 
     @property
     def acts_on(self) -> str:
-        """Where, in a few words."""
+        """Its targets, in a few words."""
         usual = "query and value, else fc1 and fc2"
         blocks = f"{usual}, else convolutions" if self.convolutional else usual
         return {
@@ -90,10 +90,10 @@ class PeftMethod:
         }.get(self.peft_type, blocks)
 
     def config(self, model: nn.Module, **chosen: Any) -> PeftConfig:
-        """Its config for a model, whose batch norms need `freeze_norms` besides.
+        """Its config for a model, whose batch norms also need `freeze_norms`.
 
         Args:
-            model: whose backbone and task head it is for.
+            model: with the backbone and the task head.
             chosen: fields other than the defaults.
         """
         return with_visual_targets(self.config_cls(**{**self.chosen, **chosen}), model)
@@ -125,18 +125,18 @@ def any_method(name: str) -> Method | PeftMethod:
 
 
 def with_visual_targets(config: ConfigT, model: nn.Module, backbone: str | None = None) -> ConfigT:
-    """A config of peft's with the modules of this model in the fields that are None.
+    """A config of peft with the modules of this model in the fields that are None.
 
         model = get_peft_model(vit, with_visual_targets(LoraConfig(), vit))
 
-    `target_modules` gets what the method acts on by the roles in the backbone, see `targets.py`; `modules_to_save`
-    the task head, and `auto_mapping` the names of its classes, see `labels`. What a field says stays.
-    `layers_to_transform` counts the blocks of the whole backbone from 0. Batch norms of the backbone need
-    `freeze_norms` besides.
+    `target_modules` gets the method's targets by their roles in the backbone, see `targets.py`; `modules_to_save` gets
+    the task head, and `auto_mapping` its class names, see `labels`. Fields that are set do not change.
+    `layers_to_transform` counts the blocks of the whole backbone from 0. Batch norms of the backbone also need
+    `freeze_norms`.
 
     Args:
-        config: of a method for linears or norms; one of this library's, which need nothing, is returned as it is, or
-            with the backbone in its field.
+        config: of a method for linears or norms; a config of this library, which needs no targets, is returned
+            unchanged, or with the backbone in its field.
         model: that the config is for.
         backbone: path of the backbone to adapt, in a model that holds several.
 
@@ -144,7 +144,7 @@ def with_visual_targets(config: ConfigT, model: nn.Module, backbone: str | None 
         A copy.
 
     Raises:
-        ValueError: the method is none for linears or norms, or has nothing to act on in this backbone.
+        ValueError: the method is not for linears or norms, or has nothing to act on in this backbone.
         BackboneError: the model holds no backbone that a role table describes.
     """
     if isinstance(config, VisualPeftConfig):
@@ -153,7 +153,7 @@ def with_visual_targets(config: ConfigT, model: nn.Module, backbone: str | None 
         return chosen
     if method_of(config) not in METHODS:
         known = ", ".join(sorted({PEFT_METHODS[name].config_cls.__name__ for name in PEFT_METHODS}))
-        raise ValueError(f"{type(config).__name__} acts on no modules of vision backbones: choose one of {known}.")
+        raise ValueError(f"{type(config).__name__} has no targets in vision backbones: choose one of {known}.")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     found = find_backbone(base, backbone)
     filled: Any = copy.deepcopy(config)

@@ -1,4 +1,4 @@
-"""Where peft's own methods act in a backbone, found in the model itself.
+"""The targets of peft's own methods in a backbone, found in the model itself.
 
 | method | acts on |
 |---|---|
@@ -28,7 +28,7 @@ from ..backbones.frozen_norms import keeps_statistics
 from ..sites.affine import is_linear_in_weight
 
 
-# methods of peft that act on Conv2d, too
+# methods of peft that also act on Conv2d
 CONVOLUTIONAL_METHODS = frozenset({"ADALORA", "BOFT", "HIRA", "HRA", "IA3", "LOHA", "LOKR", "LORA", "OFT"})
 
 
@@ -36,7 +36,7 @@ def _find_tuners() -> dict[str, type[BaseTuner]]:
     """The tuners of peft that look up their targets by the type of the model, by `peft_type`."""
     found: dict[str, type[BaseTuner]] = {}
     for peft_type, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items():
-        of_peft = tuner.__module__.startswith("peft.")  # some methods have none, or look for themselves
+        of_peft = tuner.__module__.startswith("peft.")  # some methods have no such table, or find targets themselves
         if of_peft and (getattr(tuner, "target_module_mapping", None) or tuner is IA3Model):
             found[str(getattr(peft_type, "value", peft_type))] = tuner
     return found
@@ -48,18 +48,18 @@ METHODS = tuple(TUNERS)
 
 
 def method_of(config: PeftConfig) -> str:
-    """The `peft_type` of a config as it stands in files."""
+    """The `peft_type` of a config as in files."""
     return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 def fill_targets(config: Any, model: nn.Module, backbone: VisionBackbone, short: bool = False) -> None:
-    """Put what a method acts on into the fields of its config that are None.
+    """Put the targets of a method into the fields of its config that are None.
 
     Args:
         config: of one of `METHODS`.
-        model: that it is for, with adapters or without.
+        model: with or without adapters.
         backbone: in the model.
-        short: name modules by ends of their names, where these mean the same, so that they fit larger models, too.
+        short: whether to use ends of names where these mean the same modules, so that they also fit larger models.
 
     Raises:
         ValueError: the method has nothing to act on.
@@ -86,15 +86,15 @@ def fill_targets(config: Any, model: nn.Module, backbone: VisionBackbone, short:
 
 
 def _named(model: nn.Module, paths: list[str], method: str, short: bool) -> set[str] | str:
-    """Names by which peft finds these modules and no others; a regular expression where full names would find more."""
+    """Names by which peft finds exactly these modules; a regular expression if full names would find more."""
     if short and (ends := _ends(model, paths)):
         return ends
-    # peft may shorten a set of names, and then refuses the file of IA3, whose two fields no longer agree
+    # peft may shorten a set of names, and then refuses the file of IA3, because its two fields no longer agree
     return set(paths) if method != "IA3" and not _is_end(model, paths) else _pattern(paths)
 
 
 def _ends(model: nn.Module, paths: Iterable[str]) -> set[str]:
-    """The shortest ends of names that these modules and no others have; none where there are none."""
+    """The shortest ends of names that only these modules have; none if there are none."""
     wanted = set(paths)
     names = [path for path, _ in model.named_modules()]
     for count in range(1, max((path.count(".") for path in wanted), default=0)):
@@ -128,7 +128,7 @@ def _layers(config: Any, backbone: VisionBackbone) -> list[int] | None:
 
 
 def _linears(model: nn.Module, backbone: VisionBackbone, convolutional: bool) -> list[str]:
-    """Query and value (key, where there is none), else the MLP, else dense convolutions: what the method supports."""
+    """Query and value (or key), else the MLP, else dense convolutions: the first that the method supports."""
     tables = [_table(block, backbone) for block in backbone.blocks]
     values = "value" if any(table.value for table in tables) else "key"
     attention = ("query", values) if any(table.query for table in tables) else ()
@@ -164,7 +164,7 @@ def _norms(model: nn.Module, backbone: VisionBackbone, convolutional: bool) -> l
     paths = [*(path for block in backbone.blocks for path in block.modules(roles)), *backbone.norms]
     norms = {path: unwrapped(model.get_submodule(path)) for path in paths}
     weighted = {path: norm for path, norm in norms.items() if any(True for _ in norm.parameters(recurse=False))}
-    # peft trains copies of norms: of batch norms with their statistics, which a few batches of a new task leave noisy
+    # peft trains copies of norms, for batch norms with their statistics, which are noisy after few batches
     return [path for path, norm in weighted.items() if not keeps_statistics(norm)] or list(weighted)
 
 
@@ -179,7 +179,7 @@ _TARGETS: Mapping[str, Callable[[nn.Module, VisionBackbone, bool], list[str]]] =
 def _of_roles(
     model: nn.Module, backbone: VisionBackbone, roles: Iterable[str], convolutional: bool = True
 ) -> list[str]:
-    """Full names of the linears in some roles, those of attention that pools tokens included."""
+    """Full names of the linears in some roles, including those of attention that pools tokens."""
     found = []
     for block in backbone.blocks:
         names = [name for role in roles for name in getattr(_table(block, backbone), role)]
@@ -194,15 +194,15 @@ def _of_roles(
 
 
 def _table(block: Block, backbone: VisionBackbone) -> Architecture:
-    """What names the parts of a block: blocks may have tables of their own."""
+    """The role table of a block; blocks may have their own."""
     return getattr(block, "table", None) or backbone.architecture
 
 
 def _is_dense(module: nn.Module) -> bool:
-    """Whether a module is a convolution of all channels that peft's layers can stand beside.
+    """Whether a module is a convolution without groups that peft's layers support.
 
-    These make another with its kernel, stride and padding, know neither dilation nor borders other than zeros, and
-    merge by a sum of weights, which one that standardises its weight would rescale.
+    peft's layers copy kernel, stride and padding, but not dilation or padding modes other than zeros. They merge by
+    adding weights, which a convolution that standardises its weight would rescale.
     """
     if not isinstance(module, nn.Conv2d) or module.groups != 1:
         return False
@@ -211,13 +211,13 @@ def _is_dense(module: nn.Module) -> bool:
 
 
 def _is_read(parent: nn.Module) -> bool:
-    """Whether a module reads the stride of its convolution, to pad as TensorFlow does; peft's layers have none."""
+    """Whether a module reads the stride of its convolution, to pad as in TensorFlow; peft's layers have no stride."""
     names = ("MobileNetV1ConvLayer", "MobileNetV2ConvLayer")
     return type(parent).__name__ in names and bool(getattr(parent.config, "tf_padding", False))
 
 
 def _is_end(model: nn.Module, paths: Iterable[str]) -> bool:
-    """Whether another module's name ends in one of these, with which peft would take it for a target, too."""
+    """Whether another module's name ends in one of these, so that peft would also take it as a target."""
     names = set(paths)
     others = (path.split(".") for path, _ in model.named_modules() if path not in names)
     return any(".".join(parts[start:]) in names for parts in others for start in range(1, len(parts)))

@@ -1,4 +1,4 @@
-"""Role tables: which module plays which part in each family of backbones. Data, and the way to add to it."""
+"""Role tables: the roles of the modules in each family of backbones, and the functions to add tables."""
 
 from .convolutional import CONVOLUTIONAL
 from .hierarchical import HIERARCHICAL

@@ -1,4 +1,4 @@
-"""What a role table says, and the register of all tables."""
+"""The role table of a family of backbones, and the register of all tables."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ Stream = Literal["tokens", "channels_last", "channels_first"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where the parts of one family of backbones are found.
+    """The names of the parts in one family of backbones.
 
-    Paths are dotted attribute names, in which `*` stands for any number or name, or for a part of one. Those of blocks
-    are relative to a block, those of heads to the model that holds the backbone, all others to the backbone. A role
-    with several names takes every module that exists under one of them; a role marked *optional* may have none, and
-    one that the table leaves empty does not occur in the architecture.
+    Paths are dotted attribute names, in which `*` stands for any number or name, or for a part of one. Paths of roles
+    in a block are relative to the block, paths of heads to the model that holds the backbone, all others to the
+    backbone. A role with several names takes every module that exists under one of them. A role marked *optional* may
+    have no module; a role that the table leaves empty does not occur in the architecture.
 
     Attributes:
-        backbones: names of the backbone's classes, with their module (`"timm.models.resnet.ResNet"`) where the bare
-            name would do for others, too; subclasses are recognised. Where one class holds several architectures, with
-            a module that this one has (`"FeatureListNet:layer1"`).
-        blocks: the list or lists of blocks, in order; of several the modules in each count.
+        backbones: names of the backbone's classes, with their module (`"timm.models.resnet.ResNet"`) if the bare name
+            is ambiguous; subclasses are recognised. If one class holds several architectures, add a module that this
+            one has (`"FeatureListNet:layer1"`).
+        blocks: the list or lists of blocks, in order.
         patch_embedding: the convolution or linear that turns pixels into tokens, or the stem whose last one does; of
-            several names the first existing one counts. Empty where there is none.
+            several names the first existing one counts. Empty if there is none.
         embeddings: the module that returns the first block's input; or the modules, one for each list of blocks, that
             return the input of its first block. `""`: the backbone.
         prefix_tokens: optional; parameters of `embeddings` that are put before the patches (CLS, distillation,
@@ -37,48 +37,47 @@ class Architecture:
             their number themselves.
         input_norms: optional; norms of the backbone before its blocks. Of these and the other names of norms those
             count that are norms.
-        norms: optional; norms of the backbone behind its blocks.
-        outer_norms: optional; norms behind the backbone in the model that holds it.
-        pooled_norms: optional; norms of the pooled output alone, which the `heads` do not read.
-        between: optional; linears, convolutions and norms between the lists of blocks, as those that merge patches.
-            `"all"`: all there are outside the blocks that no other role has.
-        skipped_blocks: optional; names of classes in the lists, or of modules in the backbone, that are no blocks.
+        norms: optional; norms of the backbone after its blocks.
+        outer_norms: optional; norms after the backbone in the model that holds it.
+        pooled_norms: optional; norms of only the pooled output, which the `heads` do not read.
+        between: optional; linears, convolutions and norms between the lists of blocks, such as those that merge
+            patches. `"all"`: all outside the blocks without another role.
+        skipped_blocks: optional; names of classes in the lists, or of modules in the backbone, that are not blocks.
         norm1: norm of attention, before it (or after it: `post_norm`).
-        query: projection to queries; may be the same module as `key` and `value` where they are fused.
+        query: projection to queries; the same module as `key` and `value` if they are fused.
         key: projection to keys.
         value: projection to values.
         output: projection after attention.
         norm2: norm of the MLP.
-        fc1: first linear(s) of the MLP; two where it is gated.
+        fc1: first linear(s) of the MLP; two if it is gated.
         fc2: last linear of the MLP.
-        norm1_readers: the linears that read `norm1`; by default query, key and value. Empty where other modules do.
+        norm1_readers: the linears that read `norm1`; by default query, key and value. Empty if other modules read it.
         reduction: optional; the convolution, without padding, through which keys and values read `norm1`.
-        operations: optional; further linears, convolutions and norms of a block. `"all"`: all that no other role has.
+        operations: optional; other linears, convolutions and norms of a block. `"all"`: all without another role.
         drop_path: optional; the block's stochastic depth, with its rate in `drop_prob`.
-        position_bias: optional; module that makes the block's bias on attention logits.
-        heads: optional; task heads. Those of larger models are told by the model's class, see `register_heads`.
+        position_bias: optional; module that computes the block's bias on attention logits.
+        heads: optional; task heads. Those of larger models depend on the model's class, see `register_heads`.
         own_heads: optional; task heads that are part of the backbone.
-        sublayers: which parts of a block branches can be put at: `"attention"` (or what mixes tokens in its place),
+        sublayers: sub-layers of a block that can have branches: `"attention"` (or what mixes tokens in its place),
             `"mlp"`, both or none.
-        halves: whether a block is one sub-layer only, attention or MLP, of which it then has all roles.
+        halves: whether a block is only one sub-layer, attention or MLP, and has only its roles.
         post_norm: whether the norms follow their sub-layers (x + norm(f(x))); or the name of the block's attribute
-            that tells.
-        post_norm_blocks: optional; names of classes of blocks whose norms follow their sub-layers, where those of
-            others do not.
+            that says so.
+        post_norm_blocks: optional; names of classes of blocks whose norms follow their sub-layers, if only some do.
         reads_attention: module of the block whose input is the stream that attention reads; by default `norm1`, with
             `post_norm` the block (`""`).
         reads_mlp: the same of the MLP; by default `norm2`, with `post_norm` the first module of `fc1`.
-        reads_result: optional; module of the block whose input is the stream behind the MLP, where a block goes on.
+        reads_result: optional; module of the block whose input is the stream after the MLP, if the block continues.
         stream: how the block's input lies in memory. `"tokens"`: (batch, tokens, width); `"channels_last"`: (batch,
             height, width, channels); `"channels_first"`: (batch, channels, height, width).
-        stream_inside: the same of the input of those modules where it has four dimensions; by default as `stream`.
-        softmax: whether attention is softmax attention of projected tokens, as `nn.MultiheadAttention` has it.
-        window: optional; the block's attribute that tells rows and columns of its attention's windows.
-        equal_parts: whether queries, keys and values of a fused projection are of one size, in this order.
-        prompts: how tokens can join those of a block. `"sequence"`: they are put into its input; `"keys"`: what its
-            attention makes of them as keys and values is appended to its own, in every window. None: not at all.
-            `"sequence"` is wrong where a token's place in the sequence is its position, as where rotary embeddings
-            count all tokens: prompts would move the patches.
+        stream_inside: the same for the input of these modules, if it has four dimensions; by default as `stream`.
+        softmax: whether attention is softmax attention of projected tokens, as in `nn.MultiheadAttention`.
+        window: optional; the block's attribute for rows and columns of its attention's windows.
+        equal_parts: whether queries, keys and values of a fused projection have the same size, in this order.
+        prompts: how prompts can join a block. `"sequence"`: they are put into its input; `"keys"`: their keys and
+            values are appended to those of its attention, in every window. None: not at all. `"sequence"` is wrong if
+            the index of a token in the sequence is its position, for example if rotary embeddings count all tokens:
+            prompts would move the patches.
         grid: how the patch tokens lie in the image. `"full"`: all cells of the patch embedding's output, row by row
             (frame by frame); `"frames_last"`: the same with the frames of each cell side by side; `"given"`: as told
             by the block's arguments `input_dimensions`, or `height` and `width`; `"map"`: as the stream lies;
