@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import DEPTH, FAMILIES, call, output_of, video
+from families import DEPTH, FAMILIES, WIDTH, call, output_of, video
 from peft import AutoPeftModel, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
@@ -43,41 +43,58 @@ def _variants():
     for method in hf_visual_peft.list_methods().values():
         seen = []
         for fields, _ in method.counts:
-            small = small_fields(method.config_cls, fields)
+            small = small_fields(method.config_cls, fields, WIDTH)
             if small not in seen:
                 seen.append(small)
-                yield method, small, "-".join([method.name, *(f"{k}={v}" for k, v in small.items())])
+                # with a colon, as `-k` takes no sign of equality
+                yield method, small, "-".join([method.name, *(f"{k}:{v}" for k, v in small.items())])
 
 
 VARIANTS = list(_variants())
 
 
-def _pairs(families, adds_layers=False, others=(), on_others=OF_EACH_KIND):
-    """Every variant of every method on some families, and the first variant of some methods on others."""
+def _pairs(others, one_in=0, turn=0, kinds_on=(), adds_layers=False, once=False):
+    """Every variant of every method on ViT, and its first variant on some of the other families.
+
+    Args:
+        others: families that methods take turns on: each method on one in so many, each family with as many methods.
+        one_in: how many; 0: none of them.
+        turn: who begins. With as many tests as turns, every method meets every family.
+        kinds_on: families on which one method of each kind runs.
+        adds_layers: without methods that train whole modules.
+        once: whether to take the first variant only on ViT, too.
+    """
     first = {method.name: fields for method, fields, _ in reversed(VARIANTS)}
+    numbers = {name: number for number, name in enumerate(first)}
+    vit = FAMILIES["vit"]
+
+    def chosen(method):
+        number = numbers[method.name] + turn
+        kinds = [family for family in kinds_on if method.name in OF_EACH_KIND]
+        turns = [family for place, family in enumerate(others) if one_in and (number + place) % one_in == 0]
+        return {family.name: family for family in (*turns, *kinds)}.values()
+
     return [
         pytest.param(method, fields, video(family, method) if method.video else family, id=f"{name}-{family.name}")
         for method, fields, name in VARIANTS
-        if not (adds_layers and method.whole_modules)
-        for family in (*families, *(others if method.name in on_others and fields == first[method.name] else ()))
+        if not (adds_layers and method.whole_modules) and not (once and fields != first[method.name])
+        for family in (vit, *(chosen(method) if fields == first[method.name] else ()))
     ]
+
+
+def on(others, **turns):
+    return pytest.mark.parametrize(("method", "fields", "family"), _pairs(others, **turns))
 
 
 every_method = pytest.mark.parametrize(
     ("method", "fields"), [pytest.param(method, fields, id=name) for method, fields, name in VARIANTS]
 )
-core = [FAMILIES[name] for name in CORE]
-on_core_families = pytest.mark.parametrize(("method", "fields", "family"), _pairs(core))
-with_layers_on_core_families = pytest.mark.parametrize(("method", "fields", "family"), _pairs(core, adds_layers=True))
-on_vit_and_each_kind_on_core = pytest.mark.parametrize(
-    ("method", "fields", "family"), _pairs(core[:1], others=core[1:])
-)
-rest = [family for name, family in FAMILIES.items() if name not in CORE]
-on_core_and_each_kind_on_all = pytest.mark.parametrize(("method", "fields", "family"), _pairs(core, others=rest))
-every_name = [method.name for method, _, _ in VARIANTS]
-on_all_families = pytest.mark.parametrize(
-    ("method", "fields", "family"), _pairs(core, others=rest, on_others=every_name)
-)
+core = [FAMILIES[name] for name in CORE[1:]]
+beside = [family for name, family in FAMILIES.items() if name != "vit"]
+on_core_families = on(core, one_in=2)
+with_layers_on_core_families = on(core, one_in=2, adds_layers=True)
+each_kind_on_core_families = on(core, kinds_on=core)
+each_kind_on_all_families = on(core, one_in=2, kinds_on=beside)
 
 
 def random_config(method, fields):
@@ -148,7 +165,7 @@ def test_count_on_vit_b16(method, fields, count):
     assert sum(n for name, n in names.items() if "classifier" in name) == 7 * 769
 
 
-@on_all_families
+@on(beside, one_in=3, turn=0)
 def test_changes_output_disables_and_unloads(method, fields, family):
     base = family.model()
     before = run(base, family)
@@ -173,7 +190,7 @@ def test_changes_output_disables_and_unloads(method, fields, family):
     assert torch.equal(run(unloaded, family), before)
 
 
-@on_core_and_each_kind_on_all
+@each_kind_on_all_families
 def test_identity_at_start(method, fields, family):
     base = family.model()
     before = run(base, family)
@@ -185,7 +202,7 @@ def test_identity_at_start(method, fields, family):
         assert torch.equal(after, before) == method.identity_at_start
 
 
-@on_all_families
+@on(beside, one_in=3, turn=1)
 def test_gradients(method, fields, family):
     model = adapted(method, fields, family).train()
     output_of(model, family.inputs(2)).square().sum().backward()
@@ -197,7 +214,7 @@ def test_gradients(method, fields, family):
         assert (parameter.grad is not None and parameter.grad.any().item()) == belongs, name
 
 
-@on_all_families
+@on(beside, one_in=3, turn=2)
 def test_hidden_states_have_the_backbones_tokens(method, fields, family):
     base = family.model()
     inputs = family.inputs(2)
@@ -247,7 +264,7 @@ def test_save_and_load(method, fields, family, tmp_path):
     assert_close(run(whole, family), expected)  # see test_transformers_own_adapter_methods on alignment
 
 
-@on_core_and_each_kind_on_all
+@each_kind_on_all_families
 def test_transformers_own_adapter_methods(method, fields, family, tmp_path):
     if method.whole_modules and family.name.startswith("dinov3"):
         pytest.skip("transformers 5.23 renames `layer_scale1` of DINOv3's blocks while it loads an adapter")
@@ -362,9 +379,8 @@ def test_merging(method, fields, family):
         broken.merge_adapter(safe_merge=True)
 
 
-@on_core_and_each_kind_on_all
-@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-def test_gradient_checkpointing_gives_the_same_gradients(method, fields, family, reentrant):
+@each_kind_on_all_families
+def test_gradient_checkpointing_gives_the_same_gradients(method, fields, family):
     model = adapted(method, fields, family).train()
     inputs, others = family.inputs(2), family.inputs(3)
 
@@ -378,34 +394,41 @@ def test_gradient_checkpointing_gives_the_same_gradients(method, fields, family,
 
     plain = gradients()
     base = model.get_base_model()
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    if reentrant:  # checkpoints then pass gradients on only if their input has some
-        patches = base.get_submodule(hf_visual_peft.find_backbone(base).patch_embedding[0])
-        patches.register_forward_hook(lambda module, args, output: output.requires_grad_())
-    calls = []
-    for block in base.modules():
-        function = vars(block).get("_gradient_checkpointing_func")
-        if function is not None and not isinstance(block, BaseTunerLayer):
-            block._gradient_checkpointing_func = lambda *a, f=function: calls.append(1) or f(*a)
-    again = gradients()
     bypassed = sum(isinstance(module, BlockLayer) and module.bypassed for module in model.modules())
-    assert len(calls) == 2 * (DEPTH - bypassed)  # what a bypassed block computes is not kept anyway
-    assert plain.keys() <= again.keys()
-    for name, gradient in plain.items():
-        torch.testing.assert_close(again[name], gradient, rtol=1e-5, atol=1e-6 * gradient.abs().max().item())
+    for reentrant in (False, True):
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        if reentrant:  # checkpoints then pass gradients on only if their input has some
+            patches = base.get_submodule(hf_visual_peft.find_backbone(base).patch_embedding[0])
+            patches.register_forward_hook(lambda module, args, output: output.requires_grad_())
+        calls = []
+        for block in base.modules():
+            function = vars(block).get("_gradient_checkpointing_func")
+            if function is not None and not isinstance(block, BaseTunerLayer):
+                block._gradient_checkpointing_func = lambda *a, f=function, calls=calls: calls.append(1) or f(*a)
+        again = gradients()
+        assert len(calls) == 2 * (DEPTH - bypassed)  # what a bypassed block computes is not kept anyway
+        assert plain.keys() <= again.keys()
+        for name, gradient in plain.items():
+            torch.testing.assert_close(again[name], gradient, rtol=1e-5, atol=1e-6 * gradient.abs().max().item())
 
 
-@on_vit_and_each_kind_on_core  # compilers are slow
+@on(core, kinds_on=core, once=True)
 @pytest.mark.slow
 def test_compile_fullgraph(method, fields, family):
+    """No method breaks the graph; those of each kind go through autograd's tracing too, as they train and answer."""
     model = adapted(method, fields, family)
-    expected = run(model, family)
+    whole = method.name in OF_EACH_KIND  # compilers are slow
     torch.compiler.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert_close(run(compiled, family), expected)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if whole else "eager")
+    if whole:
+        assert_close(run(compiled, family), run(model, family))
     model.train()
-    torch.manual_seed(0)
-    output_of(compiled, family.inputs(2)).sum().backward()
+    outputs = []
+    for each in (model, compiled):
+        torch.manual_seed(0)
+        outputs.append(output_of(each, family.inputs(2)))
+    assert_close(*outputs)
+    outputs[1].sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
@@ -485,7 +508,7 @@ def test_modules_to_save(method, fields, family):
     assert not bare.peft_config["default"].modules_to_save
 
 
-@on_core_families
+@each_kind_on_core_families
 def test_trainer_and_pipeline(method, fields, family, tmp_path):
     torch.manual_seed(2)
     model = fresh(method, fields, family)

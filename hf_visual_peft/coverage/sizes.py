@@ -16,8 +16,8 @@ from ..core.registry import Method
 from ..peft_methods.methods import PeftMethod
 
 
-# for every field with such a name, and for fields that the setting names
-SMALL = {"r": 4, "n": 4, "channels": 6, "rule_std": 0.01}
+# for every field with such a name, and for fields that the setting names; `r` is half of the channels
+SMALL = {"n": 4, "channels": 6, "rule_std": 0.01}
 SMALL_WHERE_NAMED = {"groups": 2, "num_virtual_tokens": 2}
 # the same for methods of peft
 SMALL_OF_PEFT: dict[str, dict[str, Any]] = {
@@ -42,16 +42,17 @@ SMALL_OF_PEFT: dict[str, dict[str, Any]] = {
 INITIAL_WEIGHTS = ("init_weights", "init_lora_weights", "init_ia3_weights")
 
 
-def small_fields(config_cls: type, setting: Mapping[str, Any]) -> dict[str, Any]:
+def small_fields(config_cls: type, setting: Mapping[str, Any], width: int = 8) -> dict[str, Any]:
     """A setting of a method's config, shrunk for tiny models.
 
     Args:
         config_cls: the config.
         setting: values of some of its fields.
+        width: channels of the model, where it is the least.
     """
     fields = {field.name: field for field in dataclasses.fields(config_cls)}
     small = dict(setting)
-    small |= {name: value for name, value in SMALL.items() if name in fields}
+    small |= {name: value for name, value in (SMALL | {"r": width // 2}).items() if name in fields}
     small |= {name: value for name, value in SMALL_WHERE_NAMED.items() if name in small}
     return small | {name: field.metadata["tiny"] for name, field in fields.items() if "tiny" in field.metadata}
 
