@@ -315,7 +315,7 @@ def test_a_second_adapter_takes_the_names_of_the_base():
 
 
 def test_what_acts_on_no_modules_is_refused():
-    with pytest.raises(ValueError, match="PrefixTuningConfig acts on no modules of vision backbones: choose one of "):
+    with pytest.raises(ValueError, match="PrefixTuningConfig has no targets in vision backbones: choose one of "):
         with_visual_targets(PrefixTuningConfig(TaskType.FEATURE_EXTRACTION), FAMILIES["vit"].model())
     with pytest.raises(hf_visual_peft.BackboneError):
         with_visual_targets(LoraConfig(), nn.Linear(2, 2))

@@ -1,4 +1,4 @@
-"""Backbones without a role table: which module is one, and what was found of it, kept until it changes."""
+"""Backbones without a role table: the search for their module, and a cache of what was found."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .reading import Found, read_backbone
 
 _COMPILED = ("compiled", "compile it after get_peft_model")
 _SHARDED = ("sharded", "shard it after get_peft_model")
-_WRAPPERS = {  # by name: to import them takes longer than to look
+_WRAPPERS = {  # by name, because importing them is slow
     "OptimizedModule": _COMPILED,
     "DataParallel": ("wrapped in DataParallel", "wrap it after get_peft_model"),
     "DistributedDataParallel": ("wrapped in DistributedDataParallel", "wrap it after get_peft_model"),
@@ -27,15 +27,15 @@ _found: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Found]] = weakref.WeakKe
 
 
 def find_unlisted(model: nn.Module, named: str | None = None, example_inputs: Any = None) -> Choice:
-    """The backbone of a model without a role table, with the table that was made by watching it run.
+    """The backbone of a model without a role table, with the table that was derived from a run.
 
     Args:
         model: a backbone, or a model that holds one.
-        named: path of the backbone in the model; by default it is searched.
-        example_inputs: arguments of the backbone's forward, where none can be made: a tensor, tuple or mapping.
+        named: path of the backbone in the model; by default it is searched for.
+        example_inputs: arguments of the backbone's forward, if none can be made: a tensor, tuple or mapping.
 
     Raises:
-        BackboneError: it cannot be run, or what was seen does not fit together; the message tells what.
+        BackboneError: it cannot be run, or the observations do not fit together; the message gives details.
     """
     path = backbone_path(model) if named is None else named
     backbone = model.get_submodule(path)
@@ -43,7 +43,7 @@ def find_unlisted(model: nn.Module, named: str | None = None, example_inputs: An
 
 
 def look_at(model: nn.Module, path: str, example_inputs: Any = None) -> Found:
-    """What was found of a backbone, read once.
+    """The roles of a backbone, read once.
 
     Args:
         model: that holds it.
@@ -70,10 +70,10 @@ def look_at(model: nn.Module, path: str, example_inputs: Any = None) -> Found:
 
 
 def backbone_path(model: nn.Module) -> str:
-    """The path of the module that takes the images: a model of timm, a pretrained model, or the smallest around.
+    """The path of the module that takes the images: a model of timm, a pretrained model, or the smallest module.
 
     Raises:
-        BackboneError: several could be meant.
+        BackboneError: there are several candidates.
     """
     timm = [path for path, module in model.named_modules() if hasattr(module, "pretrained_cfg")]
     timm = [path for path in timm if not any(is_in(path, other) and path != other for other in timm)]
@@ -93,10 +93,10 @@ def backbone_path(model: nn.Module) -> str:
 
 
 def _require_plain(model: nn.Module, backbone: nn.Module) -> None:
-    """Refuse a model that a copy of would not run as it does.
+    """Refuse a model whose copy would not behave in the same way.
 
     Raises:
-        BackboneError: it is compiled or distributed.
+        BackboneError: the model is compiled or distributed.
     """
     for module in (model, *backbone.modules()):
         for base in type(module).__mro__:

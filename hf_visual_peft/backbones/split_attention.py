@@ -1,7 +1,7 @@
-"""`nn.MultiheadAttention` with ordinary linears, on which adapters can act.
+"""`nn.MultiheadAttention` with ordinary linears, which can be adapted.
 
-torch's module keeps the projections to queries, keys and values in one parameter and never calls the one behind
-attention, so no method and no LoRA finds a linear in OpenCLIP's or torchvision's transformers.
+torch's module keeps the projections to queries, keys and values in one parameter and never calls the output
+projection, so no method and no LoRA finds a linear in OpenCLIP's or torchvision's transformers.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 class SplitAttention(nn.Module):
     """Multi-head attention of torch with a linear for each projection: `q_proj`, `k_proj`, `v_proj`, `out_proj`.
 
-    Calls are those of `nn.MultiheadAttention`, and results the same to rounding.
+    It is called like `nn.MultiheadAttention`, with the same results up to rounding.
 
     Args:
-        attention: whose weights it takes over; those of `out_proj` are the very same.
+        attention: whose weights it takes; `out_proj` shares its parameters.
 
     Raises:
-        ValueError: it adds keys and values of its own, or its forward or its weights are not torch's.
+        ValueError: it has extra keys and values, or its forward or its weights are not torch's.
     """
 
-    # What torch's transformer layers look at before they choose a kernel that would pass the linears by.
+    # Attributes that torch's transformer layers check before they choose a kernel that would bypass the linears.
     in_proj_weight = None
     in_proj_bias = None
     _qkv_same_embed_dim = False
@@ -70,20 +70,21 @@ class SplitAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention, and its weights where needed.
+        """Attention, and its weights if needed.
 
         Args:
-            query: (batch, queries, channels), batch second without `batch_first`, or (queries, channels).
-            key: the same with keys.
-            value: the same with as many values.
-            key_padding_mask: (batch, keys); True hides, numbers are added to the logits.
-            need_weights: whether the weights are wanted, too.
-            attn_mask: (queries, keys) or (batch x heads, queries, keys); in the same manner.
-            average_attn_weights: whether those of all heads are averaged.
-            is_causal: that `attn_mask` is the causal mask; which must be given, too.
+            query: (batch, queries, channels), with batch second without `batch_first`, or (queries, channels).
+            key: the same for keys.
+            value: the same for values.
+            key_padding_mask: (batch, keys); True hides a key, numbers are added to the logits.
+            need_weights: whether to return the weights.
+            attn_mask: (queries, keys) or (batch x heads, queries, keys), in the same form.
+            average_attn_weights: whether to average the weights over heads.
+            is_causal: whether `attn_mask` is the causal mask, which must also be given.
 
         Returns:
-            Of the shape of `query`, and (batch, queries, keys) or (batch, heads, queries, keys), or None.
+            The output in the shape of `query`, and weights (batch, queries, keys) or (batch, heads, queries, keys), or
+            None.
 
         Raises:
             ValueError: `is_causal` without a mask, or nested tensors.
@@ -121,7 +122,7 @@ class SplitAttention(nn.Module):
         return output if batched else output.squeeze(0), weights
 
     def _bias(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, query: Tensor) -> Tensor | None:
-        """What both masks add to the logits, (1 or batch, 1 or heads, 1 or queries, keys)."""
+        """The sum of both masks, to be added to the logits, (1 or batch, 1 or heads, 1 or queries, keys)."""
         found = []
         if attn_mask is not None:
             shape = (-1, self.num_heads) if attn_mask.ndim == 3 else (1, 1)
@@ -134,7 +135,7 @@ class SplitAttention(nn.Module):
         """The module of torch with these weights.
 
         Raises:
-            ValueError: a projection is no `nn.Linear` any more.
+            ValueError: a projection is no longer an `nn.Linear`.
         """
         named = {name: self.get_submodule(name) for name in (*_PROJECTIONS, "out_proj")}
         for name, module in named.items():
@@ -160,7 +161,7 @@ class SplitAttention(nn.Module):
         else:
             for name, linear in zip(_PROJECTIONS, inner, strict=True):
                 setattr(attention, f"{name}_weight", nn.Parameter(linear.weight.detach().clone(), trained))
-        if biased:  # merging may have given one to a linear that had none
+        if biased:  # merging may have added biases
             zeros = inner[0].weight.new_zeros(self.embed_dim)
             parts: list[Tensor] = [zeros if bias is None else bias.detach() for bias in biases]
             trained = any(bias is not None and bias.requires_grad for bias in biases)
@@ -170,11 +171,11 @@ class SplitAttention(nn.Module):
 
 
 def split_attention(model: Model) -> Model:
-    """Give every `nn.MultiheadAttention` of a model linears of its own, in place, so that adapters can act on them.
+    """Replace every `nn.MultiheadAttention` of a model, in place, by a module whose linears can be adapted.
 
-    The model computes the same as before, to rounding. Do this before an adapter is put in or loaded; checkpoints of
-    the model in its usual layout are loaded before, and written after `merge_attention`. Hooks on the replaced
-    modules are not carried over.
+    The model computes the same as before, up to rounding. Call it before an adapter is put in or loaded. Load
+    checkpoints of the model in its usual layout before, and write them after `merge_attention`. Hooks on the replaced
+    modules are lost.
 
     Args:
         model: e.g. of OpenCLIP or torchvision.
@@ -183,13 +184,13 @@ def split_attention(model: Model) -> Model:
         The same model.
 
     Raises:
-        ValueError: there is none in it, or one cannot be split; the model is then untouched.
+        ValueError: the model has none, or one cannot be split; the model is then unchanged.
     """
     return _exchange(model, nn.MultiheadAttention, SplitAttention, "already split, or built in another way")
 
 
 def merge_attention(model: Model) -> Model:
-    """Undo `split_attention`: names and values of the weights are then those of the usual layout.
+    """Undo `split_attention`: names and values of the weights are again those of the usual layout.
 
     Args:
         model: without adapters: after `merge_and_unload()` or `unload()`.
@@ -198,13 +199,13 @@ def merge_attention(model: Model) -> Model:
         The same model.
 
     Raises:
-        ValueError: no attention in it is split, or an adapter is still there; the model is then untouched.
+        ValueError: no attention in it is split, or it still has an adapter; the model is then unchanged.
     """
     return _exchange(model, SplitAttention, SplitAttention.merged, "hf_visual_peft.split_attention makes them")
 
 
 def _exchange(model: Model, kind: type, make: Callable[..., nn.Module], why_none: str) -> Model:
-    """Put another module in the place of each of a kind, wherever it is held."""
+    """Replace each module of a kind, in all its parents."""
     if isinstance(model, kind):
         raise ValueError(f"The model is itself a {kind.__name__}, which can only be replaced inside another module.")
     adapter = next((path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)), None)
@@ -230,7 +231,7 @@ def _exchange(model: Model, kind: type, make: Callable[..., nn.Module], why_none
 def _check(attention: nn.MultiheadAttention) -> None:
     if type(attention).forward is not nn.MultiheadAttention.forward:
         raise ValueError(
-            f"{type(attention).__name__} has a forward of its own; only nn.MultiheadAttention's is known."
+            f"{type(attention).__name__} has its own forward; only that of nn.MultiheadAttention is known."
         )
     if is_parametrized(attention):
         raise ValueError(
@@ -238,7 +239,7 @@ def _check(attention: nn.MultiheadAttention) -> None:
         )
     if attention.bias_k is not None or attention.add_zero_attn:
         field = "add_zero_attn" if attention.add_zero_attn else "add_bias_kv"
-        raise ValueError(f"{field} is True: attention with keys and values of its own cannot be split.")
+        raise ValueError(f"{field} is True: attention with extra keys and values cannot be split.")
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

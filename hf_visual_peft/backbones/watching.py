@@ -1,4 +1,4 @@
-"""Run a copy of a model on a small input and write down what it computes: a graph of operations and module calls."""
+"""Run a copy of a model on a small input and record a graph of its operations and module calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .backbone import unwrapped
 from .paths import original
 
 
-# Operations that give the same numbers, in another shape or order of dimensions.
+# Operations that return the same elements in another shape or order of dimensions.
 _MOVES = frozenset(
     (
         "_to",
@@ -43,7 +43,7 @@ _MOVES = frozenset(
         "lift_fresh",
     )
 )
-# Operations that put the same numbers into other places, or leave some out.
+# Operations that rearrange elements or leave some out.
 _SELECTS = frozenset(("select", "slice", "split", "split_with_sizes", "chunk", "unbind", "roll", "index", "gather"))
 _SELECTS |= {"constant_pad_nd"}
 
@@ -54,9 +54,9 @@ class Node:
 
     Attributes:
         index: position in the graph, in the order of computation.
-        op: name of the operation; `"parameter"`, `"input"` or `"constant"` where there is none.
-        inputs: indices of the values that it was made from.
-        owner: name of the innermost module that was running; of parameters their own.
+        op: name of the operation; `"parameter"`, `"input"` or `"constant"` if there is none.
+        inputs: indices of its input values.
+        owner: name of the innermost running module; for parameters their own name.
         shape: of the tensor.
         scalars: numbers among the operation's arguments.
     """
@@ -70,12 +70,12 @@ class Node:
 
     @property
     def moves(self) -> bool:
-        """Whether the value is another one in another shape."""
+        """Whether the value is its input in another shape."""
         return self.op in _MOVES
 
     @property
     def selects(self) -> bool:
-        """Whether the value consists of the numbers of another one."""
+        """Whether the value consists of elements of its input."""
         return self.op in _MOVES or self.op in _SELECTS
 
 
@@ -87,8 +87,8 @@ class Call:
         path: the module's name.
         start: number of nodes before it.
         inputs: indices of the tensors among its arguments, those of the first one first.
-        stream: index of the first argument; None where that is no tensor.
-        named: name of the keyword that the first argument came by; empty where it has come by position.
+        stream: index of the first argument; None if that is not a tensor.
+        named: keyword of the first argument; empty if it was positional.
         outputs: indices of the tensors that it returned.
         end: number of nodes after it.
     """
@@ -111,8 +111,8 @@ class Attention:
         key: of the keys.
         value: of the values.
         output: of the values' weighted mean.
-        owner: name of the innermost module that was running.
-        keys: how many keys each query sees.
+        owner: name of the innermost running module.
+        keys: number of keys that each query attends to.
         fused: whether torch's own function computed it.
     """
 
@@ -127,17 +127,17 @@ class Attention:
 
 @dataclass
 class Trace:
-    """All that was seen.
+    """The recorded graph.
 
     Attributes:
         nodes: in the order of computation.
         calls: of modules, in the order of their start.
-        attentions: through torch's own function; those written out are found among the nodes.
+        attentions: calls of torch's own function; attention that is written out is found among the nodes.
         parameters: index of each parameter that was used, by name.
         pixels: indices of the model's inputs.
-        answers: indices of the tensors that the model returned.
-        error: what stopped the run before its end.
-        values: the tensors of some nodes, where they were asked for.
+        answers: indices of the model's output tensors.
+        error: the error that stopped the run, if any.
+        values: the tensors of some nodes, if requested.
     """
 
     nodes: list[Node] = field(default_factory=list)
@@ -152,7 +152,7 @@ class Trace:
         self._users: list[list[int]] | None = None
 
     def users(self, index: int) -> list[int]:
-        """Nodes that read one."""
+        """The nodes that read a node."""
         if self._users is None:
             self._users = [[] for _ in self.nodes]
             for node in self.nodes:
@@ -168,7 +168,7 @@ class Trace:
         return found
 
     def same(self, index: int) -> set[int]:
-        """A node and those that are the same numbers in other shapes, made from it or what it was made from."""
+        """A node and the nodes with the same elements in other shapes, before and after it."""
         found = {index}
         while self.nodes[index].moves and self.nodes[index].inputs:
             index = self.nodes[index].inputs[0]
@@ -182,7 +182,7 @@ class Trace:
         return found
 
     def after(self, starts: set[int], stop: int | None = None) -> set[int]:
-        """Nodes that depend on some, these included, up to an index."""
+        """The nodes that depend on some nodes, including these, up to an index."""
         found = set(starts)
         first = min(starts, default=0)
         for node in self.nodes[first : None if stop is None else stop + 1]:
@@ -191,7 +191,7 @@ class Trace:
         return found
 
     def before(self, index: int, within: set[int] | None = None) -> set[int]:
-        """Nodes that one depends on, itself included; of those within a set."""
+        """The nodes that a node depends on, including itself, within a set."""
         found, todo = {index}, [index]
         while todo:
             for each in self.nodes[todo.pop()].inputs:
@@ -202,7 +202,7 @@ class Trace:
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes every operation into a trace."""
+    """Records every operation in a trace."""
 
     def __init__(self, trace: Trace, keep: bool) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ class _Recorder(TorchDispatchMode):
         self._stored: dict[int, list[int]] = {}
 
     def add(self, tensor: Tensor, op: str, inputs: tuple[int, ...] = (), owner: str = "", scalars: tuple = ()) -> int:
-        """Write a value down."""
+        """Record a value."""
         index = len(self.trace.nodes)
         self.trace.nodes.append(Node(index, op, inputs, owner, tuple(tensor.shape), scalars))
         self._of[id(tensor)] = index
@@ -231,13 +231,13 @@ class _Recorder(TorchDispatchMode):
 
     @property
     def owner(self) -> str:
-        """Name of the innermost module that is running."""
+        """Name of the innermost running module."""
         return self.stack[-1] if self.stack else ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.keep and func._schema.is_mutable and args and isinstance(args[0], Tensor):
-            for index in self._stored.pop(_storage(args[0]), ()):  # it writes into these
+            for index in self._stored.pop(_storage(args[0]), ()):  # these are written in place
                 self.trace.values[index] = self.trace.values[index].clone()
         output = func(*args, **kwargs)
         read: list[int] = []
@@ -261,7 +261,7 @@ class _Recorder(TorchDispatchMode):
 
 
 class _Functions(TorchFunctionMode):
-    """Notes the calls of torch's own attention function."""
+    """Records the calls of torch's own attention function."""
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
@@ -284,13 +284,13 @@ class _Functions(TorchFunctionMode):
 
 
 def watch(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], keep: bool = False) -> Trace:
-    """Run a module and write down what it computes. It must be a copy: hooks are set, nothing else is changed.
+    """Run a module and record what it computes. It must be a copy: hooks are set, nothing else is changed.
 
     Args:
         model: the copy.
         args: of its forward.
         kwargs: of its forward.
-        keep: whether the values are kept.
+        keep: whether to keep the values.
     """
     trace = Trace()
     recorder = _Recorder(trace, keep)
@@ -398,7 +398,7 @@ def _product_after(trace: Trace, index: int) -> int | None:
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode with the very weights of a model, and none of its hooks; buffers are its own."""
+    """A copy in eval mode that shares the weights of a model, without its hooks and with its own buffers."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)

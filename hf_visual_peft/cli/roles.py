@@ -1,4 +1,4 @@
-"""What was found of a model, printed: the roles of its modules, and which methods act where on it."""
+"""Text for `roles` and `explain`: the roles of a model's modules, and where methods act on it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from ..tables import format_table
 
 
 def load_model(name: str) -> nn.Module:
-    """A model with its architecture and, where nothing is stored, random weights.
+    """A model with random weights, by its name.
 
     Args:
         name: a folder or Hub id with a config of transformers or timm, or the name of a model of timm.
 
     Raises:
-        ValueError: neither knows it.
+        ValueError: no library knows the name.
     """
     import timm
 
@@ -41,7 +41,7 @@ def load_model(name: str) -> nn.Module:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{name!r} is no folder or Hub id that transformers can read, and no model of timm: {error}"
+            f"{name!r} is not a folder or Hub id that transformers can read, nor a model of timm: {error}"
         ) from error
     if config.model_type == "timm_wrapper":
         return TimmWrapperForImageClassification(config).eval()
@@ -83,7 +83,7 @@ def describe_roles(model: nn.Module) -> str:
 
 
 def as_code(table: Architecture) -> str:
-    """The code that registers a role table; fields with their default are left out.
+    """The code that registers a role table, without fields that have their default.
 
     Args:
         table: the role table.
@@ -109,7 +109,7 @@ def as_code(table: Architecture) -> str:
 
 
 def explain(model: nn.Module) -> str:
-    """Which method acts where on a model, and why another cannot.
+    """Where each method acts on a model, or why it cannot.
 
     Args:
         model: a backbone, or a model that holds one.
@@ -159,7 +159,7 @@ def _inside(block: Block) -> Iterator[tuple[str, str]]:
 
 
 def _kinds(model: nn.Module, backbone: VisionBackbone) -> list[tuple[Block, int]]:
-    """The first of all blocks that have the same roles, and how many these are."""
+    """The first of the blocks with the same roles, and their number."""
     kinds: dict[Any, list[Block]] = {}
     for block in backbone.blocks:
         roles = tuple((r, tuple(p.removeprefix(block.path) for p in block.roles[r])) for r in ALL_ROLES)

@@ -1,4 +1,4 @@
-"""What modules of a library's own classes do with weight and bias, told from what they compute."""
+"""How modules of unknown classes use weight and bias, derived from their outputs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch.func import functional_call
 
 @torch.no_grad()
 def is_activated(norm: nn.Module) -> bool:
-    """Whether a norm does more after its weight and bias, as one that ends in an activation.
+    """Whether a norm does more after its weight and bias, for example an activation.
 
-    Told from what it makes of its bias alone, with a weight of zero.
+    It is tested with a weight of zero, so that the output depends only on the bias.
 
     Args:
-        norm: of any class; False where it has no bias, or does not take the usual shapes.
+        norm: of any class; False if it has no bias, or does not take the usual shapes.
     """
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     if type(norm).__module__.startswith("torch.nn.") or not isinstance(weight, Tensor) or not isinstance(bias, Tensor):
@@ -24,7 +24,7 @@ def is_activated(norm: nn.Module) -> bool:
     if weight.ndim != 1:
         return False
     channels = len(weight)
-    made = -torch.linspace(0.5, 1.5, channels)  # no activation leaves negative numbers as they are
+    made = -torch.linspace(0.5, 1.5, channels)  # activations change negative numbers
     values = {**_statistics(norm), "weight": torch.zeros(channels), "bias": made}
     side = 2 if channels != 2 else 3
     for shape, laid in (((1, channels, side, side), (1, -1, 1, 1)), ((1, side, channels), (1, 1, -1))):
@@ -36,10 +36,10 @@ def is_activated(norm: nn.Module) -> bool:
 
 @torch.no_grad()
 def is_linear_in_weight(module: nn.Module) -> bool:
-    """Whether a convolution or linear is one in its weight, and does not, for one thing, standardise it first.
+    """Whether a convolution or linear is linear in its weight, and does not, for example, standardise it first.
 
     Args:
-        module: of any class; True for those of torch, and where the module cannot be asked.
+        module: of any class; True for those of torch, and if the module cannot be tested.
     """
     weight = getattr(module, "weight", None)
     convolution = isinstance(module, nn.modules.conv._ConvNd)
@@ -66,12 +66,12 @@ _FIRST: dict[type, bool] = {}
 
 @torch.no_grad()
 def has_channels_first(norm: nn.Module) -> bool:
-    """Whether a norm of a library's own takes maps, (batch, channels, height, width), and not (..., channels).
+    """Whether a norm of an unknown class takes maps, (batch, channels, height, width), and not (..., channels).
 
-    Told from what it runs on, once for a class.
+    It is tested by running it, once per class.
 
     Args:
-        norm: with a weight of one number for each channel.
+        norm: with a weight with one element per channel.
     """
     cls = type(norm)
     if cls not in _FIRST:
@@ -90,23 +90,23 @@ def has_channels_first(norm: nn.Module) -> bool:
 
 
 def _statistics(norm: nn.Module) -> dict[str, Tensor]:
-    """Buffers of a norm that has seen nothing."""
+    """Initial buffers of a norm."""
     ones = {name: torch.ones(buffer.shape) for name, buffer in norm.named_buffers() if buffer.is_floating_point()}
     others = {name: torch.zeros_like(b, device="cpu") for name, b in norm.named_buffers() if name not in ones}
     return {**ones, **others}
 
 
 def _zeros(module: nn.Module) -> dict[str, Tensor]:
-    """Every parameter but gains, as none, and these as ones."""
+    """Ones for gains, and zeros for all other parameters."""
     return {
         name: torch.zeros(p.shape) if name == "bias" else torch.ones(p.shape) for name, p in module.named_parameters()
     }
 
 
 def _call(module: nn.Module, values: dict[str, Tensor], x: Tensor) -> Tensor | None:
-    """A module's output with other values in the place of all it has; None where it does not take such an input."""
+    """A module's output with other parameters and buffers; None if it does not take such an input."""
     hooks: Any = module._forward_hooks or module._forward_pre_hooks
-    if hooks:  # which count, or change, what runs through the module
+    if hooks:  # they may count or change what runs through the module
         return None
     try:
         output = functional_call(module, values, (x,))
