@@ -15,13 +15,14 @@ Stream = Literal["tokens", "channels_last", "channels_first"]
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """The names of the parts in one family of backbones.
+class ArchitecturePaths:
+    """Where things are: the modules of a backbone, by name.
 
     Paths are dotted attribute names, in which `*` stands for any number or name, or for a part of one. Paths of roles
     in a block are relative to the block, paths of heads to the model that holds the backbone, all others to the
     backbone. A role with several names takes every module that exists under one of them. A role marked *optional* may
-    have no module; a role that the table leaves empty does not occur in the architecture.
+    have no module; a role that the table leaves empty does not occur in the architecture. A path that leads nowhere is
+    an error, with what was looked for.
 
     Attributes:
         backbones: names of the backbone's classes, with their module (`"timm.models.resnet.ResNet"`) if the bare name
@@ -32,17 +33,6 @@ class Architecture:
             several names the first existing one counts. Empty if there is none.
         embeddings: the module that returns the first block's input; or the modules, one for each list of blocks, that
             return the input of its first block. `""`: the backbone.
-        prefix_tokens: optional; parameters of `embeddings` that are put before the patches (CLS, distillation,
-            registers), each of shape (1, tokens, width) or (width,); or how many tokens these are. timm's models tell
-            their number themselves.
-        input_norms: optional; norms of the backbone before its blocks. Of these and the other names of norms those
-            count that are norms.
-        norms: optional; norms of the backbone after its blocks.
-        outer_norms: optional; norms after the backbone in the model that holds it.
-        pooled_norms: optional; norms of only the pooled output, which the `heads` do not read.
-        between: optional; linears, convolutions and norms between the lists of blocks, such as those that merge
-            patches. `"all"`: all outside the blocks without another role.
-        skipped_blocks: optional; names of classes in the lists, or of modules in the backbone, that are not blocks.
         norm1: norm of attention, before it (or after it: `post_norm`).
         query: projection to queries; the same module as `key` and `value` if they are fused.
         key: projection to keys.
@@ -51,61 +41,32 @@ class Architecture:
         norm2: norm of the MLP.
         fc1: first linear(s) of the MLP; two if it is gated.
         fc2: last linear of the MLP.
-        norm1_readers: the linears that read `norm1`; by default query, key and value. Empty if other modules read it.
-        reduction: optional; the convolution, without padding, through which keys and values read `norm1`.
-        operations: optional; other linears, convolutions and norms of a block. `"all"`: all without another role.
-        drop_path: optional; the block's stochastic depth, with its rate in `drop_prob`.
-        position_bias: optional; module that computes the block's bias on attention logits.
+        norms: optional; norms of the backbone after its blocks.
         heads: optional; task heads. Those of larger models depend on the model's class, see `register_heads`.
         own_heads: optional; task heads that are part of the backbone.
-        sublayers: sub-layers of a block that can have branches: `"attention"` (or what mixes tokens in its place),
-            `"mlp"`, both or none.
-        halves: whether a block is only one sub-layer, attention or MLP, and has only its roles.
-        post_norm: whether the norms follow their sub-layers (x + norm(f(x))); or the name of the block's attribute
-            that says so.
-        post_norm_blocks: optional; names of classes of blocks whose norms follow their sub-layers, if only some do.
-        reads_attention: module of the block whose input is the stream that attention reads; by default `norm1`, with
-            `post_norm` the block (`""`).
-        reads_mlp: the same of the MLP; by default `norm2`, with `post_norm` the first module of `fc1`.
-        reads_result: optional; module of the block whose input is the stream after the MLP, if the block continues.
-        stream: how the block's input lies in memory. `"tokens"`: (batch, tokens, width); `"channels_last"`: (batch,
-            height, width, channels); `"channels_first"`: (batch, channels, height, width).
-        stream_inside: the same for the input of these modules, if it has four dimensions; by default as `stream`.
-        softmax: whether attention is softmax attention of projected tokens, as in `nn.MultiheadAttention`.
-        window: optional; the block's attribute for rows and columns of its attention's windows.
-        equal_parts: whether queries, keys and values of a fused projection have the same size, in this order.
-        prompts: how prompts can join a block. `"sequence"`: they are put into its input; `"keys"`: their keys and
-            values are appended to those of its attention, in every window. None: not at all. `"sequence"` is wrong if
-            the index of a token in the sequence is its position, for example if rotary embeddings count all tokens:
-            prompts would move the patches.
-        grid: how the patch tokens lie in the image. `"full"`: all cells of the patch embedding's output, row by row
-            (frame by frame); `"frames_last"`: the same with the frames of each cell side by side; `"given"`: as told
-            by the block's arguments `input_dimensions`, or `height` and `width`; `"map"`: as the stream lies;
-            `"units"`: as told by the method `reroll` of the module that holds the lists; `"halved"`: cells of the
-            patch embedding's output, halved until they fit; `"unfolded"`: the same of patches, whose cells are the
-            stream's rows and which are its columns; `"spatial_shapes"`: as told by the embeddings' argument
-            of that name, padded at the end; `"masked"`: some cells, shuffled, as told by the embeddings' third output
-            `ids_restore`. None: it is not known.
-        video: whether the backbone takes videos.
-        remedy: optional; what to do where a block lacks a role, in place of the general advice.
-        pools: whether the block changes the width or the number of tokens, other than by an attention whose norms
-            tell that by their sizes.
-        width: optional; channels of the block's stream, where no role tells.
+        drop_path: optional; the block's stochastic depth, with its rate in `drop_prob`.
+        input_norms: optional; norms of the backbone before its blocks. Of these and the other names of norms those
+            count that are norms.
+        outer_norms: optional; norms after the backbone in the model that holds it.
+        pooled_norms: optional; norms of only the pooled output, which the `heads` do not read.
+        norm1_readers: (!) the linears that read `norm1`; by default query, key and value. Empty if other modules read
+            it.
+        norm2_readers: (!) the linears that read `norm2`; by default `fc1`. Empty if other modules read it.
+        reduction: (!) optional; the convolution, without padding, through which keys and values read `norm1`.
+        between: optional; linears, convolutions and norms between the lists of blocks, such as those that merge
+            patches. `"all"`: all outside the blocks without another role.
+        operations: optional; other linears, convolutions and norms of a block. `"all"`: all without another role.
+        position_bias: optional; module that computes the block's bias on attention logits.
+        skipped_blocks: optional; names of classes in the lists, or of modules in the backbone, that are not blocks.
         variants: optional; where blocks differ, the fields of a block that are others there, by the name of their
             class, or by the name of the block in the backbone, which counts before.
+        remedy: optional; what to do where a block lacks a role, in place of the general advice.
     """
 
     backbones: Names
     blocks: str | Names
     patch_embedding: str | Names
     embeddings: str = "embeddings"
-    prefix_tokens: Names | int = ("cls_token",)
-    input_norms: Names = ()
-    norms: Names = ("layernorm",)
-    outer_norms: Names = ()
-    pooled_norms: Names = ()
-    between: Names | Literal["all"] = ()
-    skipped_blocks: Names = ()
     norm1: Names = ("layernorm_before",)
     query: Names = ("attention.q_proj",)
     key: Names = ("attention.k_proj",)
@@ -114,33 +75,136 @@ class Architecture:
     norm2: Names = ("layernorm_after",)
     fc1: Names = ("mlp.fc1",)
     fc2: Names = ("mlp.fc2",)
+    norms: Names = ("layernorm",)
+    heads: Names = ("classifier",)
+    own_heads: Names = ()
+    drop_path: Names = ("drop_path",)
+    input_norms: Names = ()
+    outer_norms: Names = ()
+    pooled_norms: Names = ()
     norm1_readers: Names | None = None
     norm2_readers: Names | None = None
     reduction: Names = ()
+    between: Names | Literal["all"] = ()
     operations: Names | Literal["all"] = ()
-    drop_path: Names = ("drop_path",)
     position_bias: Names = ()
-    heads: Names = ("classifier",)
-    own_heads: Names = ()
-    sublayers: Names = ("attention", "mlp")
-    halves: bool = False
+    skipped_blocks: Names = ()
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class ArchitectureBlocks:
+    """What blocks can do: how attention and MLP stand in them, and what may join.
+
+    Attributes:
+        softmax: (!) whether attention is softmax attention of projected tokens, as in `nn.MultiheadAttention`.
+        post_norm: (!) whether the norms follow their sub-layers (x + norm(f(x))); or the name of the block's attribute
+            that says so.
+        post_norm_blocks: (!) optional; names of classes of blocks whose norms follow their sub-layers, if only some
+            do.
+        prompts: how prompts can join a block. `"sequence"`: they are put into its input; `"keys"`: their keys and
+            values are appended to those of its attention, in every window. None: not at all. `"sequence"` is wrong if
+            the index of a token in the sequence is its position, for example if rotary embeddings count all tokens:
+            prompts would move the patches.
+        equal_parts: (!) whether queries, keys and values of a fused projection have the same size, in this order.
+        sublayers: sub-layers of a block that can have branches: `"attention"` (or what mixes tokens in its place),
+            `"mlp"`, both or none.
+        halves: whether a block is only one sub-layer, attention or MLP, and has only its roles.
+        reads_attention: module of the block whose input is the stream that attention reads; by default `norm1`, with
+            `post_norm` the block (`""`).
+        reads_mlp: the same of the MLP; by default `norm2`, with `post_norm` the first module of `fc1`.
+        reads_result: (!) optional; module of the block whose input is the stream after the MLP, if the block
+            continues.
+        window: optional; the block's attribute for rows and columns of its attention's windows.
+        pools: whether the block changes the width or the number of tokens, other than by an attention whose norms tell
+            that by their sizes.
+        width: optional; channels of the block's stream, where no role tells.
+    """
+
+    softmax: bool = True
     post_norm: bool | str = False
     post_norm_blocks: Names = ()
+    prompts: Literal["sequence", "keys"] | None = None
+    equal_parts: bool = True
+    sublayers: Names = ("attention", "mlp")
+    halves: bool = False
     reads_attention: str | None = None
     reads_mlp: str | None = None
     reads_result: Names = ()
-    stream: Stream = "tokens"
-    stream_inside: Stream | None = None
-    softmax: bool = True
     window: str = ""
-    equal_parts: bool = True
-    prompts: Literal["sequence", "keys"] | None = None
-    grid: GridKind | None = "full"
-    video: bool = False
-    remedy: str = ""
     pools: bool = False
     width: int | None = None
-    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class ArchitectureTokens:
+    """How tokens lie: in memory, and in the image.
+
+    Attributes:
+        grid: (!) how the patch tokens lie in the image. `"full"`: all cells of the patch embedding's output, row by
+            row (frame by frame); `"frames_last"`: the same with the frames of each cell side by side; `"given"`: as
+            told by the block's arguments `input_dimensions`, or `height` and `width`; `"map"`: as the stream lies;
+            `"units"`: as told by the method `reroll` of the module that holds the lists; `"halved"`: cells of the
+            patch embedding's output, halved until they fit; `"unfolded"`: the same of patches, whose cells are the
+            stream's rows and which are its columns; `"spatial_shapes"`: as told by the embeddings' argument of that
+            name, padded at the end; `"masked"`: some cells, shuffled, as told by the embeddings' third output
+            `ids_restore`. None: it is not known.
+        prefix_tokens: (!) optional; parameters of `embeddings` that are put before the patches (CLS, distillation,
+            registers), each of shape (1, tokens, width) or (width,); or how many tokens these are. timm's models tell
+            their number themselves.
+        stream: how the block's input lies in memory. `"tokens"`: (batch, tokens, width); `"channels_last"`: (batch,
+            height, width, channels); `"channels_first"`: (batch, channels, height, width).
+        stream_inside: the same for the input of these modules, if it has four dimensions; by default as `stream`.
+        video: whether the backbone takes videos.
+    """
+
+    grid: GridKind | None = "full"
+    prefix_tokens: Names | int = ("cls_token",)
+    stream: Stream = "tokens"
+    stream_inside: Stream | None = None
+    video: bool = False
+
+
+@dataclass(frozen=True)
+class Architecture(ArchitectureTokens, ArchitectureBlocks, ArchitecturePaths):
+    """The role table of one family of backbones. Its fields are in three parts, each in order of importance.
+
+    - `ArchitecturePaths`: where things are. The first dozen fields describe most backbones.
+    - `ArchitectureBlocks`: what blocks can do.
+    - `ArchitectureTokens`: how tokens lie.
+
+    A wrong path is an error. A field marked (!) is silently wrong if its default does not fit: no module is missed,
+    but an adapter computes something else. Look at these of a new table: `prefix_tokens`, `softmax`, `post_norm`,
+    `equal_parts`, `grid`, and for merging `norm1_readers`, `norm2_readers` and `reduction`. `prompts` is None by
+    default, so that no prompts join where nobody has looked.
+
+    A vision transformer with fused queries, keys and values, whose `forward` puts `cls_token` before the patches and
+    adds absolute positions:
+
+        register_architecture(
+            Architecture(
+                backbones=("MyViT",),
+                blocks="blocks",
+                patch_embedding="patch_embed",
+                embeddings="",
+                norm1=("norm1",),
+                query=("attn.qkv",),
+                key=("attn.qkv",),
+                value=("attn.qkv",),
+                output=("attn.proj",),
+                norm2=("norm2",),
+                norms=("norm",),
+                heads=(),
+                own_heads=("head",),
+                drop_path=(),
+                prompts="sequence",
+                prefix_tokens=("cls_token",),
+            )
+        )
+
+    Then look at what was found: `find_backbone(model)`.
+    """
 
     def of_block(self, class_name: str, path: str) -> Architecture:
         """The table as it is for one block.
