@@ -44,19 +44,28 @@ class AttentionLayer(VisualTunerLayer):
 
     def _init_attention(self) -> None:
         self._watched = False  # whether something acts in the block's attention module
+        self._attention_path = ""  # its name in the block, once it is needed
+        self._interface = False  # whether it computes attention through transformers' interface
         self._attention_forward: Callable[..., Any] | None = None  # that somebody had set on it
         self._queries: QueryPath | None = None  # the way of extra tokens through the block
 
+    def _find_attention(self) -> nn.Module:
+        # once, as it looks at code
+        self._attention_path = attention_path(self.base_layer, self._query)
+        attention = self.base_layer.get_submodule(self._attention_path)
+        self._interface = has_interface(attention)
+        return attention
+
     def _attention_module(self) -> nn.Module:
-        return self.base_layer.get_submodule(attention_path(self.base_layer, self._query))
+        return self.base_layer.get_submodule(self._attention_path)
 
     def watch_attention(self) -> None:
         """Let equations act in the block's attention from now on."""
         if self._watched:
             return
-        attention = self._attention_module()
+        attention = self._find_attention()
         self._watched = True
-        if has_interface(attention):
+        if self._interface:
             change_attention(attention, self._acts())
         else:
             self._attention_forward = attention.__dict__.get("forward")
@@ -79,7 +88,7 @@ class AttentionLayer(VisualTunerLayer):
         Raises:
             ValueError: it cannot.
         """
-        why_not = why_not_alone(self._attention_module())
+        why_not = why_not_alone(self._find_attention())
         if why_not is not None:
             raise ValueError(
                 f"The attention of {type(self.base_layer).__name__} cannot serve other tokens: {why_not}."
@@ -126,7 +135,7 @@ class AttentionLayer(VisualTunerLayer):
         equations = list(self._equations(KeyValueSite))
         if current is None or (current.joining is None and not equations):
             return None
-        form = projections(self.base_layer, self._query, self._key, self._value)
+        form = projections(self.base_layer, self._attention_path, self._query, self._key, self._value)
         if current.joining is not None:
             with self._unwatched():
                 pairs.append(project(form, current.joining))
@@ -158,15 +167,14 @@ class AttentionLayer(VisualTunerLayer):
         """Norm and attention of the block on other tokens than its own, which have no position."""
         (norm,), *_, (output,) = self._attention
         weight: Any = norm.weight
-        path = attention_path(self.base_layer, self._query)
-        attention = self.base_layer.get_submodule(path)
         for bias in self._position_biases:
             bias.asked = True
         try:
             with self._unwatched():
                 # an equation may work in another precision than the backbone
-                mixed = alone(attention, norm(x.to(weight.dtype)), has_interface(attention))
-                return (mixed if self._output.startswith(f"{path}.") else output(mixed)).to(x.dtype)
+                mixed = alone(self._attention_module(), norm(x.to(weight.dtype)), self._interface)
+                inside = self._output.startswith(f"{self._attention_path}.")
+                return (mixed if inside else output(mixed)).to(x.dtype)
         finally:
             for bias in self._position_biases:
                 bias.asked = False

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attention import NO_ACTS, Pair, attention_path, watched
+from .attention import NO_ACTS, Pair, watched
 
 
 _KEY_NORMS = ("k_norm", "norm_k", "key_norm", "k_layernorm")
@@ -35,9 +35,8 @@ class Projections(NamedTuple):
     value: nn.Module
 
 
-def projections(block: nn.Module, query: str, key: str, value: str) -> Projections:
-    """The form of a block's attention; names are those of the projections in the block."""
-    path = attention_path(block, query)
+def projections(block: nn.Module, path: str, query: str, key: str, value: str) -> Projections:
+    """The form of a block's attention, by the names of the module and of the projections in the block."""
     attention = block.get_submodule(path)
     children = (name.removeprefix(f"{path}.").partition(".")[0] for name in (query, key, value))
     return Projections(attention, *map(attention.get_submodule, children))

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from ...backbones.backbone import Block, VisionBackbone
 from ...core.config import VisualPeftConfig
 from ...core.registry import Paper, register
-from ...sites import KeyValueSite, Placement, Shared, VisualTunerLayer, head_sizes, projections
+from ...sites import (
+    KeyValueSite,
+    Placement,
+    Shared,
+    VisualTunerLayer,
+    attention_path,
+    head_sizes,
+    projections,
+)
 from ...training.defaults import Training
 from ..prompt.vpt import MAX_VIRTUAL_TOKENS
 
@@ -170,8 +178,9 @@ class PrefixConfig(VisualPeftConfig):
             yield Placement(block.path, "heads", KeyValueSite(), partial(self._build, index, block), network)
 
     def _build(self, index: int, block: Block, module: nn.Module) -> Prefixes | ProducedPrefixes:
-        names = (block.roles[role][0].removeprefix(f"{block.path}.") for role in ("query", "key", "value"))
-        heads, key_width, value_width = head_sizes(projections(module, *names))
+        query, key, value = (block.roles[role][0].removeprefix(f"{block.path}.") for role in ("query", "key", "value"))
+        form = projections(module, attention_path(module, query), query, key, value)
+        heads, key_width, value_width = head_sizes(form)
         if self.reparam_dim is None:
             return Prefixes(self.num_virtual_tokens, heads, key_width, value_width, self.dropout)
         return ProducedPrefixes(index, heads, self.dropout)
