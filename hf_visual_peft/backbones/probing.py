@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -109,6 +111,13 @@ def _images(tower: nn.Module) -> dict[str, Tensor]:
             "pixel_attention_mask": torch.ones(1, side * side, dtype=torch.long, device=weight.device),
             "spatial_shapes": torch.tensor([[side, side]], device=weight.device),
         }
+    if "grid_thw" in inspect.signature(tower.forward).parameters and isinstance(first, nn.Conv3d):
+        side = 4 * getattr(config, "spatial_merge_size", 1)
+        features = first.in_channels * math.prod(first.kernel_size)
+        return {
+            "hidden_states": torch.rand(side * side, features, **made),
+            "grid_thw": torch.tensor([[1, side, side]], device=weight.device),
+        }
     channels = first.in_channels if first is not None else getattr(config, "num_channels", 3)
     size = getattr(config, "image_size", None) or getattr(getattr(tower, "patch_embed", None), "img_size", None)
     size = size or getattr(tower, "default_cfg", {}).get("input_size", (_SIZE,))[-1]
@@ -123,6 +132,8 @@ def _calls(twin: nn.Module, tower: str, images: Mapping[str, Tensor]) -> Iterato
         yield lambda: twin(**images), True
     else:
         yield lambda: twin(*images.values()), True
+    if "grid_thw" in images:  # of packed patches, whose names the models around change
+        images = {"pixel_values": images["hidden_states"], "image_grid_thw": images["grid_thw"]}
     names = tower.split(".") if tower else []
     for depth in range(len(names) + 1):
         features = getattr(twin.get_submodule(".".join(names[:depth])), "get_image_features", None)

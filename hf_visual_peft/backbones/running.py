@@ -134,7 +134,7 @@ def _inputs(twin: nn.Module, example: Any) -> Iterator[tuple[tuple, dict[str, An
             yield (tuple(example) if isinstance(example, list | tuple) else (example,)), {}
         return
     config: Any = getattr(twin, "config", None)
-    if {"spatial_shapes", "pixel_attention_mask"} & set(inspect.signature(twin.forward).parameters):
+    if {"spatial_shapes", "pixel_attention_mask", "grid_thw"} & set(inspect.signature(twin.forward).parameters):
         yield (), _images(twin)
         return
     told: Any = getattr(twin, "default_cfg", None) or {}

@@ -220,6 +220,32 @@ _IMAGEGPT = Architecture(
     grid=None,
 )
 
+# the patches of all images of a batch are one row of tokens, in which methods at blocks cannot tell the images apart
+_QWEN_VL = Architecture(
+    backbones=(
+        "Qwen2VisionTransformerPretrainedModel",
+        "Qwen2_5_VisionTransformerPretrainedModel",
+        "Qwen3VLVisionModel",
+    ),
+    blocks="blocks",
+    patch_embedding="patch_embed.proj",
+    embeddings="patch_embed",
+    prefix_tokens=(),
+    norms=(),
+    norm1=("norm1",),
+    query=("attn.qkv",),
+    key=("attn.qkv",),
+    value=("attn.qkv",),
+    output=("attn.proj",),
+    norm2=("norm2",),
+    fc1=("mlp.fc1", "mlp.gate_proj", "mlp.up_proj", "mlp.linear_fc1"),
+    fc2=("mlp.fc2", "mlp.down_proj", "mlp.linear_fc2"),
+    drop_path=(),
+    heads=(),
+    sublayers=(),
+    grid=None,
+)
+
 PLAIN = (
     _VIT,
     _DEIT,
@@ -241,4 +267,5 @@ PLAIN = (
     _SAM,
     _PERCEIVER,
     _IMAGEGPT,
+    _QWEN_VL,
 )
