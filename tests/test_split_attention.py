@@ -202,7 +202,7 @@ def test_what_cannot_be_split_is_refused_before_anything_changes():
     for bad, match in (
         (attention(add_bias_kv=True), "1: add_bias_kv is True"),
         (attention(add_zero_attn=True), "1: add_zero_attn is True"),
-        (Own(WIDTH, HEADS), "1: Own has a forward of its own"),
+        (Own(WIDTH, HEADS), "1: Own has its own forward"),
         (parametrized, "1: its weights are parametrized"),
     ):
         model = nn.Sequential(attention(), bad)
