@@ -259,7 +259,7 @@ def test_keys_that_lie_in_another_way_are_refused():
     pair = tokens(2, 4, COUNT, 8), tokens(2, 4, COUNT, 8)
     with pytest.raises(ValueError, match=r"Keys of shape \(2, 4, 3, 8\) cannot join keys of shape \(2, 4, 9, 16\)"):
         spread(pair, tokens(2, 4, 9, 16), 4)
-    with pytest.raises(ValueError, match=r"not known how heads and windows lie in keys of shape \(3, 4, 9, 8\)"):
+    with pytest.raises(ValueError, match=r"layout of heads and windows is not known in keys of shape \(3, 4, 9, 8\)"):
         spread(pair, tokens(3, 4, 9, 8), 4)
     # as many windows as heads: heads are neighbouring channels of one projection
     own = tokens(2, 4, 9, 4 * 8).unflatten(-1, (4, 8))
