@@ -14,7 +14,7 @@ from transformers import Dinov2Config, Dinov2Model, Swinv2Config, Swinv2Model, V
 
 from hf_visual_peft import LSTConfig, NotCalibratedError, calibrate, find_backbone, get_method
 from hf_visual_peft.coverage.models import MODELS
-from hf_visual_peft.methods.side.lst import Rung, SideBlock
+from hf_visual_peft.methods.side.lst import Piece, SideBlock
 from hf_visual_peft.methods.side.pruning import parts_of
 from hf_visual_peft.sites import Tap
 
@@ -105,7 +105,7 @@ def test_stages_of_swin():
 
 
 def test_equation_works_without_peft():
-    piece = Rung(12, SideBlock(6, 2, 9), 6, 0.1, enters_from=12, ends=True)
+    piece = Piece(12, SideBlock(6, 2, 9), 6, 0.1, enters_from=12, ends=True)
     from hf_visual_peft.sites import Tap
 
     state, added = piece(None, Tap(before=torch.randn(2, 5, 12), behind=torch.randn(2, 5, 12)))
@@ -134,7 +134,7 @@ def test_dropout_stands_where_the_authors_have_it(monkeypatch):
         "scaled_dot_product_attention",
         lambda *args, dropout_p, **kwargs: (weights.append(dropout_p), attention(*args, **kwargs))[1],
     )
-    piece = Rung(12, block, 6, 0.1, enters_from=12, ends=True).train()
+    piece = Piece(12, block, 6, 0.1, enters_from=12, ends=True).train()
     stream = torch.randn(2, 5, 12)
     actual, _ = piece(None, Tap(before=stream, behind=stream))
     assert places == [(12, 0.3), (6, 0.3), (9, 0.3), (6, 0.3), (6, 0.3)]
@@ -169,7 +169,7 @@ def test_heads(width, backbone_heads, fields, heads):
 
 
 def rungs_of(model):
-    return [module for module in model.modules() if isinstance(module, Rung)]
+    return [module for module in model.modules() if isinstance(module, Piece)]
 
 
 def best(scores, count):

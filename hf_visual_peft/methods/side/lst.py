@@ -59,7 +59,7 @@ class SideBlock(nn.Module):
         return s + self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(self.norm2(s))))))
 
 
-class Rung(nn.Module):
+class Piece(nn.Module):
     """One piece of the ladder, beside one block.
 
         s <- g s + (1 - g) (W b + c),  g = sigmoid(alpha / T);  s <- SideBlock(s);  at the end W_up LN(s) + c_up
@@ -236,14 +236,14 @@ class LSTConfig(VisualPeftConfig):
         enters_from: int | None,
         of_backbone: nn.Module,
         ends: bool,
-    ) -> Rung:
+    ) -> Piece:
         if self.init != "random" and any(map(is_quantised_weight, of_backbone.parameters())):
             self._fail(
                 "init", f"'random' for {type(of_backbone).__name__}: it is quantised, and no part of it can train"
             )
         block = SideBlock(side_width, num_heads, hidden, self.dropout)
         temperature = self.temperature if self.gate else None
-        return Rung(width, block, side_width, temperature, enters_from, ends, self.chooses_from_data)
+        return Piece(width, block, side_width, temperature, enters_from, ends, self.chooses_from_data)
 
     def _heads(self, side_width: int, of_backbone: int) -> int:
         if self.num_heads is None:
@@ -264,8 +264,8 @@ class LSTConfig(VisualPeftConfig):
         Raises:
             ValueError: there is no head, or no gradient of the loss is finite and other than zero.
         """
-        rungs = dict(calibration.equations("rung"))
-        blocks = [block for block in calibration.backbone.blocks if block.path in rungs]
+        pieces = dict(calibration.equations("rung"))
+        blocks = [block for block in calibration.backbone.blocks if block.path in pieces]
         weights: dict[nn.Parameter, None] = {}
         for block in blocks:
             parts_of(block, calibration.model, lambda parameter: weights.setdefault(parameter) or parameter)
@@ -291,28 +291,28 @@ class LSTConfig(VisualPeftConfig):
             adapter: whose side blocks.
             importance: of the backbone's weights; by default their absolute values.
         """
-        rungs: dict[str, Rung] = dict(adapter.equations("rung"))
+        pieces: dict[str, Piece] = dict(adapter.equations("rung"))
         for stage in adapter.backbone.stages(adapter.backbone):
-            blocks = [block for block in stage.blocks if block.path in rungs]
-            if not blocks or rungs[blocks[0].path].down.weight.is_meta:  # loaded weights will replace it
+            blocks = [block for block in stage.blocks if block.path in pieces]
+            if not blocks or pieces[blocks[0].path].down.weight.is_meta:  # loaded weights will replace it
                 continue
             found = [
                 parts_of(block, adapter.model, torch.abs if importance is None else importance.__getitem__)
                 for block in blocks
             ]
-            stream = best_stream(found, rungs[blocks[0].path].down.out_features)
+            stream = best_stream(found, pieces[blocks[0].path].down.out_features)
             for block, important in zip(blocks, found, strict=True):
-                rung, values = rungs[block.path], parts_of(block, adapter.model, torch.Tensor.detach)
+                piece, values = pieces[block.path], parts_of(block, adapter.model, torch.Tensor.detach)
                 assert block.num_heads is not None
-                heads, hidden = rung.block.num_heads, rung.block.fc1.out_features
+                heads, hidden = piece.block.num_heads, piece.block.fc1.out_features
                 state = pruned(values, important, stream, block.num_heads, heads, hidden)
-                rung.block.load_state_dict(state)
-                enters = rung.enter if rung.enter is not None and rung.enter.in_features == block.width else None
-                for linear in (rung.down, enters):
+                piece.block.load_state_dict(state)
+                enters = piece.enter if piece.enter is not None and piece.enter.in_features == block.width else None
+                for linear in (piece.down, enters):
                     if linear is not None:
                         _pick(linear, stream)
-                if rung.stream is not None:
-                    rung.stream.choose(stream)
+                if piece.stream is not None:
+                    piece.stream.choose(stream)
 
 
 @torch.no_grad()
