@@ -316,3 +316,23 @@ def test_a_model_of_timm_that_was_not_made_by_name_tells_its_head():
     timm = pytest.importorskip("timm")
     model = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=3)
     assert hvp.find_backbone(model).heads == ("head",)
+
+
+def _eomt():
+    return tf.EomtForUniversalSegmentation(tf.EomtConfig(**VIT, num_queries=3, num_blocks=1, num_labels=4))
+
+
+def _pose():
+    sizes = VIT | {"image_size": [32, 32], "patch_size": [8, 8]}
+    config = tf.VitPoseConfig(backbone_config=tf.VitPoseBackboneConfig(**sizes, num_experts=1), scale_factor=2)
+    return tf.VitPoseForPoseEstimation(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "path", "heads"),
+    [(_eomt, "", ("class_predictor",)), (_pose, "backbone", ("head",))],
+    ids=["eomt", "pose"],
+)
+def test_heads_around_and_in_backbones_without_a_table(make, path, heads):
+    found = hvp.find_backbone(make())
+    assert (found.path, found.heads, found.dense) == (path, heads, True)

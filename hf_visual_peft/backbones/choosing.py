@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -163,5 +164,6 @@ def _is_list_of_blocks(module: nn.Module) -> bool:
 
 
 def _takes_pixels(module: nn.Module) -> bool:
-    name = getattr(module, "main_input_name", "") if isinstance(module, PreTrainedModel) else ""
-    return str(name).startswith("pixel_values")
+    name = str(getattr(module, "main_input_name", "")) if isinstance(module, PreTrainedModel) else ""
+    # encoders within have the name of their classes' base, and take hidden states
+    return name.startswith("pixel_values") and name in inspect.signature(module.forward).parameters

@@ -92,7 +92,9 @@ def heads_around(model: nn.Module, path: str, table: Architecture) -> TaskHeads:
             note = _left_out(model, path, holders[index + 1 :], known)
             return TaskHeads(known, bool(registered), of_library=_is_of_library(module), note=note)
     if own:
-        return TaskHeads(own, note=_left_out(model, path, holders, own))
+        backbone = original(model.get_submodule(path))
+        dense = _has_task(backbone) and _is_dense(model, backbone, own)
+        return TaskHeads(own, dense, note=_left_out(model, path, holders, own))
     if not searched:
         return TaskHeads()
     name = type(searched[-1]).__name__
@@ -107,7 +109,11 @@ def _own_heads(model: nn.Module, path: str, table: Architecture) -> tuple[str, .
     """Heads that are part of the backbone: those of its table, or those that a model of timm tells."""
     known = trainable(model, path, table.own_heads)
     backbone: Any = original(model.get_submodule(path))
-    if known or not isinstance(getattr(backbone, "get_classifier", None), MethodType):
+    if known:
+        return known
+    if _has_task(backbone):  # a class for a task that holds no base model
+        return _nameable(model, _with_labels(model, path))
+    if not isinstance(getattr(backbone, "get_classifier", None), MethodType):
         return known
     told = (getattr(backbone, "pretrained_cfg", None) or {}).get("classifier") or ()
     found = trainable(model, path, [told] if isinstance(told, str) else told)
@@ -249,7 +255,7 @@ def _is_pretrained(module: nn.Module) -> bool:
     return isinstance(module, PreTrainedModel) or hasattr(module, "pretrained_cfg")  # timm's
 
 
-def _with_labels(model: nn.Module, outer: str, path: str) -> list[str]:
+def _with_labels(model: nn.Module, outer: str, path: str | None = None) -> list[str]:
     """Names of the modules in a model of transformers, outside the backbone, whose size is that of the labels.
 
     A second one is made for other labels, on the meta device, and compared.
@@ -269,7 +275,9 @@ def _with_labels(model: nn.Module, outer: str, path: str) -> list[str]:
     for name, parameter in module.named_parameters(remove_duplicate=False):
         plain = _plain(name)
         owner = join(outer, plain.rpartition(".")[0])
-        if shapes.get(plain, parameter.shape) == parameter.shape or is_in(owner, path) or owner == outer:
+        if shapes.get(plain, parameter.shape) == parameter.shape or owner == outer:
+            continue
+        if path is not None and is_in(owner, path):
             continue
         if not isinstance(original(model.get_submodule(owner)), nn.Embedding):
             names[owner] = None
