@@ -11,6 +11,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 import hf_visual_peft as hvp
+from hf_visual_peft.cli.main import main
 from hf_visual_peft.cli.roles import as_code, describe_roles, explain
 
 
@@ -215,3 +216,15 @@ def test_the_code_that_registers_what_was_found():
     assert "found by watching it run" in text
     assert "c.everything" in text
     assert "adaptformer" in explain(model)
+
+
+def test_the_commands(capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("timm")
+    assert main(["roles", "test_vit_relpos"]) == 0
+    shown = capsys.readouterr().out
+    assert "found by watching it run" in shown
+    assert "query='attn.qkv'" in shown or "query=('attn.qkv',)" in shown
+    assert main(["explain", "test_vit_relpos"]) == 0
+    assert "mlp" in capsys.readouterr().out
+    assert main(["roles", "no_such_model"]) == 1
+    assert "no_such_model" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from typing import Any
 
@@ -88,8 +89,14 @@ def backbone_path(model: nn.Module) -> str:
     around = [path]
     while around[-1]:
         around.append(around[-1].rpartition(".")[0])
-    pretrained = next((each for each in around if isinstance(model.get_submodule(each), PreTrainedModel)), None)
-    return path if pretrained is None else pretrained
+    pretrained = [each for each in around if isinstance(model.get_submodule(each), PreTrainedModel)]
+    taking = (each for each in pretrained if _takes_its_input(model.get_submodule(each)))
+    return next(taking, pretrained[0] if pretrained else path)
+
+
+def _takes_its_input(model: Any) -> bool:
+    """Whether a pretrained model takes what its class says, and not what another part of the model has made of it."""
+    return model.main_input_name in inspect.signature(model.forward).parameters
 
 
 def _require_plain(model: nn.Module, backbone: nn.Module) -> None:

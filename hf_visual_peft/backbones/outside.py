@@ -34,7 +34,7 @@ def input_modules(
     trace = ran.trace
     blocks = [path for names in lists.values() for path in names]
     calls = ran.calls()
-    first = min((calls[path] for path in blocks), key=lambda call: call.start)
+    first = calls[next(path for path in calls if path in set(blocks))]
     last = max((calls[path] for path in blocks), key=lambda call: call.end)
     entered = {each for index in first.inputs for each in trace.before(index)}
     stem = [

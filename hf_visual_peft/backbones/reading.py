@@ -84,7 +84,7 @@ def find_blocks(ran: Ran, modules: Mapping[str, nn.Module]) -> dict[str, list[st
     if not found:
         raise BackboneError(f"{type(ran.twin).__name__} has no parts that could be blocks.")
     lists: dict[str, list[str]] = {}
-    for path in sorted(found, key=lambda path: called[path].start):
+    for path in (path for path in called if path in found):
         lists.setdefault(path.rpartition(".")[0], []).append(path)
     order = {name: position for position, (name, _) in enumerate(ran.twin.named_modules())}
     return {name: sorted(paths, key=order.__getitem__) for name, paths in lists.items()}

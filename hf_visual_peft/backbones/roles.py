@@ -145,7 +145,7 @@ class BlockReader:
             self.why.append(f"its stream comes as the keyword {call.named!r}")
         else:
             shape = self.trace.nodes[call.stream].shape
-            if len(shape) in (3, 4):
+            if len(shape) in (2, 3, 4):
                 return shape
             self.why.append(f"its input has {len(shape)} dimensions")
         return None
@@ -248,6 +248,8 @@ class BlockReader:
         if not candidates:
             return None
         width = candidates[0]
+        if len(shape) == 2:
+            return ("tokens", width) if shape[1] == width else None
         if len(shape) == 3:
             # (batch, channels, positions) is no stream that methods know
             return ("tokens", width) if shape[2] == width else None
@@ -320,6 +322,9 @@ class BlockReader:
                 else:
                     sublayers = []
                     self.why.append("the stream after the MLP is read by no module that could be watched")
+        if len(self.trace.nodes[self.call.outputs[0]].shape) == 2:
+            self.why.append("its stream has no dimension for the batch")
+            sublayers = []
         inside = self._inside(sublayers, entrances, stream)
         if inside is None:
             sublayers = []

@@ -57,12 +57,15 @@ class Ran:
     def calls(self) -> dict[str, Call]:
         """The first call of each module, in order; in parts that were passed by, that of the one which has run."""
         found = self.trace.first_calls()
+        order = {path: (float(position), 0) for position, path in enumerate(found)}
         for skipped, like in self.skipped.items():
             call = found[skipped]
-            for path, inner in list(found.items()):
-                if path != like and is_in(path, like):
-                    found[skipped + path.removeprefix(like)] = replace(inner, start=call.start, end=call.end)
-        return dict(sorted(found.items(), key=lambda item: item[1].start))
+            inner = [path for path in found if path != like and is_in(path, like)]
+            for position, path in enumerate(inner, start=1):
+                name = skipped + path.removeprefix(like)
+                found[name] = replace(found[path], start=call.start, end=call.end)
+                order[name] = (order[skipped][0], position)
+        return dict(sorted(found.items(), key=lambda item: order[item[0]]))
 
     def as_run(self, path: str) -> str:
         """The module that has run in place of one; itself where it has run."""
@@ -140,8 +143,8 @@ def _inputs(twin: nn.Module, example: Any) -> Iterator[tuple[tuple, dict[str, An
     told: Any = getattr(twin, "default_cfg", None) or {}
     weight = next((p for p in twin.parameters() if p.is_floating_point()), None)
     made: dict[str, Any] = {} if weight is None else {"dtype": weight.dtype, "device": weight.device}
-    convolutions = [m for m in twin.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
-    channels = convolutions[0].in_channels if convolutions else getattr(config, "num_channels", None) or 3
+    first = next((m.in_channels for m in twin.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)), None)
+    channels = dict.fromkeys((first, getattr(config, "num_channels", None), *told.get("input_size", ())[:1], 3))
     sizes = list(_sizes(twin, config, told))
     name = getattr(twin, "main_input_name", None)
     names = list(inspect.signature(twin.forward).parameters)
@@ -149,13 +152,22 @@ def _inputs(twin: nn.Module, example: Any) -> Iterator[tuple[tuple, dict[str, An
         name = next((each for each in ("pixel_values", "pixel_values_videos", "x", "images") if each in names), None)
     frames = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", None)
     generator = torch.Generator().manual_seed(0)
-    for height, width in sizes:
-        shapes = [(1, channels, height, width)]
-        if isinstance(frames, int):
-            shapes.insert(0, (1, frames, channels, height, width))
-        for shape in shapes:
-            pixels = torch.randn(shape, generator=generator).to(**made)
-            yield ((), {name: pixels}) if name and hasattr(twin, "main_input_name") else ((pixels,), {})
+    if "grid_thw" in names:  # patches of several images in one row, as language models with images have them
+        yield (), {names[0]: _patches(twin, made), "grid_thw": torch.tensor([[1, 8, 8]], device=made.get("device"))}
+        return
+    shapes = [(1, count, *size) for count in channels if count for size in sizes]
+    if isinstance(frames, int):
+        shapes = [(1, frames, *shape[1:]) for shape in shapes] + shapes
+    for shape in shapes:
+        pixels = torch.randn(shape, generator=generator).to(**made)
+        yield ((), {name: pixels}) if name and hasattr(twin, "main_input_name") else ((pixels,), {})
+
+
+def _patches(twin: nn.Module, made: Mapping[str, Any]) -> Tensor:
+    """Patches, one a row, as wide as the first linear or convolution reads them."""
+    first = next(m for m in twin.modules() if isinstance(m, nn.Conv2d | nn.Conv3d | nn.Linear))
+    width = first.weight[0].numel()
+    return torch.randn(64, width, generator=torch.Generator().manual_seed(0)).to(**made)
 
 
 def _sizes(twin: nn.Module, config: Any, told: Mapping[str, Any]) -> Iterator[tuple[int, int]]:

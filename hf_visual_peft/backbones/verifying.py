@@ -49,7 +49,8 @@ def verified(ran: Ran, path: str, roles: BlockRoles) -> BlockRoles:
         raise BackboneError(f"{named} could not be run by itself to check what was found: {error}") from error
     reader = BlockReader(trace, dict(twin.named_modules()), "")
     again = reader.read()
-    if again != replace(roles, prompts=again.prompts):
+    # parts that blocks share have their names in the first of them
+    if again != replace(roles, prompts=again.prompts, operations=again.operations):
         different = [name for name, value in roles.as_fields().items() if value != again.as_fields()[name]]
         raise BackboneError(
             f"{type(block).__name__} ({path!r}) shows other roles on another input: {', '.join(different)}"
@@ -62,9 +63,12 @@ def verified(ran: Ran, path: str, roles: BlockRoles) -> BlockRoles:
     softmax = not _is_cosine(trace, seen) and not _mixes_heads(reader, trace, seen)
     equal = _equal_parts(trace, reader, roles, seen)
     prompts = None
-    if "attention" in roles.sublayers and softmax:
+    if "attention" in roles.sublayers:
         plain = roles.stream == "tokens" and not roles.post_norm
-        prompts = "sequence" if plain and _takes_more(twin, args, kwargs) else "keys"
+        if plain and _takes_more(twin, args, kwargs):
+            prompts = "sequence"
+        elif softmax:
+            prompts = "keys"
     return replace(roles, softmax=softmax, equal_parts=equal, prompts=prompts)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from ..backbones.architectures import Architecture
 from ..backbones.backbone import BackboneError, NoTokensError, VisionBackbone
 from ..sites import BranchSite, KeyValueSite, LogitSite, Placement, SideSite, TokenSite
 from .config import VisualPeftConfig
@@ -116,15 +117,19 @@ def _advice(config: VisualPeftConfig, whole: VisionBackbone) -> str:
 
 
 def _placements(config: VisualPeftConfig, selected: VisionBackbone, whole: VisionBackbone) -> Iterator[Placement]:
-    sublayers = {block.path: block.sublayers for block in selected.blocks}
+    blocks = {block.path: block for block in selected.blocks}
+    attends = any(block.roles["query"] for block in whole.blocks)
     for stage in selected.stages(whole) if config.per_stage else (selected,):
         for placement in config.placements(stage):
             site = placement.site
             if isinstance(site, BranchSite | TokenSite | LogitSite | KeyValueSite):
                 needed = site.sublayer if isinstance(site, BranchSite) else "attention"
-                if needed not in sublayers[placement.path]:
+                block = blocks[placement.path]
+                # beside blocks with attention, those that mix tokens in another way have nothing for it
+                without = attends and not block.roles["query"] and not isinstance(site, BranchSite)
+                if needed not in block.sublayers or without:
                     continue
-                _check_block_site(config, whole, site)
+                _check_block_site(config, whole, block.table or whole.architecture, site)
             if isinstance(site, SideSite) and site.needs_pixels and whole.architecture.grid == "spatial_shapes":
                 raise ValueError(
                     f"{type(config).__name__} does not fit {whole.class_name}: its input is patches, not images."
@@ -143,14 +148,17 @@ _PROMPTS = (
 
 
 def _check_block_site(
-    config: VisualPeftConfig, backbone: VisionBackbone, site: BranchSite | TokenSite | LogitSite | KeyValueSite
+    config: VisualPeftConfig,
+    backbone: VisionBackbone,
+    table: Architecture,
+    site: BranchSite | TokenSite | LogitSite | KeyValueSite,
 ) -> None:
-    """Refuse a site that the architecture's blocks do not support.
+    """Refuse a site that a block with this table does not support.
 
     Raises:
         ValueError: the site is not supported.
     """
-    table, name = backbone.architecture, f"{type(config).__name__} does not fit {backbone.class_name}"
+    name = f"{type(config).__name__} does not fit {backbone.class_name}"
     if isinstance(site, TokenSite | KeyValueSite):
         if table.prompts is None:
             advice = _PROMPTS if table.softmax else ""
