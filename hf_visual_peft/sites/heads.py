@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mixed import index_of
+from .mixed import MixedBatch, index_of
 
 
-if TYPE_CHECKING:
-    from .exchange import Exchange
+class PassState(Protocol):
+    """What a head reads of the `Exchange` of its model."""
+
+    for_heads: dict[str, dict[str, HeadPart]]
+    frames: int | None
+    mixed: MixedBatch | None
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class HeadWatch:
         path: name of the head in it.
     """
 
-    exchange: Exchange
+    exchange: PassState
     path: str
 
     def before(self, module: nn.Module, args: tuple) -> tuple | None:
