@@ -328,11 +328,18 @@ def _pose():
     return tf.VitPoseForPoseEstimation(config)
 
 
+def _clipseg():
+    text = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    sizes = {"extract_layers": [0, 1], "reduce_dim": 8, "decoder_num_attention_heads": 2, "projection_dim": 8}
+    config = tf.CLIPSegConfig(vision_config=VIT, text_config=text, decoder_intermediate_size=8, **sizes)
+    return tf.CLIPSegForImageSegmentation(config)
+
+
 @pytest.mark.parametrize(
     ("make", "path", "heads"),
-    [(_eomt, "", ("class_predictor",)), (_pose, "backbone", ("head",))],
-    ids=["eomt", "pose"],
+    [(_eomt, "", ("class_predictor",)), (_pose, "backbone", ("head",)), (_clipseg, "clip.vision_model", ("decoder",))],
+    ids=["eomt", "pose", "clipseg"],
 )
-def test_heads_around_and_in_backbones_without_a_table(make, path, heads):
+def test_heads_around_and_in_backbones_of_all_kinds(make, path, heads):
     found = hvp.find_backbone(make())
     assert (found.path, found.heads, found.dense) == (path, heads, True)

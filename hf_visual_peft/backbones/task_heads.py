@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -252,7 +253,10 @@ def twins(model: nn.Module, heads: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _is_pretrained(module: nn.Module) -> bool:
-    return isinstance(module, PreTrainedModel) or hasattr(module, "pretrained_cfg")  # timm's
+    """Whether a module is a model of its own: one of timm, or one of transformers that takes images or words."""
+    if isinstance(module, PreTrainedModel):  # parts of larger ones, as CLIPSeg's decoder, take hidden states
+        return module.main_input_name in inspect.signature(module.forward).parameters
+    return hasattr(module, "pretrained_cfg")
 
 
 def _with_labels(model: nn.Module, outer: str, path: str | None = None) -> list[str]:
