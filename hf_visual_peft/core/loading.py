@@ -1,4 +1,4 @@
-"""The weights of a file, brought to the model that they are loaded into, or why they do not fit it."""
+"""Maps the weights of a file to the model that they are loaded into, or explains why they do not fit."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 
 def across_heads(model: nn.Module, weights: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
-    """Give weights the names they have where the backbone stands alone, or in a model with a head.
+    """Rename weights between a bare backbone and a model with a head.
 
     transformers does the same for a checkpoint by the model's `base_model_prefix`: `vit.layers.0` of a classifier is
-    `layers.0` of the bare backbone. A key that is expected stays, and so does one that this leads to nothing.
+    `layers.0` of the bare backbone. An expected key stays, and so does a key that this does not map to an expected
+    one.
 
     Args:
         model: with the adapter's layers in it.
@@ -42,7 +43,7 @@ def across_heads(model: nn.Module, weights: Mapping[str, Tensor], expected: Coll
 
 
 def without_layers(weights: Mapping[str, Tensor], copied: Collection[str]) -> dict[str, Tensor]:
-    """The weights of an adapter, those of copies by the names that their modules have without layers around them.
+    """The weights of an adapter; those of copies have the names of their modules without layers around them.
 
     Args:
         weights: of the adapter's file.
@@ -53,7 +54,7 @@ def without_layers(weights: Mapping[str, Tensor], copied: Collection[str]) -> di
 
 
 def copies_of(model: nn.Module, adapter_name: str) -> dict[str, dict[str, str]]:
-    """For each module of which an adapter trains a copy: its weights in a file, by their names in the model.
+    """For each module with a copy of an adapter: its names in a file, by its names in the model.
 
     A file has the names without layers around the module, as `without_layers` makes them.
 
@@ -73,9 +74,9 @@ def copies_of(model: nn.Module, adapter_name: str) -> dict[str, dict[str, str]]:
 def with_copies(
     model: nn.Module, config: VisualPeftConfig, adapter_name: str, weights: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Give the weights of copies the names that they have in the model.
+    """Rename the weights of copies to their names in the model.
 
-    An adapter that was trained without a task head goes beside the head that the model has.
+    An adapter that was trained without a task head keeps the head of the model.
 
     Args:
         model: with the adapter.
@@ -84,7 +85,7 @@ def with_copies(
         weights: of its file.
 
     Returns:
-        The weights, and what is wrong with those of copies.
+        The weights, and the errors of those of copies.
     """
     weights = dict(weights)
     wrong = []

@@ -1,4 +1,4 @@
-"""Going back to what a model was, where putting an adapter in fails half-way."""
+"""Restores a model if putting an adapter in fails half-way."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import nn
 
 
 class Structure:
-    """What modules stand in a model, with their hooks and attributes, as it is now. Values of tensors are no part.
+    """A snapshot of the modules of a model with their hooks and attributes, without the values of tensors.
 
     Args:
         model: the model.
-        others: objects besides, whose attributes belong to it.
+        others: other objects whose attributes belong to the snapshot.
     """
 
     def __init__(self, model: nn.Module, *others: object) -> None:
@@ -21,7 +21,7 @@ class Structure:
         self._trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
     def restore(self) -> None:
-        """Make the model what it was."""
+        """Restore the model."""
         for each, kind, contents in self._objects:
             if type(each) is not kind:
                 each.__class__ = kind
@@ -44,6 +44,6 @@ def _contents(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
 
 
 def _refill(container: Any, contents: Any) -> None:
-    # the same object: who holds a hook finds it by the dictionary that the hook is in
+    # keep the same dictionary object, through which handles of hooks find their hooks
     container.clear()
     container.extend(contents) if isinstance(container, list) else container.update(contents)

@@ -1,4 +1,4 @@
-"""The site of networks beside the backbone: what they read at a block, and how they go on to the next."""
+"""The site of side networks: what they read at a block, and how their state passes to the next."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SideSite(Site):
-    """A piece of a network beside the backbone, behind a block.
+    """A piece of a side network, after a block.
 
-    The equation is called with its state, as the piece at the block before has left it (None in the first piece), and
-    a `Tap` of the block. It returns the new state and what is to be added to the block's output, or None. All blocks
-    of the backbone take part: those without a piece only hand the state on.
+    The equation is called with the state from the piece before (None in the first piece), and a `Tap` of the block. It
+    returns the new state and an addition to the block's output, or None. Blocks without a piece only pass the state
+    on.
 
     Attributes:
-        reads: which streams the tap holds: those before the block, between its attention and its MLP, and behind it.
-        frozen: whether no gradient crosses the block. It then runs without being recorded and in eval mode.
-        ends: whether the state behind the method's last piece takes the place of what the backbone's last block
-            returns; it is (batch, tokens, width) like that.
-        adds: whether, where it `ends`, that state is added to what the last block returns instead.
-        aligned: whether the state has one row for each token, (batch, tokens, channels). Where blocks have fewer
-            tokens than those before, it comes to them averaged over the cells that became one.
-        needs_layout: whether the tap tells how the tokens lie in the image.
-        needs_pixels: whether it holds the images.
-        needs_mask: whether it tells which tokens are padding.
-        asks: whether it holds a function that takes further tokens through the block.
-        enters: whether the equation has a method `enter`, too, which is called before the block in the same way: with
-            the state, and a tap that holds the stream before the block. What it adds is added to that stream.
-        keeps: whether the state behind the last block is kept for who asks for it (`Exchange.collecting`).
-        heads: how the state behind the last block reaches the task heads, if it does.
-        takes: whether there is a state to take; the core sets this and the next two.
+        reads: the streams in the tap: before the block, between its attention and its MLP, and after (behind) it.
+        frozen: whether no gradient crosses the block. It then runs without autograd and in eval mode.
+        ends: whether the state after the last piece, (batch, tokens, width), replaces the output of the backbone's
+            last block.
+        adds: whether, if it `ends`, that state is added to the output of the last block instead.
+        aligned: whether the state has one row for each token, (batch, tokens, channels). Before blocks with fewer
+            tokens it is averaged over the cells that are merged.
+        needs_layout: whether the tap has the layout of the tokens in the image.
+        needs_pixels: whether the tap has the images.
+        needs_mask: whether the tap says which tokens are padding.
+        asks: whether the tap has a function that runs extra tokens through the block.
+        enters: whether the equation also has a method `enter`, which is called before the block in the same way: with
+            the state, and a tap with the stream before the block. Its addition is added to that stream.
+        keeps: whether the state after the last block is kept for `Exchange.collecting`.
+        heads: how the state after the last block reaches the task heads, if it does.
+        takes: whether there is an earlier state; the core sets this and the next two.
         hands_on: whether a block follows.
-        exits: whether the state is the backbone's result here.
+        exits: whether the state becomes the backbone's output here.
     """
 
     reads: tuple[Literal["before", "between", "behind"], ...] = ("behind",)
@@ -68,20 +68,19 @@ class SideSite(Site):
 
 @dataclass(frozen=True)
 class Tap:
-    """What a side network sees of a block.
+    """What a side network can read at a block.
 
     Attributes:
-        before: the stream as it comes to the block, (batch, tokens, width), if the site reads it.
+        before: the stream before the block, (batch, tokens, width), if the site reads it.
         between: the stream between attention and MLP.
-        behind: the stream as it leaves the block.
-        layout: how the tokens behind the block lie in the image, if the site needs it.
+        behind: the stream after the block.
+        layout: of the tokens after the block, if the site needs it.
         pixels: the images, (batch, channels, height, width), if the site needs them.
-        tokens: what the block has made of the tokens that the adapter put into it (`TokenSite`), (batch, tokens,
-            width).
-        ask: what the block makes of further tokens, (batch, tokens, width) to the same, if the site asks. They see the
-            block's own tokens only, and these do not see them.
-        seen: which tokens that come to the block are no padding, (batch or 1, tokens), boolean, if the site needs it;
-            None where all are.
+        tokens: the block's output for the adapter's own tokens (`TokenSite`), (batch, tokens, width).
+        ask: runs extra tokens through the block, (batch, tokens, width) to the same shape, if the site asks for it.
+            They attend only to the block's own tokens, which do not attend to them.
+        seen: which tokens before the block are not padding, (batch or 1, tokens), boolean, if the site needs it; None
+            if all are.
     """
 
     before: Tensor | None = None
@@ -95,12 +94,12 @@ class Tap:
 
 
 def resized(state: Tensor, before: TokenLayout, now: TokenLayout) -> Tensor:
-    """The state of a side network on the tokens of another stage: averages over the cells that became one.
+    """The state of a side network on the tokens of the next stage: averages over the cells that are merged.
 
     Args:
         state: (batch, tokens, channels) on the tokens of `before`.
-        before: how these lie in the image.
-        now: how the new ones do. Prefix tokens that are new get the mean over all cells.
+        before: layout of these tokens.
+        now: layout of the new tokens. New prefix tokens get the mean over all cells.
     """
     assert now.grid is not None
     prefix, maps = before.split(state)
@@ -124,7 +123,7 @@ def call_piece(
         enter: whether it is at the entrance of the block.
 
     Returns:
-        The new state, in the piece's dtype, and what is added to the block's output, in that of the stream.
+        The new state, in the piece's dtype, and the addition to the block's output, in the dtype of the stream.
     """
     module: Any = equation.module
     streams = [x for x in (tap.behind, tap.before) if x is not None]
@@ -144,9 +143,9 @@ def call_piece(
 
 
 def modules_before(model: nn.Module, backbone: VisionBackbone) -> list[nn.Module]:
-    """The modules of a backbone that it has before its first block, as embeddings and dropouts.
+    """The modules of a backbone before its first block, such as embeddings and dropouts.
 
-    Those between stages are not among them: they stay in the model's mode.
+    Modules between stages do not count: they stay in the model's mode.
     """
     found: list[nn.Module] = []
     parent = model.get_submodule(backbone.path)
