@@ -167,7 +167,11 @@ class PrefixConfig(VisualPeftConfig):
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """In the attention of every block that has one."""
-        blocks = [block for block in backbone.blocks if block.roles["query"] and "attention" in block.sublayers]
+        blocks = [
+            block
+            for block in backbone.blocks
+            if all(block.roles[role] for role in ("query", "key", "value")) and "attention" in block.sublayers
+        ]
         network = None
         if self.reparam_dim is not None:
             sizes = [size for block in blocks for size in _widths(block, backbone)]
