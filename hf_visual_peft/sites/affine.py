@@ -42,23 +42,22 @@ def is_linear_in_weight(module: nn.Module) -> bool:
         module: of any class; True for those of torch, and if the module cannot be tested.
     """
     weight = getattr(module, "weight", None)
-    convolution = isinstance(module, nn.modules.conv._ConvNd)
     if type(module).__module__.startswith("torch.nn.") or not isinstance(weight, Tensor):
         return True
-    if not convolution and not isinstance(module, nn.Linear):
-        return True
-    generator = torch.Generator().manual_seed(0)
-    if convolution:
+    shape: tuple[int, ...]
+    if isinstance(module, nn.modules.conv._ConvNd):
         spans = zip(module.kernel_size, module.dilation, strict=True)
         shape = (1, module.in_channels, *((size - 1) * step + 1 for size, step in spans))
+    elif isinstance(module, nn.Linear):
+        shape = (1, module.in_features)
     else:
-        shape = (1, module.in_features)  # type: ignore[assignment]
-    x, new = torch.rand(shape, generator=generator), torch.rand(weight.shape, generator=generator)
-    outputs = [_call(module, {**_zeros(module), "weight": factor * new}, x) for factor in (1.0, 2.0)]
-    if any(output is None for output in outputs):
         return True
-    one, two = outputs
-    return torch.allclose(2 * one, two, rtol=1e-4, atol=1e-5 * float(two.abs().max()))  # type: ignore[operator,union-attr]
+    generator = torch.Generator().manual_seed(0)
+    x, new = torch.rand(shape, generator=generator), torch.rand(weight.shape, generator=generator)
+    one, two = (_call(module, {**_zeros(module), "weight": factor * new}, x) for factor in (1.0, 2.0))
+    if one is None or two is None:
+        return True
+    return torch.allclose(2 * one, two, rtol=1e-4, atol=1e-5 * float(two.abs().max()))
 
 
 _FIRST: dict[type, bool] = {}
