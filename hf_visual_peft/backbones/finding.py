@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .architectures import Architecture
+from .architectures import Architecture, is_own
 from .backbone import (
     BLOCK_ROLES,
     NORM_ROLES,
@@ -22,7 +22,7 @@ from .backbone import (
     unwrapped,
 )
 from .choosing import REMEDY, choose
-from .found import find_unlisted
+from .found import find_unlisted, look_at
 from .paths import existing, join, original
 from .probing import probe
 from .task_heads import TaskHeads, heads_around, twins
@@ -49,8 +49,19 @@ def find_backbone(model: nn.Module, backbone: str | None = None, *, example_inpu
     """
     choice = choose(model, backbone)
     if choice is None:
-        choice = find_unlisted(model, backbone, example_inputs)
-    return _Resolver(model, *choice).resolve()
+        return _Resolver(model, *find_unlisted(model, backbone, example_inputs)).resolve()
+    try:
+        return _Resolver(model, *choice).resolve()
+    except BackboneError:
+        path, module, table = choice
+        if not is_own(table) or table.remedy:
+            raise
+        # a class for several architectures, of which the table knows one
+        try:
+            return _Resolver(model, path, module, look_at(model, path, example_inputs).table).resolve()
+        except BackboneError:
+            pass
+        raise
 
 
 _OPERATIONS = (

@@ -88,6 +88,8 @@ def grid_of(
     if streams != {"tokens"}:
         return ("map" if "tokens" not in streams and _are_maps(ran, blocks, roles) else None), 0
     unknown = (None, prefix_joined(ran, blocks[0]))
+    if any(parameter.is_meta for parameter in ran.twin.parameters()):
+        return unknown  # nothing has numbers
     patch = [ran.twin.get_submodule(path) for path in patch_embedding]
     if not patch or not isinstance(patch[0], nn.Conv2d | nn.Conv3d):
         return unknown
@@ -118,7 +120,7 @@ def _are_maps(ran: Ran, blocks: Sequence[str], roles: Mapping[str, BlockRoles]) 
     index = next((i for i, each in enumerate(ran.args) if isinstance(each, Tensor) and each.ndim == 4), None)
     name = next((n for n, each in ran.kwargs.items() if isinstance(each, Tensor) and each.ndim == 4), None)
     pixels = ran.args[index] if index is not None else ran.kwargs.get(name or "")
-    if pixels is None:
+    if pixels is None or pixels.is_meta:
         return False
     watched = [path for path in dict.fromkeys(map(ran.as_run, blocks)) if roles[path].sublayers]
     base = _streams(ran, watched, index, name, pixels)

@@ -391,6 +391,9 @@ class BlockReader:
     def _mlp_roles(self, branch: Branch, width: int) -> dict[str, tuple[str, ...]]:
         first, last = self._forward(branch.stream, branch.nodes), self._back(branch.added, branch.nodes)
         sizes = [linear_sizes(self.modules[path]) for path in (*first, *last)]
+        written = {path for out, path in self.projections.items() if out in self.trace.overwritten}
+        if written & {*first, *last}:  # what methods keep of a linear's output would change
+            return {}
         fits = len(last) == 1 and 1 <= len(first) <= 2 and not set(first) & set(last) and all(sizes)
         if not fits or sizes[-1][0] != width or any(size[1] != width for size in sizes[:-1]):  # type: ignore[index]
             return {}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backbone import BackboneError
+from .backbone import BLOCK_ROLES, BackboneError
 from .roles import BlockReader, BlockRoles
 from .running import Ran
 from .watching import Attention, Trace, watch
@@ -40,21 +40,18 @@ def verified(ran: Ran, path: str, roles: BlockRoles) -> BlockRoles:
         return roles
     block = ran.twin.get_submodule(path)
     if path not in ran.given:
-        return replace(roles, softmax=False, prompts=None, equal_parts=False)
+        return _unverified(roles, "it was not called by itself")
     twin, args, kwargs = _other(block, *ran.given[path])
     try:
         trace = watch(twin, args, kwargs, keep=True)
-    except Exception as error:
-        named = f"{type(block).__name__} ({path!r})"
-        raise BackboneError(f"{named} could not be run by itself to check what was found: {error}") from error
+    except Exception as error:  # it needs what only the whole model has
+        return _unverified(roles, f"it does not run by itself: {type(error).__name__}")
     reader = BlockReader(trace, dict(twin.named_modules()), "")
     again = reader.read()
     # parts that blocks share have their names in the first of them
     if again != replace(roles, prompts=again.prompts, operations=again.operations):
         different = [name for name, value in roles.as_fields().items() if value != again.as_fields()[name]]
-        raise BackboneError(
-            f"{type(block).__name__} ({path!r}) shows other roles on another input: {', '.join(different)}"
-        )
+        return _unverified(roles, f"it shows other roles on another input: {', '.join(different)}")
     if roles.sublayers:
         _require_sum(reader, trace, path, block)
     if not roles.query:
@@ -70,6 +67,14 @@ def verified(ran: Ran, path: str, roles: BlockRoles) -> BlockRoles:
         elif softmax:
             prompts = "keys"
     return replace(roles, softmax=softmax, equal_parts=equal, prompts=prompts)
+
+
+def _unverified(roles: BlockRoles, why: str) -> BlockRoles:
+    """A block whose roles are not sure: all that is left are operations."""
+    named = [path for role in BLOCK_ROLES for path in getattr(roles, role)]
+    operations = tuple(dict.fromkeys((*named, *roles.operations)))
+    seen = "; ".join(filter(None, (roles.seen, why)))
+    return BlockRoles(operations=operations, drop_path=roles.drop_path, pools=roles.pools, seen=seen)
 
 
 def _attentions(reader: BlockReader, trace: Trace) -> list[Attention]:
@@ -91,14 +96,15 @@ def _other(block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[nn
     for module in twin.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point():
-                module._buffers[name] = buffer.float().cpu()
+                here = torch.zeros_like(buffer, device="cpu") if buffer.is_meta else buffer.cpu()
+                module._buffers[name] = here.float()
     memory: dict[int, Tensor] = {}
 
     def full(value: Any) -> Any:
         if isinstance(value, Tensor):
             if id(value) not in memory:
-                value_cpu = value.detach().cpu()
-                memory[id(value)] = value_cpu.float() if value.is_floating_point() else value_cpu
+                here = torch.zeros_like(value, device="cpu") if value.is_meta else value.detach().cpu()
+                memory[id(value)] = here.float() if here.is_floating_point() else here
             return memory[id(value)]
         if isinstance(value, tuple | list):
             return type(value)(map(full, value)) if type(value) in (tuple, list) else value

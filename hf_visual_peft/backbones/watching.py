@@ -137,7 +137,8 @@ class Trace:
         pixels: indices of the model's inputs.
         answers: indices of the model's output tensors.
         error: the error that stopped the run, if any.
-        values: the tensors of some nodes, if requested.
+        values: the tensors of all nodes, where they were asked for.
+        overwritten: nodes whose tensor something writes into after.
     """
 
     nodes: list[Node] = field(default_factory=list)
@@ -147,6 +148,7 @@ class Trace:
     pixels: tuple[int, ...] = ()
     answers: tuple[int, ...] = ()
     values: dict[int, Tensor] = field(default_factory=dict)
+    overwritten: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._users: list[list[int]] | None = None
@@ -239,6 +241,8 @@ class _Recorder(TorchDispatchMode):
         if self.keep and func._schema.is_mutable and args and isinstance(args[0], Tensor):
             for index in self._stored.pop(_storage(args[0]), ()):  # these are written in place
                 self.trace.values[index] = self.trace.values[index].clone()
+        if func._schema.is_mutable and args and isinstance(args[0], Tensor):
+            self.trace.overwritten.add(self.index(args[0]))
         output = func(*args, **kwargs)
         read: list[int] = []
         for tensor in tensors_in((args, kwargs)):

@@ -18,8 +18,15 @@ from .timm_models import TIMM
 from .torch_attention import TORCH_ATTENTION
 
 
-for _table in (*PLAIN, *HIERARCHICAL, *CONVOLUTIONAL, *TIMM, *TORCH_ATTENTION):
+_OWN = (*PLAIN, *HIERARCHICAL, *CONVOLUTIONAL, *TIMM, *TORCH_ATTENTION)
+for _table in _OWN:
     register_architecture(_table)
+
+
+def is_own(table: Architecture) -> bool:
+    """Whether a role table comes with this library, and was not registered by a user."""
+    return any(table is each for each in _OWN)
+
 
 __all__ = [
     "Architecture",
@@ -28,6 +35,7 @@ __all__ = [
     "Stream",
     "architecture_of",
     "heads_of",
+    "is_own",
     "known_backbones",
     "register_architecture",
     "register_heads",
