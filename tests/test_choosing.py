@@ -141,7 +141,50 @@ def test_towers_of_a_multimodal_model():
         hvp.find_backbone(model)
     for tower in ("video_tower", "image_tower"):
         assert hvp.find_backbone(model, f"model.{tower}").path == f"model.{tower}"
-    with pytest.raises(hvp.BackboneError, match=r"several vision backbones in 'model'"):
+    with pytest.raises(hvp.BackboneError, match=r"'model' of VideoLlava.* several vision backbones"):
         hvp.find_backbone(model, "model")
     with pytest.raises(hvp.BackboneError, match=r"'model.language_model' in VideoLlava"):
         hvp.find_backbone(model, "model.language_model")
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+class Unlisted(nn.Module):
+    """A network of a class that no table knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 8, 8)
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        for layer in self.layers:
+            x = layer(x)
+        return x.mean(dim=1)
+
+
+class TwoUnlisted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = Unlisted(), Unlisted()
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x):
+        return self.head(torch.cat([self.left(x), self.right(x)], dim=1))
+
+
+def test_a_path_chooses_among_networks_without_a_table():
+    model = TwoUnlisted()
+    with pytest.raises(hvp.BackboneError, match=r"several .*'left' \(Unlisted\), 'right'.*backbone='left'"):
+        get_peft_model(model, hvp.SSFConfig())
+    adapted = get_peft_model(model, hvp.SSFConfig(backbone="right", modules_to_save=[]))
+    assert adapted_below(adapted) == {"right"}
+    adapted(torch.randn(1, 3, 32, 32)).sum().backward()

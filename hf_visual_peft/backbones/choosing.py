@@ -23,6 +23,10 @@ REMEDY = (
     "hf_visual_peft.register_architecture(hf_visual_peft.Architecture(backbones=('MyViT',), blocks='blocks', "
     "patch_embedding='patch_embed', ...))."
 )
+_SEVERAL = (
+    "{outer} holds several vision backbones: {names}. Choose one by its path: backbone={first!r} in the config, or "
+    "with_visual_targets(config, model, backbone={first!r}) for peft's own methods."
+)
 _PIXELS = (1, 3, 4)  # channels of images
 _LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
@@ -46,12 +50,8 @@ def choose(model: nn.Module, named: str | None = None) -> Choice | None:
         taken = _taken(model)
         found = [choice for choice in known if is_in(choice[0], taken)] if taken is not None else found
     if len(found) > 1:
-        inside = f" in {named!r}" if named else ""
-        raise BackboneError(
-            f"{type(model).__name__} holds several vision backbones{inside}: {_listed(found)}. Choose one by its "
-            f"path: backbone={found[0][0]!r} in the config, or with_visual_targets(config, model, "
-            f"backbone={found[0][0]!r}) for peft's own methods."
-        )
+        outer = f"{named!r} of {type(model).__name__}" if named else type(model).__name__
+        raise BackboneError(_SEVERAL.format(outer=outer, names=_listed(found), first=found[0][0]))
     return found[0] if found else None
 
 
@@ -124,6 +124,9 @@ def tower_in(model: nn.Module) -> str:
 
     It is the smallest module that holds blocks and either embeds pixels by a convolution or is a pretrained model with
     pixels as input; of several, the one that a config calls its vision part.
+
+    Raises:
+        BackboneError: several of one class could be meant.
     """
     modules = dict(model.named_modules())
     pixels = [path for path, module in modules.items() if _embeds_pixels(module)]
@@ -137,7 +140,12 @@ def tower_in(model: nn.Module) -> str:
     ]
     smallest = [path for path in around if not any(is_in(other, path) and other != path for other in around)]
     told = [path for path in smallest if _is_told(modules, path)]
-    return max(told or smallest, key=lambda path: path.count(".") + bool(path), default="")
+    path = max(told or smallest, key=lambda path: path.count(".") + bool(path), default="")
+    alike = [other for other in told or smallest if type(modules[other]) is type(modules[path])]
+    if len(alike) > 1:
+        names = ", ".join(f"{other!r} ({type(modules[other]).__name__})" for other in alike)
+        raise BackboneError(_SEVERAL.format(outer=type(model).__name__, names=names, first=alike[0]))
+    return path
 
 
 def _is_told(modules: Mapping[str, nn.Module], path: str) -> bool:
