@@ -95,8 +95,9 @@ def backbone_path(model: nn.Module) -> str:
 
 
 def _takes_its_input(model: Any) -> bool:
-    """Whether a pretrained model takes what its class says, and not what another part of the model has made of it."""
-    return model.main_input_name in inspect.signature(model.forward).parameters
+    """Whether a pretrained model takes pixels or what its class says, and not what another part has made of it."""
+    names = inspect.signature(model.forward).parameters
+    return model.main_input_name in names or any(name.startswith("pixel_values") for name in names)
 
 
 def _require_plain(model: nn.Module, backbone: nn.Module) -> None:
