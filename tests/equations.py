@@ -19,6 +19,7 @@ def weights_of(model, slot):
     found = {}
     for name, parameter in model.named_parameters():
         head, _, tail = name.partition(f".{slot}.default.")
+        head = head.removesuffix(".adapters")
         if tail:
             found.setdefault(int(head.rsplit(".", 1)[1]) if head[-1].isdigit() else head, {})[tail] = parameter
     return found

@@ -104,7 +104,8 @@ def adapter_of(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
         head, method, tail = full.removeprefix("base_model.model.").partition(f".{name}_")
         if not method:
             continue
-        head = roles[head.replace(".base_layer", "")]
+        head = roles[head.replace(".base_layer", "").removesuffix(".adapters")]
+        head = head.partition(".")[0] if name == "hst" else head  # whose norms are told apart by their slots
         tail = tail.replace(".default.", ".")
         if name == "partial" and head.isdigit():  # a copy of a block, whose modules have roles, too
             path, _, kind = tail.removeprefix("copy.").rpartition(".")

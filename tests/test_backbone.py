@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from families import DEPTH, FAMILIES, PATCH, WIDTH
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import nn
 from transformers import BertConfig, BertModel, ViTConfig, ViTForImageClassification, ViTModel
 
@@ -216,19 +216,6 @@ def test_table_that_contradicts_the_model():
         get_peft_model(OwnClassifier(), VPTConfig())
     with pytest.raises(ValueError, match="Architecture.backbones is empty"):
         hf_visual_peft.register_architecture(dataclasses.replace(OWN, backbones=()))
-
-
-def test_sites_that_another_adapter_holds():
-    model = get_peft_model(FAMILIES["vit"].model(), LoraConfig(target_modules=["q_proj"])).get_base_model()
-    with (
-        pytest.raises(ValueError, match=r"already belongs to another adapter \(Linear\)"),
-        pytest.warns(UserWarning, match="modify a model with PEFT for a second time"),
-    ):
-        get_peft_model(model, SSFConfig())
-    model = FAMILIES["vit"].model()
-    model.add_adapter(VPTConfig(), adapter_name="prompts")
-    with pytest.raises(ValueError, match=r"'vit.layers.0' already belongs to another adapter \(BlockLayer\)"):
-        model.add_adapter(SSFConfig(), adapter_name="scales")
 
 
 @torch.no_grad()

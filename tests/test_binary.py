@@ -322,7 +322,7 @@ def test_initialisation(config_cls):
 
 def test_dropout_acts_in_the_bottleneck():
     model = get_peft_model(FAMILIES["vit"].model(), BiAdaptFormerConfig(r=8, dropout=0.5, init_weights=False))
-    equation = model.get_base_model().vit.layers[0].biadaptformer_mlp["default"].train()
+    equation = model.get_base_model().vit.layers[0].adapters.biadaptformer_mlp["default"].train()
     x = torch.randn(2, 5, WIDTH)
     torch.manual_seed(4)
     actual = equation(x)

@@ -28,7 +28,7 @@ import hf_visual_peft
 from hf_visual_peft.coverage.cell import first_sentence
 from hf_visual_peft.coverage.report import read_json
 from hf_visual_peft.coverage.sizes import small_fields
-from hf_visual_peft.sites import BlockLayer, LogitSite, VisualTunerLayer
+from hf_visual_peft.sites import BlockAdapters, LogitSite, VisualTunerLayer
 
 
 CORE = ("vit", "beit", "dinov2_registers")
@@ -139,7 +139,7 @@ def fresh(method, fields, family, base=None, **kwargs):
 
 def sites_of(model):
     layers = (module for module in model.modules() if isinstance(module, VisualTunerLayer))
-    return [site for layer in layers for plan in layer.plans.values() for _, site, _ in plan]
+    return [site for layer in layers for plan in layer.plans.values() for _, site, *_ in plan]
 
 
 @torch.no_grad()
@@ -394,7 +394,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(method, fields, family)
 
     plain = gradients()
     base = model.get_base_model()
-    bypassed = sum(isinstance(module, BlockLayer) and module.bypassed for module in model.modules())
+    bypassed = sum(isinstance(module, BlockAdapters) and module.bypassed for module in model.modules())
     for reentrant in (False, True):
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         if reentrant:  # checkpoints then pass gradients on only if their input has some

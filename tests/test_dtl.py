@@ -14,7 +14,7 @@ from torch import nn
 
 from hf_visual_peft import DTLConfig
 from hf_visual_peft.methods.side.dtl import CompactPiece
-from hf_visual_peft.sites import BlockLayer, Tap
+from hf_visual_peft.sites import BlockAdapters, Tap
 
 
 def swish(h, beta):
@@ -127,11 +127,11 @@ def test_gradients_cross_only_blocks_behind_the_first_addition(add_from):
     first = 1 if add_from is None else add_from
     recorded, trains, came = [], [], []
     for layer in model.modules():
-        if isinstance(layer, BlockLayer):
-            linear = next(m for m in layer.base_layer.modules() if isinstance(m, nn.Linear))
+        if isinstance(layer, BlockAdapters):
+            linear = next(m for m in layer.get_base_layer().modules() if isinstance(m, nn.Linear))
             linear.register_forward_hook(lambda module, args, output: recorded.append(torch.is_grad_enabled()))
-            trains.append(layer.base_layer.training)
-            layer.register_forward_pre_hook(lambda module, args: came.append(args[0].requires_grad))
+            trains.append(layer.get_base_layer().training)
+            layer.get_base_layer().register_forward_pre_hook(lambda module, args: came.append(args[0].requires_grad))
     model(**images(2)).logits.sum().backward()
     expected = [index > first for index in range(3)]
     assert recorded == trains == came == expected

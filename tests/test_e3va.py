@@ -12,7 +12,7 @@ from plain_swin import pieces_of, pooled, run_swin, swin_with
 from side_networks import kept, vit
 
 from hf_visual_peft import E3VAConfig
-from hf_visual_peft.sites import BlockLayer
+from hf_visual_peft.sites import BlockAdapters
 
 
 def adapter(x, w, which):
@@ -113,9 +113,11 @@ def test_no_gradient_crosses_the_blocks():
     model = get_peft_model(vit(), E3VAConfig(r=6, rank=3, init_weights=False)).train()
     came = []
     for layer in model.modules():
-        if isinstance(layer, BlockLayer):
-            layer.base_layer.register_forward_hook(lambda module, args, output: came.append(args[0].requires_grad))
-            assert not layer.base_layer.training
+        if isinstance(layer, BlockAdapters):
+            layer.get_base_layer().register_forward_hook(
+                lambda module, args, output: came.append(args[0].requires_grad)
+            )
+            assert not layer.get_base_layer().training
     model(**images(2)).logits.sum().backward()
     assert came == [False] * 3
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -124,7 +124,7 @@ def test_a_file_of_other_weights_is_computed_again(tmp_path, reference):
     mine = fill(tmp_path)
     model = build("lst")
     with torch.no_grad():
-        model.base_model.model.vit.layers[0].base_layer.mlp.fc1.weight.add_(0.1)
+        model.base_model.model.vit.layers[0].mlp.fc1.weight.add_(0.1)
     other = cache_of(model, tmp_path).cached(Pictures(), name="train", key="a")
     assert other.shards.folder != mine.shards.folder
     shutil.copy(files_of(other)[2], files_of(mine)[2])

@@ -88,7 +88,7 @@ def weights_of(model: nn.Module, slot: str) -> dict[str, dict[str, Tensor]]:
     for name, parameter in model.named_parameters():
         path, _, tail = name.partition(f".{slot}.default.")
         if tail:
-            found.setdefault(path.removeprefix("base_model.model."), {})[tail] = parameter
+            found.setdefault(path.removeprefix("base_model.model.").removesuffix(".adapters"), {})[tail] = parameter
     return found
 
 

@@ -139,7 +139,7 @@ def test_prompts_and_the_last_block_compute_what_both_say():
     model, _ = said(vit(), VPTConfig(num_virtual_tokens=2, modules_to_save=["classifier", "layers.2"]))
     train(model, images())
     base = model.get_base_model()
-    prompts = [base.vit.layers[i].vpt_tokens["default"] for i in range(2)]
+    prompts = [base.vit.layers[i].adapters.vpt_tokens["default"] for i in range(2)]
     plain = vit()
     plain.classifier.load_state_dict(base.classifier.modules_to_save["default"].state_dict())
     plain.vit.layers[2].load_state_dict(base.vit.layers[2].modules_to_save["default"].state_dict())

@@ -21,7 +21,7 @@ from peft.utils.hotswap import hotswap_adapter
 import hf_visual_peft
 from hf_visual_peft import SSFConfig
 from hf_visual_peft.core.targets import TargetedConfig
-from hf_visual_peft.sites import BlockLayer
+from hf_visual_peft.sites import BlockAdapters
 
 
 METHODS = {name: method for name, method in hf_visual_peft.list_methods().items() if not method.video}
@@ -254,7 +254,7 @@ def test_exclude_modules(name, excluded):
 
 def with_equations(model):
     """Names of the layers, without those that only hand on what side networks bring along."""
-    passages = (module for module in model.modules() if isinstance(module, BlockLayer))
+    passages = (module for module in model.modules() if isinstance(module, BlockAdapters))
     passages = {id(module) for module in passages if not module.adapter_layer_names}
     names = {layer.name for layer in get_layer_status(model)}
     return {name for name in names if id(model.base_model.get_submodule(name)) not in passages}

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from hf_visual_peft import LSTConfig, ResTuningConfig, get_method
-from hf_visual_peft.sites import BlockLayer
+from hf_visual_peft.sites import BlockAdapters
 
 
 def adapter(w, x, name=""):
@@ -65,7 +65,7 @@ def test_bypass_crosses_stages():
     model = get_peft_model(SwinForImageClassification(config), ResTuningConfig(r=4, init_weights=False)).eval()
     base = model.base_model.model
     seen, inputs = [], []
-    layers = [module for module in model.modules() if isinstance(module, BlockLayer)]
+    layers = [module for module in model.modules() if isinstance(module, BlockAdapters)]
     for layer in layers:
         layer.restuning_bypass["default"].register_forward_pre_hook(lambda module, args: seen.append(args[1].behind))
     layers[0].register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
@@ -112,7 +112,7 @@ def test_nothing_stands_beside_blocks_that_pool():
         num_heads=[1, 2], mlp_ratio=2.0, masked_unit_size=(4, 4), num_query_pool=1, num_labels=3,
     )  # fmt: skip
     model = get_peft_model(HieraForImageClassification(config), ResTuningConfig(bypass=False, r=4)).eval()
-    layers = [module for module in model.modules() if isinstance(module, BlockLayer)]
+    layers = [module for module in model.modules() if isinstance(module, BlockAdapters)]
     whole = ("restuning_attention", "restuning_mlp", "restuning_block")
     assert [layer.adapter_layer_names for layer in layers] == [whole, ("restuning_mlp",), whole]
     assert model(**images(2)).logits.isfinite().all()
@@ -143,11 +143,11 @@ def test_a_config_says_how_far_gradients_go():
 @pytest.mark.parametrize("bypass", [True, False])
 def test_what_is_recorded(bypass):
     model = get_peft_model(vit(), ResTuningConfig(r=4, bypass=bypass)).train()
-    blocks = [module for module in model.modules() if isinstance(module, BlockLayer)]
+    blocks = [module for module in model.modules() if isinstance(module, BlockAdapters)]
     recorded = []
     for block in blocks[1:]:
         hook = lambda module, args, output: recorded.append(output.requires_grad)  # noqa: E731
-        block.base_layer.mlp.fc1.register_forward_hook(hook)
+        block.get_base_layer().mlp.fc1.register_forward_hook(hook)
     model(**images(2))
     assert recorded == [not bypass] * 2
 

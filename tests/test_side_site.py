@@ -27,7 +27,7 @@ from hf_visual_peft import (
     VQTConfig,
 )
 from hf_visual_peft.coverage.models import MODELS
-from hf_visual_peft.sites import BlockLayer, Grid, SideSite, TokenLayout, resized
+from hf_visual_peft.sites import BlockAdapters, Grid, SideSite, TokenLayout, resized
 
 
 def swin():
@@ -45,15 +45,15 @@ def test_backbone_runs_in_eval_mode_while_the_side_network_trains():
         assert torch.equal(model(**images(2)).logits, model(**images(2)).logits)
         model.train()
     base = model.base_model.model
-    layers = [module for module in model.modules() if isinstance(module, BlockLayer)]
+    layers = [module for module in model.modules() if isinstance(module, BlockAdapters)]
     assert len(layers) == 3
     assert not base.vit.embeddings.training
-    assert all(layer.training and not layer.base_layer.training for layer in layers)
+    assert all(layer.training and not layer.get_base_layer().training for layer in layers)
     with model.disable_adapter():
         model.train()
         assert base.vit.embeddings.training
-        assert all(layer.base_layer.training for layer in layers)
-    assert not any(layer.base_layer.training for layer in layers)
+        assert all(layer.get_base_layer().training for layer in layers)
+    assert not any(layer.get_base_layer().training for layer in layers)
     base = model.unload().train()
     assert all(module.training for module in base.modules())
     assert not torch.equal(base(**images(2)).logits, base(**images(2)).logits)
@@ -82,14 +82,14 @@ def test_no_gradient_crosses_the_blocks():
     assert trained
     assert all(p.grad is not None for p in trained)
     base = model.base_model.model
-    assert all(p.grad is None for p in base.vit.layers[0].base_layer.parameters())
+    assert all(p.grad is None for n, p in base.vit.layers[0].named_parameters() if "adapters" not in n)
 
 
 def test_result_is_what_the_last_block_returns():
     model = get_peft_model(vit(), LSTConfig(r=2, layers_to_transform=[0])).eval()
-    layers = [module for module in model.modules() if isinstance(module, BlockLayer)]
+    layers = [module for module in model.modules() if isinstance(module, BlockAdapters)]
     assert [len(layer.adapter_layer_names) for layer in layers] == [1, 0, 0]
-    sites = [site for layer in layers for (_, site, _) in layer.plans["default"]]
+    sites = [site for layer in layers for (_, site, *_) in layer.plans["default"]]
     assert all(isinstance(site, SideSite) for site in sites)
     assert [(s.takes, s.hands_on, s.exits) for s in sites] == [
         (False, True, False),
@@ -131,7 +131,7 @@ def test_state_crosses_the_stages_of_a_hierarchical_backbone():
     model = get_peft_model(swin(), LSTConfig(r=2)).eval()
     seen = []
     for module in model.modules():
-        if isinstance(module, BlockLayer):
+        if isinstance(module, BlockAdapters):
             rung = module.lst_rung["default"]
             rung.register_forward_hook(lambda module, args, output: seen.append((args[0], output[0])))
     model(**images(2))
@@ -151,8 +151,8 @@ def test_what_does_not_fit():
 def test_bypassed_blocks_run_without_being_recorded(name):
     model = get_peft_model(FAMILIES[name].model(), LSTConfig(r=2)).train()
     recorded = []
-    for block in [module for module in model.modules() if isinstance(module, BlockLayer)]:
-        linear = next(m for m in block.base_layer.modules() if isinstance(m, nn.Linear))
+    for block in [module for module in model.modules() if isinstance(module, BlockAdapters)]:
+        linear = next(m for m in block.get_base_layer().modules() if isinstance(m, nn.Linear))
         linear.register_forward_hook(lambda module, args, output: recorded.append(torch.is_grad_enabled()))
     model(**FAMILIES[name].inputs(2))
     assert recorded
@@ -161,7 +161,7 @@ def test_bypassed_blocks_run_without_being_recorded(name):
 
 def modes(model):
     """Whether the blocks, and the embeddings, train."""
-    blocks = [module.base_layer for module in model.modules() if isinstance(module, BlockLayer)]
+    blocks = [module.get_base_layer() for module in model.modules() if isinstance(module, BlockAdapters)]
     return {module.training for module in (*blocks, model.get_base_model().vit.embeddings)}
 
 
@@ -188,11 +188,11 @@ def test_the_backbone_trains_again_where_nothing_bypasses_it():
 
 def test_what_is_put_into_eval_mode_by_hand_stays_there():
     model = get_peft_model(vit(), ResTuningConfig(bypass=False, modules_to_save=[])).train()
-    layer = next(module for module in model.modules() if isinstance(module, BlockLayer))
-    layer.base_layer.mlp.eval()
+    layer = next(module for module in model.modules() if isinstance(module, BlockAdapters))
+    layer.get_base_layer().mlp.eval()
     model.add_adapter("other", ResTuningConfig(bypass=False, modules_to_save=[]))
     model.set_adapter("other")
-    assert not layer.base_layer.mlp.training
+    assert not layer.get_base_layer().mlp.training
 
 
 def test_unloading_gives_the_backbone_its_mode_back():
@@ -211,7 +211,7 @@ def test_a_second_adapter_trains_though_the_backbone_is_bypassed():
 
 def test_layers_take_the_mode_of_the_model():
     model = get_peft_model(vit().eval(), LSTConfig(r=2))
-    layers = [module for module in model.modules() if isinstance(module, BlockLayer)]
+    layers = [module for module in model.modules() if isinstance(module, BlockAdapters)]
     assert not any(layer.training for layer in layers)
 
 
@@ -252,7 +252,7 @@ def test_prompts_are_cut_out_of_all_that_side_networks_read():
     model.set_adapter(["side", "prompts"])
     shapes = []
     for module in model.modules():
-        if isinstance(module, BlockLayer):
+        if isinstance(module, BlockAdapters):
             module.e3va_piece["side"].register_forward_pre_hook(lambda _, args: shapes.append(args[1].between.shape))
     model(**images(2))
     assert shapes == [(2, 17, 16)] * 3

@@ -324,7 +324,7 @@ def test_trained_backbone(tmp_path):
     whole(**inputs).logits.square().sum().backward()
     blocks = model.get_base_model().dinov2_with_registers.encoder.layer
     for block, own in zip(blocks, whole.dinov2_with_registers.encoder.layer, strict=True):
-        addends = block.vitadapter_block.default.addends
+        addends = block.adapters.vitadapter_block.default.addends
         parameters = dict(own.named_parameters())
         assert addends.keys() == {name.replace(".", "__") for name in parameters}
         for name, parameter in parameters.items():
@@ -360,7 +360,7 @@ def test_chosen_blocks_are_grouped():
     (piece,) = pieces_of(model)
     assert piece.prior is not None
     assert not piece.extractors
-    assert model.get_base_model().vit.layers[1].vitadapter_interaction.default is piece
+    assert model.get_base_model().vit.layers[1].adapters.vitadapter_interaction.default is piece
     assert DEPTH == 3
 
 

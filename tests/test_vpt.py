@@ -64,7 +64,7 @@ def test_vpt_initialisation_and_dropout():
     bound = math.sqrt(6 / (3 * PATCH * PATCH + WIDTH))
     assert prompts.abs().max() <= bound
     assert prompts.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
-    equation = model.get_base_model().vit.layers[0].vpt_tokens["default"]
+    equation = model.get_base_model().vit.layers[0].adapters.vpt_tokens["default"]
     tokens = equation.train()(2)
     kept = tokens != 0
     assert 0.4 < kept.float().mean() < 0.6

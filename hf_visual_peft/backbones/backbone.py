@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -220,7 +220,7 @@ _NOTHING_OUTSIDE: dict[str, Any] = dict.fromkeys(
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module itself, without an adapter layer around it."""
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) and not stands_in(module) else module
 
 
 def versions(model: nn.Module, path: str) -> list[nn.Module]:
@@ -233,12 +233,43 @@ def versions(model: nn.Module, path: str) -> list[nn.Module]:
     """
     found = [model]
     for name in path.split(".") if path else ():
-        parents: list[nn.Module] = []
-        for module in map(unwrapped, found):
-            copied = isinstance(module, ModulesToSaveWrapper)
-            parents += [module.original_module, *module.modules_to_save.values()] if copied else [module]  # type: ignore
-        found = [module.get_submodule(name) for module in parents]
+        found = [module.get_submodule(name) for around in found for module in entered(around)]
     return found
+
+
+def entered(module: nn.Module) -> list[nn.Module]:
+    """The modules whose parts run where a module stands: itself without layers around it, or each copy of it."""
+    if "versions" in vars(type(module)):
+        return module.versions  # type: ignore[return-value]
+    module = unwrapped(module)
+    if not isinstance(module, ModulesToSaveWrapper):
+        return [module]
+    return [module.original_module, *module.modules_to_save.values()]
+
+
+def own_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The children of a module that are no adapters which stand in it, by name."""
+    for name, child in module.named_children():
+        if not stands_in(child):
+            yield name, child
+
+
+def base_parts(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """A module and all in it, by the names that they have without adapters.
+
+    Args:
+        module: with layers of adapters in it, or without.
+        path: its name.
+    """
+    module = entered(module)[0]
+    yield path, module
+    for name, child in own_children(module):
+        yield from base_parts(child, f"{path}.{name}" if path else name)
+
+
+def stands_in(module: nn.Module) -> bool:
+    """Whether a module is what adapters have in a block, and not around a module."""
+    return isinstance(module, BaseTunerLayer) and "base_layer" not in module._modules
 
 
 def running(model: nn.Module, path: str) -> nn.Module:

@@ -32,7 +32,8 @@ def to_present_keys(
 ) -> dict[str, ValueT]:
     """Rename an adapter's weights to the names under which they would be saved today.
 
-    An expected key stays, and so does a key that no table of transformers maps to an expected one.
+    An expected key stays, and so does a key that nothing maps to an expected one: neither a table of transformers, nor
+    that what adapters have in a block was named as if it stood around the block.
 
     Args:
         model: with the adapter's layers in it.
@@ -44,12 +45,14 @@ def to_present_keys(
         the same weights in the same order.
     """
     unknown = [key for key in weights if key not in expected and key.removeprefix(PEFT_PREFIX) not in expected]
-    tables = _tables(model) if unknown else []
+    tables: list[Rename] = [str, *_tables(model)] if unknown else []
+    places = _places(expected, prefix) if unknown else {}
     renamed: dict[str, str] = {}
     for key in unknown:
         root = PEFT_PREFIX if key.startswith(PEFT_PREFIX) else ""
         for rename in tables:
             for name in _candidates(key.removeprefix(root), prefix, rename):
+                name = _place_in_block(name, prefix, places)
                 if (root + name in expected or name in expected) and root + name not in weights:
                     renamed.setdefault(key, root + name)
     return {renamed.get(key, key): value for key, value in weights.items()}
@@ -99,6 +102,24 @@ def _candidates(key: str, prefix: str, rename: Rename) -> list[str]:
     copied = rename(f"{module}.{parameter}")
     inside = copied.removeprefix(f"{now}.") if copied.startswith(f"{now}.") else parameter
     return [f"{now}.{prefix}{slot}.{name}" for name in (parameter, inside)]
+
+
+def _places(expected: Collection[str], prefix: str) -> dict[str, list[str]]:
+    """The modules at which an adapter has a parameter, by what names the parameter there."""
+    found: dict[str, list[str]] = {}
+    for key in expected:
+        module, there, parameter = key.removeprefix(PEFT_PREFIX).rpartition(f".{prefix}")
+        if there:
+            found.setdefault(parameter, []).append(module)
+    return found
+
+
+def _place_in_block(key: str, prefix: str, places: Mapping[str, list[str]]) -> str:
+    """The key of a parameter of a block's adapters, where an earlier version had it at the block itself."""
+    block, _, parameter = key.rpartition(f".{prefix}")
+    modules = places.get(parameter, [])
+    inside = [module for module in modules if module.startswith(f"{block}.")]
+    return f"{inside[0]}.{prefix}{parameter}" if len(inside) == 1 and block not in modules else key
 
 
 def _tables(model: nn.Module, reverse: bool = False) -> list[Rename]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from .backbone import unwrapped
+from .backbone import own_children, unwrapped
 
 
 def join(*names: str) -> str:
@@ -61,6 +61,6 @@ def _expand(model: nn.Module, prefix: str, names: Sequence[str]) -> Iterator[str
     parent = join(prefix, *names[:first])
     module = lookup(model, parent)
     if isinstance(module, nn.Module):
-        children = [name for name, _ in unwrapped(module).named_children()]
+        children = [name for name, _ in own_children(unwrapped(module))]
         for child in fnmatch.filter(children, names[first]):
             yield from _expand(model, join(parent, child), names[first + 1 :])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .backbone import unwrapped
+from .backbone import stands_in, unwrapped
 from .paths import original
 
 
@@ -410,7 +410,10 @@ def shared_copy(model: nn.Module) -> nn.Module:
         memo[id(buffer)] = buffer.detach().clone()
     twin = copy.deepcopy(model, memo).eval()
     for module in list(twin.modules()):
-        for name, child in module.named_children():
+        for name, child in list(module.named_children()):
+            if stands_in(child):
+                child.detach()  # type: ignore[operator]
+                continue
             plain = original(unwrapped(child))
             if plain is not child:
                 setattr(module, name, plain)

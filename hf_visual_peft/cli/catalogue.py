@@ -13,7 +13,7 @@ from ..backbones.backbone import BLOCK_ROLES, VisionBackbone
 from ..core.registry import Method, Paper, list_methods
 from ..core.targets import TargetedConfig, default_of, own_fields
 from ..peft_methods.methods import PEFT_METHODS
-from ..sites import BranchSite, LinearSite, NormSite, OutputSite, Placement, Site, TokenSite, WeightSite, WholeSite
+from ..sites import BranchSite, LinearSite, OutputSite, Placement, Site, TokenSite, WeightSite, WholeSite
 from ..sites.input import InputSite
 from ..tables import format_table
 
@@ -207,8 +207,6 @@ def _kind(site: Site, names: Mapping[str, str]) -> str:
             return ", ".join([_BRANCHES[site.reads], *(words for true, words in about if true)])
         case TokenSite():
             return "tokens after the prefix tokens" + (", from the block before" if site.takes else "")
-        case NormSite():
-            return f"weight and bias of {names[site.path]}"
         case OutputSite():
             into = _join(list(dict.fromkeys(names[path] for path in site.followers or ())))
             return "output of {}" + (f", merging into {into}" if into else "")

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..backbones.backbone import VisionBackbone
 from ..backbones.finding import find_backbone
-from ..sites import VisualTunerLayer
+from ..sites import VisualTunerLayer, layers_of
 
 
 class NotCalibratedError(RuntimeError):
@@ -169,11 +169,8 @@ def calibrate(
     if not getattr(config, "chooses_from_data", False):  # of our methods that choose
         raise ValueError(f"{type(config).__name__} chooses nothing from data: train it without calibration.")
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layers = {
-        path.removesuffix(".base_layer"): module
-        for path, module in base.named_modules()
-        if isinstance(module, VisualTunerLayer) and adapter_name in module.plans
-    }
+    prefix = f"{config.peft_type.lower()}_"
+    layers = {path: layer for path, layer in layers_of(base).items() if prefix in layer.methods_of(adapter_name)}
     with _as_base_model(base, seed):
         backbone = find_backbone(base, config.backbone)
         config.choose(Calibration(base, backbone, adapter_name, layers, max_batches, dataloader, progress))

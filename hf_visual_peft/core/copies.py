@@ -15,8 +15,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
+from ..backbones.backbone import own_children, stands_in
 from ..backbones.frozen_norms import NormStatistics
-from ..sites import BlockLayer
 from ..sites.whole import require_trainable
 
 
@@ -66,7 +66,7 @@ def base_modules(model: nn.Module, path: str = "") -> dict[str, nn.Module]:
         path: its name.
     """
     found = {path: model}
-    for name, child in inner(model).named_children():
+    for name, child in own_children(inner(model)):
         found |= base_modules(child, f"{path}.{name}" if path else name)
     return found
 
@@ -162,7 +162,7 @@ def _check_copied(path: str, name: str, modules: Mapping[str, nn.Module], config
     start = f"{type(config).__name__}.modules_to_save has {name!r}"
     module = modules[path]
     if isinstance(inner(module), _NOT_CALLED):
-        inside = [f"{path}.{child}" for child, _ in inner(module).named_children()]
+        inside = [f"{path}.{child}" for child, _ in own_children(inner(module))]
         raise ValueError(
             f"{start}: {path!r} is a {type(inner(module)).__name__}, which the model does not call. Name what is in "
             f"it: {_listed(inside) or 'it is empty'}."
@@ -172,6 +172,7 @@ def _check_copied(path: str, name: str, modules: Mapping[str, nn.Module], config
     inside = [other for other in modules if other.startswith(f"{path}.")]
     taken = [other for other in around if _holds_another(modules[other])]
     taken += [other for other in inside if modules[other] is not inner(modules[other])]
+    taken += [other for other in (path, *inside) if any(map(stands_in, inner(modules[other]).children()))]
     if module is not inner(module) and not _is_copied(module):
         taken.append(path)
     if taken:
@@ -193,7 +194,7 @@ def _is_copied(module: nn.Module) -> bool:
 
 def _holds_another(module: nn.Module) -> bool:
     """Whether what stands around a module would not run a copy of a part of it."""
-    return module is not inner(module) and not isinstance(module, BlockLayer)
+    return module is not inner(module)
 
 
 def _listed(names: Iterable[str], word: str = "or") -> str:
@@ -216,7 +217,7 @@ def copy_modules(model: nn.Module, paths: Iterable[str], adapter_name: str, acti
     for path in paths:
         module = modules[path]
         if isinstance(module, ModulesToSaveWrapper):
-            module.update(adapter_name)
+            module.update(adapter_name)  # which an adapter of another method shares that has the same name
         else:
             parent, _, name = path.rpartition(".")
             wrapper: Any = TrainedCopy(module, adapter_name)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from tqdm import tqdm
 
 from ..backbones.backbone import unwrapped
-from ..sites import BlockLayer, ModuleLayer
+from ..sites import BlockAdapters, ModuleLayer, VisualTunerLayer
 from ..sites.input import InputLayer
 from ..sites.shifts import Flow
 from .shared_modules import holders_of
@@ -24,20 +25,55 @@ _NAMED = 3  # modules in a message; of the others it tells the number
 class MergingTuner(BaseTuner):
     """The part of `VisualTuner` that merges adapters and takes them out."""
 
+    prefix: str
+
     def unload(self) -> nn.Module:
-        """Take all adapter layers out; the model is then the very base again, its head included.
+        """Take the adapters of this method out; without others the model is then the very base, its head included.
 
         (With peft's own methods the trained copies of `modules_to_save` stay in the model.)
         """
-        for holders in holders_of(self.model, lambda module: isinstance(module, ModulesToSaveWrapper)).values():
-            for parent, child in holders:
-                setattr(parent, child, parent.get_submodule(child).original_module)
-        return super().unload()
+        return self._unload_and_optionally_merge(merge=False)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As peft's; a shift of a module without a bias goes where it keeps the model what its class makes of it."""
+        """As peft's, for the adapters of this method.
+
+        A shift of a module without a bias goes where it keeps the model what its class makes of it.
+        """
+        self._check_merge_allowed()
+        self._merge(safe_merge, adapter_names)
+
+    def unmerge_adapter(self) -> None:
+        """As peft's, for the adapters of this method."""
+        for layer in self._own_layers():
+            with onload_layer(layer):
+                layer.unmerge()
+
+    def _own_layers(self) -> list[VisualTunerLayer]:
+        """The layers in which this method has adapters."""
+        layers = [module for module in self.model.modules() if isinstance(module, VisualTunerLayer)]
+        return [layer for layer in layers if self.prefix in layer.methods()]
+
+    def _own_wrappers(self, names: Iterable[str]) -> list[Any]:
+        """What holds copies of modules that adapters of some names train, and no adapter of another method does.
+
+        Args:
+            names: of adapters of this method.
+        """
+        others = {
+            name
+            for module in self.model.modules()
+            if isinstance(module, BaseTunerLayer)
+            for name in _names_at(module, self.prefix)
+        }
+        mine = set(names) - others
+        wrappers = [module for module in self.model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        return [wrapper for wrapper in wrappers if mine & set(wrapper._adapters)]
+
+    def _merge(self, safe_merge: bool, adapter_names: list[str] | None, progressbar: bool = False) -> None:
         try:
-            super().merge_adapter(adapter_names, safe_merge=safe_merge)
+            for layer in tqdm(self._own_layers(), disable=not progressbar, desc="Merging adapters"):
+                with onload_layer(layer):
+                    layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         finally:
             self._settle()
 
@@ -61,43 +97,50 @@ class MergingTuner(BaseTuner):
         """As peft's, which takes modules for adapter layers by their attributes: a model's own may be called so."""
         if merge:
             self._check_merge_allowed()
-        found: list[tuple[str, nn.Module]] = []
-        for name, module in self.model.named_modules():
-            inside = any(name.startswith(f"{outer}.") for outer, _ in found[-1:])  # outer ones come first
-            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not inside:
-                found.append((name, module))
-        layers = [module for _, module in found if isinstance(module, BaseTunerLayer)]
+        wrappers = self._own_wrappers(self.peft_config)
         if merge:
-            try:
-                for layer in tqdm(layers, disable=not progressbar, desc="Merging adapters"):
-                    with onload_layer(layer):
-                        layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            finally:
-                self._settle()
-        holders = holders_of(self.model)
-        for _, module in found:
-            base: nn.Module
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                base = module.unload_and_optionally_merge_module(
+            self._merge(safe_merge, adapter_names, progressbar)
+        for wrapper in wrappers:
+            base: nn.Module = wrapper.original_module
+            if merge:
+                base = wrapper.unload_and_optionally_merge_module(
                     merge=merge, safe_merge=safe_merge, adapter_names=adapter_names
                 )
+            self._put_back(wrapper, base)
+        exchange = None
+        for layer in [module for module in self.model.modules() if isinstance(module, VisualTunerLayer)]:
+            exchange = layer.exchange
+            for name in [name for name in layer.plans if not merge or not layer.merged]:
+                layer.delete_adapter(name, self.prefix)
+            if layer.plans and not layer.merged:
+                continue
+            if isinstance(layer, BlockAdapters):
+                layer.detach()
             else:
-                base = unwrapped(module)
-            for parent, child in holders[id(module)]:
-                self._replace_module(parent, child, base, module)
-        if hasattr(self.model, "peft_config"):
+                self._put_back(layer, layer.base_layer)
+        if exchange is not None and not any(isinstance(m, VisualTunerLayer) for m in self.model.modules()):
+            exchange.unwatch()
+        shared = getattr(self.model, "peft_config", {})
+        for name, config in self.peft_config.items():
+            if shared.get(name) is config:
+                del shared[name]
+        if not shared and hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
 
+    def _put_back(self, module: nn.Module, base: nn.Module) -> None:
+        for parent, child in holders_of(self.model, lambda each: each is module).get(id(module), []):
+            self._replace_module(parent, child, base, module)
+
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
-        if isinstance(child, BlockLayer):
-            child.detach()
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
+        own = self._own_layers()
         named = {name: module for name, module in self.model.named_modules() if isinstance(module, ModuleLayer)}
-        layers = [module for module in named.values() if module.plans]
+        named = {name: module for name, module in named.items() if module in own}
+        layers = list(named.values())
         read = {id(follower()) for layer in layers for follower in layer.followers.values()}
         for layer in layers:
             if isinstance(layer, InputLayer) and id(layer.get_base_layer()) in read:
@@ -105,9 +148,10 @@ class MergingTuner(BaseTuner):
                     f"Cannot merge: adapters by role and by target_modules both fold into {layer.get_base_layer()}, "
                     "not in the order in which they act. Delete one of them, or keep them beside the backbone."
                 )
-        for module in self.model.modules():
-            if isinstance(module, BlockLayer) and module.plans:
+        for module in own:
+            if isinstance(module, BlockAdapters):
                 module.merge()
+            module.check_alone(self.prefix)
             if isinstance(module, ModuleLayer):
                 module.check_merge()
         if not any(layer.merged for layer in layers):
@@ -121,6 +165,13 @@ class MergingTuner(BaseTuner):
             return super()._get_module_names_tied_with_embedding()
         except (NotImplementedError, ValueError):
             return []
+
+
+def _names_at(layer: BaseTunerLayer, prefix: str) -> set[str]:
+    """Names of adapters at a layer that are not of one method."""
+    if isinstance(layer, VisualTunerLayer):
+        return {name for name, plan in layer.plans.items() for planned in plan if planned.prefix != prefix}
+    return {name for slot in layer.adapter_layer_names for name in getattr(layer, slot, ())}
 
 
 @dataclass

@@ -6,27 +6,40 @@ backbone and the affected adapters.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Collection, Iterable, Iterator
 
-from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..sites import VisualTunerLayer
 
-def switch(
-    model: nn.Module, names: str | list[str], inference_mode: bool = False, layer_cls: type = BaseTunerLayer
-) -> None:
-    """Set the active adapters, as `peft.tuners.tuners_utils.set_adapter` does.
+
+def switch(model: nn.Module, names: str | list[str], inference_mode: bool, prefix: str, own: Collection[str]) -> None:
+    """Set the active adapters of one method; those of others stay as they are.
 
     Args:
         model: with adapters.
         names: of those to be active.
         inference_mode: whether they are frozen.
-        layer_cls: of the layers that hold them.
+        prefix: of the method.
+        own: names of all its adapters.
     """
-    wanted = _Concerned(model, [names] if isinstance(names, str) else names)
-    tuners_utils.set_adapter(wanted, names, inference_mode=inference_mode, layer_cls=layer_cls)
+    wanted = [names] if isinstance(names, str) else names
+    for module in concerned(model, wanted):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            if (copy := module.check_set_adapter(names)) in module._adapters:
+                module.set_adapter(copy, inference_mode=inference_mode)
+            elif set(module.active_adapters) <= set(own):
+                module.set_adapter([], inference_mode=inference_mode)
+        elif isinstance(module, VisualTunerLayer) and prefix in module.methods():
+            if module.merged:
+                warnings.warn(
+                    "Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3
+                )
+                module.unmerge()
+            module.switch(prefix, list(wanted), inference_mode)
 
 
 def concerned(model: nn.Module, names: Iterable[str]) -> Iterator[nn.Module]:
@@ -41,26 +54,10 @@ def concerned(model: nn.Module, names: Iterable[str]) -> Iterator[nn.Module]:
         module = found.pop()
         yield module
         if isinstance(module, BaseTunerLayer):
-            found.append(module.get_submodule("base_layer"))
+            found.extend(child for name, child in module.named_children() if name == "base_layer")
         elif isinstance(module, AuxiliaryTrainingWrapper):
             found.append(module.original_module)
             copies = getattr(module, "modules_to_save", {})
             found.extend(copies[name] for name in wanted.union(module.active_adapters) if name in copies)
         else:
             found.extend(module.children())
-
-
-class _Concerned:
-    """Stands for a model in peft's walk over its modules.
-
-    Args:
-        model: with adapters.
-        names: of those to be active.
-    """
-
-    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
-        self.model, self.names = model, names
-
-    def modules(self) -> Iterator[nn.Module]:
-        """As `concerned` has them."""
-        return concerned(self.model, self.names)

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule
+from peft.tuners.tuners_utils import BaseTunerLayer, _check_adapters_not_merged, _ExcludedModule
 from peft.utils.other import ModulesToSaveWrapper, match_target_against_key
 from torch import Tensor, nn
 
-from ..backbones.backbone import VisionBackbone, running, unwrapped
+from ..backbones.backbone import VisionBackbone, linear_sizes, own_children, running, unwrapped
 from ..backbones.finding import find_backbone
 from ..backbones.frozen_norms import (
     NormStatistics,
@@ -28,14 +28,13 @@ from ..backbones.frozen_norms import (
 from ..backbones.key_renames import to_present_keys, to_present_names
 from ..backbones.task_heads import announce
 from ..sites import (
-    BlockLayer,
+    BlockAdapters,
     BranchSite,
     Exchange,
     KeyValueSite,
     LinearSite,
     LogitSite,
     ModuleLayer,
-    NormSite,
     OutputSite,
     Placement,
     SideSite,
@@ -46,7 +45,9 @@ from ..sites import (
     WholeLayer,
     WholeSite,
     as_linear,
+    layers_of,
 )
+from ..sites.block import CHILD
 from ..sites.input import InputLayer, InputSite
 from ..sites.mixed import BASE, check_samples_first, count_rows, instead_of_forward, run_parts
 from ..sites.reach import reaches_into
@@ -79,6 +80,25 @@ class VisualTuner(MergingTuner):
     _crossing: bool
     _holders: dict[int, list[tuple[nn.Module, str]]]
     _before: dict[str, Structure] = {}  # what the model was before an adapter whose weights come from a file
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # peft's tuners of one model share its `peft_config`, where an adapter takes the place of another method's that
+        # has the same name. Here each has its own configs, and the model a dictionary of all.
+        others = vars(model).pop("peft_config", None)
+        if others is not None:
+            warnings.warn(
+                "Already found a `peft_config` attribute in the model. This will lead to having multiple adapters in "
+                "the model. Make sure to know what you are doing!",
+                stacklevel=3,
+            )
+        try:
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        except BaseException:
+            vars(model).pop("peft_config", None)
+            if others is not None:
+                vars(model)["peft_config"] = others
+            raise
+        vars(model)["peft_config"] = {**(others or {}), **self.peft_config}
 
     def inject_adapter(
         self,
@@ -135,10 +155,11 @@ class VisualTuner(MergingTuner):
         active = adapter_name in self.active_adapters
         self._exchange.unwatch_heads()
         if self._crossing:
-            self._exchange.crossing.add(adapter_name)
+            self._exchange.crossing.add(f"{self.prefix}{adapter_name}")
         with self._looking_away(model):  # copies shall not have the hooks
             copy_modules(model, self._copied, adapter_name, active)
             share_copies(model, adapter_name)
+            self._check_layers_around(model, config)
         if config.train_norm_statistics:
             norms = norms_with_statistics(model)
             acted_on = [path for path in norms if self._check_target_module_exists(config, path)]
@@ -161,7 +182,10 @@ class VisualTuner(MergingTuner):
             config.modules_to_save = names
         if active:
             activate_copies(model, self._copied, adapter_name, config.inference_mode)
-        self._check_layers_around(model, config)
+        for layer in model.modules():
+            if isinstance(layer, BlockAdapters):
+                layer.follow()
+                layer._changed()  # what trains is known now
         freeze_norms(self)
         self._watch_heads(model)
         if config.init_weights and self._backbone is not None:
@@ -172,12 +196,12 @@ class VisualTuner(MergingTuner):
         """Have no hooks of adapters meanwhile at what is copied."""
         exchange = self._exchange
         watching = self._copied and (exchange.handles or exchange.pixel_handles)
-        layers = [m for m in model.modules() if isinstance(m, BlockLayer) and m.holds(self._copied)]
+        layers = [m for m in model.modules() if isinstance(m, BlockAdapters) and m.holds(self._copied)]
         with ExitStack() as stack:
             if watching:
                 stack.enter_context(exchange.looking_away(model, self._backbone or find_backbone(model)))
             for layer in layers:
-                stack.enter_context(layer.looking_away(model))
+                stack.enter_context(layer.looking_away())
             yield
 
     def _check_layers_around(self, model: nn.Module, config: VisualPeftConfig) -> None:
@@ -186,22 +210,23 @@ class VisualTuner(MergingTuner):
         Raises:
             ValueError: there is one.
         """
-        for layer in [m for m in model.modules() if isinstance(m, BlockLayer) and m.holds(self._copied)]:
+        for layer in [m for m in model.modules() if isinstance(m, BlockAdapters) and m.holds(self._copied)]:
             for path in self._copied:
                 if layer.holds([path]) and layer.reaches_into(path):
                     _refuse_together(config, path, layer.path)
 
     def _watch_heads(self, model: nn.Module) -> None:
         layers = [module for module in model.modules() if isinstance(module, VisualTunerLayer)]
-        sites = [site for layer in layers for plan in layer.plans.values() for _, site, _ in plan]
+        sites = [planned.site for layer in layers for plan in layer.plans.values() for planned in plan]
         uses = [site.heads for site in sites if isinstance(site, SideSite) and site.heads is not None]
         self._exchange.watch_heads(model, list(dict.fromkeys(path for use in uses for path, _ in use.outputs)))
 
     def _opened(self, model: nn.Module, adapter_name: str) -> Calibration:
         """An adapter for its method to look into, without data."""
         assert self._backbone is not None
-        named = ((path.removesuffix(".base_layer"), module) for path, module in model.named_modules())
-        layers = {p: m for p, m in named if isinstance(m, VisualTunerLayer) and adapter_name in m.plans}
+        layers = {
+            path: layer for path, layer in layers_of(model).items() if self.prefix in layer.methods_of(adapter_name)
+        }
         return Calibration(model, self._backbone, adapter_name, layers, None, dataloader=(), progress=False)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -275,14 +300,13 @@ class VisualTuner(MergingTuner):
             passage = isinstance(placement.site, SideSite) and placement.build is None
             if passage and placement.path in self._excluded:  # all but the way through it
                 self._excluded.remove(placement.path)
-                children = model.get_submodule(placement.path).named_children()
+                children = own_children(model.get_submodule(placement.path))
                 self._excluded.update(f"{placement.path}.{name}" for name, _ in children)
-            acts_on = placement.site.path if isinstance(placement.site, NormSite) else placement.path
-            if copied := within(acts_on, self._copied):
-                self._excluded.add(acts_on)
+            if copied := within(placement.path, self._copied):
+                self._excluded.add(placement.path)
                 self._left_out.append(copied)
-            elif not passage and _is_excluded(config, acts_on):
-                self._excluded.add(acts_on)
+            elif not passage and _is_excluded(config, placement.path):
+                self._excluded.add(placement.path)
             else:
                 trained += self._place(model, placement)
         self._check_trained(trained, config, backbone.class_name)
@@ -325,8 +349,6 @@ class VisualTuner(MergingTuner):
                 "choose a method that has no network beside the backbone."
             )
 
-        if isinstance(placement.site, NormSite):  # it is left out where the norm is copied
-            return
         for block in [block for block in backbone.blocks if block.path == path]:
             for part in [p for p in self._copied if p.startswith(f"{path}.")]:
                 if reaches_into([placement.site], block, backbone.architecture.prompts, part):
@@ -362,14 +384,15 @@ class VisualTuner(MergingTuner):
         Raises:
             ValueError: it does not fit, or its block is several of a list.
         """
-        if not isinstance(placement.site, OutputSite | LinearSite | WeightSite | WholeSite):
+        kind = _layer_kind(placement.site)
+        if kind is BlockAdapters:
             holders = self._holders.get(id(model.get_submodule(placement.path)), [])
             if len({id(holder) for holder, _ in holders}) < len(holders):
                 raise ValueError(
                     f"{', '.join(self._names[placement.path])} are one module, and the method acts on each block by "
                     "itself. Methods on single modules, as SSFConfig and LoraConfig, work there."
                 )
-        self._check_free(model, placement.path)
+        self._check_free(model, placement.path, kind)
         built = []
         if placement.build is not None:  # a module that does not fit is an error now, not half-way through
             with torch.device("meta"):
@@ -407,17 +430,38 @@ class VisualTuner(MergingTuner):
         kept = tuple(block for block in backbone.blocks if block.index not in excluded)
         return replace(backbone, blocks=kept)
 
-    def _check_free(self, model: nn.Module, path: str) -> None:
-        """Refuse what an adapter of another kind has wrapped, or what lies in it: peft would pass it over."""
+    def _check_free(self, model: nn.Module, path: str, kind: type[VisualTunerLayer]) -> None:
+        """Refuse what an adapter of another kind replaces, or what lies in it.
+
+        Layers on single modules go around those of other methods; adapters in a block let all others stand there.
+
+        Raises:
+            ValueError: an adapter that is there already, or another of this one, does not let the method act there.
+        """
         parts = path.split(".")
+        planned = {_layer_kind(other.site) for other in self._placements.get(path, ())}
+        if planned - {kind}:
+            raise ValueError(
+                f"{type(self).__name__} puts equations on the weights or the output of {path!r} and others into it as "
+                "a block: one module can have one of these kinds."
+            )
         for end in range(1, len(parts) + 1):
             name = ".".join(parts[:end])
             module = model.get_submodule(name)
-            own = end == len(parts) and isinstance(module, VisualTunerLayer)
-            if isinstance(module, BaseTunerLayer) and not own:
+            inside = [m for m in module.modules() if isinstance(m, BaseTunerLayer)] if kind is WholeLayer else []
+            free = not isinstance(module, BaseTunerLayer) and not (end == len(parts) and inside)
+            if end == len(parts) and kind is not BlockAdapters and isinstance(module, BaseTunerLayer):
+                own = isinstance(module, VisualTunerLayer)
+                free = (
+                    isinstance(module, kind)
+                    if own
+                    else kind is ModuleLayer and linear_sizes(unwrapped(module)) is not None
+                )
+            if not free:
+                taken = inside[0] if inside else module
                 raise ValueError(
                     f"{type(self).__name__} cannot act on {path!r}: {name!r} already belongs to another adapter "
-                    f"({type(module).__name__}). Use one model for each, or methods that act on the same sites."
+                    f"({type(taken).__name__}), which works on it in another way. Use one model for each."
                 )
             if isinstance(module, ModulesToSaveWrapper) and not isinstance(module, NormStatistics):
                 raise ValueError(
@@ -447,16 +491,17 @@ class VisualTuner(MergingTuner):
     ) -> None:
         # weights of a file may decide about targets, and not the config; then they were not planned for
         placements = self._placements.get(current_key) or [peft_config.placement_at(current_key, unwrapped(target))]
-        if isinstance(target, VisualTunerLayer):
-            layer = target
+        kind = _layer_kind(placements[0].site)
+        there = target._modules.get(CHILD) if kind is BlockAdapters else target
+        new = not isinstance(there, kind)
+        if isinstance(there, kind):
+            layer: VisualTunerLayer = there
+        elif kind is BlockAdapters:
+            layer = self._new_block_adapters(target, current_key)
         elif any(isinstance(placement.site, InputSite) for placement in placements):
             layer = InputLayer(target, self._exchange)
-        elif all(isinstance(placement.site, OutputSite | LinearSite | WeightSite) for placement in placements):
-            layer = ModuleLayer(target, self._exchange)
-        elif isinstance(placements[0].site, WholeSite):
-            layer = WholeLayer(target, self._exchange)
         else:
-            layer = self._new_block_layer(target, current_key)
+            layer = kind(target, self._exchange)
         for placement in placements:
             base = layer.get_base_layer()
             # a copy of a module is one of the module itself
@@ -474,7 +519,7 @@ class VisualTuner(MergingTuner):
                 placement.shared,
             )
             self._connect(layer, current_key, placement.site)
-        if layer is not target:
+        if new:
             self._put_layer(layer, parent, target_name, target)
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, requires_grad=False)
@@ -483,10 +528,10 @@ class VisualTuner(MergingTuner):
         if isinstance(site, BranchSite | SideSite) and site.needs_layout:
             assert self._backbone is not None
             self._exchange.watch_grid(self.model, self._backbone)
-        if isinstance(layer, BlockLayer) and isinstance(site, TokenSite | SideSite):
+        if isinstance(layer, BlockAdapters) and isinstance(site, TokenSite | SideSite):
             assert self._backbone is not None
             self._exchange.watch_stages(self.model, self._backbone)
-        if isinstance(layer, BlockLayer) and isinstance(site, SideSite):
+        if isinstance(layer, BlockAdapters) and isinstance(site, SideSite):
             assert self._backbone is not None
             if site.needs_pixels:
                 self._exchange.watch_pixels(self.model, self._backbone)
@@ -494,32 +539,55 @@ class VisualTuner(MergingTuner):
                 layer.watch_queries()
             first = path == self._backbone.blocks[0].path
             layer.watch_side(modules_before(self.model, self._backbone) if first else ())
-        if isinstance(layer, BlockLayer) and isinstance(site, LogitSite | KeyValueSite):
+        if isinstance(layer, BlockAdapters) and isinstance(site, LogitSite | KeyValueSite):
             layer.watch_attention()
-        if isinstance(layer, BlockLayer) and isinstance(site, BranchSite) and site.attends:
+        if isinstance(layer, BlockAdapters) and isinstance(site, BranchSite) and site.attends:
             layer.require_alone()
-        if isinstance(layer, BlockLayer) and isinstance(site, TokenSite):
+        if isinstance(layer, BlockAdapters) and isinstance(site, TokenSite):
             layer.watch_tokens()
-        if isinstance(layer, BlockLayer) and isinstance(site, NormSite):
-            layer.watch_norm(site.path, self.model)
         if isinstance(layer, ModuleLayer) and isinstance(site, OutputSite):
             for path in site.followers or ():
                 layer.followers[path] = partial(running, self.model, path)
 
-    def _new_block_layer(self, target: nn.Module, path: str) -> BlockLayer:
+    def _new_block_adapters(self, target: nn.Module, path: str) -> BlockAdapters:
         assert self._backbone is not None
         block = next(block for block in self._backbone.blocks if block.path == path)
-        return BlockLayer(target, self.model, block, self._backbone, self._exchange)
+        return BlockAdapters(target, self.model, block, self._backbone, self._exchange)
 
     def _put_layer(self, layer: VisualTunerLayer, parent: nn.Module, name: str, target: nn.Module) -> None:
-        """Put a layer around a module, under all names that the module has."""
+        """Put a layer into a block, or around a module, under all names that the module has."""
+        if isinstance(layer, BlockAdapters):
+            layer.attach()
+            return
         for holder, child in self._holders.get(id(target), [(parent, name)]):
             self._replace_module(holder, child, layer, target)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """As peft's, in a time that does not grow with the number of adapters."""
-        switch(self.model, adapter_name, inference_mode, self.tuner_layer_cls)
+        """As peft's, for the adapters of this method, in a time that does not grow with their number."""
+        switch(self.model, adapter_name, inference_mode, self.prefix, self.peft_config)
         self.active_adapter = adapter_name
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As peft's; an adapter of another method with that name stays."""
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist")
+        _check_adapters_not_merged(self.model, adapter_name)
+        del self.peft_config[adapter_name]
+        for layer in self._own_layers():
+            layer.delete_adapter(adapter_name, self.prefix)
+        active = next((list(layer.active_adapters) for layer in self._own_layers()), [])
+        active = [name for name in active if name in self.peft_config]
+        for wrapper in self._own_wrappers([adapter_name]):
+            wrapper.delete_adapter(adapter_name, new_active_adapters=active)
+        self.active_adapter = active
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        """As peft's; those of other methods stay as they are."""
+        for layer in self._own_layers():
+            layer.mute(self.prefix, not enabled)
+        for wrapper in self._own_wrappers(wrapper_names := list(self.peft_config)):
+            if set(wrapper.active_adapters) <= set(wrapper_names):
+                wrapper.enable_adapters(enabled)
 
     def unload(self) -> nn.Module:
         """As `MergingTuner.unload`, without names of labels that the adapter brought."""
@@ -572,7 +640,9 @@ class VisualTuner(MergingTuner):
         attentions = kwargs.get("output_attentions")
         if attentions is None:
             attentions = getattr(config, "output_attentions", False)
-        in_parts = any(not isinstance(layer, ModuleLayer) and any(layer.base_layer.children()) for layer in layers)
+        in_parts = any(
+            not isinstance(layer, ModuleLayer) and any(layer.get_base_layer().children()) for layer in layers
+        )
         if attentions and in_parts:
             raise ValueError(
                 "output_attentions: a batch that mixes adapters goes through the blocks in parts, whose attentions "
@@ -605,7 +675,9 @@ class VisualTuner(MergingTuner):
     ) -> dict[str, Tensor]:
         """The weights of an adapter to be saved: the moment at which the model knows the names of its classes."""
         record(model, adapter_name)
-        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        weights = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        # adapters of other methods may have the same name
+        return {key: value for key, value in weights.items() if f".{cls.prefix}" in key}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -655,7 +727,8 @@ class VisualTuner(MergingTuner):
         if wrong:
             if before is not None:  # the adapter was put in for this file
                 before.restore()
-                whole.peft_config.pop(adapter_name)
+                for configs in (whole.peft_config, getattr(base, "peft_config", {})):
+                    configs.pop(adapter_name, None)
             trained_on = config.base_model_name_or_path or "a model whose name was not recorded"
             raise ValueError(
                 f"The adapter was trained on {trained_on} and does not fit this {type(base).__name__}: {wrong[0]}"
@@ -663,6 +736,13 @@ class VisualTuner(MergingTuner):
                 + " Load it into a model of the class and size that it was trained in."
             )
         return remapped
+
+
+def _layer_kind(site: Site) -> type[VisualTunerLayer]:
+    """The layer that serves a site."""
+    if isinstance(site, OutputSite | LinearSite | WeightSite):
+        return ModuleLayer
+    return WholeLayer if isinstance(site, WholeSite) else BlockAdapters
 
 
 def _refuse_together(config: VisualPeftConfig, path: str, block: str) -> None:

@@ -170,7 +170,7 @@ class FeatureCache:
         finder = BorderFinder(self.model, self._run, device)
         border = finder.find({name: value.to(device) for name, value in inputs.items()})
         self._recomputing = recomputing(self.model, border)
-        self._frozen_parameters = [parameter for point in border.cuts for parameter in point.module.parameters()]
+        self._frozen_parameters = [parameter for point in border.cuts for parameter in point.parameters]
         self._active = getattr(self.model, "active_adapters", None)
         return border
 

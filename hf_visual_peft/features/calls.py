@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ..sites import BlockLayer
+from ..backbones.backbone import own_children
+from ..sites import BlockAdapters
 
 
 Forward = Callable[..., Any]
@@ -40,14 +41,14 @@ class CallPoint:
 
     def seen(self, output: Any) -> Any:
         """The result of a call: its output, and for a block what its layer recorded inside for side networks."""
-        if self.attribute == "forward" or not isinstance(self.holder, BlockLayer):
+        if self.attribute == "forward" or not isinstance(self.holder, BlockAdapters):
             return output
         current = self.holder._pass
         return output, None if current is None else current.between
 
     def shown(self, seen: Any) -> Any:
         """The output of a skipped call, from what `seen` recorded."""
-        if self.attribute == "forward" or not isinstance(self.holder, BlockLayer):
+        if self.attribute == "forward" or not isinstance(self.holder, BlockAdapters):
             return seen
         output, between = seen
         if self.holder._pass is not None:
@@ -55,18 +56,24 @@ class CallPoint:
         return output
 
     @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those in the module, apart from what adapters have in it as a block."""
+        own = [p for _, child in own_children(self.module) for p in child.parameters()]
+        return [*self.module.parameters(recurse=False), *own]
+
+    @property
     def trains(self) -> bool:
         """Whether anything in the module trains."""
-        return any(parameter.requires_grad for parameter in self.module.parameters())
+        return any(parameter.requires_grad for parameter in self.parameters)
 
 
 def call_points(model: nn.Module) -> list[CallPoint]:
     """The points of all modules below the model itself.
 
-    Inside the forward that a `BlockLayer` gives its block, the block's own is called: that one is replaced, so that
+    Inside the forward that `BlockAdapters` give their block, the block's own is called: that one is replaced, so that
     the equations around it still run.
     """
-    layers = {id(m.base_layer): m for m in model.modules() if isinstance(m, BlockLayer)}
+    layers = {id(m.get_base_layer()): m for m in model.modules() if isinstance(m, BlockAdapters)}
     points = []
     for path, module in model.named_modules():
         if not path:

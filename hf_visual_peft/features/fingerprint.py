@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from xxhash import xxh3_128
 
+from ..backbones.backbone import own_children
 from ..sites import VisualTunerLayer
 from .calls import base_path
 from .replay import Border
@@ -176,7 +177,7 @@ def _parts(model: nn.Module, border: Border) -> Iterator[tuple[str, nn.Module, b
         adapter = around and isinstance(module, PeftModel | BaseTuner | VisualTunerLayer)
         if not adapter:
             yield path, module, skipped
-        for name, child in module.named_children():
+        for name, child in own_children(module):
             if not adapter or name == "base_layer" or not isinstance(module, VisualTunerLayer):
                 yield from walk(f"{path}.{name}" if path else name, child, skipped)
 

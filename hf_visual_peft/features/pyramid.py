@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..sites import BlockLayer
+from ..sites import BlockAdapters
 
 
 def level_sizes(pixels: Tensor) -> list[tuple[int, int]]:
@@ -51,7 +51,7 @@ def feature_pyramid(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor
     Raises:
         ValueError: no active adapter computes a pyramid, several do, or a batch mixes adapters.
     """
-    layer = next((module for module in model.modules() if isinstance(module, BlockLayer)), None)
+    layer = next((module for module in model.modules() if isinstance(module, BlockAdapters)), None)
     if kwargs.get("adapter_names") is not None:
         raise ValueError("feature_pyramid takes no batch that mixes adapters: use set_adapter, not adapter_names.")
     states: dict[str, Tensor] = {}

@@ -16,24 +16,24 @@ Words that mean one thing throughout this library:
 - piece: the part of a side network that stands at one block.
 
 A *site* says where an equation acts, a *placement* puts one equation at one site of one module. Three layers carry
-them: `ModuleLayer` around a linear, norm or convolution, `BlockLayer` around a transformer block, `WholeLayer` around
+them: `ModuleLayer` around a linear, norm or convolution, `BlockAdapters` in a transformer block, `WholeLayer` around
 any module that trains as a whole.
 """
 
 from .attention import KeyValueSite, LogitSite, attention_of, attention_path
-from .block import BlockLayer, drop_path
-from .block_sites import BranchSite, NormSite, TokenSite
+from .block import BlockAdapters, drop_path
+from .block_sites import BranchSite, TokenSite
 from .exchange import Exchange
 from .forms import head_sizes, projections
 from .grid import Grid, TokenLayout, to_tokens
-from .layer import Equation, Placement, Shared, Site, VisualTunerLayer
+from .layer import Equation, Placement, Shared, Site, VisualTunerLayer, layers_of
 from .module import LinearSite, ModuleLayer, OutputSite, WeightSite, as_linear, as_matrix, output_channels
 from .side import SideSite, Tap, resized
 from .whole import WholeLayer, WholeSite, whole_module
 
 
 __all__ = [
-    "BlockLayer",
+    "BlockAdapters",
     "BranchSite",
     "Equation",
     "Exchange",
@@ -42,7 +42,6 @@ __all__ = [
     "LinearSite",
     "LogitSite",
     "ModuleLayer",
-    "NormSite",
     "OutputSite",
     "Placement",
     "Shared",
@@ -61,6 +60,7 @@ __all__ = [
     "attention_path",
     "drop_path",
     "head_sizes",
+    "layers_of",
     "output_channels",
     "projections",
     "resized",

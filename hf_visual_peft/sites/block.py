@@ -22,27 +22,29 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..backbones.backbone import SUBLAYER_ROLES, Block, VisionBackbone, unwrapped, versions
+from ..backbones.backbone import SUBLAYER_ROLES, Block, VisionBackbone, entered, versions
 from .block_attention import AttentionLayer
 from .block_checks import norms_first, require_stream
 from .block_side import BypassedLayer, key_of
-from .block_sites import BranchSite, NormSite, Pass, Reads, TokenSite
+from .block_sites import BranchSite, Pass, Reads, TokenSite
 from .exchange import Exchange
 from .grid import Grid, TokenLayout, map_grid, to_tokens, unfolded_grid, unit_grid
 from .layer import Equation, call_equation
 from .masks import PositionBias, seen_tokens, widen
 from .mixed import BASE
-from .module import evaluate_changed
 from .reach import reaches_into
 from .side import SideSite
 from .weights import changed_forward
 
+
+CHILD = "adapters"  # name of what a block has of adapters
 
 # Arguments of blocks that have one entry, or a row and a column, for each token.
 _MASKS = ("attention_mask", "relative_position_bias")
@@ -50,25 +52,78 @@ _MASKS = ("attention_mask", "relative_position_bias")
 _SIZES = ("input_dimensions", "height", "width")
 
 
-class BlockLayer(AttentionLayer, BypassedLayer, nn.Module):
-    """A transformer block with equations inside and around it.
+class AdaptedBlock:
+    """Mixin of the classes that blocks have while adapters stand in them; `adapted_class` makes these.
 
-    The block keeps its class and its hooks, and what the hooks see (transformers records hidden states there) is the
-    backbone's own tokens with everything that was added to them.
+    A block so stays where it is, with its name, its hooks and all that stands in it.
+    """
+
+    adapters: BlockAdapters
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the block's, with what adapters do around its hooks."""
+        return self.adapters.around(super().__call__, *args, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """For copies and files: the class is made anew, from that of the block."""
+        state: tuple = super().__reduce_ex__(max(2, int(protocol)))[2:]  # type: ignore[assignment]
+        return (_new_block, (plain_class(type(self)),), *state)
+
+
+@cache
+def adapted_class(kind: type) -> type:
+    """The class of blocks of a class in which adapters stand.
+
+    It has the name of that class, by which accelerate and others find blocks.
 
     Args:
-        base_layer: the block.
+        kind: the block's own class.
+    """
+    names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(kind)(kind.__name__, (AdaptedBlock, kind), names)
+
+
+def plain_class(kind: type) -> type:
+    """The class that a block has without adapters.
+
+    Args:
+        kind: the class that it has now.
+    """
+    return kind.__bases__[1] if kind.__bases__[0] is AdaptedBlock else kind
+
+
+def _new_block(kind: type) -> Any:
+    made: Any = adapted_class(kind)
+    return made.__new__(made)
+
+
+class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
+    """Equations inside and around a transformer block, of which this is a child.
+
+    The block keeps its place, its class (see `AdaptedBlock`) and its hooks. What the hooks see (transformers records
+    hidden states there) is the backbone's own tokens with everything that was added to them.
+
+    Args:
+        owner: the block.
         model: the model it belongs to.
         block: the block's roles.
         backbone: that it belongs to.
         exchange: shared with the other adapter layers of the model.
+
+    Raises:
+        ValueError: the block has something of that name already.
     """
 
     def __init__(
-        self, base_layer: nn.Module, model: nn.Module, block: Block, backbone: VisionBackbone, exchange: Exchange
+        self, owner: nn.Module, model: nn.Module, block: Block, backbone: VisionBackbone, exchange: Exchange
     ) -> None:
         super().__init__()
-        self.base_layer = base_layer
+        if hasattr(owner, CHILD):
+            raise ValueError(
+                f"{type(owner).__name__} has an attribute {CHILD!r} of its own, where methods at blocks put theirs. "
+                "Methods on single modules, as SSFConfig and LoraConfig, work there."
+            )
+        self._owner = (owner,)  # a tuple, so that it is no submodule
         self._init_layer(exchange)
         table = block.table or backbone.architecture
         self.prefix_tokens = block.prefix_tokens
@@ -80,23 +135,18 @@ class BlockLayer(AttentionLayer, BypassedLayer, nn.Module):
         )
         self._init_attention()
         self._init_side()
-        self._changed_norms: tuple[str, ...] = ()  # whose weight and bias equations may change
         self._pass: Pass | None = None
         self._block_returns_tuple = False
-        names = list(inspect.signature(type(base_layer).forward).parameters)[2:]
+        names = list(inspect.signature(type(owner).forward).parameters)[2:]
         self._mask_positions = {name: position for position, name in enumerate(names) if name in _MASKS}
         self._size_positions = {name: position for position, name in enumerate(names) if name in _SIZES}
-        # The block's forward may already be one that was set on it (accelerate does that), not that of its class.
-        self._forward_before = base_layer.__dict__.get("forward")
-        base_layer.forward = self._adapted_forward
-        self._handles: list[Any] = []
         self._stream_handles: list[Any] = []
         self._block = block
         modules = {role: tuple(map(model.get_submodule, paths)) for role, paths in block.roles.items()}
         self._holder: tuple[nn.Module, ...] = (
             (model.get_submodule(_holder_of_lists(backbone)),) if table.grid == "units" else ()
         )
-        self._watch_sublayers(model)
+        self._watch_sublayers()
         rates = (getattr(module, "drop_prob", None) for module in modules["drop_path"])
         self.drop_path_rate = next((rate for rate in rates if rate), 0.0)
         self._position_biases = [
@@ -105,12 +155,59 @@ class BlockLayer(AttentionLayer, BypassedLayer, nn.Module):
             if self._prompts == "sequence"
         ]
 
-    def _watch_sublayers(self, model: nn.Module) -> None:
+    def get_base_layer(self) -> nn.Module:
+        """The block."""
+        return self._owner[0]
+
+    def attach(self) -> None:
+        """Go into the block, which then calls `around` and `inside`."""
+        owner: Any = self.get_base_layer()
+        # The block's forward may already be one that was set on it (accelerate does that), not that of its class.
+        self._forward_before = vars(owner).get("forward")
+        owner.forward = self.inside
+        owner.add_module(CHILD, self)
+        kind: type = type(owner)
+        owner.__class__ = adapted_class(kind)
+        self.exchange.blocks[self._block.index] = self
+
+    def detach(self) -> None:
+        """Undo everything that was done to the block."""
+        owner: Any = self.get_base_layer()
+        own, kind = vars(owner), plain_class(type(owner))
+        # accelerate may have put its own forward around this one meanwhile
+        name = "_old_forward" if own.get("_old_forward") == self.inside else "forward"
+        if self._forward_before is not None or name == "_old_forward":
+            setattr(owner, name, self._forward_before or MethodType(kind.forward, owner))  # type: ignore[attr-defined]
+        elif own.get("forward") == self.inside:
+            del owner.forward
+        owner.__class__ = kind
+        delattr(owner, CHILD)
+        self._look_away()
+        for bias in self._position_biases:
+            bias.remove()
+        self._detach_attention()
+        self._detach_side()
+        self.exchange.blocks.pop(self._block.index, None)
+
+    def _versions(self, path: str) -> list[nn.Module]:
+        """What stands under a name in the block, as `versions` has it, to be watched."""
+        owner = self.get_base_layer()
+        inside = path.removeprefix(self.path).removeprefix(".")
+        names = inside.split(".") if inside else []
+        for end, name in enumerate(names):
+            for parent in versions(owner, ".".join(names[:end])):
+                for holder in entered(parent):
+                    if name in holder._modules:
+                        self._steps.append((holder._modules, name, holder._modules[name]))
+        return versions(owner, inside)
+
+    def _watch_sublayers(self) -> None:
         """Set the hooks at which the block's stream can be seen."""
         block, roles = self._block, self._block.roles
+        self._steps: list[tuple[dict, str, nn.Module | None]] = []  # on the way to what is watched
         # tuples, so that they are no submodules of the layer
         self._attention: tuple[tuple[nn.Module, ...], ...] = tuple(
-            tuple(map(model.get_submodule, roles[role][:1])) for role in SUBLAYER_ROLES["attention"]
+            tuple(self._versions(path)[0] for path in roles[role][:1]) for role in SUBLAYER_ROLES["attention"]
         )
         self._reads_block: list[str] = []  # sub-layers whose entrance is that of the block
         handles = self._stream_handles
@@ -118,31 +215,44 @@ class BlockLayer(AttentionLayer, BypassedLayer, nn.Module):
             if path == block.path:
                 self._reads_block.append(sublayer)
                 continue
-            for entrance in versions(model, path):
+            for entrance in self._versions(path):
                 if path in roles[SUBLAYER_ROLES[sublayer][0]]:
                     if sublayer == "mlp":
                         handles.append(entrance.register_forward_pre_hook(self._before_mlp))
                     handles.append(entrance.register_forward_hook(partial(self._after_norm, sublayer)))
                 else:
                     handles.append(entrance.register_forward_pre_hook(partial(self._before_sublayer, sublayer)))
-        for module in (module for path in block.rest for module in versions(model, path)):
+        for module in (module for path in block.rest for module in self._versions(path)):
             handles.append(module.register_forward_pre_hook(self._before_rest))
-        handles += norms_first(block, model)
+        handles += norms_first(block, self._versions)
 
-    @contextmanager
-    def looking_away(self, model: nn.Module) -> Iterator[None]:
-        """Have no hooks in the block meanwhile, and then also at copies that were made of its modules.
-
-        Args:
-            model: with the block.
-        """
+    def _look_away(self) -> None:
         for handle in self._stream_handles:
             handle.remove()
         self._stream_handles.clear()
+
+    @contextmanager
+    def looking_away(self) -> Iterator[None]:
+        """Have no hooks in the block meanwhile, and then also at copies that were made of its modules."""
+        self._look_away()
         yield
-        self._watch_sublayers(model)
-        for path in self._changed_norms:
-            self._hook_changed_norm(path, model)
+        self._watch_sublayers()
+
+    def follow(self) -> None:
+        """Watch what stands in the block now: layers of other adapters may have come or gone.
+
+        Raises:
+            ValueError: this was not so when the model was compiled.
+        """
+        if all(holder.get(name) is module for holder, name, module in self._steps):
+            return
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                f"{self.path}: other adapters have come to the block since its last forward pass. Call the model once "
+                "before it is compiled."
+            )
+        self._look_away()
+        self._watch_sublayers()
 
     @property
     def path(self) -> str:
@@ -159,22 +269,8 @@ class BlockLayer(AttentionLayer, BypassedLayer, nn.Module):
         Args:
             path: full name of the module.
         """
-        sites = [site for plan in self.plans.values() for _, site, _ in plan]
+        sites = [planned.site for plan in self.plans.values() for planned in plan]
         return reaches_into(sites, self._block, self._prompts, path)
-
-    def detach(self) -> nn.Module:
-        """Undo everything that was done to the block and return it."""
-        del self.base_layer.forward
-        if self._forward_before is not None:
-            self.base_layer.forward = self._forward_before
-        for handle in (*self._handles, *self._stream_handles):
-            handle.remove()
-        for bias in self._position_biases:
-            bias.remove()
-        self._detach_attention()
-        self._detach_side()
-        self.exchange.unwatch()
-        return self.base_layer
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Not possible.
@@ -182,7 +278,7 @@ class BlockLayer(AttentionLayer, BypassedLayer, nn.Module):
         Raises:
             ValueError: always.
         """
-        slots = {slot for plan in self.plans.values() for slot, _, _ in plan}
+        slots = {planned.attribute for plan in self.plans.values() for planned in plan}
         raise ValueError(
             f"{', '.join(sorted(slots))} cannot be merged: it is no affine change of a weight of the backbone. Keep "
             "the adapter beside the backbone; `unload()` gives the backbone back without it."
@@ -196,19 +292,29 @@ class BlockLayer(AttentionLayer, BypassedLayer, nn.Module):
         """
         self.merge()
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the block's, (batch, tokens, width) first."""
-        exchange = self.exchange
-        exchange.for_heads.clear()  # of a pass that did not reach the heads
+    def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What a call of the block does.
+
+        Args:
+            call: the block's own call, with its hooks.
+            args: of the block, (batch, tokens, width) first.
+            kwargs: of the block.
+        """
+        self.exchange.for_heads.clear()  # of a pass that did not reach the heads
+        self.follow()
+        self._changed()
         if not any(True for _ in self._active()):
-            return self.base_layer(hidden_states, *args, **kwargs)
-        require_stream(self.base_layer, hidden_states)
+            return call(*args, **kwargs)
+        return self._around(call, *args, **kwargs)
+
+    def _around(self, call: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        exchange, base = self.exchange, self._owner[0]
+        require_stream(base, hidden_states)
         sites = {key_of(e): e.site for e in self._active() if isinstance(e.site, TokenSite | SideSite)}
         self._require_whole_pass(sites.values())
         tokens = {name: self._taken(name) for name, site in sites.items() if site.takes}
         layouts = {name: exchange.layouts.pop(name) for name in tokens if name in exchange.layouts}
         onward = tuple(name for name, site in sites.items() if site.hands_on)
-        base: Any = self.base_layer
         # a block that is bypassed keeps nothing that could be computed again
         checkpoint = self.training and getattr(base, "gradient_checkpointing", False) and not self.bypassed
         # Tokens, grid and frames of this pass are arguments: when the function runs again in the backward pass, other
@@ -223,15 +329,17 @@ class BlockLayer(AttentionLayer, BypassedLayer, nn.Module):
             layouts_behind=behind,
             pixels=exchange.pixels,
         )
-        run = partial(self._run, new_pass, tuple(tokens), onward, checkpoint, kwargs)
-        call = partial(base._gradient_checkpointing_func, run) if checkpoint else run
-        output = call(hidden_states, *tokens.values(), *args)
+        run = partial(self._run, call, new_pass, tuple(tokens), onward, checkpoint, kwargs)
+        if checkpoint:
+            checkpointed: Any = base._gradient_checkpointing_func
+            run = partial(checkpointed, run)
+        output = run(hidden_states, *tokens.values(), *args)
         exchange.layouts.update((name, behind[name]) for name in onward if name in behind)
         if onward:
             exchange.handed_on.update(zip(onward, output[-len(onward) :], strict=True))
             for e in self._active():
                 if isinstance(e.site, SideSite) and e.site.heads is not None and e.site.hands_on:
-                    exchange.leave_to_heads(e.adapter, exchange.handed_on.pop(key_of(e)), e.site.heads)
+                    exchange.leave_to_heads(e.adapter, e.owner, exchange.handed_on.pop(key_of(e)), e.site.heads)
                 elif isinstance(e.site, SideSite) and e.site.keeps:
                     state = exchange.handed_on.pop(key_of(e))
                     if exchange.collected is not None:
@@ -251,7 +359,7 @@ class BlockLayer(AttentionLayer, BypassedLayer, nn.Module):
             return
         if any(s.takes or s.hands_on or (isinstance(s, SideSite) and s.needs_pixels) for s in sites):
             raise ValueError(
-                f"Gradient checkpointing around several modules computes {type(self.base_layer).__name__} again "
+                f"Gradient checkpointing around several modules computes {type(self.get_base_layer()).__name__} again "
                 "without what an active adapter hands from block to block. Switch it off (timm: "
                 "`set_grad_checkpointing(False)`), or checkpoint single blocks (transformers: "
                 "`gradient_checkpointing_enable()`)."
@@ -261,13 +369,14 @@ class BlockLayer(AttentionLayer, BypassedLayer, nn.Module):
         """Tokens, or the state of a side network, that the block before has handed on."""
         if name not in self.exchange.handed_on:
             raise ValueError(
-                f"{type(self.base_layer).__name__} gets nothing of the adapter {name!r} from the block before: call "
-                "the whole model, not a block of it."
+                f"{self.path!r} gets nothing of the adapter {name!r} from the block before: call the whole model, not "
+                "a block of it."
             )
         return self.exchange.handed_on.pop(name)
 
     def _run(
         self,
+        call: Callable[..., Any],
         new_pass: Callable[[dict[str, Tensor], int], Pass],
         taken: tuple[str, ...],
         onward: tuple[str, ...],
@@ -278,11 +387,11 @@ class BlockLayer(AttentionLayer, BypassedLayer, nn.Module):
     ) -> Any:
         tokens = dict(zip(taken, rest, strict=False))
         self._pass = new_pass(tokens, self.prefix_tokens)
-        base: Any = self.base_layer
+        base: Any = self.get_base_layer()
         if checkpoint:  # once is enough: the block would do it again inside
             base.gradient_checkpointing = False
         try:
-            output = base(hidden_states, *rest[len(taken) :], **kwargs)
+            output = call(hidden_states, *rest[len(taken) :], **kwargs)
         finally:
             self._pass = None
             if checkpoint:
@@ -292,16 +401,21 @@ class BlockLayer(AttentionLayer, BypassedLayer, nn.Module):
         flat = output if self._block_returns_tuple else (output,)
         return (*flat, *(tokens[name] for name in onward))
 
-    def _adapted_forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def inside(self, *args: Any, **kwargs: Any) -> Any:
         """What the block does instead of its own forward; called by the block, inside its hooks."""
-        forward: Callable[..., Any] = self._forward_before or partial(type(self.base_layer).forward, self.base_layer)
-        current = self._pass
-        if current is None:
-            return forward(hidden_states, *args, **kwargs)
+        base: Any = self.get_base_layer()
+        forward: Callable[..., Any] = self._forward_before or partial(type(base).forward, base)
+        if self._pass is None:
+            return forward(*args, **kwargs)
+        return self._inside(self._pass, forward, *args, **kwargs)
+
+    def _inside(
+        self, current: Pass, forward: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         # Inside the hooks, which see the whole batch, and before tokens make sequences of different lengths.
         if parts := self._parts((hidden_states,)):
             return self._run_parts(parts, partial(self._part_forward, current), (hidden_states, *args), kwargs)
-        forward = changed_forward(self.base_layer, forward, self._active())
+        forward = changed_forward(self.get_base_layer(), forward, self._active())
         current.grid = self._told_grid(current, hidden_states, args, kwargs)
         if any(isinstance(e.site, SideSite) and e.site.needs_mask for e in self._active()):
             current.seen = self._seen_tokens(args, kwargs)
@@ -359,33 +473,9 @@ class BlockLayer(AttentionLayer, BypassedLayer, nn.Module):
         pixels = None if whole.pixels is None else whole.pixels[index]
         self._pass = None if name == BASE else replace(whole, grid=grid, pixels=pixels)
         try:
-            return self._adapted_forward(hidden_states, *args, **kwargs)
+            return self.inside(hidden_states, *args, **kwargs)
         finally:
             self._pass = whole
-
-    def watch_norm(self, path: str, model: nn.Module) -> None:
-        """Let equations change weight and bias of a norm of the block from now on.
-
-        Args:
-            path: the norm's full name, as sites have it.
-            model: with the block.
-        """
-        if path not in self._changed_norms:
-            self._changed_norms += (path,)
-            self._hook_changed_norm(path, model)
-
-    def _hook_changed_norm(self, path: str, model: nn.Module) -> None:
-        hook = partial(self._after_changed_norm, path)
-        norm = unwrapped(model.get_submodule(path))
-        # before all others, which see the norm's new output
-        self._stream_handles.append(norm.register_forward_hook(hook, prepend=True))
-
-    def _after_changed_norm(self, path: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        equations = [e for e in self._active() if isinstance(e.site, NormSite) and e.site.path == path]
-        if self._pass is None or not equations:
-            return None
-        with self._unwatched():  # norms of a model's own run once more for it
-            return evaluate_changed(module, equations, args[0])
 
     def _told_grid(self, current: Pass, x: Tensor, args: tuple, kwargs: dict) -> Grid | None:
         """How the tokens of the block's input lie in the image, as far as the embeddings, x or arguments tell."""
@@ -418,12 +508,12 @@ class BlockLayer(AttentionLayer, BypassedLayer, nn.Module):
     def _insert(self, hidden_states: Tensor, current: Pass) -> list[str]:
         """Make the tokens that this block starts with; the names of all adapters that have tokens here."""
         names = []
-        for name, equation, site, shared in self._active():
+        for _, equation, site, shared, owner in self._active():
             if isinstance(site, TokenSite):
                 if equation is not None:
                     new = equation(hidden_states.shape[0], *shared)
-                    current.tokens[name] = new.to(hidden_states.dtype)
-                names.append(name)
+                    current.tokens[owner] = new.to(hidden_states.dtype)
+                names.append(owner)
         return names
 
     def _make_room(self, args: tuple, kwargs: dict, length: int, count: int) -> tuple[tuple, dict]:

@@ -30,7 +30,7 @@ from .queries import QueryPath
 
 
 class AttentionLayer(VisualTunerLayer):
-    """The part of `BlockLayer` that acts in the block's attention."""
+    """The part of `BlockAdapters` that acts in the block's attention."""
 
     _query: str
     _key: str
@@ -51,13 +51,13 @@ class AttentionLayer(VisualTunerLayer):
 
     def _find_attention(self) -> nn.Module:
         # once, as it looks at code
-        self._attention_path = attention_path(self.base_layer, self._query)
-        attention = self.base_layer.get_submodule(self._attention_path)
+        self._attention_path = attention_path(self.get_base_layer(), self._query)
+        attention = self.get_base_layer().get_submodule(self._attention_path)
         self._interface = has_interface(attention)
         return attention
 
     def _attention_module(self) -> nn.Module:
-        return self.base_layer.get_submodule(self._attention_path)
+        return self.get_base_layer().get_submodule(self._attention_path)
 
     def watch_attention(self) -> None:
         """Let equations act in the block's attention from now on."""
@@ -79,7 +79,7 @@ class AttentionLayer(VisualTunerLayer):
     def watch_queries(self) -> None:
         """Let extra tokens go through the block from now on, which its own do not see."""
         if self._queries is None:
-            self._queries = QueryPath(self.base_layer, self._position_biases)
+            self._queries = QueryPath(self.get_base_layer(), self._position_biases)
             self.watch_attention()
 
     def require_alone(self) -> None:
@@ -91,7 +91,7 @@ class AttentionLayer(VisualTunerLayer):
         why_not = why_not_alone(self._find_attention())
         if why_not is not None:
             raise ValueError(
-                f"The attention of {type(self.base_layer).__name__} cannot serve other tokens: {why_not}."
+                f"The attention of {type(self.get_base_layer()).__name__} cannot serve other tokens: {why_not}."
             )
 
     def _detach_attention(self) -> None:
@@ -135,12 +135,12 @@ class AttentionLayer(VisualTunerLayer):
         equations = list(self._equations(KeyValueSite))
         if current is None or (current.joining is None and not equations):
             return None
-        form = projections(self.base_layer, self._attention_path, self._query, self._key, self._value)
+        form = projections(self.get_base_layer(), self._attention_path, self._query, self._key, self._value)
         if current.joining is not None:
             with self._unwatched():
                 pairs.append(project(form, current.joining))
         assert current.entered is not None
-        for _, equation, _, shared in equations:
+        for _, equation, _, shared, _ in equations:
             assert equation is not None
             pairs.append(equation(current.entered.shape[0], *shared))
         keys, values = (torch.cat([x.to(own.dtype) for x in each], dim=2) for each in zip(*pairs, strict=True))
@@ -153,7 +153,7 @@ class AttentionLayer(VisualTunerLayer):
         layout = TokenLayout(self._pass.prefix, self._pass.grid, self._pass.frames)
 
         def change(logits: Tensor) -> Tensor:
-            for _, equation, _, shared in equations:
+            for _, equation, _, shared, _ in equations:
                 assert equation is not None
                 logits = call_equation(self, equation, logits, layout, *shared)
             return logits

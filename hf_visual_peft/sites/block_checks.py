@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..backbones.backbone import SUBLAYER_ROLES, Block, versions
+from ..backbones.backbone import SUBLAYER_ROLES, Block
 
 
 def require_stream(block: nn.Module, stream: Any) -> None:
@@ -42,11 +43,11 @@ class NormFirst:
     called: bool = False
     handles: list[Any] = field(default_factory=list)
 
-    def watch(self, model: nn.Module) -> None:
+    def watch(self, find: Callable[[str], list[nn.Module]]) -> None:
         """Set them."""
         self.handles = [
-            *(module.register_forward_pre_hook(self._at_norm) for module in versions(model, self.norm)),
-            *(module.register_forward_pre_hook(self._at_reader) for module in versions(model, self.reader)),
+            *(module.register_forward_pre_hook(self._at_norm) for module in find(self.norm)),
+            *(module.register_forward_pre_hook(self._at_reader) for module in find(self.reader)),
         ]
 
     def remove(self) -> None:
@@ -69,17 +70,17 @@ class NormFirst:
         self.remove()
 
 
-def norms_first(block: Block, model: nn.Module) -> list[NormFirst]:
+def norms_first(block: Block, find: Callable[[str], list[nn.Module]]) -> list[NormFirst]:
     """Watch that the norms of a block precede what the table says they do.
 
     Args:
         block: whose norms do not follow its sub-layers.
-        model: that it belongs to.
+        find: gives what stands under a name in the model.
     """
     watches = []
     for sublayer in block.sublayers:
         norm, reader, *_ = (block.roles[role] for role in SUBLAYER_ROLES[sublayer])
         if norm and reader and block.entrances[sublayer] == norm[0]:
             watches.append(NormFirst(norm[0], reader[0]))
-            watches[-1].watch(model)
+            watches[-1].watch(find)
     return watches

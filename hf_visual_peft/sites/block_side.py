@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..backbones.architectures import GridKind, Stream
+from ..backbones.backbone import Block
 from .block_sites import Pass
 from .grid import TokenLayout, from_tokens, map_grid, to_tokens
 from .layer import Equation, VisualTunerLayer
@@ -16,14 +17,16 @@ from .side import SideSite, Tap, call_piece, resized
 
 
 class BypassedLayer(VisualTunerLayer):
-    """The part of `BlockLayer` that lets side networks read the block, and bypasses it where only they are active."""
+    """The part of `BlockAdapters` that serves side networks, and bypasses the block where only they are active."""
 
     _stream: Stream
     _grid_kind: GridKind | None
+    _block: Block
 
     def _init_side(self) -> None:
         self._before_blocks: tuple[nn.Module, ...] = ()  # that are in eval mode where the blocks are
         self._was_bypassed = False
+        self._crossed = False  # whether something trains in the block or before it, apart from adapters at blocks
 
     def _layout(self, current: Pass, tokens: Tensor) -> TokenLayout:
         raise NotImplementedError
@@ -33,46 +36,46 @@ class BypassedLayer(VisualTunerLayer):
         """Whether all that is active here are networks beside the block, and no gradient crosses it."""
         active = list(self._active())
         frozen = (isinstance(e.site, SideSite) and e.site.frozen for e in active)
-        return bool(active) and all(frozen) and self.exchange.crossing.isdisjoint(e.adapter for e in active)
+        crossing = self._crossed or not self.exchange.crossing.isdisjoint(e.owner for e in active)
+        return bool(active) and all(frozen) and not crossing
+
+    def _look_for_training(self) -> None:
+        """See whether a gradient crosses the block on its way to other adapters, in it or before it."""
+        before = self.exchange.blocks.get(self._block.index - 1)
+        own = (p for module in (*self._own_modules(), *self._before_blocks) for p in module.parameters())
+        owner = self.get_base_layer()
+        self._crossed = (before is not None and before._crossed) or any(
+            p.requires_grad for parameters in (own, owner.parameters(recurse=False)) for p in parameters
+        )
+
+    def _own_modules(self) -> Iterator[nn.Module]:
+        """The children of the block, without adapters at blocks."""
+        return (child for child in self.get_base_layer().children() if child is not self)
 
     def train(self, mode: bool = True) -> Any:
         """As ever; but the block, and what comes before the blocks, stay in eval mode where it is bypassed."""
         super().train(mode)
+        self._look_for_training()
         if self.bypassed:
             self._put_backbone(False)
         return self
 
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As peft's; a block that is bypassed from now on goes into eval mode, one that no longer is comes back."""
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self._follow_bypass()
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """As peft's; the same."""
-        super().enable_adapters(enabled)
-        self._follow_bypass()
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """As peft's; the same."""
-        super().delete_adapter(adapter_name)
-        self._follow_bypass()
-
-    def _follow_bypass(self) -> None:
+    def _changed(self) -> None:
+        """See whether the block is bypassed from now on: then it goes into eval mode, else it comes back."""
+        self._look_for_training()
         # Only where it changes: what somebody put into eval mode by hand stays there.
         if self.bypassed != self._was_bypassed:
             self._was_bypassed = self.bypassed
             self._put_backbone(self.training and not self.bypassed)
 
     def _put_backbone(self, mode: bool) -> None:
-        for module in (self.base_layer, *self._before_blocks):
+        self.get_base_layer().training = mode
+        for module in (*self._own_modules(), *self._before_blocks):
             module.train(mode)
 
     def watch_side(self, before_blocks: Sequence[nn.Module]) -> None:
         """Keep modules before the blocks in eval mode, too, while this block is bypassed."""
         self._before_blocks = tuple(before_blocks)
-        self._was_bypassed = self.bypassed
-        if self.bypassed:
-            self._put_backbone(False)
 
     def _enter(self, current: Pass, x: Tensor) -> Tensor:
         """Let side networks read and change the stream at the entrance of the block."""
@@ -114,7 +117,7 @@ class BypassedLayer(VisualTunerLayer):
                 between = current.between if "between" in site.reads else None
                 behind = y if "behind" in site.reads else None
                 pixels = current.pixels if site.needs_pixels else None
-                tokens = current.tokens.get(piece.adapter)
+                tokens = current.tokens.get(piece.owner)
                 seen = current.seen if site.needs_mask else None
                 tap = Tap(x, between, behind, layout if site.needs_layout else None, pixels, tokens, current.ask, seen)
                 state, added = call_piece(self, piece, state, tap)
@@ -145,4 +148,4 @@ class BypassedLayer(VisualTunerLayer):
 
 def key_of(equation: Equation) -> str:
     """Under which name tokens, or the state of a side network, go from block to block."""
-    return f"{equation.adapter} (side)" if isinstance(equation.site, SideSite) else equation.adapter
+    return f"{equation.owner} (side)" if isinstance(equation.site, SideSite) else equation.owner

@@ -61,19 +61,6 @@ class TokenSite(Site):
     hands_on: bool = False
 
 
-@dataclass(frozen=True)
-class NormSite(Site):
-    """Weight and bias of a norm in the block: what `WeightSite` is to methods that do not act on the block.
-
-    The equation is called with both and returns those that take their place.
-
-    Attributes:
-        path: full name of the norm.
-    """
-
-    path: str
-
-
 @dataclass
 class Pass:
     """One pass through one block: what comes in, and what the equations add on the way."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..backbones.backbone import VisionBackbone, unwrapped, versions
+from ..backbones.backbone import VisionBackbone, versions
 from .grid import Grid, TokenLayout
 from .heads import HeadPart, HeadUse, HeadWatch
 from .mixed import MixedBatch
@@ -40,6 +40,7 @@ class Exchange:
         stages: what could be computed again as a whole, with the blocks in it; names in the backbone.
         stage_handles: the hook that keeps them from it.
         crossing: adapters that train copies of modules before or in the blocks, so that gradients cross these.
+        blocks: what adapters have in blocks, by the number of the block.
     """
 
     grid: Grid | None = None
@@ -59,6 +60,7 @@ class Exchange:
     stages: dict[str, list[str]] = field(default_factory=dict)
     stage_handles: list[Any] = field(default_factory=list)
     crossing: set[str] = field(default_factory=set)
+    blocks: dict[int, Any] = field(default_factory=dict)
 
     def watch_grid(self, model: nn.Module, backbone: VisionBackbone) -> None:
         """Read the grid off the embeddings in every forward from now on."""
@@ -122,7 +124,7 @@ class Exchange:
                 continue
             stage.gradient_checkpointing = False
             for path in blocks:
-                block: Any = unwrapped(module.get_submodule(path))
+                block: Any = module.get_submodule(path)
                 block.gradient_checkpointing = True
                 block._gradient_checkpointing_func = stage._gradient_checkpointing_func
 
@@ -142,11 +144,18 @@ class Exchange:
         """Undo it."""
         _remove(self.head_handles)
 
-    def leave_to_heads(self, adapter: str, state: Tensor, use: HeadUse) -> None:
-        """Put the logits of an adapter where the heads find them."""
+    def leave_to_heads(self, adapter: str, owner: str, state: Tensor, use: HeadUse) -> None:
+        """Put the logits of an adapter where the heads find them.
+
+        Args:
+            adapter: its name.
+            owner: the same with its method.
+            state: the logits.
+            use: of them.
+        """
         sizes = [size for _, size in use.outputs]
         for (path, _), logits in zip(use.outputs, state.split(sizes, dim=1), strict=True):
-            self.for_heads.setdefault(path, {})[adapter] = HeadPart(logits, use.normalised)
+            self.for_heads.setdefault(path, {})[owner] = HeadPart(logits, use.normalised, adapter)
 
     @contextmanager
     def collecting(self) -> Iterator[dict[str, Tensor]]:

@@ -40,10 +40,12 @@ class HeadPart:
     Attributes:
         logits: (samples, classes), to be added to the head's.
         normalised: whether the head reads its input at unit length.
+        adapter: whose they are.
     """
 
     logits: Tensor
     normalised: bool
+    adapter: str
 
 
 @dataclass
@@ -62,7 +64,7 @@ class HeadWatch:
         """Bring the input of the head, (samples, ..., features), to unit length for the adapters that want it."""
         x = args[0]
         parts = self.exchange.for_heads.get(self.path, {})
-        wanting = [name for name, part in parts.items() if part.normalised]
+        wanting = [part.adapter for part in parts.values() if part.normalised]
         if not wanting:
             return None
         normed = F.normalize(x, dim=-1).to(x.dtype)
@@ -74,7 +76,7 @@ class HeadWatch:
     def after(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         """Add the logits."""
         parts = self.exchange.for_heads.pop(self.path, {})
-        for name, part in parts.items():
+        for part in parts.values():
             logits = part.logits.to(output.dtype)
             if self.exchange.frames:
                 logits = logits.unflatten(0, (-1, self.exchange.frames)).mean(dim=1)
@@ -82,7 +84,7 @@ class HeadWatch:
             if self.exchange.mixed is None:
                 output = output + logits
             else:
-                output = output.index_add(0, self._rows(name, output, module), logits)
+                output = output.index_add(0, self._rows(part.adapter, output, module), logits)
         return output if parts else None
 
     def _rows(self, name: str, x: Tensor, module: nn.Module) -> Tensor:

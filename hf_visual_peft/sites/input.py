@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .layer import Equation, call_equation
-from .module import ModuleLayer, WeightSite, _apply, _evaluate, _Weights, _weights_of, channel_dim, moved
+from .module import ModuleLayer, WeightSite, _Weights, channel_dim, moved
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,7 @@ class InputLayer(ModuleLayer):
         for equation in reversed(on_input):
             x = call_equation(self, equation.module.equation, x)  # type: ignore[union-attr,arg-type]
         x = moved(x, -1, dim)
-        on_weight = [e for e in equations if e not in on_input]
-        if not on_weight:
-            return self.base_layer(x, *rest, **kwargs)
-        new = _apply(on_weight, _weights_of(base))
-        return _evaluate(new.module, x, new.weight, new.bias)
+        return self._changed_output([e for e in equations if e not in on_input], x, *rest, **kwargs)
 
     def _fold(self, weights: _Weights, equations: list[Equation]) -> _Weights:
         return super()._fold(weights, sorted(equations, key=lambda e: isinstance(e.site, InputSite)))

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import _set_layer_requires_grad
 from torch import Tensor, nn
 
+from ..backbones.backbone import stands_in
 from .exchange import Exchange
 from .mixed import BASE, count_rows, run_parts
 
@@ -66,49 +67,58 @@ class Equation(NamedTuple):
         module: the equation.
         site: where it acts.
         shared: its last arguments, none or one.
+        owner: method and adapter, as adapters of two methods may have one name.
     """
 
     adapter: str
     module: nn.Module | None
     site: Site
     shared: tuple[nn.Module, ...]
+    owner: str
+
+
+class Planned(NamedTuple):
+    """One slot of an adapter at a layer.
+
+    Attributes:
+        attribute: of the layer, in which the equation stands by adapter.
+        site: where it acts.
+        shared: name of the shared module that it uses, None where it uses none.
+        prefix: of the method.
+    """
+
+    attribute: str
+    site: Site
+    shared: str | None
+    prefix: str
 
 
 class VisualTunerLayer(BaseTunerLayer):
-    """Mixin of `ModuleLayer` and `BlockLayer`.
+    """Mixin of `ModuleLayer`, `WholeLayer` and `BlockAdapters`.
 
     Equations stand in one `nn.ModuleDict` a slot, keyed by adapter, so that parameter names read
     `<module>.<method>_<slot>.<adapter>.<parameter>`, which is what peft and transformers expect. `plans` tells which
     slots an adapter fills, at which sites, and which shared module each uses.
     """
 
-    base_layer: nn.Module
     exchange: Exchange
     other_param_names = ("plans",)
 
     def _init_layer(self, exchange: Exchange) -> None:
         self.exchange = exchange
-        self.training = self.base_layer.training
+        self.training = self.get_base_layer().training
         # peft declares these on the class; a layer needs its own
         self.adapter_layer_names: tuple[str, ...] = ()
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._may_train: set[str] = set()  # adapters whose gradients may be on
-        self.plans: dict[str, tuple[tuple[str, Site, str | None], ...]] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        """Attributes that the layer lacks are those of the module it stands around."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":  # not there yet, as while unpickling
-                raise
-            return getattr(self.base_layer, name)
+        self._muted: set[str] = set()  # prefixes of methods that are disabled here, where others are not
+        self._off: set[str] = set()  # owners that are not active, though an adapter of their name is
+        self.plans: dict[str, tuple[Planned, ...]] = {}
 
     def get_base_layer(self) -> nn.Module:
-        """The module that the layer stands around; peft's would go on where that has a `base_layer` of its own."""
-        base = self.base_layer
-        return base.get_base_layer() if isinstance(base, BaseTunerLayer) else base
+        """The module that the layer acts on."""
+        raise NotImplementedError
 
     def add_equation(
         self,
@@ -137,7 +147,8 @@ class VisualTunerLayer(BaseTunerLayer):
             self.add_equation(adapter_name, prefix, shared.name, SharedSite(), module, init_weights)
             self.exchange.shared[key, adapter_name] = module
         attribute = f"{prefix}{slot}"
-        self.plans[adapter_name] = (*self.plans.get(adapter_name, ()), (attribute, site, key))
+        planned = Planned(attribute, site, key, prefix)
+        self.plans[adapter_name] = (*self.plans.get(adapter_name, ()), planned)
         if equation is not None:
             if not init_weights:
                 randomise(equation)
@@ -152,14 +163,49 @@ class VisualTunerLayer(BaseTunerLayer):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """As peft's, without a look at adapters that were not active and will not be: there may be a thousand."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        for attribute in self.adapter_layer_names:
+        self._let_train(self.adapter_layer_names, names, inference_mode)
+        self._may_train = set(names)
+        self._off.clear()
+        self._active_adapter = names
+        self._changed()
+
+    def switch(self, prefix: str, names: list[str], inference_mode: bool) -> None:
+        """Set the active adapters of one method; those of others stay as they are.
+
+        Args:
+            prefix: of the method.
+            names: of its adapters that are to be active.
+            inference_mode: whether they are frozen.
+        """
+        plans = {name: {planned.prefix for planned in plan} for name, plan in self.plans.items()}
+        others = [name for name in self.active_adapters if plans.get(name, set()) - {prefix}]
+        slots = {each.attribute for plan in self.plans.values() for each in plan if each.prefix == prefix}
+        self._let_train([each for each in self.adapter_layer_names if each in slots], names, inference_mode)
+        self._may_train |= set(names)
+        self._off = {owner for owner in self._off if not owner.startswith(prefix)}
+        self._off |= {f"{prefix}{name}" for name in others if name not in names}
+        self._off -= {f"{each}{name}" for name in names for each in plans.get(name, ()) if each == prefix}
+        joined = [name for name in names if name not in others]
+        alone = [name for name in joined if plans.get(name, set()) - {prefix}]
+        self._off |= {f"{each}{name}" for name in alone for each in plans[name] if each != prefix}
+        self._active_adapter = [*others, *joined]
+        self._changed()
+
+    def _let_train(self, slots: Sequence[str], names: Sequence[str], inference_mode: bool) -> None:
+        for attribute in slots:
             slot = getattr(self, attribute)
             for name in self._may_train.union(names):
                 if name in slot:
                     _set_layer_requires_grad(slot[name], name in names and not inference_mode)
-        self._may_train = set(names)
-        self._freeze_non_trainable_peft_weights(names)
-        self._active_adapter = names
+        self._freeze_non_trainable_peft_weights(list(names))
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """As peft's."""
+        super().enable_adapters(enabled)
+        self._changed()
+
+    def _changed(self) -> None:
+        """Follow a change of what is active."""
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """As peft's."""
@@ -168,28 +214,75 @@ class VisualTunerLayer(BaseTunerLayer):
             self._may_train |= names
         super().set_requires_grad(names, requires_grad)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter from the layer."""
-        super().delete_adapter(adapter_name)
-        for key in [key for key in self.exchange.shared if key[1] == adapter_name]:
-            del self.exchange.shared[key]
+    def delete_adapter(self, adapter_name: str, prefix: str = "") -> None:
+        """Remove an adapter from the layer.
+
+        Args:
+            adapter_name: its name.
+            prefix: of the one method whose adapter it is, where adapters of several methods may have that name.
+        """
+        plan = self.plans.get(adapter_name, ())
+        kept = tuple(planned for planned in plan if prefix and planned.prefix != prefix)
+        for planned in plan:
+            if planned not in kept and isinstance(planned.site, SharedSite):
+                self.exchange.shared.pop((planned.attribute, adapter_name), None)
+        active = {name for name in self.active_adapters if f"{prefix}{name}" not in self._off}
+        own = [name for name in self.plans if name != adapter_name and prefix in self.methods_of(name)]
+        if kept:
+            for planned in plan:
+                slot: Any = getattr(self, planned.attribute, ())
+                if planned not in kept and adapter_name in slot:
+                    del slot[adapter_name]
+            self.plans[adapter_name] = kept
+        else:
+            if prefix:  # peft's would choose another one to be active, whatever its method is
+                self._active_adapter = [name for name in self.active_adapters if name != adapter_name]
+            super().delete_adapter(adapter_name)
+        if prefix and adapter_name in active and own and not active.intersection(own):
+            self.switch(prefix, own[:1], inference_mode=False)
+        self._changed()
+
+    def methods(self) -> set[str]:
+        """Prefixes of the methods that have adapters here."""
+        return {planned.prefix for plan in self.plans.values() for planned in plan}
+
+    def methods_of(self, adapter_name: str) -> set[str]:
+        """Prefixes of the methods that have an adapter of a name here."""
+        return {planned.prefix for planned in self.plans.get(adapter_name, ())}
+
+    def mute(self, prefix: str, muted: bool) -> None:
+        """Switch a method off here, or on again, whose adapters are active.
+
+        Args:
+            prefix: of the method.
+            muted: whether it is off.
+        """
+        if muted and self.methods() > {prefix}:
+            self._muted.add(prefix)
+        else:
+            self._muted.discard(prefix)
+            self.enable_adapters(not muted)
+        self._changed()
 
     def equations_of(self, adapter_name: str) -> Iterator[Equation]:
         """The equations of one adapter at this layer."""
-        for attribute, site, key in self.plans.get(adapter_name, ()):
+        for attribute, site, key, prefix in self.plans.get(adapter_name, ()):
             if isinstance(site, SharedSite):
                 continue
             slot: Any = getattr(self, attribute, ())
             module = slot[adapter_name] if adapter_name in slot else None  # noqa: SIM401 - ModuleDict has no get
             shared = () if key is None else (self.exchange.shared[key, adapter_name],)
-            yield Equation(adapter_name, module, site, shared)
+            yield Equation(adapter_name, module, site, shared, f"{prefix}{adapter_name}")
 
     def _active(self) -> Iterator[Equation]:
         """The equations of the active adapters, or of those that a mixed batch names."""
-        if not self.disable_adapters:
-            mixed = self.exchange.mixed
-            for name in self.active_adapters if mixed is None else mixed.adapters:
-                yield from self.equations_of(name)
+        if self.disable_adapters:
+            return
+        mixed = self.exchange.mixed
+        for name in self.active_adapters if mixed is None else mixed.adapters:
+            for equation in self.equations_of(name):
+                if equation.owner not in self._off and not equation.owner.startswith(tuple(self._muted)):
+                    yield equation
 
     def _parts(self, args: tuple) -> dict[str, list[int]]:
         """The rows of the first argument by the adapter that acts on them here; none if one way serves them all."""
@@ -197,7 +290,8 @@ class VisualTunerLayer(BaseTunerLayer):
         if mixed is None or self.disable_adapters or not any(name in self.plans for name in mixed.adapters):
             return {}
         parts: dict[str, list[int]] = {}
-        for row, name in enumerate(mixed.of_rows(count_rows(self.base_layer, args), self.base_layer)):
+        base = self.get_base_layer()
+        for row, name in enumerate(mixed.of_rows(count_rows(base, args), base)):
             parts.setdefault(name if name in self.plans else BASE, []).append(row)
         return parts if len(parts) > 1 else {}
 
@@ -223,6 +317,71 @@ class VisualTunerLayer(BaseTunerLayer):
             f"{type(self).__name__} cannot run under torch.nn.DataParallel, whose copies of a layer share its state. "
             "Start one process a GPU instead: `accelerate launch` or torchrun (DistributedDataParallel)."
         )
+
+
+def layers_of(model: nn.Module) -> dict[str, VisualTunerLayer]:
+    """The adapter layers of a model, by the names of what they act on.
+
+    Args:
+        model: with adapters or without.
+    """
+    found: dict[str, VisualTunerLayer] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, VisualTunerLayer):
+            found[path.rpartition(".")[0] if stands_in(module) else path.removesuffix(".base_layer")] = module
+    return found
+
+
+class WrappingLayer(VisualTunerLayer):
+    """Mixin of the layers that take the place of a module and keep it as `base_layer`."""
+
+    base_layer: nn.Module
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes that the layer lacks are those of the module it stands around."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # not there yet, as while unpickling; or what accelerate has put on the module, and not on the layer
+            if name in ("base_layer", "_hf_hook", "_old_forward"):
+                raise
+            return getattr(self.base_layer, name)
+
+    def get_base_layer(self) -> nn.Module:
+        """The module that the layer stands around; peft's would go on where that has a `base_layer` of its own."""
+        base = self.base_layer
+        return base.get_base_layer() if isinstance(base, BaseTunerLayer) else base
+
+    def check_alone(self, prefix: str) -> None:
+        """Refuse to merge one method alone where adapters of another act on the same module in between.
+
+        Args:
+            prefix: of the method.
+
+        Raises:
+            ValueError: they do.
+        """
+        inside = self.base_layer
+        others = sorted({e.owner for e in self._active() if not e.owner.startswith(prefix)})
+        if isinstance(inside, BaseTunerLayer) and not inside.disable_adapters:
+            unmerged = set(inside.active_adapters) - set(inside.merged_adapters)
+            others = [type(inside).__name__] if unmerged else others
+        if others:
+            raise ValueError(
+                f"Cannot merge: {', '.join(others)} acts on {self.get_base_layer()}, too, and the result depends on "
+                "the order. Merge or unload that adapter first, or disable it."
+            )
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """What a tuner of peft's own puts in this place when it is unloaded: the layer, without that tuner's in it."""
+        inside: Any = self.base_layer
+        if isinstance(inside, BaseTunerLayer):
+            if merge:
+                inside.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            self.base_layer = inside.get_base_layer()
+        return self
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from ..backbones.backbone import is_pointwise, linear_sizes
 from .affine import has_channels_first, is_activated, is_linear_in_weight
 from .exchange import Exchange
-from .layer import Equation, Site, VisualTunerLayer, call_equation
+from .layer import Equation, Site, WrappingLayer, call_equation
 from .shifts import Flow, Place, place_for_shift, put
 
 
@@ -59,7 +59,7 @@ class _Weights(NamedTuple):
     bias: Tensor | None
 
 
-class ModuleLayer(VisualTunerLayer, nn.Module):
+class ModuleLayer(WrappingLayer, nn.Module):
     """A linear, norm or convolution with equations on its weight and bias and on its output.
 
     Equations see channels last, whatever the module. A convolution of 1 x 1 is a linear to them. An equation that can
@@ -96,7 +96,7 @@ class ModuleLayer(VisualTunerLayer, nn.Module):
         output = self._base_output(*args, **kwargs)
         dim = channel_dim(self.get_base_layer(), output.ndim)
         output = moved(output, dim, -1)
-        for _, equation, site, shared in self._active():
+        for _, equation, site, shared, _ in self._active():
             if not isinstance(site, WeightSite):
                 read = (moved(args[0], dim, -1),) if isinstance(site, LinearSite) else ()
                 output = call_equation(self, equation, output, *read, *shared)  # type: ignore[arg-type]
@@ -105,7 +105,7 @@ class ModuleLayer(VisualTunerLayer, nn.Module):
     def _norm_does_it(self) -> bool:
         """Whether only scales and shifts act here, in the precision of a layer norm that can do them by itself."""
         norm, equations = self.get_base_layer(), list(self._active())
-        if type(norm) is not nn.LayerNorm or norm.weight is None or not equations:
+        if type(norm) is not nn.LayerNorm or norm is not self.base_layer or norm.weight is None or not equations:
             return False
         if norm._forward_pre_hooks or norm._forward_hooks or "forward" in norm.__dict__:  # which want to be called
             return False
@@ -122,9 +122,28 @@ class ModuleLayer(VisualTunerLayer, nn.Module):
 
     def _base_output(self, *args: Any, **kwargs: Any) -> Tensor:
         equations = [e for e in self._active() if isinstance(e.site, WeightSite)]
+        return self._changed_output(equations, *args, **kwargs)
+
+    def _changed_output(self, equations: list[Equation], *args: Any, **kwargs: Any) -> Tensor:
+        """The output with weight and bias as equations change them.
+
+        Raises:
+            ValueError: a layer of another library in between does not let them.
+        """
+        base = self.get_base_layer()
         if not equations:
             return self.base_layer(*args, **kwargs)
-        return evaluate_changed(self.get_base_layer(), equations, args[0])
+        if base is self.base_layer:
+            return evaluate_changed(base, equations, args[0])
+        new = _apply(equations, _weights_of(base))
+        if is_quantised(base) or (new.bias is None) != (getattr(base, "bias", None) is None):
+            raise ValueError(
+                f"{base} has a layer of another adapter around it ({type(self.base_layer).__name__}), which needs its "
+                "weight in floating point, and its bias where it has one. Use one model for each adapter."
+            )
+        path = next(name for name, module in self.base_layer.named_modules() if module is base)
+        changed = {f"{path}.weight": new.weight} | ({} if new.bias is None else {f"{path}.bias": new.bias})
+        return functional_call(self.base_layer, changed, args, kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters into weight and bias of the module, or of the linears that follow it.
@@ -223,13 +242,15 @@ class ModuleLayer(VisualTunerLayer, nn.Module):
         if weights.module is not self.get_base_layer():
             behind = [e for e in equations if _followers(e)]
             weight, bias = _matrix(weights), weights.bias
-            for _, equation, _, shared in reversed(behind):  # the last to act on the input is the next to the linear
+            for _, equation, _, shared, _ in reversed(
+                behind
+            ):  # the last to act on the input is the next to the linear
                 fold: Any = equation.fold_input  # type: ignore[union-attr]
                 weight, bias = _fold_input(fold, weight, bias, shared)
             return _Weights(weights.module, _laid_as_in(weights.module, weight, weights.weight), bias)
         new = _apply([e for e in equations if isinstance(e.site, WeightSite)], weights)
         weight, bias = _matrix(new), new.bias
-        for _, equation, site, shared in equations:
+        for _, equation, site, shared, _ in equations:
             if not isinstance(site, WeightSite):
                 weight, bias = equation.fold(weight, bias, *shared)  # type: ignore[union-attr,operator]
         return _Weights(weights.module, _laid_as_in(weights.module, weight, weights.weight), bias)

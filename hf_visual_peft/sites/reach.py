@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..backbones.backbone import SUBLAYER_ROLES, Block
 from .attention import KeyValueSite, LogitSite
-from .block_sites import BranchSite, NormSite, TokenSite
+from .block_sites import BranchSite, TokenSite
 from .layer import Site
 from .side import SideSite
 from .weights import BlockWeightSite
@@ -30,6 +30,5 @@ def reaches_into(sites: Sequence[Site], block: Block, prompts: str | None, path:
         reached.append(query.rpartition(".")[0])
     if any(isinstance(site, BlockWeightSite) for site in sites):
         reached.append(block.path)
-    reached += [site.path for site in sites if isinstance(site, NormSite)]
     around = norm.startswith(f"{path}.")  # which is called by itself, too
     return around or any(f"{path}.".startswith(f"{p}.") or p.startswith(f"{path}.") for p in reached)

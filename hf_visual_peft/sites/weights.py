@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..backbones.backbone import base_parts
 from .layer import Equation, Site
 from .module import is_quantised
 
@@ -42,15 +43,16 @@ def changed_forward(
         forward: its forward.
         equations: the active ones at the block; those of other sites do nothing here.
     """
-    own: dict[str, Tensor] = dict(block.named_parameters())
+    equations = [equation for equation in equations if isinstance(equation.site, BlockWeightSite)]
+    if not equations:
+        return forward
+    names = own_parameters(block)
+    own: dict[str, Tensor] = {name: block.get_parameter(there) for name, there in names.items()}
     changed: dict[str, Tensor] = {}
     for equation in equations:
-        if isinstance(equation.site, BlockWeightSite):
-            assert equation.module is not None
-            changed |= equation.module(own | changed)
-    if not changed:
-        return forward
-    call, parameters = _Call(block, forward), {f"block.{name}": tensor for name, tensor in changed.items()}
+        assert equation.module is not None
+        changed |= equation.module(own | changed)
+    call, parameters = _Call(block, forward), {f"block.{names[name]}": tensor for name, tensor in changed.items()}
     return lambda *args, **kwargs: functional_call(call, parameters, args, kwargs)
 
 
@@ -66,4 +68,20 @@ def trainable_names(block: nn.Module) -> list[str]:
                 f"Cannot train {type(block).__name__}: the weight of its {name} is quantised. Leave the backbone "
                 "frozen."
             )
-    return [name for name, _ in block.named_parameters()]
+    return list(own_parameters(block))
+
+
+def own_parameters(block: nn.Module) -> dict[str, str]:
+    """The names of a block's parameters without adapters, and those that they have now.
+
+    Args:
+        block: with layers of adapters in it, or without.
+    """
+    found, known = {}, {}
+    for name, part in block.named_modules():
+        known[id(part)] = name
+    for path, module in base_parts(block):
+        for name, _ in module.named_parameters(recurse=False):
+            there = known[id(module)]
+            found[f"{path}.{name}" if path else name] = f"{there}.{name}" if there else name
+    return found

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from .exchange import Exchange
-from .layer import Placement, Shared, Site, VisualTunerLayer
+from .layer import Placement, Shared, Site, WrappingLayer
 from .mixed import BASE, check_samples_first, instead_of_forward
 from .module import is_quantised
 from .shifts import put
@@ -84,7 +84,7 @@ def _count_outputs(module: nn.Module) -> None:
             part.out_features = len(part.weight)
 
 
-class WholeLayer(VisualTunerLayer, nn.Module):
+class WholeLayer(WrappingLayer, nn.Module):
     """A module beside a copy of it for each adapter.
 
     Args:
@@ -125,6 +125,12 @@ class WholeLayer(VisualTunerLayer, nn.Module):
                 tensor.data = self._before_merge[name].detach().to(tensor, copy=True)
         super().add_equation(adapter_name, prefix, slot, site, equation, init_weights, shared)
 
+    @property
+    def versions(self) -> list[nn.Module]:
+        """The module and all copies of it."""
+        copies = (e.module for name in self.plans for e in self.equations_of(name))
+        return [self.get_base_layer(), *(module for module in copies if module is not None)]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's.
 
@@ -164,7 +170,7 @@ class WholeLayer(VisualTunerLayer, nn.Module):
         def run(name: str, index: Tensor, *args: Any, **kwargs: Any) -> Any:
             if name == BASE:
                 return forward(*args, **kwargs)
-            ((_, module, _, _),) = self.equations_of(name)
+            ((_, module, *_),) = self.equations_of(name)
             assert module is not None
             return self._in_dtype_of(module, module.forward, *args, **kwargs)
 
@@ -186,7 +192,7 @@ class WholeLayer(VisualTunerLayer, nn.Module):
             return
         if len(names) > 1 or self.merged:
             raise ValueError(f"Cannot merge {', '.join(self.merged_adapters + names)}: each is a whole module.")
-        ((_, module, _, _),) = self.equations_of(names[0])
+        ((_, module, *_),) = self.equations_of(names[0])
         assert module is not None
         new = _state_of(module)
         if safe_merge and not all(value.isfinite().all() for value in new.values()):

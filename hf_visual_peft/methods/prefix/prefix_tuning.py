@@ -219,18 +219,19 @@ def store_prefixes(model: PeftModel, adapter_name: str = "default") -> None:
         raise ValueError(f"Adapter {adapter_name!r} has no MLP that makes prefixes: {about}.")
     layers = [m for m in model.modules() if isinstance(m, VisualTunerLayer) and adapter_name in m.plans]
     for layer in layers:
-        for attribute, _, network in layer.plans[adapter_name]:
+        for attribute, _, network, _ in layer.plans[adapter_name]:
             equation = getattr(layer, attribute)[adapter_name]
             if isinstance(equation, ProducedPrefixes):
                 made_by = layer.exchange.shared[network, adapter_name]
                 getattr(layer, attribute)[adapter_name] = equation.stored(made_by)
     for layer in layers:  # no block needs the network any more
         plan = []
-        for attribute, site, _ in layer.plans[adapter_name]:
-            if isinstance(getattr(layer, attribute)[adapter_name], PrefixNetwork):
-                del getattr(layer, attribute)[adapter_name]
-                layer.exchange.shared.pop((attribute, adapter_name))
+        for planned in layer.plans[adapter_name]:
+            slot = getattr(layer, planned.attribute)
+            if isinstance(slot[adapter_name], PrefixNetwork):
+                del slot[adapter_name]
+                layer.exchange.shared.pop((planned.attribute, adapter_name))
             else:
-                plan.append((attribute, site, None))
+                plan.append(planned._replace(shared=None))
         layer.plans[adapter_name] = tuple(plan)
     config.reparam_dim = None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...backbones.backbone import NORM_ROLES, Block, VisionBackbone
 from ...core.config import VisualPeftConfig
 from ...core.registry import Paper, register
-from ...sites import NormSite, Placement, Shared, SideSite, Tap, TokenSite, drop_path
+from ...sites import Placement, Shared, SideSite, Tap, TokenSite, WeightSite, drop_path
 from ...training.defaults import Training
 from ..specification.difffit import norm_deltas
 
@@ -180,11 +180,6 @@ def _rung(*args: Any) -> nn.Module:
     return Rung(*args[:-1])
 
 
-def _deltas(name: str, block: nn.Module) -> nn.Module:
-    """Additions to weight and bias of a block's norm."""
-    return norm_deltas(block.get_submodule(name))
-
-
 @register(
     name="hst",
     paper=Paper("Hierarchical Side-Tuning for Vision Transformers", "arXiv 2023", "2310.05393"),
@@ -295,6 +290,4 @@ class HSTConfig(VisualPeftConfig):
     @staticmethod
     def _norms(block: Block) -> Iterator[Placement]:
         for index, path in enumerate(block.modules((*NORM_ROLES, "further_norms"))):
-            name = path.removeprefix(f"{block.path}.")
-            slot = f"norm{index + 1}"
-            yield Placement(block.path, slot, NormSite(path), partial(_deltas, name))
+            yield Placement(path, f"norm{index + 1}", WeightSite(), norm_deltas)
