@@ -255,6 +255,26 @@ def test_other_attention_is_refused(name, args, message):
         watched(module, Acts(nothing, nothing, nothing, nothing), partial(type(module).forward, module), (x,), {})
 
 
+@torch.no_grad()
+def test_positions_beside_the_softmax_are_refused_where_keys_join():
+    """ConViT adds weights of positions to those of the softmax, which know nothing of other keys."""
+    module = of_timm("models.convit.GPSA", 16, 4)
+    join = partial(torch.randn, 2, 4, COUNT, 4)
+    acts = Acts(lambda own: (join(), join()), nothing, nothing, nothing)
+    with pytest.raises(ValueError, match="GPSA .* no softmax of the products"):
+        watched(module, acts, partial(type(module).forward, module), (tokens(2, 16, 16),), {})
+
+
+@torch.no_grad()
+def test_values_of_another_width_are_refused():
+    module, _, args = made("vit")
+    for fused in (True, False):
+        module.fused_attn = fused
+        acts = Acts(lambda own: (tokens(2, 2, COUNT, 8), tokens(2, 2, COUNT, 4)), nothing, nothing, nothing)
+        with pytest.raises(ValueError, match=r"shape \(2, 2, 3, 4\) cannot join an attention's own of shape"):
+            watched(module, acts, partial(type(module).forward, module), args, {})
+
+
 def test_keys_that_lie_in_another_way_are_refused():
     pair = tokens(2, 4, COUNT, 8), tokens(2, 4, COUNT, 8)
     with pytest.raises(ValueError, match=r"Keys of shape \(2, 4, 3, 8\) cannot join keys of shape \(2, 4, 9, 16\)"):

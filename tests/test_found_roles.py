@@ -22,7 +22,6 @@ SAYS: dict[str, dict[str, str]] = {
     "beit": {"prompts": _BIAS},
     "data2vec-vision": {"prompts": _BIAS},
     "beit_segmentation": {"prompts": _BIAS},
-    "swinv2": {"prompts": "its cosines stand in transformers' own interface"},
     "timesformer": dict.fromkeys(
         ("prompts", "softmax", "prefix_tokens", "sublayers", "entrances", "readers", "roles"),
         "frames and cells take turns in the batch",

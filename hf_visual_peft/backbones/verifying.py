@@ -57,14 +57,15 @@ def verified(ran: Ran, path: str, roles: BlockRoles) -> BlockRoles:
     if not roles.query:
         return roles
     (seen,) = _attentions(reader, trace)
-    softmax = not _is_cosine(trace, seen) and not _mixes_heads(reader, trace, seen)
+    mixes = _mixes_heads(reader, trace, seen)
+    softmax = not mixes and not _is_cosine(trace, seen)
     equal = _equal_parts(trace, reader, roles, seen)
     prompts = None
     if "attention" in roles.sublayers:
         plain = roles.stream == "tokens" and not roles.post_norm
         if plain and _takes_more(twin, args, kwargs):
             prompts = "sequence"
-        elif softmax:
+        elif not mixes:  # keys that join a cosine attention are normalised as its own are
             prompts = "keys"
     return replace(roles, softmax=softmax, equal_parts=equal, prompts=prompts)
 

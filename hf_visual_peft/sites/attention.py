@@ -189,12 +189,21 @@ def _meet(
     acts.keep(key, value)
     joining = acts.join(key)
     if joining is not None:
-        key, value = (torch.cat(pair, dim=-2) for pair in zip((key, value), joining, strict=True))
+        key, value = (_joined(*pair) for pair in zip((key, value), joining, strict=True))
         if mask is not None:
             shown = 1.0 if mask.dtype == torch.bool or mask.ndim == 2 else 0.0
             mask = F.pad(mask, (0, joining[0].shape[-2]), value=shown)
     change = acts.change()
     return plain(key, value, mask) if change is None else changed(change, key, value, mask)
+
+
+def _joined(own: Tensor, new: Tensor) -> Tensor:
+    if own.shape[:-2] != new.shape[:-2] or own.shape[-1] != new.shape[-1]:
+        raise ValueError(
+            f"Keys or values of shape {tuple(new.shape)} cannot join an attention's own of shape {tuple(own.shape)}: "
+            "how its module divides channels into heads is not known. Leave these blocks out by exclude_modules."
+        )
+    return torch.cat([own, new], dim=-2)
 
 
 def _attend(
@@ -244,15 +253,21 @@ def watched(
         ValueError: the point was not found, or more than once.
     """
     watch = _Watch(acts, None if placed else (*args, *kwargs.values()))
-    with watch:
-        output = forward(*args, **kwargs)
+    cause = None
+    try:
+        with watch:
+            output = forward(*args, **kwargs)
+    except RuntimeError as error:
+        if watch.weights is None:
+            raise
+        cause = error  # weights of keys that joined go where nobody knows them
     if watch.met != 1:
         found = "no softmax of the products of queries and keys" if watch.met == 0 else f"{watch.met} of them"
         raise ValueError(
             f"{type(module).__name__} should compute attention once in its forward, as the softmax of the products of "
             f"queries and keys, plus biases, times the values; {found} was seen. An adapter cannot act in it: leave "
             "these blocks out by exclude_modules, or choose a method that does not act in attention."
-        )
+        ) from cause
     return output
 
 
@@ -371,7 +386,7 @@ class _Watch(TorchFunctionMode):
             return self.instead
         assert self.key is not None
         self.acts.keep(self.key, value)
-        return value if self.joining is None else torch.cat([value, self.joining], dim=-2)
+        return value if self.joining is None else _joined(value, self.joining)
 
     def _softmax(self, logits: _Logits, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         own = args[0] if args else kwargs["input"]

@@ -43,13 +43,11 @@ def projections(block: nn.Module, path: str, query: str, key: str, value: str) -
 
 
 def head_sizes(form: Projections) -> tuple[int, int, int]:
-    """Number of heads that keys have, and channels of a head in keys and in values.
-
-    Raises:
-        ValueError: the number of heads is not known.
-    """
+    """Number of heads that keys have, and channels of a head in keys and in values."""
     attention, query, key, value = form
     heads = _heads_of(attention)
+    if key is not value and getattr(attention, "key_dim", None) == _width(key):
+        heads = 1  # of keys that all queries share
     if _by_head(attention) and not getattr(attention, "head_first", False):
         sizes: Any = attention
         return heads, sizes.key_dim, sizes.val_dim
@@ -70,12 +68,12 @@ def _heads_of(attention: nn.Module) -> int:
     config: Any = getattr(attention, "config", None)
     number = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
     if not isinstance(number, int):
-        raise ValueError(f"{type(attention).__name__} has no attribute for its number of heads (num_heads).")
+        return 1  # what has several must know how many; where keys join, this shows
     return number // groups if getattr(config, "num_key_value_heads", None) is None else number
 
 
 def _width(projection: nn.Module) -> int:
-    for module in projection.modules():
+    for module in reversed([*projection.modules()]):  # the last of a sequence
         for name in ("out_features", "out_channels", "nf"):
             number: Any = getattr(module, name, None)
             if isinstance(number, int):
