@@ -402,12 +402,22 @@ def _product_after(trace: Trace, index: int) -> int | None:
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode that shares the weights of a model, without its hooks and with its own buffers."""
+    """A copy in eval mode that shares the weights of a model, without its hooks and with its own buffers.
+
+    What has no values, on the meta device, gets some on the CPU: random weights, one tensor for all of one shape.
+    """
     memo: dict[int, Any] = {}
+    made: dict[Any, Tensor] = {}
     for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
-    for buffer in model.buffers():
-        memo[id(buffer)] = buffer.detach().clone()
+        value = parameter.detach()
+        if value.is_meta:
+            key = (value.shape, value.dtype)
+            value = made[key] = made[key] if key in made else _random_like(value)
+        memo[id(parameter)] = nn.Parameter(value, requires_grad=False)
+    for name, buffer in model.named_buffers():
+        value = buffer.detach()
+        filled = torch.full(value.shape, float(name.endswith("_var")), dtype=value.dtype) if value.is_meta else None
+        memo[id(buffer)] = value.clone() if filled is None else filled
     twin = copy.deepcopy(model, memo).eval()
     for module in list(twin.modules()):
         for name, child in list(module.named_children()):
@@ -423,6 +433,14 @@ def shared_copy(model: nn.Module) -> nn.Module:
             for key in [key for key, hook in hooks.items() if not _of_transformers(hook)]:
                 del hooks[key]
     return twin
+
+
+def _random_like(value: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    random = torch.rand(value.shape, generator=generator) + 0.5
+    if value.ndim > 1:
+        random = (random - 1.0) / (value.numel() / max(len(value), 1)) ** 0.5
+    return random.to(value.dtype)
 
 
 def _of_transformers(hook: Any) -> bool:

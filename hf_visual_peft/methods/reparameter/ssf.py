@@ -159,9 +159,10 @@ class SSFConfig(TargetedConfig):
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """After every operation of the backbone."""
-        # other modules may be followed by an operation that changes their output in place, as in convolutional
-        # networks
-        recovered = set(backbone.modules(LINEAR_ROLES))
+        # other modules, and the convolutions that are linears of maps, may be followed by an operation that changes
+        # their output in place, as activations of convolutional networks do
+        blocks = (block for block in backbone.blocks if block.table.stream != "channels_first")
+        recovered = {path for block in blocks for path in block.modules(LINEAR_ROLES)}
         for path in (*backbone.outside, *backbone.modules()):
             yield self._at(path, path in recovered)
 
