@@ -182,7 +182,7 @@ class Asking(Net):
 def test_a_model_that_cannot_be_run():
     model = Asking(Unit(), Unit())
     before = state(model)
-    with pytest.raises(hvp.BackboneError, match=r"Asking could not be run.*wants x, weather.*example_inputs="):
+    with pytest.raises(hvp.BackboneError, match=r"Asking could not be run.*takes x, weather.*example_inputs="):
         hvp.find_backbone(model)
     assert_untouched(model, before)
     given = hvp.find_backbone(model, example_inputs=(torch.randn(1, 3, 32, 32), torch.ones(1)))

@@ -1,4 +1,4 @@
-"""Read off what was seen which modules stand before, between and behind the blocks, and how tokens lie."""
+"""Derive the modules before, between and after the blocks, and the layout of tokens, from a run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Outside:
 def input_modules(
     ran: Ran, modules: Mapping[str, nn.Module], lists: Mapping[str, Sequence[str]], heads: Collection[str]
 ) -> Outside:
-    """Read them off the order of calls and off what depends on what."""
+    """Derive them from the order of calls and from dependencies."""
     trace = ran.trace
     blocks = [path for names in lists.values() for path in names]
     calls = ran.calls()
@@ -78,9 +78,9 @@ def input_modules(
 def grid_of(
     ran: Ran, patch_embedding: Sequence[str], blocks: Sequence[str], roles: Mapping[str, BlockRoles]
 ) -> tuple[Any, int]:
-    """How the tokens lie in the image, and how many stand before them.
+    """The layout of the tokens in the image, and the number of prefix tokens.
 
-    Cells of the patch embedding's output are changed one by one to see which token of the first block changes.
+    Cells of the patch embedding's output are changed one by one to find the token of the first block that changes.
     """
     streams = {role.stream for role in roles.values() if role.sublayers}
     if not streams:
@@ -116,7 +116,7 @@ def grid_of(
 
 
 def _are_maps(ran: Ran, blocks: Sequence[str], roles: Mapping[str, BlockRoles]) -> bool:
-    """Whether the streams lie as the image does: where pixels are changed, there they change the most."""
+    """Whether the streams have the layout of the image: they change most where pixels change."""
     index = next((i for i, each in enumerate(ran.args) if isinstance(each, Tensor) and each.ndim == 4), None)
     name = next((n for n, each in ran.kwargs.items() if isinstance(each, Tensor) and each.ndim == 4), None)
     pixels = ran.args[index] if index is not None else ran.kwargs.get(name or "")
@@ -170,7 +170,7 @@ def _streams(ran: Ran, paths: Sequence[str], index: int | None, name: str | None
 
 
 def prefix_joined(ran: Ran, block: str) -> int:
-    """How many tokens that come of parameters alone are put before the others on the way to a block."""
+    """The number of tokens from parameters alone that are put before the others on the way to a block."""
     trace, call = ran.trace, ran.calls()[block]
     if call.stream is None or len(trace.nodes[call.stream].shape) != 3:
         return 0
@@ -190,7 +190,7 @@ def prefix_joined(ran: Ran, block: str) -> int:
 def _entering(
     ran: Ran, patch_embedding: str, block: str, cell: tuple[int, ...] | None
 ) -> tuple[Tensor | None, torch.Size | None]:
-    """What comes to the first block when a cell of the patch embedding's output is changed; the output's size."""
+    """The input of the first block after a change of a cell of the patch embedding's output, and the output's size."""
     seen: dict[str, Any] = {}
 
     def change(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ def _entering(
         if cell is None:
             return output
         output = output.clone()
-        # not the same for all channels, which a norm would take away
+        # different for each channel, because a norm would remove a common change
         output[(slice(None), slice(None), *cell)] += torch.linspace(1.0, 9.0, output.shape[1]).to(output)
         return output
 

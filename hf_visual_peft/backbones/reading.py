@@ -1,4 +1,4 @@
-"""The role table of a backbone that has none, found by watching it run."""
+"""Derives a role table for a backbone without one from a run of a copy."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _WHOLE = ("stream", "stream_inside", "softmax", "prompts")
 
 @dataclass(frozen=True)
 class Found:
-    """A role table made by watching, and what was seen.
+    """A role table derived from a run, and its restrictions.
 
     Attributes:
         table: the role table.
-        seen: by the name of a block what keeps methods at blocks from it; empty where nothing does.
+        seen: by the name of a block, why methods at blocks cannot act on it; empty if they can.
     """
 
     table: Architecture
@@ -37,14 +37,14 @@ class Found:
 
 
 def read_backbone(backbone: nn.Module, example_inputs: Any = None) -> Found:
-    """Make the role table of a backbone by running a copy of it.
+    """Derive the role table of a backbone by running a copy of it.
 
     Args:
-        backbone: it is not changed.
-        example_inputs: arguments of its forward, where none can be made: a tensor, tuple or mapping.
+        backbone: the backbone; it is not changed.
+        example_inputs: arguments of its forward, if none can be made: a tensor, tuple or mapping.
 
     Raises:
-        BackboneError: it cannot be run, or what was seen of a block does not add up to what the block returns.
+        BackboneError: it cannot be run, or the parts found in a block do not add up to the block's output.
     """
     ran = run_shallow(backbone, example_inputs)
     modules = dict(ran.twin.named_modules())
@@ -60,17 +60,16 @@ def read_backbone(backbone: nn.Module, example_inputs: Any = None) -> Found:
 
 
 def find_blocks(ran: Ran, modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
-    """The blocks by the name of what holds them, in the order of their calls.
+    """The blocks by the name of their list, in the order of their calls.
 
-    A block is a part of a list in which something is added to what came in; other parts of the same list with its
-    class are blocks, too. Where nothing is added anywhere, the parts of lists, then all parts of the model, then
-    single layers.
+    A block is an item of a list that adds something to its input; other items of the same list and class are also
+    blocks. If nothing is added anywhere, the items of lists, then all parts of the model, then single layers.
     """
     trace, called = ran.trace, ran.calls()
     parts = (_listed(owner, modules) for owner in _sums(trace))
     found = {path for path in parts if path is not None and path in called}
     in_lists = {path for path in found if isinstance(modules[path.rpartition(".")[0]], _LISTS)}
-    found = in_lists or found  # what stands alone is no block beside others, but a head or a neck
+    found = in_lists or found  # a single one beside lists is not a block but a head or a neck
     found = _outermost(ran, modules, found)
     found = _split(trace, modules, found, called)
     found = {other for path in found for other in ran.alike(path)}
@@ -91,7 +90,7 @@ def find_blocks(ran: Ran, modules: Mapping[str, nn.Module]) -> dict[str, list[st
 
 
 def _outermost(ran: Ran, modules: Mapping[str, nn.Module], found: set[str]) -> set[str]:
-    """Blocks that lie in no other; what holds others and adds to no stream itself is a stage, and no block."""
+    """The innermost blocks that add to a stream; a module that holds others and adds nothing itself is a stage."""
     kept = set(found)
     for path in sorted(found, key=lambda path: path.count(".")):
         inner = {other for other in kept if is_in(other, path) and other != path}
@@ -106,7 +105,7 @@ def _outermost(ran: Ran, modules: Mapping[str, nn.Module], found: set[str]) -> s
 
 
 def _sums(trace: Trace) -> list[str]:
-    """Owners of the additions of two values that both come from the input, and not one from a parameter alone."""
+    """Owners of the additions of two values that both depend on the input."""
     depends = trace.after(set(trace.pixels))
     owners = []
     for node in trace.nodes:
@@ -118,7 +117,7 @@ def _sums(trace: Trace) -> list[str]:
 
 
 def _listed(path: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """The innermost part of a list around a module, itself included; of a module in no list itself."""
+    """The innermost item of a list around a module, which may be the module; the module itself if it is in no list."""
     start = path
     while path:
         parent = path.rpartition(".")[0]
@@ -134,7 +133,7 @@ def _is_block(module: nn.Module) -> bool:
 
 
 def _split(trace: Trace, modules: Mapping[str, nn.Module], found: set[str], called: Mapping[str, Call]) -> set[str]:
-    """Blocks, and in place of those that hold several attentions, each in a part of its own, these parts."""
+    """The blocks; a block with several attentions in separate parts is replaced by these parts."""
     made: set[str] = set()
     for path in found:
         call = called[path]
@@ -152,7 +151,7 @@ def _split(trace: Trace, modules: Mapping[str, nn.Module], found: set[str], call
 
 
 def _units(modules: Mapping[str, nn.Module], called: Mapping[str, Call]) -> set[str]:
-    """Blocks of a model that adds to no stream: the smallest parts of lists with several layers, or all its parts."""
+    """Blocks of a model without a stream: the smallest items of lists with several layers, or all its parts."""
     parts = {
         path
         for path in called
@@ -210,7 +209,7 @@ def _table(
 
 
 def _settled(ran: Ran, blocks: Sequence[str], roles: Mapping[str, BlockRoles], prefix: int) -> dict[str, BlockRoles]:
-    """The roles, with what blocks have in common: prompts join all in one way; a layout where there is no stream."""
+    """The roles with properties common to all blocks: how prompts join, and a layout if there is no stream."""
     joining = {role.prompts for role in roles.values() if role.prompts}
     streams = [role for role in roles.values() if role.sublayers]
     calls, nodes = ran.calls(), ran.trace.nodes
@@ -237,7 +236,7 @@ def class_name(module: nn.Module) -> str:
 
 
 def _patterns(backbone: nn.Module, lists: Mapping[str, Sequence[str]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the lists, or one that stands for them, and what in them is no block: names of classes, or modules."""
+    """Names of the lists, or a pattern for them, and items that are not blocks: names of classes or modules."""
     blocks = {path for paths in lists.values() for path in paths}
     inside = [join(path, name) for path in lists for name, _ in backbone.get_submodule(path).named_children()]
     kinds = {type(backbone.get_submodule(path)).__name__ for path in blocks}
@@ -255,7 +254,7 @@ def _patterns(backbone: nn.Module, lists: Mapping[str, Sequence[str]]) -> tuple[
 def _variants(
     modules: Mapping[str, nn.Module], blocks: Sequence[str], roles: Mapping[str, BlockRoles], common: BlockRoles
 ) -> dict[str, dict[str, Any]]:
-    """What differs in blocks from the common roles, by class or, where those of a class differ, by name."""
+    """Differences of blocks from the common roles, by class or, if blocks of a class differ, by name."""
     by_class: dict[str, Counter[BlockRoles]] = {}
     for path in blocks:
         by_class.setdefault(type(modules[path]).__name__, Counter())[roles[path]] += 1
@@ -275,7 +274,7 @@ def _difference(role: BlockRoles, common: BlockRoles) -> dict[str, Any]:
 
 
 def _heads(ran: Ran, modules: Mapping[str, nn.Module], blocks: Sequence[str]) -> tuple[str, ...]:
-    """What turns features into the answer: what timm names, or the one last linear behind the blocks."""
+    """The head: the one that timm names, or the last linear after the blocks."""
     told = getattr(ran.twin, "default_cfg", {}) or {}
     names = told.get("classifier") if isinstance(told, Mapping) else None
     names = (names,) if isinstance(names, str) else tuple(names or ())

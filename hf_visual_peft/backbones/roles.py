@@ -1,4 +1,4 @@
-"""Read the roles of a block's modules off what was seen of it."""
+"""Derive the roles of a block's modules from a run."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 
 @dataclass(frozen=True)
 class Branch:
-    """What is added to the stream at one place of a block.
+    """A branch: a value that is added to the stream at one place of a block.
 
     Attributes:
         stream: index of the stream before.
-        added: index of what is added; the last of them, where several are multiplied.
+        added: index of the added value; the last one if several are multiplied.
         sum: index of the stream after.
         nodes: all on the way from the stream to what is added.
         calls: of modules on this way, in order.
-        attention: softmax attention among them; None where there is none, or there are several.
+        attention: softmax attention in the branch; None if there is none, or if there are several.
     """
 
     stream: int
@@ -72,7 +72,7 @@ class BlockRoles:
     seen: str = field(default="", compare=False)
 
     def as_fields(self) -> dict[str, Any]:
-        """What stands in an `Architecture`."""
+        """The fields of an `Architecture`."""
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "seen"}
 
 
@@ -80,7 +80,7 @@ class BlockReader:
     """Reads one block.
 
     Args:
-        trace: in which it was called.
+        trace: of the run.
         modules: of the model, by name.
         path: the block's name.
     """
@@ -102,10 +102,10 @@ class BlockReader:
             if isinstance(module, _PROJECTIONS) and each.outputs and _groups(module) == 1:
                 self.projections[each.outputs[0]] = each.path
         self.why: list[str] = []
-        self.whole = False  # whether the block adds to its stream from its start
+        self.whole = False  # whether the block adds to its stream from the start
 
     def read(self) -> BlockRoles:
-        """All roles that can be told."""
+        """All roles that can be derived."""
         operations = self._operations()
         shape = self._stream_shape()
         if shape is None:
@@ -133,7 +133,7 @@ class BlockReader:
         return "; ".join(self.why)
 
     def _stream_shape(self) -> tuple[int, ...] | None:
-        """Shape of what comes in; None where no stream can be followed."""
+        """Shape of the input; None if it is not a stream that can be followed."""
         call = self.call
         if call.stream is None:
             self.why.append("its first argument is no tensor")
@@ -151,7 +151,7 @@ class BlockReader:
         return None
 
     def branches(self) -> list[Branch]:
-        """What the block adds to its stream, in order; nothing where its output is no such sum."""
+        """The branches of the block, in order; none if its output is not such a sum."""
         trace, call = self.trace, self.call
         assert call.stream is not None
         entered = {each for each in trace.same(call.stream) if each < call.end}
@@ -204,7 +204,7 @@ class BlockReader:
         return made
 
     def _last_sums(self, index: int) -> tuple[tuple[int, int, int], ...]:
-        """Sums at the end of a block that does something else first: of a value and of what was made from it."""
+        """Sums at the end of a block that does something else first: of a value and of a function of it."""
         found: list[tuple[int, int, int]] = []
         nodes = self.trace.nodes
         while index >= self.call.start:
@@ -236,7 +236,7 @@ class BlockReader:
         )
 
     def _layout(self, shape: tuple[int, ...], branches: list[Branch]) -> tuple[str, int] | None:
-        """How the stream lies, and its channels, as the modules at its entrances and exits have them."""
+        """Layout and channels of the stream, according to the modules at its entrances and exits."""
         widths: list[int] = []
         for branch in branches:
             for call in branch.calls:
@@ -251,7 +251,7 @@ class BlockReader:
         if len(shape) == 2:
             return ("tokens", width) if shape[1] == width else None
         if len(shape) == 3:
-            # (batch, channels, positions) is no stream that methods know
+            # methods do not support a stream of (batch, channels, positions)
             return ("tokens", width) if shape[2] == width else None
         first, last = shape[1] == width, shape[3] == width
         if first and last:
@@ -291,7 +291,7 @@ class BlockReader:
             sublayers.append(name)
             entrances[name] = entered
         posts = {after for _, after in norms.values()}
-        if len(posts) > 1:  # one follows, one precedes: no field tells this
+        if len(posts) > 1:  # one follows, one precedes: there is no field for that
             for role in ("norm1", "norm2"):
                 roles.pop(role, None)
             norms, posts = {}, set()
@@ -365,7 +365,7 @@ class BlockReader:
         )
 
     def _which(self, branches: list[Branch]) -> tuple[Branch | None, Branch | None]:
-        """The branches of attention, or of what mixes tokens in its place, and of the MLP."""
+        """The branches of attention (or another mixer of tokens) and of the MLP."""
         attending = [each for each in branches if each.attention is not None]
         if len(attending) > 1:
             self.why.append(f"{len(attending)} attentions follow each other")
@@ -442,7 +442,7 @@ class BlockReader:
         return None
 
     def _scaled_back(self, index: int) -> set[int]:
-        """A node and what it is a multiple of, by a parameter or number."""
+        """A node, and the node of which it is a multiple, by a parameter or number."""
         found: set[int] = set()
         while index not in found:
             found |= self.trace.same(index)
@@ -455,7 +455,7 @@ class BlockReader:
         return found
 
     def _entrance(self, branch: Branch, branches: list[Branch]) -> Call | str | None:
-        """The module call through which alone a branch reads the stream; None: the block's own; a reason: neither."""
+        """The only module call through which a branch reads the stream; None for the block's own; else a reason."""
         same = self.trace.same(branch.stream)
         readers = self._reading(branch)
         shape = self.trace.nodes[self.call.outputs[0]].shape
@@ -466,7 +466,7 @@ class BlockReader:
             if all(call.start <= index < call.end for index in readers)
             if len(self.trace.nodes[call.stream].shape) in (3, len(shape))
         ]
-        if fitting:  # a norm shows both the stream and what the sub-layer makes of it
+        if fitting:  # a norm between the stream and the sub-layer
             return next((call for call in fitting if is_norm(self.modules[call.path])), fitting[0])
         if branch is branches[0]:
             return None
@@ -477,7 +477,7 @@ class BlockReader:
         return nodes[self.call.stream or 0].shape != nodes[self.call.outputs[0]].shape
 
     def _rest(self, branch: Branch) -> Call | None:
-        """The module that goes on with the stream: all that reads it is in there, the sum with it, too."""
+        """The module that continues with the stream: everything that reads the stream, also the sum, is in it."""
         same, readers = self.trace.same(branch.stream), self._reading(branch)
         for call in self.calls:
             if call.stream in same and not call.named and call.start <= branch.sum < call.end:
@@ -493,7 +493,7 @@ class BlockReader:
         ]
 
     def _inside(self, sublayers: Iterable[str], entrances: Mapping[str, Call | None], stream: str) -> str | None:
-        """How the stream lies where the sub-layers read it; None where they differ."""
+        """The layout of the stream at the entrances of the sub-layers; None if they differ."""
         outer = self.trace.nodes[self.call.outputs[0]].shape
         found = set()
         for name in sublayers:
@@ -518,7 +518,7 @@ class BlockReader:
         return found.pop() if found else stream
 
     def _readers(self, branch: Branch, norm: str) -> tuple[str, ...]:
-        """The linears that alone read a norm; none where other operations do, too."""
+        """The linears that read a norm; none if other operations also read it."""
         call = next(each for each in branch.calls if each.path == norm)
         if not call.outputs:
             return ()
@@ -600,7 +600,7 @@ class BlockReader:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm of features, with a weight; batch norms belong to the convolution before them."""
+    """Whether a module is a norm of features with a weight; a batch norm belongs to the convolution before it."""
     weight = getattr(module, "weight", None)
     return (
         "norm" in type(module).__name__.lower()

@@ -1,4 +1,4 @@
-"""Make inputs that a backbone takes, and run a copy of it in which blocks that repeat are passed by."""
+"""Make inputs for a backbone, and run a copy of it in which repeated blocks are skipped."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from .watching import Call, Trace, shared_copy, watch
 
 
 _LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
-_SMALL = 128  # pixels that models take which are not bound to a size
-_MANY = 20_000_000  # numbers in models whose repeated blocks are passed by
+_SMALL = 128  # pixels, for models without a fixed size
+_MANY = 20_000_000  # parameters from which repeated blocks are skipped
 
 
 _NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
-class StopRun(Exception):  # noqa: N818 - no error
+class StopRun(Exception):  # noqa: N818 - not an error
     """Ends a run early."""
 
 
 @dataclass
 class Ran:
-    """A run that was watched.
+    """A recorded run.
 
     Attributes:
         twin: the copy, with the weights of the model.
         args: that it was run with.
-        kwargs: that it was run with.
-        trace: what was seen.
-        kinds: of parts of lists: equal where parts are built alike.
-        skipped: those that were passed by, and the one built alike that has run, by name.
-        given: arguments that parts of lists were called with, by name.
-        pretrained: whether it is a model of timm or transformers.
+        kwargs: of the run.
+        trace: the recorded graph.
+        kinds: of items of lists: equal for items of equal structure.
+        skipped: skipped items, each with the item of equal structure that has run, by name.
+        given: arguments of the items of lists, by name.
+        pretrained: whether the model is one of timm or transformers.
     """
 
     twin: nn.Module
@@ -55,7 +55,7 @@ class Ran:
     pretrained: bool = False
 
     def calls(self) -> dict[str, Call]:
-        """The first call of each module, in order; in parts that were passed by, that of the one which has run."""
+        """The first call of each module, in order; for skipped items that of the item that has run."""
         found = self.trace.first_calls()
         order = {path: (float(position), 0) for position, path in enumerate(found)}
         for skipped, like in self.skipped.items():
@@ -68,19 +68,19 @@ class Ran:
         return dict(sorted(found.items(), key=lambda item: order[item[0]]))
 
     def as_run(self, path: str) -> str:
-        """The module that has run in place of one; itself where it has run."""
+        """The module that has run in place of a module; itself if it has run."""
         return next((like + path.removeprefix(s) for s, like in self.skipped.items() if is_in(path, s)), path)
 
     def alike(self, path: str) -> list[str]:
-        """A module and those in whose place it has run."""
+        """A module and the skipped modules that it represents."""
         return [path, *(s + path.removeprefix(like) for s, like in self.skipped.items() if is_in(path, like))]
 
 
 def run_shallow(backbone: nn.Module, example_inputs: Any = None) -> Ran:
-    """Run a copy and watch it.
+    """Run a copy and record it.
 
     Raises:
-        BackboneError: it does not run on any input that could be made.
+        BackboneError: it does not run on any of the inputs that could be made.
     """
     twin = shared_copy(backbone)
     reasons = []
@@ -91,7 +91,7 @@ def run_shallow(backbone: nn.Module, example_inputs: Any = None) -> Ran:
         try:
             with torch.random.fork_rng(devices), torch.inference_mode(False):
                 trace = watch(twin, args, kwargs)
-        except Exception as error:  # whatever a foreign model raises
+        except Exception as error:  # any error of an unknown model
             reasons.append((_described(args, kwargs), error))
             continue
         finally:
@@ -111,8 +111,8 @@ def _not_run(backbone: nn.Module, reasons: list[tuple[str, Exception]]) -> str:
     ]
     tried = "; ".join(f"{what}: {_said(error)}" for what, error in reasons[-2:])
     return (
-        f"{name} could not be run to see what its modules do. Its forward wants {', '.join(wanted) or 'nothing'}. "
-        f"Tried: {tried or 'nothing, as no size of images is known'}. Give arguments that it takes: "
+        f"{name} could not be run to see what its modules do. Its forward takes {', '.join(wanted) or 'nothing'}. "
+        f"Tried: {tried or 'nothing, because no image size is known'}. Give arguments that it takes: "
         "hf_visual_peft.find_backbone(model, example_inputs={'name': tensor}) before get_peft_model."
     )
 
@@ -129,7 +129,7 @@ def _described(args: tuple, kwargs: Mapping[str, Any]) -> str:
 
 
 def _inputs(twin: nn.Module, example: Any) -> Iterator[tuple[tuple, dict[str, Any]]]:
-    """Arguments to try, the likeliest first."""
+    """Arguments to try, the most likely first."""
     if example is not None:
         if isinstance(example, Mapping):
             yield (), dict(example)
@@ -184,7 +184,7 @@ def _sizes(twin: nn.Module, config: Any, told: Mapping[str, Any]) -> Iterator[tu
 
 
 def _kinds(twin: nn.Module) -> dict[str, Any]:
-    """How the parts of lists are built: classes, sizes and settings of all modules in them."""
+    """The structure of the items of lists: classes, sizes and settings of all modules in them."""
     made = {}
     for path, module in twin.named_modules():
         if not isinstance(module, _LISTS):
@@ -219,7 +219,7 @@ def _hashable(value: Any) -> bool:
 
 
 def _pass_by(twin: nn.Module, kinds: Mapping[str, Any], given: dict, skipped: dict[str, str]) -> list[Any]:
-    """Let parts of lists return what comes to them, where one built alike has run and kept the shape."""
+    """Make items of lists return their input, if an item of equal structure has run and kept the shape."""
     large = sum(p.numel() for p in twin.parameters()) > _MANY
     shapes: dict[Any, tuple[Any, ...]] = {}
     undo: list[Any] = []

@@ -1,4 +1,4 @@
-"""Check with numbers what was read off a block, on a copy of it with other weights and another input."""
+"""Check the roles of a block numerically, on a copy with other weights and another input."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from .watching import Attention, Trace, watch
 
 
 _TOLERANCE = 1e-5
-_FEW = 8  # tokens that a block runs with which takes any number of them
-_PREFIX = 3  # tokens that are put before those of the block
+_FEW = 8  # tokens for a block that takes any number of tokens
+_PREFIX = 3  # tokens that are put before the block's tokens
 
 
 def verified(ran: Ran, path: str, roles: BlockRoles) -> BlockRoles:
-    """The roles, with what only numbers tell; the same roles where there is nothing that numbers could tell.
+    """The roles, completed by numerical tests; unchanged if there is nothing to test.
 
-    The block runs once more in full precision, with random weights and a random stream: the same roles must be read
-    again, and what the sub-layers add must add up to what the block returns.
+    The block runs again in full precision, with random weights and a random stream: the same roles must be found, and
+    the outputs of the sub-layers must add up to the block's output.
 
     Args:
         ran: the run.
         path: name of the block.
-        roles: that were read.
+        roles: that were derived.
 
     Raises:
-        BackboneError: it does not add up.
+        BackboneError: they do not add up.
     """
     if not (roles.sublayers or roles.query):
         return roles
@@ -128,7 +128,7 @@ def _random(parameter: nn.Parameter, generator: torch.Generator) -> nn.Parameter
 
 
 def _require_sum(reader: BlockReader, trace: Trace, path: str, block: nn.Module) -> None:
-    """Refuse a block whose output is not its input and all that was found to be added to it.
+    """Refuse a block whose output is not the sum of its input and the branches that were found.
 
     Raises:
         BackboneError: it differs.
@@ -139,11 +139,11 @@ def _require_sum(reader: BlockReader, trace: Trace, path: str, block: nn.Module)
     rebuilt = values[call.stream] if reader.whole else values[branches[0].stream]
     for branch in branches:
         stream = values[branch.stream]
-        rebuilt = rebuilt if rebuilt.shape == stream.shape else stream  # moved into another shape on the way
+        rebuilt = rebuilt if rebuilt.shape == stream.shape else stream  # reshaped on the way
         plain = trace.nodes[branch.sum].op == "add"
         rebuilt = rebuilt + (values[branch.added] if plain else values[branch.sum] - stream)
     out = values[call.outputs[0]]
-    moved = rebuilt.shape != out.shape  # then numbers are compared without their places
+    moved = rebuilt.shape != out.shape  # then values are compared without their positions
     one, other = (each.flatten().sort().values if moved else each for each in (rebuilt, out))
     error = ((one - other).norm() / other.norm()).item()
     if not error <= _TOLERANCE:
@@ -154,7 +154,7 @@ def _require_sum(reader: BlockReader, trace: Trace, path: str, block: nn.Module)
 
 
 def _is_cosine(trace: Trace, seen: Attention) -> bool:
-    """Whether queries and keys have lost their lengths."""
+    """Whether queries and keys are normalised."""
     query = trace.values[seen.query]
     key = trace.values[seen.key]
     if not seen.fused:  # the keys stand in columns
@@ -167,7 +167,7 @@ def _constant(lengths: Tensor) -> bool:
 
 
 def _mixes_heads(reader: BlockReader, trace: Trace, seen: Attention) -> bool:
-    """Whether something with weights changes the logits or the weights of attention."""
+    """Whether an operation with parameters changes the logits or the weights of attention."""
     made = trace.after({seen.query, seen.key}, seen.output) & trace.before(seen.output)
     return any(trace.nodes[index].owner in reader.projections.values() for index in made)
 
@@ -190,14 +190,14 @@ def _equal_parts(trace: Trace, reader: BlockReader, roles: BlockRoles, seen: Att
         raw = _raw(trace, output, parts[role], piece.numel())
         if raw is None:
             return False
-        # the same numbers, in whatever order
+        # the same values, in any order
         if not torch.allclose(raw.double().square().sum(), piece.double().square().sum(), rtol=1e-9):
             return False
     return True
 
 
 def _raw(trace: Trace, output: int, part: int, count: int) -> Tensor | None:
-    """The last value of as many numbers on the way to a part that are all numbers of a projection's output."""
+    """The last value on the way to a part that has exactly the elements of a projection's output."""
     way = trace.before(part)
     found: set[int] = {output}
     last = -1
@@ -209,10 +209,10 @@ def _raw(trace: Trace, output: int, part: int, count: int) -> Tensor | None:
 
 
 def _takes_more(block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> bool:
-    """Whether tokens can stand in the block's sequence: it takes more, asks for no order of them, and all see them."""
+    """Whether prompts can join the block's sequence: it takes more tokens, in any order, and all attend to them."""
     if not args:
         return False
-    # what takes any number of tokens takes few; what tells patches by their number takes more than those
+    # few tokens if the block takes any number; more than the patches if it recognises patches by their number
     return any(_takes_more_than(block, stream, args[1:], kwargs) for stream in (args[0][:, :_FEW], args[0]))
 
 
@@ -224,7 +224,7 @@ def _takes_more_than(block: nn.Module, stream: Tensor, rest: tuple, kwargs: Mapp
             plain = _first(block(stream, *rest, **kwargs))
             longer = _first(block(torch.cat([more, stream], dim=1), *rest, **kwargs))
             swapped = _first(block(torch.cat([more.flip(1), stream], dim=1), *rest, **kwargs))
-    except Exception:  # it takes no other number of tokens, in whatever way it says so
+    except Exception:  # any error: it takes no other number of tokens
         return False
     if longer.shape[1] != stream.shape[1] + _PREFIX:
         return False

@@ -1,7 +1,7 @@
-"""What `modules_to_save` names: which modules of a model these are, and the copies that an adapter trains of them.
+"""The modules that `modules_to_save` names, and the copies that an adapter trains of them.
 
-The names mean what they mean to peft: a module is meant whose full name ends so. What peft finds out while it copies
-is found out here before: a name that fits nothing, and modules that cannot be copied.
+Names have the same meaning as in peft: ends of full names. Errors that peft would raise while it copies are found
+before: a name that fits no module, and modules that cannot be copied.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 
 _NOT_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-# peft itself adds these to the names where a config has a `task_type`
+# peft itself adds these names if a config has a `task_type`
 _NAMES_OF_PEFT = {"classifier", "score", "qa_outputs"}
 
 
 class _ForTheTuner(dict):
-    """The keys of a copy, for whoever asks for items or values.
+    """The keys of a copy, which iterates as if empty.
 
-    peft walks through it while it loads a file, and stops at the first key that the file lacks. Here it finds none,
-    and leaves the keys to `loading.with_copies`, which can say what is wrong.
+    peft iterates over it when it loads a file, and fails at the first key that the file lacks. Here it finds none, and
+    `loading.with_copies` handles the keys, with better messages.
     """
 
     def __iter__(self) -> Iterator[str]:
@@ -41,7 +41,7 @@ class _ForTheTuner(dict):
 
 
 class TrainedCopy(ModulesToSaveWrapper):
-    """A module, and the copies of it that adapters train. It differs from peft's in how files are read."""
+    """A module and its copies, which adapters train. It differs from peft's class in how files are read."""
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """As peft's."""
@@ -49,7 +49,7 @@ class TrainedCopy(ModulesToSaveWrapper):
 
 
 def inner(module: nn.Module) -> nn.Module:
-    """The module of the backbone, where layers or copies of adapters have been put around it."""
+    """The module of the backbone, without layers or copies of adapters around it."""
     while isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
         around = isinstance(module, AuxiliaryTrainingWrapper)
         module = module.original_module if around else module.base_layer
@@ -57,9 +57,9 @@ def inner(module: nn.Module) -> nn.Module:
 
 
 def base_modules(model: nn.Module, path: str = "") -> dict[str, nn.Module]:
-    """The modules of the backbone by the names that they have without adapters.
+    """The modules of the backbone by their names without adapters.
 
-    Where adapters have put something around a module, that is the value.
+    If adapters have put something around a module, the value is that.
 
     Args:
         model: with adapters or without.
@@ -77,7 +77,7 @@ def within(path: str, modules: Iterable[str]) -> str | None:
 
 
 def replace_lost_heads(model: nn.Module, config: VisualPeftConfig, heads: Sequence[str]) -> None:
-    """Let an adapter of a file copy the model's own task head where it was trained without one, or with another.
+    """Make an adapter from a file copy the model's own task head if it was trained without one, or with another.
 
     Args:
         model: to be adapted.
@@ -97,12 +97,12 @@ def replace_lost_heads(model: nn.Module, config: VisualPeftConfig, heads: Sequen
 
 
 def find_copied(model: nn.Module, config: VisualPeftConfig, heads: Iterable[str] = ()) -> list[str]:
-    """Full names of the modules that a config's `modules_to_save` means; of those in one another the outermost.
+    """Full names of the modules in a config's `modules_to_save`; of nested ones only the outermost.
 
     Args:
         model: to be adapted.
         config: of the adapter.
-        heads: full names that mean these modules alone.
+        heads: full names that match only these modules.
 
     Raises:
         ValueError: a name fits no module, or an adapter cannot train a copy of one of the modules.
@@ -110,7 +110,7 @@ def find_copied(model: nn.Module, config: VisualPeftConfig, heads: Iterable[str]
     if not config.modules_to_save:
         return []
     modules = base_modules(model)
-    named: dict[str, str] = {}  # what a module was meant by
+    named: dict[str, str] = {}  # the name that matched a module
     for name in config.modules_to_save:
         found = [name] if name in heads else [path for path in modules if path and path.endswith(name)]
         if not found:
@@ -123,7 +123,7 @@ def find_copied(model: nn.Module, config: VisualPeftConfig, heads: Iterable[str]
 
 
 def _reject(name: str, modules: Mapping[str, nn.Module], class_name: str, config: VisualPeftConfig) -> None:
-    """Say that a name fits nothing."""
+    """Report a name that fits no module."""
     if config.task_type is not None and name in _NAMES_OF_PEFT:
         return
     if config.from_file:  # it was right where the adapter was trained
@@ -154,7 +154,7 @@ def _tell_lost(name: str, class_name: str) -> None:
 
 
 def _check_copied(path: str, name: str, modules: Mapping[str, nn.Module], config: VisualPeftConfig) -> None:
-    """Refuse a module of which an adapter cannot train a copy.
+    """Refuse a module if an adapter cannot train a copy of it.
 
     Raises:
         ValueError: it is one.
@@ -187,13 +187,13 @@ def _check_copied(path: str, name: str, modules: Mapping[str, nn.Module], config
 
 
 def _is_copied(module: nn.Module) -> bool:
-    """Whether it is a module that adapters may train further copies of."""
+    """Whether adapters may train more copies of the module."""
     copied = isinstance(module, ModulesToSaveWrapper) and not isinstance(module, NormStatistics)
     return copied and module.original_module is inner(module)
 
 
 def _holds_another(module: nn.Module) -> bool:
-    """Whether what stands around a module would not run a copy of a part of it."""
+    """Whether a wrapper around a module would not run a copy of a part of it."""
     return module is not inner(module)
 
 
@@ -226,7 +226,7 @@ def copy_modules(model: nn.Module, paths: Iterable[str], adapter_name: str, acti
 
 
 def activate_copies(model: nn.Module, paths: Iterable[str], adapter_name: str, inference_mode: bool) -> None:
-    """Let the copies of an adapter take part, and train unless it is in inference mode.
+    """Activate the copies of an adapter, and train them unless it is in inference mode.
 
     Args:
         model: with them.

@@ -1,4 +1,4 @@
-"""What tuners do with a whole model when adapters go into its weights, and what a file of it would lose."""
+"""Merging of adapters into the weights of a whole model, and warnings of what its file would lose."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ..sites.shifts import Flow
 from .shared_modules import holders_of
 
 
-_NAMED = 3  # modules in a message; of the others it tells the number
+_NAMED = 3  # modules to name in a message; for the others it gives the number
 
 
 class MergingTuner(BaseTuner):
-    """The part of `VisualTuner` that merges adapters and takes them out."""
+    """The part of `VisualTuner` that merges and removes adapters."""
 
     prefix: str
 
@@ -94,7 +94,7 @@ class MergingTuner(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        """As peft's, which takes modules for adapter layers by their attributes: a model's own may be called so."""
+        """As in peft, which recognises adapter layers by attributes that a model's own modules may also have."""
         if merge:
             self._check_merge_allowed()
         wrappers = self._own_wrappers(self.peft_config)
@@ -160,7 +160,7 @@ class MergingTuner(BaseTuner):
                 layer.find_places(flow, name)
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
-        """As peft's; none where the model does not tell its input embeddings, as detectors with tied heads."""
+        """As in peft; none if a model does not give its input embeddings, such as detectors with tied heads."""
         try:
             return super()._get_module_names_tied_with_embedding()
         except (NotImplementedError, ValueError):
@@ -176,10 +176,10 @@ def _names_at(layer: BaseTunerLayer, prefix: str) -> set[str]:
 
 @dataclass
 class _LossOnSaving:
-    """The hook that tells, when the state of a merged model is taken, what a file of it would lose.
+    """The hook that warns, when the state of a merged model is taken, what a file of it would lose.
 
     Attributes:
-        names: of the modules with a bias that their class does not make.
+        names: of the modules with a bias that their class does not create.
     """
 
     names: list[str]
@@ -199,7 +199,7 @@ class _LossOnSaving:
 
 
 def warn_of_biases(model: nn.Module, names: list[str]) -> None:
-    """Say which modules have got a bias by merging, now and whenever the model's state is taken.
+    """Warn which modules got a bias by merging, now and whenever the model's state is taken.
 
     Args:
         model: with adapter layers or without.

@@ -1,4 +1,4 @@
-"""peft's contract for a tuner, written once for all methods."""
+"""peft's interface of a tuner, implemented once for all methods."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ from .undoing import Structure
 class VisualTuner(MergingTuner):
     """Base of the tuners; the registry makes one for each method.
 
-    A method says where its equations stand (`VisualPeftConfig.placements`); this class resolves the backbone, checks
-    everything before the model is touched, and puts the layers in.
+    A method gives the places of its equations (`VisualPeftConfig.placements`); this class finds the backbone, checks
+    everything before the model is changed, and puts the layers in.
     """
 
     tuner_layer_cls = VisualTunerLayer
@@ -79,7 +79,7 @@ class VisualTuner(MergingTuner):
     _exchange: Exchange
     _crossing: bool
     _holders: dict[int, list[tuple[nn.Module, str]]]
-    _before: dict[str, Structure] = {}  # what the model was before an adapter whose weights come from a file
+    _before: dict[str, Structure] = {}  # the model before an adapter whose weights come from a file
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # peft's tuners of one model share its `peft_config`, where an adapter takes the place of another method's that
@@ -113,13 +113,13 @@ class VisualTuner(MergingTuner):
         Args:
             model: to be adapted, in place.
             adapter_name: key of the config in `peft_config`.
-            autocast_adapter_dtype: whether half-precision adapter weights are raised to float32.
-            low_cpu_mem_usage: whether adapter weights are made on the meta device.
-            state_dict: names of the adapter's weights. Decides about the targets only where the config names target
-                modules; roles leave nothing to decide.
+            autocast_adapter_dtype: whether half-precision adapter weights are converted to float32.
+            low_cpu_mem_usage: whether adapter weights are created on the meta device.
+            state_dict: names of the adapter's weights. It decides about the targets only if the config names target
+                modules.
 
         Raises:
-            ValueError: the config does not fit the model; the model is then untouched.
+            ValueError: the config does not fit the model; the model is then unchanged.
         """
         config: VisualPeftConfig = self.peft_config[adapter_name]
         if config.filled_heads is not None and config.filled_heads is config.modules_to_save:
@@ -193,7 +193,7 @@ class VisualTuner(MergingTuner):
 
     @contextmanager
     def _looking_away(self, model: nn.Module) -> Iterator[None]:
-        """Have no hooks of adapters meanwhile at what is copied."""
+        """Remove the hooks of adapters at copied modules inside the context."""
         exchange = self._exchange
         watching = self._copied and (exchange.handles or exchange.pixel_handles)
         layers = [m for m in model.modules() if isinstance(m, BlockAdapters) and m.holds(self._copied)]
@@ -205,7 +205,7 @@ class VisualTuner(MergingTuner):
             yield
 
     def _check_layers_around(self, model: nn.Module, config: VisualPeftConfig) -> None:
-        """Refuse copies of what a layer around them, of any adapter, works in by more than hooks.
+        """Refuse copies of modules that a layer of any adapter changes by more than hooks.
 
         Raises:
             ValueError: there is one.
@@ -222,7 +222,7 @@ class VisualTuner(MergingTuner):
         self._exchange.watch_heads(model, list(dict.fromkeys(path for use in uses for path, _ in use.outputs)))
 
     def _opened(self, model: nn.Module, adapter_name: str) -> Calibration:
-        """An adapter for its method to look into, without data."""
+        """An adapter for its method to inspect, without data."""
         assert self._backbone is not None
         layers = {
             path: layer for path, layer in layers_of(model).items() if self.prefix in layer.methods_of(adapter_name)
@@ -230,7 +230,7 @@ class VisualTuner(MergingTuner):
         return Calibration(model, self._backbone, adapter_name, layers, None, dataloader=(), progress=False)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """As peft's, which raises parameters only; running statistics must have the dtype of theirs."""
+        """As in peft, which casts only parameters; running statistics must have the dtype of their parameters."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         layers = [module for module in self.model.modules() if isinstance(module, VisualTunerLayer)]
         equations = [e.module for layer in layers for e in layer.equations_of(adapter_name) if e.module is not None]
@@ -245,7 +245,7 @@ class VisualTuner(MergingTuner):
         self._holders = {}
         self._names: dict[str, list[str]] = {}
         self._copied: list[str] = []  # by modules_to_save
-        self._left_out: list[str] = []  # those of them in which the method would act
+        self._left_out: list[str] = []  # of these, the ones in which the method would act
         self._crossing = False
         self._backbone: VisionBackbone | None = None
         layers = (module for module in self.model.modules() if isinstance(module, VisualTunerLayer))
@@ -332,7 +332,7 @@ class VisualTuner(MergingTuner):
                 )
 
     def _check_beside_copies(self, placement: Placement, config: VisualPeftConfig, backbone: VisionBackbone) -> None:
-        """Refuse copies of modules that the method needs as they are, or trains as a whole itself.
+        """Refuse copies of modules that the method needs unchanged, or trains as a whole itself.
 
         Raises:
             ValueError: there is one.
@@ -355,7 +355,7 @@ class VisualTuner(MergingTuner):
                     _refuse_together(config, part, path)
 
     def _tell_of_copies(self, config: VisualPeftConfig, backbone: VisionBackbone) -> None:
-        """Say what copies of modules change for the method."""
+        """Warn how copies of modules affect the method."""
         sites = [placement.site for placements in self._placements.values() for placement in placements]
         ahead = (*backbone.patch_embedding, *backbone.embeddings, *backbone.input_norms, *backbone.between)
         ahead += tuple(block.path for block in backbone.blocks)
@@ -379,7 +379,7 @@ class VisualTuner(MergingTuner):
             )
 
     def _place(self, model: nn.Module, placement: Placement) -> int:
-        """Plan for an equation that fits its module, which is free, and return how many of its numbers train.
+        """Plan an equation that fits its free module, and return the number of its trained parameters.
 
         Raises:
             ValueError: it does not fit, or its block is several of a list.
@@ -394,7 +394,7 @@ class VisualTuner(MergingTuner):
                 )
         self._check_free(model, placement.path, kind)
         built = []
-        if placement.build is not None:  # a module that does not fit is an error now, not half-way through
+        if placement.build is not None:  # a module that does not fit must be an error now, before any change
             with torch.device("meta"):
                 built.append(placement.build(as_linear(unwrapped(model.get_submodule(placement.path)))))
                 if placement.shared is not None:
@@ -596,10 +596,10 @@ class VisualTuner(MergingTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Let each sample of the batch go through the adapter that `adapter_names` has for it.
+        """Send each sample of the batch through its adapter in `adapter_names`.
 
         Raises:
-            TypeError: `adapter_names` is no list of names.
+            TypeError: `adapter_names` is not a list of names.
             ValueError: it does not fit the model or the batch, or the model cannot mix adapters.
         """
         self._before = {}  # who uses an adapter keeps it
@@ -650,9 +650,9 @@ class VisualTuner(MergingTuner):
             )
 
     def _run_copies(self, wrapper: ModulesToSaveWrapper, *args: Any, **kwargs: Any) -> Any:
-        """What a module of which adapters have copies does instead of its own forward.
+        """The forward of a module with copies of adapters, in a mixed batch.
 
-        peft's own for mixed batches takes linears and convolutions only, and one tensor.
+        peft's own code for mixed batches supports only linears and convolutions, and one tensor.
         """
         mixed, original = self._exchange.mixed, wrapper.original_module
         assert mixed is not None
@@ -673,7 +673,7 @@ class VisualTuner(MergingTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: VisualPeftConfig, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """The weights of an adapter to be saved: the moment at which the model knows the names of its classes."""
+        """The weights of an adapter to be saved; its class names are recorded at this moment."""
         record(model, adapter_name)
         weights = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         # adapters of other methods may have the same name
@@ -692,7 +692,7 @@ class VisualTuner(MergingTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: VisualPeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Give the weights of a file the names they have in the model.
+        """Rename the weights of a file to their names in the model.
 
         Raises:
             ValueError: the weights are not those of this model's adapter layers.
@@ -709,8 +709,8 @@ class VisualTuner(MergingTuner):
         state_dict = across_heads(model, state_dict, saved_as | copied)
         state_dict, wrong = with_copies(model, config, adapter_name, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        # A file's tensors lie at any address, and sums round differently by how memory is aligned: in memory of their
-        # own, weights give the outputs they gave when they were saved, also where loading would only refer to them.
+        # A file's tensors may have any alignment in memory, and sums round differently depending on it. Copies of the
+        # weights give the same outputs as when they were saved, also if loading would only refer to them.
         remapped = {key: value.clone() for key, value in remapped.items()}
         remapped = with_all_names(remapped, model)
         wrong += [f"{key} is missing" for key in own if key not in remapped]
@@ -762,7 +762,7 @@ def _check_length(names: Sequence[str], inputs: int) -> None:
 
 
 def _is_excluded(config: VisualPeftConfig, path: str) -> bool:
-    """Whether the config leaves alone a module, or one that it lies in."""
+    """Whether the config excludes a module, or a module around it."""
     names = config.exclude_modules
     if not names:
         return False

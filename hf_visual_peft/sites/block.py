@@ -1,19 +1,19 @@
 """The sites inside and around a transformer block.
 
-A block layer leaves the block's forward to the block and works at five points of it:
+A block runs its own forward; adapters act at five points of it:
 
     x -> norm1 -> attention -> (+ x) = z -> norm2 -> MLP -> (+ z) = out
 
-that is x, the outputs of both norms, z and out. What a sub-layer adds is the difference of the stream before and after
-it. What is added at z is added to out once more, because the residual connection carried z past the addition. So the
-block's own layer scale and stochastic depth act on its own branches only, as the equations of the adapters have it, in
-whatever way the architecture writes them.
+that is x, the outputs of both norms, z and out. The output of a sub-layer is the difference of the stream before and
+after it. An addition at z is added to out again, because the residual connection carries z past the addition. So the
+block's own layer scale and stochastic depth act only on its own branches, as in the equations of the adapters, however
+the architecture implements them.
 
-Other blocks have the same points. Where the norms follow the sub-layers, or there are none, attention and MLP read the
-stream itself, and so do branches beside them. Where blocks hold maps, equations see their cells as tokens. Where a
-block pools, or has one sub-layer only, branches stand at the other alone.
+Other blocks have the same points. If the norms follow the sub-layers, or there are no norms, attention and MLP read
+the stream itself, and so do branches beside them. If blocks hold maps, equations see their cells as tokens. In a block
+whose attention pools, or that has only one sub-layer, branches stand only at the sub-layer that remains.
 
-What it does to attention stands in `block_attention`, what it does for networks beside the block in `block_side`.
+`block_attention` has the part that acts in attention, `block_side` the part for side networks.
 """
 
 from __future__ import annotations
@@ -44,37 +44,37 @@ from .side import SideSite
 from .weights import changed_forward
 
 
-CHILD = "adapters"  # name of what a block has of adapters
+CHILD = "adapters"  # name of the child of a block that holds its adapters
 
-# Arguments of blocks that have one entry, or a row and a column, for each token.
+# Arguments of blocks with one entry, or a row and a column, for each token.
 _MASKS = ("attention_mask", "relative_position_bias")
-# Arguments of blocks that tell rows and columns of the grid.
+# Arguments of blocks with the rows and columns of the grid.
 _SIZES = ("input_dimensions", "height", "width")
 
 
 class AdaptedBlock:
-    """Mixin of the classes that blocks have while adapters stand in them; `adapted_class` makes these.
+    """Mixin for the classes of blocks with adapters; `adapted_class` creates these classes.
 
-    A block so stays where it is, with its name, its hooks and all that stands in it.
+    So a block keeps its place, its name, its hooks and its children.
     """
 
     adapters: BlockAdapters
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the block's, with what adapters do around its hooks."""
+        """Call the block, with the adapters around its hooks."""
         return self.adapters.around(super().__call__, *args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """For copies and files: the class is made anew, from that of the block."""
+        """Copying and pickling: the class is created again from that of the block."""
         state: tuple = super().__reduce_ex__(max(2, int(protocol)))[2:]  # type: ignore[assignment]
         return (_new_block, (plain_class(type(self)),), *state)
 
 
 @cache
 def adapted_class(kind: type) -> type:
-    """The class of blocks of a class in which adapters stand.
+    """The class of blocks with adapters, for a class of blocks.
 
-    It has the name of that class, by which accelerate and others find blocks.
+    It has the same name, by which accelerate and others find blocks.
 
     Args:
         kind: the block's own class.
@@ -84,10 +84,10 @@ def adapted_class(kind: type) -> type:
 
 
 def plain_class(kind: type) -> type:
-    """The class that a block has without adapters.
+    """The class of a block without adapters.
 
     Args:
-        kind: the class that it has now.
+        kind: its present class.
     """
     return kind.__bases__[1] if kind.__bases__[0] is AdaptedBlock else kind
 
@@ -100,8 +100,8 @@ def _new_block(kind: type) -> Any:
 class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
     """Equations inside and around a transformer block, of which this is a child.
 
-    The block keeps its place, its class (see `AdaptedBlock`) and its hooks. What the hooks see (transformers records
-    hidden states there) is the backbone's own tokens with everything that was added to them.
+    The block keeps its place, its class (see `AdaptedBlock`) and its hooks. The hooks (transformers records hidden
+    states there) see the backbone's own tokens with all additions.
 
     Args:
         owner: the block.
@@ -111,7 +111,7 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         exchange: shared with the other adapter layers of the model.
 
     Raises:
-        ValueError: the block has something of that name already.
+        ValueError: the block already has an attribute of that name.
     """
 
     def __init__(
@@ -160,9 +160,9 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         return self._owner[0]
 
     def attach(self) -> None:
-        """Go into the block, which then calls `around` and `inside`."""
+        """Attach to the block, which then calls `around` and `inside`."""
         owner: Any = self.get_base_layer()
-        # The block's forward may already be one that was set on it (accelerate does that), not that of its class.
+        # The block may already have its own forward (accelerate sets one) instead of that of its class.
         self._forward_before = vars(owner).get("forward")
         owner.forward = self.inside
         owner.add_module(CHILD, self)
@@ -171,7 +171,7 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         self.exchange.blocks[self._block.index] = self
 
     def detach(self) -> None:
-        """Undo everything that was done to the block."""
+        """Undo all changes of the block."""
         owner: Any = self.get_base_layer()
         own, kind = vars(owner), plain_class(type(owner))
         # accelerate may have put its own forward around this one meanwhile
@@ -190,7 +190,7 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         self.exchange.blocks.pop(self._block.index, None)
 
     def _versions(self, path: str) -> list[nn.Module]:
-        """What stands under a name in the block, as `versions` has it, to be watched."""
+        """The modules with a name in the block, as in `versions`, for hooks."""
         owner = self.get_base_layer()
         inside = path.removeprefix(self.path).removeprefix(".")
         names = inside.split(".") if inside else []
@@ -202,14 +202,14 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         return versions(owner, inside)
 
     def _watch_sublayers(self) -> None:
-        """Set the hooks at which the block's stream can be seen."""
+        """Set the hooks that see the block's stream."""
         block, roles = self._block, self._block.roles
-        self._steps: list[tuple[dict, str, nn.Module | None]] = []  # on the way to what is watched
+        self._steps: list[tuple[dict, str, nn.Module | None]] = []  # on the way to the modules with hooks
         # tuples, so that they are no submodules of the layer
         self._attention: tuple[tuple[nn.Module, ...], ...] = tuple(
             tuple(self._versions(path)[0] for path in roles[role][:1]) for role in SUBLAYER_ROLES["attention"]
         )
-        self._reads_block: list[str] = []  # sub-layers whose entrance is that of the block
+        self._reads_block: list[str] = []  # sub-layers that read the block's own input
         handles = self._stream_handles
         for sublayer, path in block.entrances.items():
             if path == block.path:
@@ -233,16 +233,16 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
 
     @contextmanager
     def looking_away(self) -> Iterator[None]:
-        """Have no hooks in the block meanwhile, and then also at copies that were made of its modules."""
+        """Remove the hooks in the block inside the context, then set them again, also at new copies of its modules."""
         self._look_away()
         yield
         self._watch_sublayers()
 
     def follow(self) -> None:
-        """Watch what stands in the block now: layers of other adapters may have come or gone.
+        """Set the hooks again: layers of other adapters may have been added or removed.
 
         Raises:
-            ValueError: this was not so when the model was compiled.
+            ValueError: the block has changed since the model was compiled.
         """
         if all(holder.get(name) is module for holder, name, module in self._steps):
             return
@@ -264,7 +264,7 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         return any(path.startswith(f"{self.path}.") for path in paths)
 
     def reaches_into(self, path: str) -> bool:
-        """Whether the layer works in a module of the block by more than hooks, so that a copy would lack something.
+        """Whether the adapters change a module of the block by more than hooks, so that a copy would lack the change.
 
         Args:
             path: full name of the module.
@@ -285,7 +285,7 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         )
 
     def unmerge(self) -> None:
-        """Not possible, as nothing can be merged.
+        """Not possible, because nothing can be merged.
 
         Raises:
             ValueError: always.
@@ -293,14 +293,14 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         self.merge()
 
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What a call of the block does.
+        """A call of the block with adapters.
 
         Args:
             call: the block's own call, with its hooks.
             args: of the block, (batch, tokens, width) first.
             kwargs: of the block.
         """
-        self.exchange.for_heads.clear()  # of a pass that did not reach the heads
+        self.exchange.for_heads.clear()  # left from a pass that did not reach the heads
         self.follow()
         self._changed()
         if not any(True for _ in self._active()):
@@ -315,10 +315,10 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         tokens = {name: self._taken(name) for name, site in sites.items() if site.takes}
         layouts = {name: exchange.layouts.pop(name) for name in tokens if name in exchange.layouts}
         onward = tuple(name for name, site in sites.items() if site.hands_on)
-        # a block that is bypassed keeps nothing that could be computed again
+        # a bypassed block keeps no activations, so there is nothing to recompute
         checkpoint = self.training and getattr(base, "gradient_checkpointing", False) and not self.bypassed
-        # Tokens, grid and frames of this pass are arguments: when the function runs again in the backward pass, other
-        # images may have been through the model.
+        # Tokens, grid and frames of this pass are arguments: before the function runs again in the backward pass, the
+        # model may have seen other images.
         behind = dict(layouts)
         new_pass = partial(
             Pass,
@@ -352,9 +352,9 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         """Refuse to run in the backward pass, for a checkpoint around more than this block.
 
         Raises:
-            ValueError: something needs what other blocks, or the images, have left in the forward pass.
+            ValueError: an adapter needs results of other blocks, or images, of the forward pass.
         """
-        # `torch.utils.checkpoint` tells its backward pass by the same
+        # `torch.utils.checkpoint` recognises its backward pass in the same way
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             return
         if any(s.takes or s.hands_on or (isinstance(s, SideSite) and s.needs_pixels) for s in sites):
@@ -366,7 +366,7 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
             )
 
     def _taken(self, name: str) -> Tensor:
-        """Tokens, or the state of a side network, that the block before has handed on."""
+        """Tokens, or the state of a side network, from the block before."""
         if name not in self.exchange.handed_on:
             raise ValueError(
                 f"{self.path!r} gets nothing of the adapter {name!r} from the block before: call the whole model, not "
@@ -388,7 +388,7 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         tokens = dict(zip(taken, rest, strict=False))
         self._pass = new_pass(tokens, self.prefix_tokens)
         base: Any = self.get_base_layer()
-        if checkpoint:  # once is enough: the block would do it again inside
+        if checkpoint:  # once is enough: the block would checkpoint again inside
             base.gradient_checkpointing = False
         try:
             output = call(hidden_states, *rest[len(taken) :], **kwargs)
@@ -402,7 +402,7 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         return (*flat, *(tokens[name] for name in onward))
 
     def inside(self, *args: Any, **kwargs: Any) -> Any:
-        """What the block does instead of its own forward; called by the block, inside its hooks."""
+        """The block's forward with adapters; called by the block, inside its hooks."""
         base: Any = self.get_base_layer()
         forward: Callable[..., Any] = self._forward_before or partial(type(base).forward, base)
         if self._pass is None:
@@ -434,7 +434,7 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
             current.prefix += inserted
         for branch in self._branches("attention", "input"):
             self._add(current, branch, to_tokens(hidden_states, self._stream))
-        # Here, and only here, what is added reaches everything after it by itself.
+        # Only here an addition reaches all later parts of the block by itself.
         hidden_states, current.added = current.with_added(hidden_states, self._stream), None
         current.entered = to_tokens(hidden_states, self._stream)
         for sublayer in self._reads_block:
@@ -478,7 +478,7 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
             self._pass = whole
 
     def _told_grid(self, current: Pass, x: Tensor, args: tuple, kwargs: dict) -> Grid | None:
-        """How the tokens of the block's input lie in the image, as far as the embeddings, x or arguments tell."""
+        """The layout of the tokens of the block's input in the image, as far as embeddings, x or arguments give it."""
         if self._grid_kind == "map":
             return map_grid(x, self._stream)
         if self._grid_kind == "unfolded":
@@ -489,10 +489,10 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         return current.grid
 
     def _layout(self, current: Pass, tokens: Tensor) -> TokenLayout:
-        """How these tokens lie in the image.
+        """The layout of these tokens in the image.
 
         Raises:
-            ValueError: they do not fit what is known of the image.
+            ValueError: they do not fit the image.
         """
         kind, grid = self._grid_kind, current.grid
         if kind == "units":
@@ -506,7 +506,7 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         return TokenLayout(current.prefix, grid, current.frames)
 
     def _insert(self, hidden_states: Tensor, current: Pass) -> list[str]:
-        """Make the tokens that this block starts with; the names of all adapters that have tokens here."""
+        """Compute the prompts of this block; return the names of all adapters that have prompts here."""
         names = []
         for _, equation, site, shared, owner in self._active():
             if isinstance(site, TokenSite):
@@ -528,7 +528,7 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         return tuple(positional), kwargs
 
     def _seen_tokens(self, args: tuple, kwargs: dict) -> Tensor | None:
-        """Which tokens of the block's input are no padding; None where all are."""
+        """Which tokens of the block's input are not padding; None if all are."""
         name, position = "attention_mask", self._mask_positions.get("attention_mask", len(args))
         return seen_tokens(args[position] if position < len(args) else kwargs.get(name), name)
 
@@ -539,14 +539,14 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
                 yield equation
 
     def _beside(self, sublayer: str, current: Pass, stream: Tensor, normed: Tensor) -> None:
-        """Branches beside a sub-layer, which all see the stream as it comes to it."""
+        """Branches beside a sub-layer, which all read the stream before it."""
         for branch in self._branches(sublayer, "normed"):
             self._add(current, branch, normed)
         for branch in self._branches(sublayer, "stream"):
             self._add(current, branch, stream)
 
     def _behind(self, sublayer: str, current: Pass, stream: Tensor) -> None:
-        """Branches that follow a sub-layer; `stream` is the block's own, without what the branches added."""
+        """Branches after a sub-layer; `stream` is the block's own, without the additions of branches."""
         for branch in self._branches(sublayer, "output"):
             assert current.before is not None
             self._add(current, branch, stream - current.before)
@@ -563,7 +563,7 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         layout = (self._layout(current, x),) if site.needs_layout else ()
         attend = (self._attend,) if site.attends else ()
         sequences = x.shape[0] // current.images if current.images and site.needs_layout else 1
-        if sequences > 1:  # of an image, one behind the other: those of one place follow each other in time
+        if sequences > 1:  # several per image, one after the other: equal positions are consecutive in time
             assert current.frames is not None
             x = x.unflatten(0, (-1, current.frames, sequences)).transpose(1, 2).flatten(0, 2)
         delta = call_equation(self, branch.module, x, *layout, *attend, *branch.shared)
@@ -574,7 +574,7 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         current.added = delta if current.added is None else current.added + delta
 
     def _seen(self, x: Tensor) -> Tensor:
-        """The stream at the entrance of a sub-layer, as tokens; a map tells the grid."""
+        """The stream at the entrance of a sub-layer, as tokens; a map also gives the grid."""
         current = self._pass
         if current is not None and x.ndim == 4 and self._grid_kind == "map":
             current.grid = map_grid(x, self._stream_inside)
@@ -589,7 +589,7 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         self._beside(sublayer, self._pass, stream, to_tokens(output, self._stream_inside))
 
     def _before_mlp(self, module: nn.Module, args: tuple) -> tuple | None:
-        """Between attention and MLP; what was added so far is what the MLP's norm reads, too."""
+        """Between attention and MLP; the MLP's norm also reads the additions so far."""
         current = self._pass
         if current is None:
             return None
@@ -601,12 +601,12 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         return None if current.added is None else (current.with_added(args[0], self._stream_inside), *args[1:])
 
     def _before_rest(self, module: nn.Module, args: tuple) -> tuple | None:
-        """Behind the last sub-layer of a block that goes on there."""
+        """After the last sub-layer of a block that continues there."""
         current = self._pass
         return None if current is None else (self._finish(current, args[0]), *args[1:])
 
     def _finish(self, current: Pass, stream: Tensor) -> Tensor:
-        """The stream behind the last sub-layer, with all that branches add."""
+        """The stream after the last sub-layer, with all additions of branches."""
         for sublayer in self._sublayers[-1:]:
             self._behind(sublayer, current, to_tokens(stream, self._stream))
         current.finished = True
@@ -627,7 +627,7 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
 
 
 def _holder_of_lists(backbone: VisionBackbone) -> str:
-    """Name of the module in which the lists of blocks are found."""
+    """Name of the module that holds the lists of blocks."""
     assert isinstance(backbone.architecture.blocks, str)
     names = backbone.architecture.blocks.split(".")
     inner = names[: names.index("*") - 1] if "*" in names else names[:-1]

@@ -1,4 +1,4 @@
-"""What a block layer does to the attention of its block."""
+"""The part of the adapters of a block that acts in its attention."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class AttentionLayer(VisualTunerLayer):
     _pass: Pass | None
 
     def _init_attention(self) -> None:
-        self._watched = False  # whether something acts in the block's attention module
+        self._watched = False  # whether an adapter acts in the block's attention module
         self._attention_path = ""  # its name in the block, once it is needed
         self._interface = False  # whether it computes attention through transformers' interface
-        self._attention_forward: Callable[..., Any] | None = None  # that somebody had set on it
-        self._queries: QueryPath | None = None  # the way of extra tokens through the block
+        self._attention_forward: Callable[..., Any] | None = None  # set on the module before
+        self._queries: QueryPath | None = None  # runs extra tokens through the block
 
     def _find_attention(self) -> nn.Module:
         # once, as it looks at code
@@ -60,7 +60,7 @@ class AttentionLayer(VisualTunerLayer):
         return self.get_base_layer().get_submodule(self._attention_path)
 
     def watch_attention(self) -> None:
-        """Let equations act in the block's attention from now on."""
+        """Make equations act in the block's attention from now on."""
         if self._watched:
             return
         attention = self._find_attention()
@@ -72,12 +72,12 @@ class AttentionLayer(VisualTunerLayer):
             attention.forward = self._watched_forward
 
     def watch_tokens(self) -> None:
-        """Let tokens join the block's attention as extra keys and values, where they are not in the sequence."""
+        """Make tokens join the block's attention as extra keys and values, if they are not in the sequence."""
         if self._prompts == "keys":
             self.watch_attention()
 
     def watch_queries(self) -> None:
-        """Let extra tokens go through the block from now on, which its own do not see."""
+        """Run extra tokens through the block from now on, to which its own do not attend."""
         if self._queries is None:
             self._queries = QueryPath(self.get_base_layer(), self._position_biases)
             self.watch_attention()
@@ -105,7 +105,7 @@ class AttentionLayer(VisualTunerLayer):
                 attention.forward = self._attention_forward
 
     def _watched_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What an attention module does instead of its own forward that does not use transformers' interface."""
+        """The forward of an attention module that does not use transformers' interface, with adapters."""
         attention = self._attention_module()
         forward = self._attention_forward or partial(type(attention).forward, attention)
         asked = self._queries is not None and self._queries.seen is not None
@@ -130,7 +130,7 @@ class AttentionLayer(VisualTunerLayer):
         return None if self._queries is None else self._queries.seen
 
     def _joining_heads(self, own: Tensor) -> Pair | None:
-        """Keys and values that join the block's own keys, which lie as these do."""
+        """Extra keys and values, in the layout of the block's own."""
         current, pairs = self._pass, []
         equations = list(self._equations(KeyValueSite))
         if current is None or (current.joining is None and not equations):
@@ -164,14 +164,14 @@ class AttentionLayer(VisualTunerLayer):
         current.joining = self._normed("attention", tokens)
 
     def _attend(self, x: Tensor) -> Tensor:
-        """Norm and attention of the block on other tokens than its own, which have no position."""
+        """Norm and attention of the block on extra tokens, which have no position."""
         (norm,), *_, (output,) = self._attention
         weight: Any = norm.weight
         for bias in self._position_biases:
             bias.asked = True
         try:
             with self._unwatched():
-                # an equation may work in another precision than the backbone
+                # an equation may have another precision than the backbone
                 mixed = alone(self._attention_module(), norm(x.to(weight.dtype)), self._interface)
                 inside = self._output.startswith(f"{self._attention_path}.")
                 return (mixed if inside else output(mixed)).to(x.dtype)
@@ -184,7 +184,7 @@ class AttentionLayer(VisualTunerLayer):
             return ask(queries)
 
     def _normed(self, sublayer: str, stream: Tensor) -> Tensor:
-        """What a sub-layer reads that takes its input from the block and not from a norm at its entrance."""
+        """The input of a sub-layer that reads the block's stream directly and not through a norm."""
         norm = self._attention[0] if sublayer == "attention" else ()
         if self._post_norm or len(norm) == 0:
             return stream
@@ -193,7 +193,7 @@ class AttentionLayer(VisualTunerLayer):
 
     @contextmanager
     def _unwatched(self) -> Iterator[None]:
-        """Modules of the block work on other tokens than the block's own meanwhile; hooks are for these only."""
+        """Disable the hooks inside the context, while modules of the block run on extra tokens."""
         current, self._pass = self._pass, None
         try:
             yield

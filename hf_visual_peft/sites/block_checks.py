@@ -1,4 +1,4 @@
-"""What a block must be like for equations inside and around it, as its first call shows."""
+"""Requirements of equations inside and around a block, checked in its first call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def require_stream(block: nn.Module, stream: Any) -> None:
     """Refuse a block that is not called with a batch of token sequences or maps.
 
     Raises:
-        ValueError: it gets something else; the message names methods that do not look at it.
+        ValueError: it gets something else; the message names methods that do not need it.
     """
     if isinstance(stream, Tensor) and stream.ndim > 2:
         return
@@ -29,7 +29,7 @@ def require_stream(block: nn.Module, stream: Any) -> None:
 
 @dataclass
 class NormFirst:
-    """The hooks that find out, in the first call, whether a norm precedes its sub-layer, as the role table has it.
+    """The hooks that check, in the first call, that a norm precedes its sub-layer, as the role table says.
 
     Attributes:
         norm: its name in the model.
@@ -44,14 +44,14 @@ class NormFirst:
     handles: list[Any] = field(default_factory=list)
 
     def watch(self, find: Callable[[str], list[nn.Module]]) -> None:
-        """Set them."""
+        """Set the hooks."""
         self.handles = [
             *(module.register_forward_pre_hook(self._at_norm) for module in find(self.norm)),
             *(module.register_forward_pre_hook(self._at_reader) for module in find(self.reader)),
         ]
 
     def remove(self) -> None:
-        """Take them off."""
+        """Remove the hooks."""
         while self.handles:
             self.handles.pop().remove()
 
@@ -71,11 +71,11 @@ class NormFirst:
 
 
 def norms_first(block: Block, find: Callable[[str], list[nn.Module]]) -> list[NormFirst]:
-    """Watch that the norms of a block precede what the table says they do.
+    """Check that the norms of a block precede their sub-layers, as the table says.
 
     Args:
         block: whose norms do not follow its sub-layers.
-        find: gives what stands under a name in the model.
+        find: returns the modules with a name in the model.
     """
     watches = []
     for sublayer in block.sublayers:

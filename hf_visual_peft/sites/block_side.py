@@ -1,4 +1,4 @@
-"""What a block layer does for networks beside its block."""
+"""The part of the adapters of a block that serves side networks."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from .side import SideSite, Tap, call_piece, resized
 
 
 class BypassedLayer(VisualTunerLayer):
-    """The part of `BlockAdapters` that serves side networks, and bypasses the block where only they are active."""
+    """The part of `BlockAdapters` that serves side networks, and bypasses the block if only they are active."""
 
     _stream: Stream
     _grid_kind: GridKind | None
     _block: Block
 
     def _init_side(self) -> None:
-        self._before_blocks: tuple[nn.Module, ...] = ()  # that are in eval mode where the blocks are
+        self._before_blocks: tuple[nn.Module, ...] = ()  # that are in eval mode whenever the blocks are
         self._was_bypassed = False
-        self._crossed = False  # whether something trains in the block or before it, apart from adapters at blocks
+        self._crossed = False  # whether parameters train in the block or before it, apart from adapters at blocks
 
     def _layout(self, current: Pass, tokens: Tensor) -> TokenLayout:
         raise NotImplementedError
 
     @property
     def bypassed(self) -> bool:
-        """Whether all that is active here are networks beside the block, and no gradient crosses it."""
+        """Whether only side networks are active here, and no gradient crosses the block."""
         active = list(self._active())
         frozen = (isinstance(e.site, SideSite) and e.site.frozen for e in active)
         crossing = self._crossed or not self.exchange.crossing.isdisjoint(e.owner for e in active)
         return bool(active) and all(frozen) and not crossing
 
     def _look_for_training(self) -> None:
-        """See whether a gradient crosses the block on its way to other adapters, in it or before it."""
+        """Find out whether a gradient crosses the block on its way to other adapters, in it or before it."""
         before = self.exchange.blocks.get(self._block.index - 1)
         own = (p for module in (*self._own_modules(), *self._before_blocks) for p in module.parameters())
         owner = self.get_base_layer()
@@ -53,7 +53,7 @@ class BypassedLayer(VisualTunerLayer):
         return (child for child in self.get_base_layer().children() if child is not self)
 
     def train(self, mode: bool = True) -> Any:
-        """As ever; but the block, and what comes before the blocks, stay in eval mode where it is bypassed."""
+        """Set the mode; a bypassed block, and the modules before the blocks, stay in eval mode."""
         super().train(mode)
         self._look_for_training()
         if self.bypassed:
@@ -61,9 +61,9 @@ class BypassedLayer(VisualTunerLayer):
         return self
 
     def _changed(self) -> None:
-        """See whether the block is bypassed from now on: then it goes into eval mode, else it comes back."""
+        """Find out whether the block is bypassed from now on, and set eval mode or restore the mode."""
         self._look_for_training()
-        # Only where it changes: what somebody put into eval mode by hand stays there.
+        # Only if it changes: modules that a user put into eval mode stay there.
         if self.bypassed != self._was_bypassed:
             self._was_bypassed = self.bypassed
             self._put_backbone(self.training and not self.bypassed)
@@ -74,11 +74,11 @@ class BypassedLayer(VisualTunerLayer):
             module.train(mode)
 
     def watch_side(self, before_blocks: Sequence[nn.Module]) -> None:
-        """Keep modules before the blocks in eval mode, too, while this block is bypassed."""
+        """Also keep modules before the blocks in eval mode while this block is bypassed."""
         self._before_blocks = tuple(before_blocks)
 
     def _enter(self, current: Pass, x: Tensor) -> Tensor:
-        """Let side networks read and change the stream at the entrance of the block."""
+        """Call side networks at the entrance of the block, where they read and change the stream."""
         stream = to_tokens(x, self._stream)
         changed = stream
         for piece in self._active():
@@ -93,9 +93,9 @@ class BypassedLayer(VisualTunerLayer):
         return x if changed is stream else from_tokens(changed, x, self._stream)
 
     def _beside_block(self, current: Pass, before: Tensor, stream: Tensor) -> Tensor:
-        """Let side networks go on by what they read of the block; what then leaves it.
+        """Call side networks after the block; return the block's output with their results.
 
-        The results of several that take the place of the block's output add up, as does what is added to it.
+        If several replace the block's output, their results are summed, and so are additions to it.
         """
         pieces = [equation for equation in self._active() if isinstance(equation.site, SideSite)]
         if not pieces:
@@ -136,7 +136,7 @@ class BypassedLayer(VisualTunerLayer):
         return stream if result is y else from_tokens(result, stream, self._stream)
 
     def _layout_behind(self, current: Pass, stream: Tensor, tokens: Tensor) -> TokenLayout:
-        """How the tokens that leave the block lie in the image."""
+        """The layout of the block's output tokens in the image."""
         if self._grid_kind == "map":
             current.grid = map_grid(stream, self._stream)
         return self._layout(current, tokens)
@@ -147,5 +147,5 @@ class BypassedLayer(VisualTunerLayer):
 
 
 def key_of(equation: Equation) -> str:
-    """Under which name tokens, or the state of a side network, go from block to block."""
+    """The name under which tokens, or the state of a side network, pass from block to block."""
     return f"{equation.owner} (side)" if isinstance(equation.site, SideSite) else equation.owner

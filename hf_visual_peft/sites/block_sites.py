@@ -1,4 +1,4 @@
-"""The sites of a transformer block, and what one pass through it has to remember."""
+"""The sites of a transformer block, and the state of one pass through it."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ Reads = Literal["input", "normed", "stream", "output", "sum", "block"]
 class BranchSite(Site):
     """A branch at attention or MLP, added to the token stream after the sub-layer.
 
-    The equation is called with (batch, tokens, width) and returns the same shape. Branches before the sub-layer
-    (`"input"`) are part of what those beside it read (`"normed"`, `"stream"`), and these come before those that follow
-    it (`"output"`, then `"sum"`).
+    The equation is called with (batch, tokens, width) and returns the same shape. Branches beside the sub-layer
+    (`"normed"`, `"stream"`) also read the additions of those before it (`"input"`). Branches after it come last
+    (`"output"`, then `"sum"`).
 
     Attributes:
         sublayer: which of the two.
-        reads: the branch's input. `"input"`: the stream as it comes to the block, which the branch changes for the
-            attention, too; `"normed"`: the output of the norm before the sub-layer; `"stream"`: the stream before that
-            norm; `"output"`: what the sub-layer adds to the stream, after layer scale and stochastic depth; `"sum"`:
-            the stream after the sub-layer, with all branches before this one; `"block"`, at the MLP only: the stream
-            as it comes to the block, the branch standing beside both sub-layers.
+        reads: the branch's input. `"input"`: the stream before the sub-layer, which the branch also changes for the
+            sub-layer; `"normed"`: the output of the norm before the sub-layer; `"stream"`: the stream before that
+            norm; `"output"`: the output of the sub-layer, after layer scale and stochastic depth; `"sum"`: the stream
+            after the sub-layer, with all earlier branches; `"block"`, at the MLP only: the stream at the block's
+            input, so that the branch stands beside both sub-layers.
         drop_path: whether the branch is dropped at the block's stochastic depth rate, independently of the sub-layer.
         needs_layout: whether the equation is called with a `TokenLayout` as second argument.
-        attends: whether the equation is then called with a function, too, that applies the block's first norm and its
+        attends: whether the equation is also called with a function that applies the block's first norm and its
             attention to any (batch, tokens, width), without masks, position biases and layer scale.
     """
 
@@ -48,13 +48,13 @@ class BranchSite(Site):
 class TokenSite(Site):
     """Tokens put into the sequence after the prefix tokens and taken out again after the block.
 
-    From outside, a block has the backbone's own tokens only. The equation is called with the batch size and returns
-    (batch, tokens, width). Where attention does not take a sequence as it comes to the block, the tokens join it
-    there as further keys and values (`Architecture.prompts`), those of all windows, and none leave the block.
+    From outside, a block has only the backbone's own tokens. The equation is called with the batch size and returns
+    (batch, tokens, width). If attention does not read the block's sequence, the tokens join it as extra keys and
+    values in all windows (`Architecture.prompts`), and none leave the block.
 
     Attributes:
-        takes: whether the tokens are those that the block before handed on, and not new ones.
-        hands_on: whether the block after gets the tokens as this block leaves them.
+        takes: whether the tokens come from the block before; else they are new.
+        hands_on: whether the next block gets the output of the tokens.
     """
 
     takes: bool = False
@@ -63,26 +63,26 @@ class TokenSite(Site):
 
 @dataclass
 class Pass:
-    """One pass through one block: what comes in, and what the equations add on the way."""
+    """One pass through one block: its input, and the additions of the equations."""
 
     grid: Grid | None
     frames: int | None
     tokens: dict[str, Tensor]
     prefix: int
-    before: Tensor | None = None  # the block's own stream before the sub-layer at work
-    entered: Tensor | None = None  # the stream as it came to the block
-    between: Tensor | None = None  # the stream between attention and MLP, with all that was added, for side networks
-    images: int = 0  # where they belong to videos
-    inside: int = 1  # cells of a patch, where these are the rows of the stream
+    before: Tensor | None = None  # the block's own stream before the running sub-layer
+    entered: Tensor | None = None  # the stream at the block's input
+    between: Tensor | None = None  # the stream between attention and MLP, with all additions, for side networks
+    images: int = 0  # if they belong to videos
+    inside: int = 1  # cells of a patch, if these are the rows of the stream
     joining: Tensor | None = None  # tokens that are not in the sequence, as attention reads them
-    layouts: dict[str, TokenLayout] = field(default_factory=dict)  # of the states of side networks as they come
-    layouts_behind: dict[str, TokenLayout] = field(default_factory=dict)  # and as they leave
+    layouts: dict[str, TokenLayout] = field(default_factory=dict)  # of the states of side networks before the block
+    layouts_behind: dict[str, TokenLayout] = field(default_factory=dict)  # and after it
     pixels: Tensor | None = None
-    ask: Callable[[Tensor], Tensor] | None = None  # takes further tokens through the block, for side networks
-    seen: Tensor | None = None  # which tokens are no padding, for side networks
+    ask: Callable[[Tensor], Tensor] | None = None  # runs extra tokens through the block, for side networks
+    seen: Tensor | None = None  # which tokens are not padding, for side networks
     added: Tensor | None = None  # by all branches so far
-    finished: bool = False  # whether the stream is behind the last sub-layer
+    finished: bool = False  # whether the stream is after the last sub-layer
 
     def with_added(self, x: Tensor, stream: Stream = "tokens") -> Tensor:
-        """The stream with all that branches have added so far."""
+        """The stream with all additions of branches so far."""
         return x if self.added is None else x + from_tokens(self.added, x, stream)

@@ -1,4 +1,4 @@
-"""What the adapter layers of one model tell each other."""
+"""The state that the adapter layers of one model share."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ from .mixed import MixedBatch
 
 @dataclass
 class Exchange:
-    """One object that all adapter layers of a model hold; no module, so it owns no parameters.
+    """One object that all adapter layers of a model hold; it is not a module, so it owns no parameters.
 
     Attributes:
-        grid: of the images in the model just now, None before the first forward.
-        handed_on: tokens, or the state of a side network, on their way from block to block, by adapter.
-        layouts: of the tokens that these states stand on.
-        pixels: the images in the model just now, where something reads them.
-        collected: states that side networks keep behind the last block, by adapter; None where nobody asks.
-        for_heads: what adapters have for the task heads just now, by head and adapter.
+        grid: of the current images; None before the first forward.
+        handed_on: tokens, or the state of a side network, that pass from block to block, by adapter.
+        layouts: of the tokens of these states.
+        pixels: the current images, if an adapter reads them.
+        collected: final states of side networks, by adapter; None outside `collecting`.
+        for_heads: current results of adapters for the task heads, by head and adapter.
         shared: modules that several layers use, by name and adapter; one of these layers registers it.
-        images: in the model just now, where they belong to videos.
-        frames: images that belong together as a video, None where each stands for itself.
-        mixed: adapters of the samples in the model just now, None where the active ones act on all.
-        handles: the hooks that keep `grid` up to date.
-        frame_handles: the hooks that keep `frames` up to date.
-        pixel_handles: the hook that keeps `pixels` up to date.
+        images: number of current images, if they belong to videos.
+        frames: number of images that form a video; None for single images.
+        mixed: adapters of the current samples; None if the active adapters act on all.
+        handles: the hooks that update `grid`.
+        frame_handles: the hooks that update `frames`.
+        pixel_handles: the hook that updates `pixels`.
         head_handles: the hooks at the heads.
-        stages: what could be computed again as a whole, with the blocks in it; names in the backbone.
-        stage_handles: the hook that keeps them from it.
-        crossing: adapters that train copies of modules before or in the blocks, so that gradients cross these.
+        stages: modules that gradient checkpointing could recompute as a whole, with their blocks; names in the
+            backbone.
+        stage_handles: the hook that prevents that.
+        crossing: adapters that train copies of modules before or in the blocks, so that gradients cross the blocks.
         blocks: what adapters have in blocks, by the number of the block.
     """
 
@@ -63,7 +64,7 @@ class Exchange:
     blocks: dict[int, Any] = field(default_factory=dict)
 
     def watch_grid(self, model: nn.Module, backbone: VisionBackbone) -> None:
-        """Read the grid off the embeddings in every forward from now on."""
+        """Record the grid at the embeddings in every forward from now on."""
         if self.handles:
             return
         embeddings = versions(model, backbone.embeddings[0])
@@ -78,18 +79,18 @@ class Exchange:
             self.handles += [module.register_forward_hook(hook) for module in embeddings]
 
     def watch_pixels(self, model: nn.Module, backbone: VisionBackbone) -> None:
-        """Keep the images that enter the backbone from now on, (batch, channels, height, width)."""
+        """Record the backbone's input images from now on, (batch, channels, height, width)."""
         if not self.pixel_handles:
             for module in versions(model, backbone.reads_images):
                 self.pixel_handles.append(module.register_forward_pre_hook(self._from_pixels))
 
     @contextmanager
     def looking_away(self, model: nn.Module, backbone: VisionBackbone | None) -> Iterator[None]:
-        """Have no hooks at the embeddings meanwhile, and then also at copies that were made of them.
+        """Remove the hooks at the embeddings inside the context, then set them again, also at new copies of these.
 
         Args:
             model: with the adapters.
-            backbone: in the model; None where nothing in it is watched.
+            backbone: in the model; None if it has no such hooks.
         """
         again = []
         for handles, watch in ((self.handles, self.watch_grid), (self.pixel_handles, self.watch_pixels)):
@@ -102,9 +103,9 @@ class Exchange:
             watch(model, backbone)
 
     def watch_stages(self, model: nn.Module, backbone: VisionBackbone) -> None:
-        """Let gradient checkpointing compute single blocks again from now on, and no stage of several.
+        """Make gradient checkpointing recompute single blocks from now on, and not stages of several blocks.
 
-        What goes from block to block is gone when the backward pass comes.
+        Values that pass from block to block are gone in the backward pass.
         """
         if self.stage_handles:
             return
@@ -129,10 +130,10 @@ class Exchange:
                 block._gradient_checkpointing_func = stage._gradient_checkpointing_func
 
     def watch_heads(self, model: nn.Module, heads: Sequence[str]) -> None:
-        """Let side networks add to what heads return from now on.
+        """Let side networks add to the output of heads from now on.
 
         Args:
-            model: in which they are, with the copies that adapters train of them.
+            model: with the heads and the copies that adapters train of them.
             heads: their names.
         """
         for path in heads:
@@ -145,7 +146,7 @@ class Exchange:
         _remove(self.head_handles)
 
     def leave_to_heads(self, adapter: str, owner: str, state: Tensor, use: HeadUse) -> None:
-        """Put the logits of an adapter where the heads find them.
+        """Store the logits of an adapter for the heads.
 
         Args:
             adapter: its name.
@@ -159,7 +160,7 @@ class Exchange:
 
     @contextmanager
     def collecting(self) -> Iterator[dict[str, Tensor]]:
-        """Meanwhile collect the states that side networks keep behind the last block, by adapter."""
+        """Collect the final states of side networks inside the context, by adapter."""
         self.collected = {}
         try:
             yield self.collected
@@ -167,12 +168,12 @@ class Exchange:
             self.collected = None
 
     def watch_frames(self, model: nn.Module, backbone: VisionBackbone, before_norms: bool) -> None:
-        """Let the model take videos from now on: their frames go through it as images, the head sees their mean.
+        """Make the model take videos from now on: their frames go through it as images, and the head reads their mean.
 
         Args:
             model: gets `pixel_values` of (batch, frames, channels, height, width).
             backbone: in the model. Without a head its output is that of single frames, (batch x frames, ...).
-            before_norms: whether the mean is that of what the norms behind the blocks read, where there are such.
+            before_norms: whether to average before the norms after the blocks, if there are such.
         """
         if self.frame_handles:
             return
@@ -183,7 +184,7 @@ class Exchange:
 
     @contextmanager
     def mixing(self, names: Sequence[str]) -> Iterator[None]:
-        """Meanwhile each sample goes through an adapter of its own.
+        """Send each sample through its own adapter inside the context.
 
         Args:
             names: of the adapters, one for each sample.
@@ -195,7 +196,7 @@ class Exchange:
             self.mixed = before
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and files of the model get: nothing of a pass, neither images nor tensors with a graph."""
+        """State for copies and files: nothing of a pass, neither images nor tensors with a graph."""
         return vars(self) | {name: value for name, value in vars(Exchange()).items() if name in _OF_A_PASS}
 
     def unwatch(self) -> None:
@@ -245,10 +246,10 @@ _OF_A_PASS = {"grid", "handed_on", "layouts", "pixels", "collected", "for_heads"
 
 @dataclass
 class _RestoreIds:
-    """The hook that learns from embeddings which patches they have kept, and in which order.
+    """The hook that records which patches the embeddings have kept, and in which order.
 
     Attributes:
-        exchange: to be told.
+        exchange: to be updated.
         prefix_tokens: tokens before the patches.
     """
 
@@ -265,7 +266,7 @@ class _RestoreIds:
 
 @dataclass
 class _FrameMean:
-    """The hook that lets a module see the mean over the frames of each video, unless one before it has.
+    """The hook that averages a module's input over the frames of each video, unless an earlier hook has done so.
 
     Attributes:
         exchange: of the model that the module belongs to.
@@ -279,6 +280,6 @@ class _FrameMean:
         return (args[0].unflatten(0, (-1, self.exchange.frames)).mean(dim=1), *args[1:])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _FrameMean:
-        # peft copies a head to train it: the copy serves the same model. A copy of the whole model has copied the
-        # exchange before it comes to a head, because the model's own hook holds it.
+        # peft copies a head to train it: the copy belongs to the same model. A copy of the whole model copies the
+        # exchange before the head, because the model's own hook holds it.
         return _FrameMean(memo.get(id(self.exchange), self.exchange))

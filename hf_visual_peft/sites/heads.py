@@ -1,4 +1,4 @@
-"""What side networks add to the logits of a model's task heads."""
+"""The additions of side networks to the logits of a model's task heads."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class HeadUse:
 
     Attributes:
         outputs: logits of each head, by its name in the model; the state's columns in this order.
-        normalised: whether the heads read what the model gives them at unit length.
+        normalised: whether the heads' own input is scaled to unit length.
     """
 
     outputs: tuple[tuple[str, int], ...]
@@ -35,12 +35,12 @@ class HeadUse:
 
 @dataclass(frozen=True)
 class HeadPart:
-    """What an adapter has for a head.
+    """The result of an adapter for a head.
 
     Attributes:
         logits: (samples, classes), to be added to the head's.
-        normalised: whether the head reads its input at unit length.
-        adapter: whose they are.
+        normalised: whether the head's own input is scaled to unit length.
+        adapter: whose logits they are.
     """
 
     logits: Tensor
@@ -61,7 +61,7 @@ class HeadWatch:
     path: str
 
     def before(self, module: nn.Module, args: tuple) -> tuple | None:
-        """Bring the input of the head, (samples, ..., features), to unit length for the adapters that want it."""
+        """Scale the head's input, (samples, ..., features), to unit length for the adapters that need it."""
         x = args[0]
         parts = self.exchange.for_heads.get(self.path, {})
         wanting = [part.adapter for part in parts.values() if part.normalised]
@@ -74,7 +74,7 @@ class HeadWatch:
         return (normed, *args[1:])
 
     def after(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        """Add the logits."""
+        """Add the logits of the adapters."""
         parts = self.exchange.for_heads.pop(self.path, {})
         for part in parts.values():
             logits = part.logits.to(output.dtype)
@@ -88,11 +88,11 @@ class HeadWatch:
         return output if parts else None
 
     def _rows(self, name: str, x: Tensor, module: nn.Module) -> Tensor:
-        """Those of an adapter, in a batch that mixes several."""
+        """The rows of an adapter, in a batch that mixes several."""
         assert self.exchange.mixed is not None
         names = self.exchange.mixed.of_rows(len(x), module)
         return index_of([row for row, owner in enumerate(names) if owner == name], x.device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeadWatch:
-        # peft copies a head to train it: the copy serves the same model, as `_FrameMean` does
+        # peft copies a head to train it: the copy belongs to the same model, as for `_FrameMean`
         return HeadWatch(memo.get(id(self.exchange), self.exchange), self.path)

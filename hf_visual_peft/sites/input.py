@@ -17,11 +17,11 @@ class InputSite(WeightSite):
 
 
 class OnInput(nn.Module):
-    """An affine map on the input of a linear, which is one on its weight and bias, too.
+    """An affine map on the input of a linear, which can be folded into its weight and bias.
 
     Args:
-        equation: called with the input, (..., in_features), it returns what takes its place; has
-            `fold_input(weight, bias) -> (weight, bias)`.
+        equation: called with the input, (..., in_features); returns the new input. It has `fold_input(weight, bias) ->
+            (weight, bias)`.
     """
 
     def __init__(self, equation: nn.Module) -> None:
@@ -29,15 +29,15 @@ class OnInput(nn.Module):
         self.equation = equation
 
     def forward(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias that take the place of these."""
+        """The new weight and bias, from the old ones."""
         fold: Any = self.equation.fold_input
         return fold(weight, bias)
 
 
 class InputLayer(ModuleLayer):
-    """A linear, or a convolution that is one, with equations on its input, too.
+    """A linear, or a convolution that is one, with equations also on its input.
 
-    Of several adapters the last one is the first to act on the input, as when they are merged one after the other.
+    With several adapters the last one acts first on the input, as when they are merged one after the other.
     """
 
     def _base_output(self, *args: Any, **kwargs: Any) -> Tensor:

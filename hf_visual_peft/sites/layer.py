@@ -1,4 +1,4 @@
-"""What all adapter layers have in common: peft's contract for a layer, and the equations it holds by adapter."""
+"""The base of all adapter layers: peft's interface of a layer, and its equations by adapter."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from .exchange import Exchange
 from .mixed import BASE, count_rows, run_parts
 
 
-RANDOM_STD = 0.05  # of what `init_weights=False` adds to every weight
+RANDOM_STD = 0.05  # of the random values that `init_weights=False` adds to every weight
 
 
 class Site:
-    """Where in a block or module an equation acts; the subclasses stand beside the layers that serve them."""
+    """A place in a block or module where an equation acts; subclasses are defined beside their layers."""
 
 
 @dataclass(frozen=True)
 class Shared:
-    """A module that several equations of an adapter use. The first of them keeps and saves it.
+    """A module that several equations of an adapter use. The layer of the first one keeps and saves it.
 
     Attributes:
-        name: which one, where an adapter has several; part of the parameter names.
-        build: makes it.
+        name: identifies it if an adapter has several; part of the parameter names.
+        build: creates it.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Shared:
 
 
 class SharedSite(Site):
-    """No site: the place where the first layer of an adapter keeps a module that others use, too."""
+    """Not a site: the place where the first layer of an adapter keeps a shared module."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Placement:
         path: full name of the module in the model.
         slot: name of the equation within the module; part of the parameter names.
         site: where it acts.
-        build: makes the equation from the module it stands at; None where the site needs none.
-        shared: a module of the adapter that the equation uses; it is then called with it as last argument.
+        build: creates the equation from its module; None if the site needs none.
+        shared: a module of the adapter that the equation gets as last argument.
     """
 
     path: str
@@ -60,10 +60,10 @@ class Placement:
 
 
 class Equation(NamedTuple):
-    """An equation at work: the module, None where a site only passes something on, and what it is called with.
+    """An active equation: the module (None if a site only passes something on), and its shared arguments.
 
     Attributes:
-        adapter: whose it is.
+        adapter: whose equation it is.
         module: the equation.
         site: where it acts.
         shared: its last arguments, none or one.
@@ -81,9 +81,9 @@ class Planned(NamedTuple):
     """One slot of an adapter at a layer.
 
     Attributes:
-        attribute: of the layer, in which the equation stands by adapter.
+        attribute: of the layer, which holds the equation by adapter.
         site: where it acts.
-        shared: name of the shared module that it uses, None where it uses none.
+        shared: name of the shared module that it uses, or None.
         prefix: of the method.
     """
 
@@ -96,9 +96,9 @@ class Planned(NamedTuple):
 class VisualTunerLayer(BaseTunerLayer):
     """Mixin of `ModuleLayer`, `WholeLayer` and `BlockAdapters`.
 
-    Equations stand in one `nn.ModuleDict` a slot, keyed by adapter, so that parameter names read
-    `<module>.<method>_<slot>.<adapter>.<parameter>`, which is what peft and transformers expect. `plans` tells which
-    slots an adapter fills, at which sites, and which shared module each uses.
+    Each slot is an `nn.ModuleDict` of equations by adapter, so that parameter names are
+    `<module>.<method>_<slot>.<adapter>.<parameter>`, as peft and transformers expect. `plans` has the slots of an
+    adapter, with their sites and shared modules.
     """
 
     exchange: Exchange
@@ -107,11 +107,11 @@ class VisualTunerLayer(BaseTunerLayer):
     def _init_layer(self, exchange: Exchange) -> None:
         self.exchange = exchange
         self.training = self.get_base_layer().training
-        # peft declares these on the class; a layer needs its own
+        # peft defines these on the class; each layer needs its own
         self.adapter_layer_names: tuple[str, ...] = ()
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        self._may_train: set[str] = set()  # adapters whose gradients may be on
+        self._may_train: set[str] = set()  # adapters whose parameters may require gradients
         self._muted: set[str] = set()  # prefixes of methods that are disabled here, where others are not
         self._off: set[str] = set()  # owners that are not active, though an adapter of their name is
         self.plans: dict[str, tuple[Planned, ...]] = {}
@@ -135,11 +135,11 @@ class VisualTunerLayer(BaseTunerLayer):
         Args:
             adapter_name: whose equation it is.
             prefix: of the method, e.g. `"vpt_"`.
-            slot: which slot of the method.
+            slot: of the method.
             site: where it acts.
-            equation: None where the site only passes something on.
-            init_weights: whether the weights stay as they are; else random numbers are added to all.
-            shared: what the equation uses; made and kept here if the adapter has no such module yet.
+            equation: None if the site only passes something on.
+            init_weights: whether the weights keep their initial values; else random values are added to all.
+            shared: the shared module of the equation; created and kept here if the adapter does not have it yet.
         """
         key = None if shared is None else f"{prefix}{shared.name}"
         if shared is not None and (key, adapter_name) not in self.exchange.shared:
@@ -161,7 +161,7 @@ class VisualTunerLayer(BaseTunerLayer):
         self.set_adapter(self.active_adapters)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As peft's, without a look at adapters that were not active and will not be: there may be a thousand."""
+        """As in peft, but without visiting adapters that neither were nor will be active: there may be a thousand."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self._let_train(self.adapter_layer_names, names, inference_mode)
         self._may_train = set(names)
@@ -205,7 +205,7 @@ class VisualTunerLayer(BaseTunerLayer):
         self._changed()
 
     def _changed(self) -> None:
-        """Follow a change of what is active."""
+        """React to a change of the active adapters."""
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """As peft's."""
@@ -285,7 +285,7 @@ class VisualTunerLayer(BaseTunerLayer):
                     yield equation
 
     def _parts(self, args: tuple) -> dict[str, list[int]]:
-        """The rows of the first argument by the adapter that acts on them here; none if one way serves them all."""
+        """The rows of the first argument by their adapter here; none if all rows are treated alike."""
         mixed = self.exchange.mixed
         if mixed is None or self.disable_adapters or not any(name in self.plans for name in mixed.adapters):
             return {}
@@ -298,7 +298,7 @@ class VisualTunerLayer(BaseTunerLayer):
     def _run_parts(
         self, parts: dict[str, list[int]], run: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
     ) -> Any:
-        """Call a function as `run_parts` does, with nothing but one adapter at work in each call."""
+        """Call a function as `run_parts` does, with only one active adapter in each call."""
 
         def alone(name: str, index: Tensor, *args: Any, **kwargs: Any) -> Any:
             with self.exchange.mixing([name]):
@@ -320,7 +320,7 @@ class VisualTunerLayer(BaseTunerLayer):
 
 
 def layers_of(model: nn.Module) -> dict[str, VisualTunerLayer]:
-    """The adapter layers of a model, by the names of what they act on.
+    """The adapter layers of a model, by the names of the modules that they act on.
 
     Args:
         model: with adapters or without.
@@ -333,22 +333,22 @@ def layers_of(model: nn.Module) -> dict[str, VisualTunerLayer]:
 
 
 class WrappingLayer(VisualTunerLayer):
-    """Mixin of the layers that take the place of a module and keep it as `base_layer`."""
+    """Mixin of the layers that replace a module and keep it as `base_layer`."""
 
     base_layer: nn.Module
 
     def __getattr__(self, name: str) -> Any:
-        """Attributes that the layer lacks are those of the module it stands around."""
+        """Get attributes that the layer lacks from the module inside."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # not there yet, as while unpickling; or what accelerate has put on the module, and not on the layer
+            # not there yet, for example while unpickling; or set on the module by accelerate, and not on the layer
             if name in ("base_layer", "_hf_hook", "_old_forward"):
                 raise
             return getattr(self.base_layer, name)
 
     def get_base_layer(self) -> nn.Module:
-        """The module that the layer stands around; peft's would go on where that has a `base_layer` of its own."""
+        """The module inside the layer; peft would continue if that has its own `base_layer`."""
         base = self.base_layer
         return base.get_base_layer() if isinstance(base, BaseTunerLayer) else base
 
@@ -386,9 +386,9 @@ class WrappingLayer(VisualTunerLayer):
 
 @torch.no_grad()
 def randomise(equation: nn.Module) -> None:
-    """Add random numbers to every weight, and let the parts that choose from data choose at random.
+    """Add random values to every weight, and make parts that choose from data choose at random.
 
-    A part that has more to its state than weights says so by a method `randomise()`.
+    A part with more state than weights has a method `randomise()`.
     """
     for parameter in equation.parameters():
         parameter.add_(torch.randn_like(parameter), alpha=RANDOM_STD)
@@ -399,13 +399,13 @@ def randomise(equation: nn.Module) -> None:
 
 
 def call_equation(layer: VisualTunerLayer, equation: nn.Module, x: Tensor, *args: Any) -> Tensor:
-    """Evaluate an equation in its own dtype, as peft's layers do, and return the result in that of `x`.
+    """Evaluate an equation in its own dtype, as peft's layers do, and return the result in the dtype of `x`.
 
     Args:
         layer: whose `cast_input_dtype_enabled` says whether the input is cast.
-        equation: to be called.
+        equation: to call.
         x: its first argument.
-        args: the others.
+        args: its other arguments.
     """
     if not torch.is_autocast_enabled(x.device.type):
         modules = (equation, *(a for a in args if isinstance(a, nn.Module)))

@@ -24,14 +24,14 @@ from .shifts import Flow, Place, place_for_shift, put
 
 @dataclass(frozen=True)
 class OutputSite(Site):
-    """The output of one module. The equation is called with it, (..., channels), and returns what takes its place.
+    """The output of one module. The equation is called with it, (..., channels), and returns the new output.
 
     Attributes:
-        followers: full names of the linears and convolutions that read the output, where the equation merges into
-            them and not into the module. It then has `fold_input(weight, bias, *shared) -> (weight, bias)` in place of
-            `fold`. Empty where it is not known what reads the output, or cannot be told.
-        channelwise: whether the equation is `scale * x + shift`, with these two parameters of its own, a number for
-            each channel. A layer norm then does it with its own weight and bias, which keeps no further activations.
+        followers: full names of the linears and convolutions that read the output, if the equation merges into them
+            and not into the module. It then has `fold_input(weight, bias, *shared) -> (weight, bias)` in place of
+            `fold`. Empty if it is not known which modules read the output.
+        channelwise: whether the equation is `scale * x + shift`, with these two parameters, one element per channel. A
+            layer norm then applies it with its own weight and bias, which keeps no extra activations.
     """
 
     followers: tuple[str, ...] | None = None
@@ -40,14 +40,14 @@ class OutputSite(Site):
 
 @dataclass(frozen=True)
 class LinearSite(Site):
-    """Beside and behind one module. The equation is called with its output and its input, and replaces the output."""
+    """Output and input of one module. The equation is called with both, and returns the new output."""
 
 
 @dataclass(frozen=True)
 class WeightSite(Site):
-    """Weight and bias of one module. The equation is called with both and returns those that take their place.
+    """Weight and bias of one module. The equation is called with both and returns the new ones.
 
-    The bias may be None. That call is also how the equation merges.
+    The bias may be None. The same call merges the equation.
     """
 
 
@@ -62,8 +62,8 @@ class _Weights(NamedTuple):
 class ModuleLayer(WrappingLayer, nn.Module):
     """A linear, norm or convolution with equations on its weight and bias and on its output.
 
-    Equations see channels last, whatever the module. A convolution of 1 x 1 is a linear to them. An equation that can
-    be merged has `fold(weight, bias, *shared) -> (weight, bias)`, where `bias` may be None.
+    Equations always see channels last. They treat a 1 x 1 convolution as a linear. An equation that can be merged has
+    `fold(weight, bias, *shared) -> (weight, bias)`, where `bias` may be None.
 
     Args:
         base_layer: the module.
@@ -74,17 +74,17 @@ class ModuleLayer(WrappingLayer, nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self._init_layer(exchange)
-        # by name; called for, as an adapter may train a copy, which then is what runs
+        # by name; functions, because an adapter may train a copy, which then runs
         self.followers: dict[str, Callable[[], nn.Module]] = {}
         self.places: dict[nn.Module, Place] = {}  # for shifts of modules without a bias; found before a merge
         self.given: list[nn.Module] = []  # modules to which merging gave a bias
-        self._elsewhere: dict[nn.Module, Tensor] = {}  # shifts on their way to these places
+        self._elsewhere: dict[nn.Module, Tensor] = {}  # shifts to be moved to these places
         self._activated: bool | None = None  # once it was looked for
         self._before_merge: list[_Weights] = []
         self._originals: list[tuple[nn.Module, str, Tensor | None]] = []
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The module's output with the equations of the active adapters at work."""
+        """The module's output with the equations of the active adapters."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:
@@ -103,16 +103,16 @@ class ModuleLayer(WrappingLayer, nn.Module):
         return moved(output, -1, dim)
 
     def _norm_does_it(self) -> bool:
-        """Whether only scales and shifts act here, in the precision of a layer norm that can do them by itself."""
+        """Whether only scales and shifts are active, in the precision of a layer norm that can apply them itself."""
         norm, equations = self.get_base_layer(), list(self._active())
         if type(norm) is not nn.LayerNorm or norm is not self.base_layer or norm.weight is None or not equations:
             return False
-        if norm._forward_pre_hooks or norm._forward_hooks or "forward" in norm.__dict__:  # which want to be called
+        if norm._forward_pre_hooks or norm._forward_hooks or "forward" in norm.__dict__:  # which must be called
             return False
         return all(_is_channelwise(e) and e.module.scale.dtype == norm.weight.dtype for e in equations)  # type: ignore[union-attr]
 
     def _activation_follows(self) -> bool:
-        """Whether the module is a norm that ends in an activation, and only what acts before that is active here."""
+        """Whether the module is a norm with an activation, and only equations that act before that are active."""
         if self._activated is None:
             self._activated = is_activated(self.get_base_layer())
         if not self._activated:
@@ -125,10 +125,10 @@ class ModuleLayer(WrappingLayer, nn.Module):
         return self._changed_output(equations, *args, **kwargs)
 
     def _changed_output(self, equations: list[Equation], *args: Any, **kwargs: Any) -> Tensor:
-        """The output with weight and bias as equations change them.
+        """The output with the weight and bias that equations change.
 
         Raises:
-            ValueError: a layer of another library in between does not let them.
+            ValueError: a layer of another library in between prevents it.
         """
         base = self.get_base_layer()
         if not equations:
@@ -149,8 +149,8 @@ class ModuleLayer(WrappingLayer, nn.Module):
         """Fold adapters into weight and bias of the module, or of the linears that follow it.
 
         Args:
-            safe_merge: whether to check the result and leave the modules as they are if it is not finite.
-            adapter_names: which, in this order; the active ones by default.
+            safe_merge: whether to check the result and leave the modules unchanged if it is not finite.
+            adapter_names: adapters to merge, in this order; the active ones by default.
 
         Raises:
             ValueError: the result is not finite (with `safe_merge`), or a module has no place for it.
@@ -159,7 +159,7 @@ class ModuleLayer(WrappingLayer, nn.Module):
         if not names:
             return
         equations = [e for name in (*self.merged_adapters, *names) for e in self.equations_of(name)]
-        # all from the weights before any merge: what follows a module does not fold in the order it came in
+        # all from the weights before any merge: followers do not fold in the order of merges
         modules = self._merged_into(equations)
         for module in modules:
             _require_foldable(module, equations)
@@ -185,7 +185,7 @@ class ModuleLayer(WrappingLayer, nn.Module):
             self._give(base, weights.bias)
 
     def _give(self, base: nn.Module, bias: Tensor) -> None:
-        """Give a module a bias that did not have one.
+        """Give a module without a bias one.
 
         Raises:
             ValueError: modules of its class have none.
@@ -196,17 +196,17 @@ class ModuleLayer(WrappingLayer, nn.Module):
         self.given.append(base)
 
     def settle(self) -> None:
-        """Bring shifts to their places, once all layers of the model are merged: some places are in these."""
+        """Move shifts to their places, after all layers of the model are merged, because some places are in these."""
         for base, shift in self._elsewhere.items():
             if not self.places[base].take(shift, base.weight):  # type: ignore[arg-type]
                 self._give(base, shift)
         self._elsewhere.clear()
 
     def find_places(self, flow: Flow, path: str) -> None:
-        """Look where shifts can go of modules without a bias, before anything is merged.
+        """Find places for the shifts of modules without a bias, before anything is merged.
 
         Args:
-            flow: of values in the model that the layer is in.
+            flow: of values in the layer's model.
             path: full name of the layer.
         """
         named = {path: self.get_base_layer(), **{name: follower() for name, follower in self.followers.items()}}
@@ -216,10 +216,10 @@ class ModuleLayer(WrappingLayer, nn.Module):
         self.places = {module: place for module, place in found.items() if place is not None}
 
     def check_merge(self) -> None:
-        """Find out whether the active adapters can be merged, before anything is.
+        """Check that the active adapters can be merged, before anything is merged.
 
         Raises:
-            ValueError: one cannot.
+            ValueError: one cannot be merged.
         """
         equations = list(self._active())
         for module in self._merged_into(equations):
@@ -256,7 +256,7 @@ class ModuleLayer(WrappingLayer, nn.Module):
         return _Weights(weights.module, _laid_as_in(weights.module, weight, weights.weight), bias)
 
     def unmerge(self) -> None:
-        """Put back weights and biases exactly as they were before the first merge."""
+        """Restore weights and biases exactly as before the first merge."""
         if not self._before_merge:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -283,7 +283,7 @@ def _is_channelwise(equation: Equation) -> bool:
 def _fold_input(
     fold: Callable[..., tuple[Tensor, Tensor | None]], weight: Tensor, bias: Tensor | None, shared: tuple
 ) -> tuple[Tensor, Tensor | None]:
-    """Fold what acts on the input of a linear, or of a convolution without padding: on each cell of its kernel."""
+    """Fold an equation on the input of a linear, or of a convolution without padding: for each cell of its kernel."""
     if weight.ndim == 2:
         return fold(weight, bias, *shared)
     cells = weight.movedim((0, 1), (-2, -1))
@@ -296,14 +296,14 @@ def _fold_input(
 
 
 def _require_foldable(module: nn.Module, equations: Iterable[Equation]) -> None:
-    """Refuse to merge into a module whose output is not what its weight makes of every number of its input.
+    """Refuse to merge into a module whose output is not a linear function of its weight and input.
 
     Args:
         module: to merge into.
-        equations: to be merged. Those that change weight and bias themselves leave the rest to the module.
+        equations: to be merged. Those that change weight and bias themselves do not depend on the rest of the module.
 
     Raises:
-        ValueError: it is one, or its weight is quantised: rounded to what it can hold, it would lose the adapter.
+        ValueError: it is such a module, or its weight is quantised: rounding would lose the adapter.
     """
     if is_quantised(module):
         raise ValueError(
@@ -337,12 +337,12 @@ def is_quantised_weight(weight: Tensor) -> bool:
     """Whether a weight is a quantised one of torchao or bitsandbytes."""
     if not weight.is_floating_point():
         return True
-    # Those of torchao call themselves floating-point. `torch.compile` of torch 2.14 cannot trace the look at the name.
+    # Those of torchao claim to be floating-point. `torch.compile` of torch 2.14 cannot trace the check of the name.
     return type(weight) not in (Tensor, nn.Parameter) and type(weight).__module__.startswith("torchao.")
 
 
 def moved(x: Tensor, source: int, to: int) -> Tensor:
-    """`movedim`, without a view, and a node in the graph, where the dimension is in its place already."""
+    """`movedim`, but without a view and a node in the graph if the dimension is already in its place."""
     return x if source == to else x.movedim(source, to)
 
 
@@ -361,14 +361,14 @@ def _weights_of(module: nn.Module) -> _Weights:
 
 
 def _apply(equations: Iterable[Equation], weights: _Weights) -> _Weights:
-    """Weight and bias after equations that change them, in the dtype they have."""
+    """Weight and bias after the equations that change them, in their own dtype."""
     weight, bias = _matrix(weights), weights.bias
     for each in equations:
         call: Any = each.module
         if _is_channelwise(each):  # at a norm
             scale, shift = call.scale, call.shift
             new_weight, new_bias = weight * scale, shift if bias is None else bias * scale + shift
-        elif isinstance(each.site, OutputSite):  # at a norm that ends in an activation: a number for each channel
+        elif isinstance(each.site, OutputSite):  # at a norm that ends in an activation: one element per channel
             shift = call(torch.zeros_like(weight), *each.shared)
             new_weight, new_bias = (
                 call(weight, *each.shared) - shift,
@@ -385,19 +385,19 @@ def _matrix(weights: _Weights) -> Tensor:
 
 
 def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
-    """A module's weight, or its gradient, as equations see it: (out, in) of whatever is a linear, else as it is."""
+    """A module's weight, or its gradient, as equations see it: (out, in) for linears, else unchanged."""
     if isinstance(module, Conv1D) and weight.ndim == 2:
         return weight.T
     return weight.flatten(1) if is_pointwise(module) and weight.ndim > 2 else weight
 
 
 def _laid_as_in(module: nn.Module, matrix: Tensor, before: Tensor) -> Tensor:
-    """A weight, as equations see it, as the module has it."""
+    """The inverse of `as_matrix`: a weight in the module's own shape."""
     return matrix.T.contiguous() if isinstance(module, Conv1D) else matrix.reshape(before.shape)
 
 
 def as_linear(module: nn.Module) -> nn.Module:
-    """What equations are made from: for a 1 x 1 convolution or a `Conv1D` the linear that it is; else the module."""
+    """The module from which equations are built: an equivalent linear for a 1 x 1 convolution or a `Conv1D`."""
     if not is_pointwise(module) and not isinstance(module, Conv1D):
         return module
     sizes = linear_sizes(module)
@@ -411,7 +411,7 @@ def as_linear(module: nn.Module) -> nn.Module:
 
 
 def output_channels(module: nn.Module) -> int | None:
-    """Number of channels of a module's output; None for modules without."""
+    """Number of channels of a module's output; None if it has none."""
     if isinstance(module, nn.Linear):
         return module.out_features
     if isinstance(module, Conv1D):
@@ -433,8 +433,8 @@ def output_channels(module: nn.Module) -> int | None:
 def channel_dim(module: nn.Module, ndim: int) -> int:
     """The dimension of a module's output that holds the channels, counted from the end (negative).
 
-    Told by the module's class, or what it runs on, not by shapes: height, width and tokens may have the same size as
-    the channels.
+    It depends on the module's class, or on the inputs that it takes, not on shapes: height, width and tokens may have
+    the same size as the channels.
 
     Args:
         module: the module.
@@ -452,11 +452,11 @@ def channel_dim(module: nn.Module, ndim: int) -> int:
 
 
 def evaluate_changed(module: nn.Module, equations: Iterable[Equation], x: Tensor) -> Tensor:
-    """A module's output with weight and bias as equations change them.
+    """A module's output with the weight and bias that equations change.
 
     Args:
-        module: it stays as it is.
-        equations: they are called with both, and return both.
+        module: it is not changed.
+        equations: called with weight and bias; return both.
         x: the module's input.
     """
     new = _apply(equations, _weights_of(module))
@@ -469,7 +469,7 @@ def _evaluate(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None)
     Raises:
         ValueError: it is not known how.
     """
-    # classes of their own may do more with them; those for quantised weights do the same with unpacked ones
+    # other classes may do more with them; those for quantised weights do the same with unpacked ones
     if isinstance(module, nn.Linear) and (type(module).forward is nn.Linear.forward or is_quantised(module)):
         return F.linear(x, weight, bias)
     if type(module) is nn.LayerNorm:

@@ -1,4 +1,4 @@
-"""Where sites of a block work by more than hooks, so that a copy of a module there would lack what they do."""
+"""The modules that sites of a block change by more than hooks, so that a copy would lack the change."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .weights import BlockWeightSite
 
 
 def reaches_into(sites: Sequence[Site], block: Block, prompts: str | None, path: str) -> bool:
-    """Whether sites of a block work in a module of it by more than hooks.
+    """Whether sites of a block change one of its modules by more than hooks.
 
     Args:
         sites: that adapters have at the block.
         block: the block.
-        prompts: how tokens join its attention, as of the architecture's table.
+        prompts: how prompts join its attention, from the architecture's table.
         path: full name of the module.
     """
     norm, query, *_ = ((*block.roles[role], "")[0] for role in SUBLAYER_ROLES["attention"])

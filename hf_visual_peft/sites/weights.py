@@ -1,4 +1,4 @@
-"""The site that is every parameter of a block."""
+"""The site of all parameters of a block."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .module import is_quantised
 class BlockWeightSite(Site):
     """All parameters of a block.
 
-    The equation is called with them, a dictionary by name, and returns a dictionary of what takes their place.
+    The equation is called with a dictionary of them by name, and returns a dictionary of the new ones.
     """
 
 
 class _Call(nn.Module):
-    """A block whose forward is another function, as `functional_call` wants it."""
+    """A block with another function as forward, for `functional_call`."""
 
     def __init__(self, block: nn.Module, forward: Callable[..., Any]) -> None:
         super().__init__()
@@ -36,12 +36,12 @@ class _Call(nn.Module):
 def changed_forward(
     block: nn.Module, forward: Callable[..., Any], equations: Iterable[Equation]
 ) -> Callable[..., Any]:
-    """A block's forward, with the parameters that equations make of its own.
+    """A block's forward with the parameters that equations return.
 
     Args:
         block: the block.
         forward: its forward.
-        equations: the active ones at the block; those of other sites do nothing here.
+        equations: the active ones at the block; those of other sites are ignored.
     """
     equations = [equation for equation in equations if isinstance(equation.site, BlockWeightSite)]
     if not equations:
@@ -72,7 +72,7 @@ def trainable_names(block: nn.Module) -> list[str]:
 
 
 def own_parameters(block: nn.Module) -> dict[str, str]:
-    """The names of a block's parameters without adapters, and those that they have now.
+    """The names of a block's parameters without adapters, with their present names.
 
     Args:
         block: with layers of adapters in it, or without.

@@ -1,4 +1,4 @@
-"""The site that is a module itself."""
+"""The site of a whole module."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .shifts import put
 
 
 class WholeSite(Site):
-    """A module as a whole: the adapter trains a copy of it, which takes its place. See `whole_module`."""
+    """A whole module: the adapter trains a copy of it, which replaces it. See `whole_module`."""
 
 
 def whole_module(path: str) -> Placement:
@@ -32,7 +32,7 @@ def whole_module(path: str) -> Placement:
 
 
 def require_trainable(module: nn.Module) -> None:
-    """Refuse a module of which no copy can be trained.
+    """Refuse a module if no copy of it can be trained.
 
     Raises:
         ValueError: a weight is quantised.
@@ -52,7 +52,7 @@ def _copy_of(module: nn.Module) -> nn.Module:
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """The same with all floating-point tensors in that dtype."""
+    """The module with all floating-point tensors in that dtype."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, Mapping):
@@ -63,12 +63,12 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _state_of(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters, and statistics of norms, which move while a copy trains."""
+    """Parameters, and statistics of norms, which change while a copy trains."""
     return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Set a tensor of `_state_of` anew, under all names that the module has for it; other modules keep theirs."""
+    """Replace a tensor of `_state_of` under all its names in the module; other modules keep theirs."""
     tensors = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
     old, new = tensors[name], tensor
     for same in [other for other, value in tensors.items() if value is old]:
@@ -78,14 +78,14 @@ def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _count_outputs(module: nn.Module) -> None:
-    """Let linears tell how many outputs they have, as the copy of a head may be for more or fewer classes."""
+    """Update the number of outputs of linears, because the copy of a head may have more or fewer classes."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             part.out_features = len(part.weight)
 
 
 class WholeLayer(WrappingLayer, nn.Module):
-    """A module beside a copy of it for each adapter.
+    """A module and a copy of it for each adapter.
 
     Args:
         base_layer: the module.
@@ -108,7 +108,7 @@ class WholeLayer(WrappingLayer, nn.Module):
         init_weights: bool,
         shared: Shared | None = None,
     ) -> None:
-        """Take in a copy of the module, for an adapter.
+        """Add a copy of the module for an adapter.
 
         Args:
             adapter_name: whose copy it is.
@@ -116,11 +116,11 @@ class WholeLayer(WrappingLayer, nn.Module):
             slot: of the method.
             site: this one.
             equation: the copy.
-            init_weights: whether it stays as it is; else random numbers are added.
+            init_weights: whether the copy keeps its values; else random values are added.
             shared: None.
         """
         assert equation is not None
-        if self.merged:  # what was copied are the weights of another adapter
+        if self.merged:  # the copy has the weights of another adapter
             for name, tensor in _state_of(equation).items():
                 tensor.data = self._before_merge[name].detach().to(tensor, copy=True)
         super().add_equation(adapter_name, prefix, slot, site, equation, init_weights, shared)
@@ -132,7 +132,7 @@ class WholeLayer(WrappingLayer, nn.Module):
         return [self.get_base_layer(), *(module for module in copies if module is not None)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the module's.
+        """Call the module or the active copy.
 
         Raises:
             ValueError: several copies are active.
@@ -160,8 +160,8 @@ class WholeLayer(WrappingLayer, nn.Module):
     def _mixed_forward(self, parts: dict[str, list[int]], args: tuple, kwargs: dict[str, Any]) -> Any:
         """The module and copies of it, each for a part of the batch.
 
-        They run inside the hooks of the module, which so see the whole batch once: transformers records hidden states
-        there.
+        They run inside the hooks of the module, so that these see the whole batch once: transformers records hidden
+        states there.
         """
         check_samples_first(self.base_layer, args[0])
         base: Any = self.base_layer
@@ -181,8 +181,8 @@ class WholeLayer(WrappingLayer, nn.Module):
         """Put the weights of the active copy into the module.
 
         Args:
-            safe_merge: whether to check them and leave the module as it is if they are not finite.
-            adapter_names: which adapter; the active one by default.
+            safe_merge: whether to check them and leave the module unchanged if they are not finite.
+            adapter_names: the adapter; the active one by default.
 
         Raises:
             ValueError: the weights are not finite (with `safe_merge`), or there are several adapters.
@@ -204,7 +204,7 @@ class WholeLayer(WrappingLayer, nn.Module):
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Put back the weights that the module had."""
+        """Restore the weights of the module."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
