@@ -411,8 +411,8 @@ def shared_copy(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         value = parameter.detach()
         if value.is_meta:
-            key = (value.shape, value.dtype)
-            value = made[key] = made[key] if key in made else _random_like(value)
+            kind = (value.shape, value.dtype)
+            value = made[kind] = made[kind] if kind in made else _random_like(value)
         memo[id(parameter)] = nn.Parameter(value, requires_grad=False)
     for name, buffer in model.named_buffers():
         value = buffer.detach()

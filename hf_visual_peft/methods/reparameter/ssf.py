@@ -161,7 +161,7 @@ class SSFConfig(TargetedConfig):
         """After every operation of the backbone."""
         # other modules, and the convolutions that are linears of maps, may be followed by an operation that changes
         # their output in place, as activations of convolutional networks do
-        blocks = (block for block in backbone.blocks if block.table.stream != "channels_first")
+        blocks = (b for b in backbone.blocks if (b.table or backbone.architecture).stream != "channels_first")
         recovered = {path for block in blocks for path in block.modules(LINEAR_ROLES)}
         for path in (*backbone.outside, *backbone.modules()):
             yield self._at(path, path in recovered)
