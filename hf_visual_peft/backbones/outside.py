@@ -199,7 +199,8 @@ def _entering(
             return output
         output = output.clone()
         # different for each channel, because a norm would remove a common change
-        output[(slice(None), slice(None), *cell)] += torch.linspace(1.0, 9.0, output.shape[1]).to(output)
+        place: tuple[Any, ...] = (slice(None), slice(None), *cell)
+        output[place] += torch.linspace(1.0, 9.0, output.shape[1]).to(output)
         return output
 
     def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -213,7 +213,8 @@ def _settled(ran: Ran, blocks: Sequence[str], roles: Mapping[str, BlockRoles], p
     joining = {role.prompts for role in roles.values() if role.prompts}
     streams = [role for role in roles.values() if role.sublayers]
     calls, nodes = ran.calls(), ran.trace.nodes
-    made, lengths = {}, {}
+    made: dict[str, BlockRoles] = {}
+    lengths: dict[int, int] = {}
     for path in blocks:
         role = roles[path]
         if len(joining) > 1 and role.prompts:

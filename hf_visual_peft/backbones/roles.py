@@ -113,7 +113,7 @@ class BlockReader:
         branches = self.branches()
         if not branches:
             self.why.append("what comes out is no sum of what came in and of what modules add")
-            attention = self._attention_roles(self._whole())
+            attention: dict[str, Any] = dict(self._attention_roles(self._whole()))
             used = {path for paths in attention.values() for path in paths}
             return BlockRoles(
                 operations=tuple(path for path in operations if path not in used),
@@ -346,9 +346,10 @@ class BlockReader:
         }
         linears = tuple(dict.fromkeys(path for role in ("query", "key", "value") for path in roles.get(role, ())))
         usual = {"norm1_readers": linears, "norm2_readers": roles.get("fc1", ())}
+        told: dict[str, Any] = {r: None if set(p) == set(usual[r]) else p for r, p in readers.items()}
         return BlockRoles(
             **roles,
-            **{role: None if set(paths) == set(usual[role]) else paths for role, paths in readers.items()},
+            **told,
             operations=tuple(path for path in operations if path not in used),
             drop_path=self._drop_paths(),
             sublayers=tuple(sublayers),
@@ -570,9 +571,9 @@ class BlockReader:
         todo = [each for each in self.trace.same(index) if each not in inside or each == index]
         seen = set(todo)
         while todo:
-            each = todo.pop()
-            found += [call.path for call in starts.get(each, ()) if call.outputs[0] in allowed]
-            for user in self.trace.users(each):
+            node = todo.pop()
+            found += [call.path for call in starts.get(node, ()) if call.outputs[0] in allowed]
+            for user in self.trace.users(node):
                 if user not in seen and user in allowed and user not in inside:
                     seen.add(user)
                     todo.append(user)

@@ -85,7 +85,9 @@ def run_shallow(backbone: nn.Module, example_inputs: Any = None) -> Ran:
     twin = shared_copy(backbone)
     reasons = []
     for args, kwargs in _inputs(twin, example_inputs):
-        kinds, given, skipped = _kinds(twin), {}, {}
+        kinds = _kinds(twin)
+        given: dict[str, tuple[tuple, dict]] = {}
+        skipped: dict[str, str] = {}
         handles = _pass_by(twin, kinds, given, skipped)
         devices = {p.device.index or 0 for p in twin.parameters() if p.is_cuda}
         try:
@@ -155,7 +157,7 @@ def _inputs(twin: nn.Module, example: Any) -> Iterator[tuple[tuple, dict[str, An
     if "grid_thw" in names:  # patches of several images in one row, as language models with images have them
         yield (), {names[0]: _patches(twin, made), "grid_thw": torch.tensor([[1, 8, 8]], device=made.get("device"))}
         return
-    shapes = [(1, count, *size) for count in channels if count for size in sizes]
+    shapes: list[tuple[int, ...]] = [(1, count, *size) for count in channels if count for size in sizes]
     if isinstance(frames, int):
         shapes = [(1, frames, *shape[1:]) for shape in shapes] + shapes
     for shape in shapes:
@@ -243,12 +245,11 @@ def _pass_by(twin: nn.Module, kinds: Mapping[str, Any], given: dict, skipped: di
     for path, module in twin.named_modules():
         if any(True for _ in module.children()):
             undo.append(module.register_forward_pre_hook(partial(note, path), with_kwargs=True).remove)
-    for path in kinds:
-        module: Any = twin.get_submodule(path)
-        if large:
-            before = vars(module).get("forward")
-            module.forward = partial(run, path, module, module.forward)
-            undo.append(partial(_restore, module, before))
+    for path in kinds if large else ():
+        part: Any = twin.get_submodule(path)
+        before = vars(part).get("forward")
+        part.forward = partial(run, path, part, part.forward)
+        undo.append(partial(_restore, part, before))
     return undo
 
 

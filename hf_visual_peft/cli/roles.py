@@ -76,7 +76,7 @@ def describe_roles(model: nn.Module) -> str:
         ]
     if not listed:
         seen = look_at(model, backbone.path).seen
-        first = {why: path for path, why in reversed(seen.items())}
+        first = {why: path for path, why in reversed(list(seen.items()))}
         parts += [f"{path}: {why}." for why, path in first.items()]
     parts.append(as_code(backbone.architecture))
     return "\n\n".join(parts)
