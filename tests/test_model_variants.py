@@ -410,7 +410,6 @@ VISION |= {"image_size": 32, "patch_size": 8}
 @pytest.mark.parametrize(
     ("make", "tower", "like"),
     [
-        (lambda: timm.create_model("beit_base_patch16_224"), "Beit holds", "BeitModel"),
         (lambda: tf.Qwen2VLForConditionalGeneration(tf.Qwen2VLConfig()), r"\('model.visual' in Qwen2VL", "Vision"),
         (lambda: tf.Idefics3Model(tf.Idefics3Config()), r"Idefics3VisionTransformer \('vision_model' in", "Siglip"),
     ],
