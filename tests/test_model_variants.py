@@ -407,25 +407,6 @@ VISION = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "
 VISION |= {"image_size": 32, "patch_size": 8}
 
 
-@pytest.mark.parametrize(
-    ("make", "tower", "like"),
-    [
-        (lambda: tf.Qwen2VLForConditionalGeneration(tf.Qwen2VLConfig()), r"\('model.visual' in Qwen2VL", "Vision"),
-        (lambda: tf.Idefics3Model(tf.Idefics3Config()), r"Idefics3VisionTransformer \('vision_model' in", "Siglip"),
-    ],
-)
-def test_a_model_without_a_table_is_told_what_to_do(make, tower, like):
-    with torch.device("meta"):
-        model = make()
-    with pytest.raises(hvp.BackboneError, match=tower) as caught:
-        get_peft_model(model, hvp.VPTConfig())
-    message = str(caught.value)
-    assert len(message) < 700
-    assert message.index("register_architecture") < message.index("target_modules")
-    assert like in message
-    assert "ssf" in message
-
-
 def test_several_towers():
     with torch.device("meta"):
         model = nn.ModuleDict({name: tf.ViTModel(tf.ViTConfig()) for name in ("left", "right")})
