@@ -346,10 +346,8 @@ def test_blocks_that_get_no_batch_of_sequences_say_what_works(packed):
             listed = str(error)
             refused.add(name)
     assert listed.startswith(f"Listed gets {what}, where methods at blocks need (batch, tokens, width)")
-    working = set(listed.partition("linears and norms: ")[2].partition(", and peft")[0].split(", "))
-    assert working == {"adapterbias", "bilora", "bitfit", "consolidator", "fact", "hydra", "repadapter", "rlrr",
-                       "snell", "ssf"}  # fmt: skip
-    assert not working & refused
+    assert "acts on linears and norms, such as SSF, BitFit or peft's LoRA" in listed
+    assert not {"adapterbias", "bitfit", "fact", "repadapter", "rlrr", "snell", "ssf"} & refused
     assert {"vpt", "adaptformer", "lst", "convpass"} <= refused
 
 
