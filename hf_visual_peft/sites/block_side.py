@@ -41,6 +41,9 @@ class BypassedLayer(VisualTunerLayer):
 
     def _look_for_training(self) -> None:
         """Find out whether a gradient crosses the block on its way to other adapters, in it or before it."""
+        active = list(self._active())
+        if not active or not all(isinstance(e.site, SideSite) and e.site.frozen for e in active):
+            return  # nothing is bypassed here, and the look at all parameters takes time
         before = self.exchange.blocks.get(self._block.index - 1)
         own = (p for module in (*self._own_modules(), *self._before_blocks) for p in module.parameters())
         owner = self.get_base_layer()
