@@ -73,5 +73,5 @@ def pieces_of(model: nn.Module, slot: str) -> Iterator[dict[str, Tensor] | None]
     """The weights of a slot, block by block, None at blocks without."""
     for layer in model.get_base_model().swin.encoder.layers:
         for block in layer.blocks:
-            held = getattr(block, slot, None)
+            held = getattr(getattr(block, "adapters", None), slot, None)
             yield None if held is None else dict(held["default"].named_parameters())

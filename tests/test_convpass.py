@@ -106,7 +106,7 @@ def test_convpass_drop_path_is_its_own():
     settings = ConvpassConfig(r=4, sublayers="attention", dropout=0.0, init_weights=False, layers_to_transform=2)
     model = get_peft_model(base, settings).eval()
     layer = model.get_base_model().beit.layers[2]
-    assert layer.drop_path_rate == pytest.approx(0.5)
+    assert layer.adapters.drop_path_rate == pytest.approx(0.5)
     kept = []
     pixels = images(1)["pixel_values"].expand(400, -1, -1, -1)
     plain = model.get_base_model().beit.embeddings(pixels[:1])
