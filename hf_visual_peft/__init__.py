@@ -29,6 +29,7 @@ from .methods import load_methods
 from .methods.prefix.prefix_tuning import store_prefixes
 from .peft_methods.defaults import teach_targets
 from .peft_methods.methods import with_visual_targets
+from .peft_methods.nesting import teach_nesting
 from .sharing import hub
 from .training.interpolation import Interpolation, interpolate
 from .training.parameters import parameter_groups
@@ -38,6 +39,7 @@ from .version import __version__  # noqa: F401
 load_methods()
 teach_peft()
 teach_targets()
+teach_nesting()
 _CONFIGS = {method.config_cls.__name__: method.config_cls for method in list_methods().values()}
 globals().update(_CONFIGS)
 

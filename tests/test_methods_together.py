@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import FAMILIES, images, liven
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import SwinConfig, SwinForImageClassification, Swinv2Config, Swinv2ForImageClassification
 
 from hf_visual_peft import AdaptFormerConfig, BitFitConfig, LSTConfig, SSFConfig, ViTAdapterConfig, VPTConfig
@@ -220,6 +221,80 @@ def test_a_layer_of_peft_between_this_librarys_and_the_linear():
     torch.testing.assert_close(run(base), expected, rtol=0, atol=2e-6)
     torch.testing.assert_close(run(scales.merge_and_unload()), expected, rtol=0, atol=2e-6)
     torch.testing.assert_close(run(again.unload()), run(put(model_of("vit"), ["lora"])["lora"]), rtol=0, atol=0)
+
+
+def test_layers_of_peft_go_inside_whichever_came_first():
+    """A linear with SSF and LoRA is the same in both orders, and each leaves by itself."""
+    first, second = model_of("vit"), model_of("vit")
+    lora = LoraConfig(r=2, target_modules=["o_proj", "fc2"], init_lora_weights=False)
+    plain = SSFConfig(target_modules=SSF_TARGETS["vit"], init_weights=False)
+    torch.manual_seed(6)
+    put(first, ["scales"])
+    expected = run(first)
+    after = get_peft_model(first, copy.deepcopy(lora), adapter_name="low")
+    assert {name for name, p in first.named_parameters() if p.requires_grad} == {
+        name for name, _ in first.named_parameters() if "lora_" in name
+    }
+    weights = {name: value for name, value in first.state_dict().items() if "lora_" in name or ".ssf_" in name}
+    get_peft_model(second, copy.deepcopy(lora), adapter_name="low")
+    get_peft_model(second, copy.deepcopy(plain))
+    assert not second.load_state_dict(weights, strict=False).unexpected_keys
+    together = run(first)
+    assert not torch.allclose(together, expected, atol=1e-4)
+    assert torch.equal(run(second), together)
+    after.merge_adapter()
+    torch.testing.assert_close(run(first), together, rtol=0, atol=2e-6)
+    after.unmerge_adapter()
+    torch.testing.assert_close(run(first), together, rtol=0, atol=2e-6)
+    after.unload()
+    assert any(isinstance(module, ModuleLayer) for module in first.modules())
+    torch.testing.assert_close(run(first), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("order", [("scales", "low"), ("low", "scales")], ids="-".join)
+def test_a_file_of_peft_has_the_same_names_whatever_is_around(tmp_path, order):
+    def add(base, name):
+        torch.manual_seed(8)
+        if name == "low":
+            lora = LoraConfig(r=2, target_modules=["o_proj", "fc2"], init_lora_weights=False)
+            return get_peft_model(base, lora, adapter_name="low")
+        return get_peft_model(base, SSFConfig(init_weights=False, modules_to_save=[]))
+
+    base, alone = model_of("vit"), model_of("vit")
+    models = {name: add(base, name) for name in order}
+    expected = add(alone, "low")
+    models["low"].save_pretrained(tmp_path)
+    expected.save_pretrained(tmp_path / "alone")
+    saved, plain = (load_file(folder / "low/adapter_model.safetensors") for folder in (tmp_path, tmp_path / "alone"))
+    assert saved.keys() == plain.keys()
+    assert all(torch.equal(saved[name], plain[name]) for name in saved)
+    again = model_of("vit")
+    add(again, "scales")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        PeftModel.from_pretrained(again, tmp_path / "low", adapter_name="low")
+    assert torch.equal(run(again), run(base))
+
+
+def test_an_adapter_of_peft_waits_until_others_are_unmerged():
+    base = model_of("vit")
+    scales = put(base, ["scales"])["scales"]
+    scales.merge_adapter()
+    merged, before = run(base), state(base)
+    with pytest.raises(ValueError, match="An adapter is merged into .* before 'low' is added"):
+        get_peft_model(base, LoraConfig(target_modules=["fc2"]), adapter_name="low")
+    assert state(base)[0] == before[0]
+    assert torch.equal(run(base), merged)
+
+
+def test_layers_stay_where_they_were_where_peft_refuses():
+    base = model_of("vit")
+    scales = put(base, ["scales"])["scales"]
+    before = state(base)
+    with pytest.raises(ValueError, match="Target modules .*nothing.* not found"):
+        get_peft_model(base, LoraConfig(target_modules=["nothing"]), adapter_name="low")
+    assert state(base)[0] == before[0]
+    assert torch.equal(run(base), run(scales))
 
 
 def test_weights_of_a_linear_change_with_a_layer_of_peft_around_it():
