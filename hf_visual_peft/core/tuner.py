@@ -280,8 +280,9 @@ class VisualTuner(MergingTuner):
         self._check_one_backbone(model, config, backbone)
         self._check_layers(config, backbone)
         replace_lost_heads(model, config, backbone.heads)
+        note = ""
         if config.modules_to_save is None:
-            announce(backbone.head_note)
+            note = backbone.head_note
             if backbone.heads and not config.copied_head:
                 config.modules_to_save = config.filled_heads = list(backbone.heads)  # type: ignore[misc]
         self._copied = find_copied(model, config, backbone.heads)
@@ -310,6 +311,7 @@ class VisualTuner(MergingTuner):
             else:
                 trained += self._place(model, placement)
         self._check_trained(trained, config, backbone.class_name)
+        announce(note)
         self._backbone = backbone
         self._tell_of_copies(config, backbone)
 
