@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hf_visual_peft.coverage.models import MODELS
 from hf_visual_peft.sites.attention import Acts, attention_path, watched
 from hf_visual_peft.sites.forms import Projections, alone, head_sizes, project, spread
 
@@ -305,3 +306,22 @@ def test_other_tokens_have_no_position(name):
             q, k = (getattr(module, norm)(q), k) if which == 0 else (q, getattr(module, norm)(k))
     mixed = (torch.softmax(q @ k.mT / 8**0.5, dim=-1) @ v).transpose(1, 2).flatten(2)
     torch.testing.assert_close(alone(module, x, False), module.proj(mixed), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_tokens_without_a_position_get_no_bias_from_windows(implementation):
+    """As many of them as a window has tokens: a bias would fit, and must still be left out."""
+    torch.manual_seed(0)
+    model = MODELS["swin"].model().eval()
+    model.set_attn_implementation(implementation)
+    module = model.swin.encoder.layers[0].blocks[0].attention
+    for name, parameter in module.named_parameters():
+        if "bias_table" in name:
+            nn.init.normal_(parameter, std=5.0)
+    tokens = torch.randn(3, 4, module.q_proj.in_features)
+    heads = [p(tokens).unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for p in
+             (module.q_proj, module.k_proj, module.v_proj)]  # fmt: skip
+    logits = heads[0] @ heads[1].mT * module.head_dim**-0.5
+    expected = module.o_proj((logits.softmax(-1) @ heads[2]).transpose(1, 2).flatten(2))
+    with torch.no_grad():
+        torch.testing.assert_close(alone(module, tokens, interface=True), expected)

@@ -52,7 +52,6 @@ def _nesting(inject: Callable) -> Callable:
             inject(self, model, adapter_name, *args, **kwargs)
             for parent, name, layer in places:
                 layer.base_layer = getattr(parent, name)
-                _freeze(layer)
         finally:
             for parent, name, layer in places:
                 setattr(parent, name, layer)
@@ -70,13 +69,6 @@ def _places(model: nn.Module) -> list[tuple[nn.Module, str, ModuleLayer]]:
         for name, layer in parent.named_children()
         if isinstance(layer, ModuleLayer)
     ]
-
-
-def _freeze(layer: ModuleLayer) -> None:
-    """Freeze the weights of the adapters, as peft freezes all that is not its own."""
-    for path, parameter in layer.named_parameters():
-        if not path.startswith("base_layer."):
-            parameter.requires_grad_(False)
 
 
 def _alone(act: Callable) -> Callable:

@@ -142,6 +142,12 @@ def change_attention(module: nn.Module, acts: Acts) -> None:
     module.config = config
 
 
+def own_implementation(module: nn.Module) -> str | None:
+    """Name of the attention function that the module uses without adapters."""
+    config: Any = vars(module)[_ACTS][1] if _ACTS in vars(module) else module.config
+    return config._attn_implementation
+
+
 def leave_attention(module: nn.Module) -> None:
     """Undo `change_attention`."""
     if _ACTS in vars(module):
@@ -277,6 +283,7 @@ _FACTORS = ("mul", "__mul__", "__rmul__", "__imul__", "mul_", "multiply", "div",
 _DIVISIONS = ("div", "__truediv__", "__itruediv__", "div_")
 # Operations on logits before the softmax: sums, masks, and other views of the rows in the same order.
 _SUMS = ("add", "__add__", "__radd__", "__iadd__", "add_", "sub", "__sub__", "__isub__", "masked_fill", "masked_fill_")
+_BIASES = ("add", "__add__", "__radd__", "__iadd__", "add_")
 _VIEWS = ("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "contiguous", "to", "float", "type_as")
 _TURNS = ("transpose", "swapaxes", "mT", "__get__", "permute")  # of keys that are normalised, and of weights
 _AFTER = ("dropout", "mul", "__mul__", "to", "float", "type_as", "contiguous", "transpose", "__get__")
@@ -336,9 +343,18 @@ class _Watch(TorchFunctionMode):
             return self._product(torch.matmul, *pair)
         if name in _SOFTMAX and (logits := self._of(args[0] if args else kwargs["input"])) is not None:
             return self._softmax(logits, func, args, kwargs)
+        if self.given is not None and name in _BIASES and (plain := self._without_bias(*args)) is not None:
+            return plain
         output = func(*args, **kwargs)
         self._follow(name, args, output)
         return output
+
+    def _without_bias(self, a: Any, b: Any = None, **kwargs: Any) -> Tensor | None:
+        """The logits of a sum that adds a bias of the module's own to them, else None."""
+        for logits, other in ((self._of(a), b), (self._of(b), a)):
+            if logits is not None and not any(other is each for each in self.given or ()):
+                return logits.tensor
+        return None
 
     def _of(self, x: Any) -> _Logits | None:
         return next((logits for logits in self.logits if logits.tensor is x), None)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attention import NO_ACTS, Pair, watched
+from .attention import NO_ACTS, Pair, own_implementation, watched
 
 
 _KEY_NORMS = ("k_norm", "norm_k", "key_norm", "k_layernorm")
@@ -206,8 +206,10 @@ def alone(attention: nn.Module, tokens: Tensor, interface: bool) -> Tensor:
     args = (x, x, x) if {"key", "value"} <= set(names) else (x,)
     # without its hooks, which are for its own tokens
     forward: Callable[..., Any] = partial(type(attention).forward, attention)
-    output = (
-        forward(*args, **kwargs) if interface else watched(attention, NO_ACTS, forward, args, kwargs, placed=False)
-    )
+    # kernels that cannot be watched take no biases either
+    if interface and own_implementation(attention) not in ("eager", "sdpa", None):
+        output = forward(*args, **kwargs)
+    else:
+        output = watched(attention, NO_ACTS, forward, args, kwargs, placed=False)
     output = output[0] if isinstance(output, tuple) else output
     return output if batch_first else output.transpose(0, 1)
