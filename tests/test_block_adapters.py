@@ -132,7 +132,7 @@ def test_compacter_saves_the_rule_once(tmp_path):
     model = get_peft_model(FAMILIES["vit"].model(), config)
     model.save_pretrained(tmp_path)
     rules = [name for name in load_file(tmp_path / "adapter_model.safetensors") if "rule" in name]
-    assert rules == ["base_model.model.vit.layers.1.compacter_rule.matrices"]
+    assert rules == ["base_model.model.vit.layers.1.adapters.compacter_rule.matrices"]
 
 
 @pytest.mark.parametrize(

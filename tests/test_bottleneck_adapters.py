@@ -171,10 +171,10 @@ def test_two_branches_beside_a_sublayer_see_the_same_stream():
     model.base_model.set_adapter(["default", "second"])
     layer = model.eval().get_base_model().vit.layers[0]
     x = torch.randn(2, 17, WIDTH)
-    base, first, second = layer.base_layer, *layer.adaptformer_mlp.values()
+    first, second = layer.adapters.adaptformer_mlp.values()
     seen = []
-    handle = base.layernorm_after.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    handle = layer.layernorm_after.register_forward_hook(lambda module, args, output: seen.append(args[0]))
     actual = layer(x)
     handle.remove()
     (z,) = seen
-    assert_equal(actual, z + base.mlp(base.layernorm_after(z)) + first(z) + second(z))
+    assert_equal(actual, z + layer.mlp(layer.layernorm_after(z)) + first(z) + second(z))

@@ -340,7 +340,7 @@ def test_sct_where_the_class_token_comes_last():
         block = path.removesuffix(".layer_norm_2")
         patches = seen[path][:, 1:] if ".block.3." in path else seen[path]
         norm = torch.stack([patches[labels == k].square().sum((0, 1)).sqrt() for k in (0, 1)]).mean(0)
-        chosen = model.get_base_model().get_submodule(block).sct_attention["default"].salient.indices
+        chosen = model.get_base_model().get_submodule(block).adapters.sct_attention["default"].salient.indices
         assert chosen.tolist() == norm.topk(2).indices.sort().values.tolist()
         if ".block.0." in path:
             assert chosen.tolist() == [2, 5]

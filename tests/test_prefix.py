@@ -69,10 +69,10 @@ def test_equation_in_windows_with_rotation_and_on_reduced_keys(name, reparam_dim
 
     for block in find_backbone(base).blocks:
         within = model.get_submodule(f"base_model.model.{block.path}")
-        heads = within.prefix_heads["default"]
+        heads = within.adapters.prefix_heads["default"]
         path = block.roles["value"][0].rpartition(".")[0]
         outer = path.removeprefix(f"{block.path}.")
-        attention = getattr(within, "base_layer", within).get_submodule(outer)
+        attention = within.get_submodule(outer)
         attention.register_forward_hook(keep(path), with_kwargs=True)
         expected[path] = (heads.keys, heads.values)
     tensors_of(MODELS[name].call(model, MODELS[name].arguments(2)))

@@ -22,7 +22,7 @@ BATCHES = (labelled(3, [0, 2, 0]), labelled(5, [2, 2, 0, 1, 0]))
 
 def channels_of(model):
     return {
-        int(name.partition(".sct_")[0].rsplit(".", 1)[1]): buffer
+        int(name.partition(".adapters.sct_")[0].rsplit(".", 1)[1]): buffer
         for name, buffer in model.named_buffers()
         if name.endswith("salient.indices")
     }

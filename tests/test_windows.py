@@ -51,7 +51,8 @@ def adapted(base: nn.Module, **fields: Any) -> nn.Module:
 def prompts_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """Of every block that has some, by its name in the base model."""
     found = model.get_base_model().named_modules()
-    return {path: module.vpt_tokens["default"].prompts for path, module in found if "vpt_tokens" in module._modules}
+    adapters = {path: module for path, module in found if "vpt_tokens" in module._modules}
+    return {path.removesuffix(".adapters"): m.vpt_tokens["default"].prompts for path, m in adapters.items()}
 
 
 def assert_same(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-5) -> None:
