@@ -156,8 +156,8 @@ def test_absurd_size_in_a_file(saved):
 
 def test_data_parallel_is_refused():
     model = get_peft_model(FAMILIES["vit"].model(), VPTConfig())
-    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
-        model.get_base_model().vit.layers[0]._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match="DistributedDataParallel"):  # replicate goes through all modules
+        [module._replicate_for_data_parallel() for module in model.modules()]
 
 
 def test_masks_that_are_no_tensors():

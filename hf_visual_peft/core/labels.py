@@ -119,9 +119,11 @@ class _Owners:
 
     def tell(self, holder: Any) -> None:
         """Put the classes of the active head into the model's config."""
-        copies = holder.modules_to_save if isinstance(holder, ModulesToSaveWrapper) else holder.plans
-        active = next((name for name in holder.active_adapters if name in copies), None)
-        owner = None if holder.disable_adapters else active
+        if isinstance(holder, ModulesToSaveWrapper):
+            active = next((name for name in holder.active_adapters if name in holder.modules_to_save), None)
+            owner = None if holder.disable_adapters else active
+        else:
+            owner = holder.active_name
         if owner == self.owner:
             return
         self.keep()
@@ -172,11 +174,14 @@ class LabelledTrainedCopy(TrainedCopy):
     owners: _Owners
 
 
-@_tells_which_is_active
 class LabelledWholeLayer(WholeLayer):
     """A head with copies that a method of this library trains, whose classes differ."""
 
     owners: _Owners
+
+    def _changed(self) -> None:
+        super()._changed()
+        self.owners.tell(self)
 
 
 _LABELLED = {TrainedCopy: LabelledTrainedCopy, ModulesToSaveWrapper: LabelledCopies, WholeLayer: LabelledWholeLayer}

@@ -43,8 +43,12 @@ class MergingTuner(BaseTuner):
         self._merge(safe_merge, adapter_names)
 
     def unmerge_adapter(self) -> None:
-        """As peft's, for the adapters of this method."""
-        for layer in self._own_layers():
+        """As peft's, for the adapters of this method; layers with nothing merged are passed over."""
+        # blocks tell that they cannot be merged at all
+        layers = [layer for layer in self._own_layers() if isinstance(layer, BlockAdapters) or layer.holds_weights]
+        if not layers:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        for layer in layers:
             with onload_layer(layer):
                 layer.unmerge()
 

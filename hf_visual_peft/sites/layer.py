@@ -242,6 +242,11 @@ class VisualTunerLayer(BaseTunerLayer):
             self.switch(prefix, own[:1], inference_mode=False)
         self._changed()
 
+    @property
+    def holds_weights(self) -> bool:
+        """Whether there are weights from before a merge, to be put back."""
+        return self.merged
+
     def methods(self) -> set[str]:
         """Prefixes of the methods that have adapters here."""
         return {planned.prefix for plan in self.plans.values() for planned in plan}

@@ -255,6 +255,11 @@ class ModuleLayer(WrappingLayer, nn.Module):
                 weight, bias = equation.fold(weight, bias, *shared)  # type: ignore[union-attr,operator]
         return _Weights(weights.module, _laid_as_in(weights.module, weight, weights.weight), bias)
 
+    @property
+    def holds_weights(self) -> bool:
+        """As the base class's; also after a merge that failed half-way."""
+        return bool(self._before_merge)
+
     def unmerge(self) -> None:
         """Restore weights and biases exactly as before the first merge."""
         if not self._before_merge:

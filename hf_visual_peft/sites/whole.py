@@ -131,6 +131,11 @@ class WholeLayer(WrappingLayer, nn.Module):
         copies = (e.module for name in self.plans for e in self.equations_of(name))
         return [self.get_base_layer(), *(module for module in copies if module is not None)]
 
+    @property
+    def active_name(self) -> str | None:
+        """The adapter whose copy runs; `None` where the module itself does."""
+        return next((equation.adapter for equation in self._active()), None)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module or the active copy.
 
