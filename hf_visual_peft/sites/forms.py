@@ -181,6 +181,10 @@ def why_not_alone(attention: nn.Module) -> str | None:
         needed = parameter.default is inspect.Parameter.empty and parameter.kind not in kinds
         if needed and parameter.name not in known:
             return f"the forward of {type(attention).__name__} needs {parameter.name}"
+    forward: Any = inspect.unwrap(type(attention).forward)
+    locals_ = set(forward.__code__.co_varnames)
+    if {"height", "width"} <= locals_ or {"H", "W"} <= locals_:
+        return f"the forward of {type(attention).__name__} takes a map, (batch, height, width, channels)"
     return None
 
 
