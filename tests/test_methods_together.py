@@ -287,6 +287,27 @@ def test_an_adapter_of_peft_waits_until_others_are_unmerged():
     assert torch.equal(run(base), merged)
 
 
+def test_a_layer_of_peft_inside_one_that_two_modules_hold():
+    """The module that is listed first is not the one that is held first."""
+    torch.manual_seed(0)
+    shared, x = torch.nn.Linear(3, 3), torch.randn(2, 3)
+    net = torch.nn.Sequential(torch.nn.Sequential(shared), torch.nn.Tanh(), shared)
+    get_peft_model(net, SSFConfig(target_modules=["0.0"], init_weights=False))
+    assert net[2] is net[0][0]
+    get_peft_model(net, LoraConfig(r=2, target_modules=["0.0"], init_lora_weights=False), adapter_name="low")
+    assert net[2] is net[0][0]
+    lora, scales = net[2].base_layer, net[2]
+    delta = lora.get_delta_weight("low")
+    assert delta.any()
+    weight, bias = shared.weight + delta, shared.bias
+
+    def expected(x):
+        scale, shift = (p for name, p in scales.named_parameters() if ".ssf_output." in f".{name}")
+        return (x @ weight.T + bias) * scale + shift
+
+    torch.testing.assert_close(net(x), expected(torch.tanh(expected(x))))
+
+
 def test_layers_stay_where_they_were_where_peft_refuses():
     base = model_of("vit")
     scales = put(base, ["scales"])["scales"]

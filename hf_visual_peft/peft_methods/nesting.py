@@ -18,6 +18,7 @@ from peft import peft_model
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from ..core.shared_modules import holders_of
 from ..sites import ModuleLayer, VisualTunerLayer
 from ..sites.layer import WrappingLayer
 
@@ -45,30 +46,33 @@ def _nesting(inject: Callable) -> Callable:
                 f"An adapter is merged into {merged}. Call unmerge_adapter() before {adapter_name!r} is added: the "
                 "weights of both would otherwise be mixed up."
             )
-        places = _places(model)
-        for parent, name, layer in places:
-            setattr(parent, name, layer.base_layer)
+        held = _held(model)
+        for layer, places in held:
+            _put(layer.base_layer, places)
         try:
             inject(self, model, adapter_name, *args, **kwargs)
-            for parent, name, layer in places:
-                layer.base_layer = getattr(parent, name)
+            for layer, places in held:
+                # peft replaces a module that several others hold in one place only
+                there = (getattr(parent, name) for parent, name in places)
+                layer.base_layer = next((each for each in there if each is not layer.base_layer), layer.base_layer)
         finally:
-            for parent, name, layer in places:
-                setattr(parent, name, layer)
+            for layer, places in held:
+                _put(layer, places)
 
     inject_adapter._nests = True  # type: ignore[attr-defined]
     return inject_adapter
 
 
-def _places(model: nn.Module) -> list[tuple[nn.Module, str, ModuleLayer]]:
-    """The layers around linears, norms and convolutions, with the modules that hold them."""
-    return [
-        (parent, name, layer)
-        for parent in model.modules()
-        if not isinstance(parent, ModuleLayer)
-        for name, layer in parent.named_children()
-        if isinstance(layer, ModuleLayer)
-    ]
+def _held(model: nn.Module) -> list[tuple[ModuleLayer, list[tuple[nn.Module, str]]]]:
+    """The layers around linears, norms and convolutions, with the modules that hold them and their names there."""
+    found = holders_of(model, lambda module: isinstance(module, ModuleLayer)).values()
+    outside = [[(parent, name) for parent, name in places if not isinstance(parent, ModuleLayer)] for places in found]
+    return [(getattr(*places[0]), places) for places in outside if places]
+
+
+def _put(module: nn.Module, places: list[tuple[nn.Module, str]]) -> None:
+    for parent, name in places:
+        setattr(parent, name, module)
 
 
 def _alone(act: Callable) -> Callable:

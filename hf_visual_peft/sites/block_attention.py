@@ -25,7 +25,7 @@ from .block_sites import Pass
 from .forms import alone, head_sizes, project, projections, spread, why_not_alone
 from .grid import TokenLayout
 from .layer import Equation, Site, VisualTunerLayer, call_equation
-from .masks import PositionBias
+from .masks import PositionBias, without_positions
 from .queries import QueryPath
 
 
@@ -167,17 +167,11 @@ class AttentionLayer(VisualTunerLayer):
         """Norm and attention of the block on extra tokens, which have no position."""
         (norm,), *_, (output,) = self._attention
         weight: Any = norm.weight
-        for bias in self._position_biases:
-            bias.asked = True
-        try:
-            with self._unwatched():
-                # an equation may have another precision than the backbone
-                mixed = alone(self._attention_module(), norm(x.to(weight.dtype)), self._interface)
-                inside = self._output.startswith(f"{self._attention_path}.")
-                return (mixed if inside else output(mixed)).to(x.dtype)
-        finally:
-            for bias in self._position_biases:
-                bias.asked = False
+        with without_positions(self._position_biases), self._unwatched():
+            # an equation may have another precision than the backbone
+            mixed = alone(self._attention_module(), norm(x.to(weight.dtype)), self._interface)
+            inside = self._output.startswith(f"{self._attention_path}.")
+            return (mixed if inside else output(mixed)).to(x.dtype)
 
     def _ask(self, ask: Callable[[Tensor], Tensor], queries: Tensor) -> Tensor:
         with self._unwatched():

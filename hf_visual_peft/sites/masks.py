@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -73,6 +75,18 @@ def for_queries(mask: Any, name: str) -> Any:
         return mask.any(dim=-2, keepdim=True).to(mask.dtype)
     lowest = torch.finfo(mask.dtype).min
     return (mask <= lowest / 2).all(dim=-2, keepdim=True).to(mask.dtype) * lowest
+
+
+@contextmanager
+def without_positions(biases: Iterable[PositionBias]) -> Iterator[None]:
+    """Let modules give no bias while tokens run that are not part of the sequence."""
+    for bias in biases:
+        bias.asked = True
+    try:
+        yield
+    finally:
+        for bias in biases:
+            bias.asked = False
 
 
 class PositionBias:

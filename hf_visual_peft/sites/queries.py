@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import Pair, attention_of
-from .masks import PositionBias, for_queries
+from .masks import PositionBias, for_queries, without_positions
 
 
 Forward = Callable[..., Any]
@@ -95,14 +95,11 @@ class QueryPath:
         queries: Tensor,
     ) -> Tensor:
         self.seen = seen
-        for bias in self.biases:
-            bias.asked = True
         try:
-            output = forward(queries.to(dtype), *args, **kwargs)
+            with without_positions(self.biases):
+                output = forward(queries.to(dtype), *args, **kwargs)
         finally:
             self.seen = None
-            for bias in self.biases:
-                bias.asked = False
         return (output[0] if isinstance(output, tuple) else output).to(queries.dtype)
 
     def _for_queries(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
