@@ -16,6 +16,7 @@ from plain import plain_parts
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_visual_peft import AIMConfig, STAdapterConfig, find_backbone
+from hf_visual_peft.coverage.models import MODELS
 from hf_visual_peft.methods.adapter import aim
 from hf_visual_peft.methods.adapter.aim import Temporal
 from hf_visual_peft.methods.adapter.st_adapter import STAdapter
@@ -307,6 +308,15 @@ def test_backbones_without_one_grid_are_refused(config, name, why):
     with pytest.raises(ValueError, match=rf"{type(config).__name__} does not fit .*{why}: videos need images of one"):
         get_peft_model(model, copy.copy(config))
     assert modules == {key: id(module) for key, module in model.named_modules()}
+
+
+@pytest.mark.parametrize("name", ["pvt", "sam2", "vitdet", "hiera"])
+def test_attention_that_needs_a_grid_is_refused(name):
+    model = MODELS[name].build().train()
+    modules = {key: (id(module), module.training) for key, module in model.named_modules()}
+    with pytest.raises(ValueError, match=r"cannot serve other tokens than its own: \w+ does not run on three tokens"):
+        get_peft_model(model, AIMConfig())
+    assert modules == {key: (id(module), module.training) for key, module in model.named_modules()}
 
 
 def test_aim_needs_the_number_of_heads():

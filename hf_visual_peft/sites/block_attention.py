@@ -22,7 +22,7 @@ from .attention import (
     watched,
 )
 from .block_sites import Pass
-from .forms import alone, head_sizes, project, projections, spread, why_not_alone
+from .forms import alone, head_sizes, project, projections, spread
 from .grid import TokenLayout
 from .layer import Equation, Site, VisualTunerLayer, call_equation
 from .masks import PositionBias, without_positions
@@ -83,15 +83,33 @@ class AttentionLayer(VisualTunerLayer):
             self.watch_attention()
 
     def require_alone(self) -> None:
-        """Check that the block's attention can be called with other tokens than the block's own.
+        """Check that the block's attention can be called with other tokens than the block's own, by a short run.
 
         Raises:
             ValueError: it cannot.
         """
-        why_not = why_not_alone(self._find_attention())
-        if why_not is not None:
+        attention = self._find_attention()
+        name = type(self.get_base_layer()).__name__
+        modes = [(module, module.training) for module in attention.modules()]
+        attention.eval()  # a run must neither draw random numbers nor change statistics
+        try:
+            with torch.no_grad():
+                weight: Any = self._attention[0][0].weight
+                tokens = weight.new_zeros(2, 3, len(weight))  # three tokens fill no square grid
+                shape = self._attend(tokens).shape
+        except Exception as error:  # any error of an unknown module
+            said = next(iter(str(error).splitlines()), type(error).__name__)
             raise ValueError(
-                f"The attention of {type(self.get_base_layer()).__name__} cannot serve other tokens: {why_not}."
+                f"The attention of {name} cannot serve other tokens than its own: {type(attention).__name__} does not "
+                f"run on three tokens without a grid ({said})."
+            ) from error
+        finally:
+            for module, training in modes:  # the outer ones first
+                module.train(training)
+        if shape != tokens.shape:
+            raise ValueError(
+                f"The attention of {name} cannot serve other tokens than its own: {type(attention).__name__} returns "
+                f"{tuple(shape)} for tokens of {tuple(tokens.shape)}."
             )
 
     def _detach_attention(self) -> None:

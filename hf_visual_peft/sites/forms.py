@@ -172,22 +172,6 @@ def spread(pair: Pair, like: Tensor, heads: int) -> Pair:
     return keys, values
 
 
-def why_not_alone(attention: nn.Module) -> str | None:
-    """Why a module cannot be called with extra tokens, without position; None if it can."""
-    known = (_ROTATION, "resolution", "key", "value", "k", "v")
-    parameters = list(inspect.signature(type(attention).forward).parameters.values())[2:]
-    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    for parameter in parameters:
-        needed = parameter.default is inspect.Parameter.empty and parameter.kind not in kinds
-        if needed and parameter.name not in known:
-            return f"the forward of {type(attention).__name__} needs {parameter.name}"
-    forward: Any = inspect.unwrap(type(attention).forward)
-    locals_ = set(forward.__code__.co_varnames)
-    if {"height", "width"} <= locals_ or {"H", "W"} <= locals_:
-        return f"the forward of {type(attention).__name__} takes a map, (batch, height, width, channels)"
-    return None
-
-
 def alone(attention: nn.Module, tokens: Tensor, interface: bool) -> Tensor:
     """The output of a module for tokens without position: without bias and rotation.
 
