@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -36,6 +37,14 @@ import hf_visual_peft
 from hf_visual_peft.peft_methods.methods import PEFT_METHODS, PeftMethod, any_method
 
 
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def program() -> str:
+    """How the recipe was called: `hf-visual-peft train` sets the variable."""
+    return os.environ.get("HF_VISUAL_PEFT_PROGRAM", "accelerate launch recipes/image_classification.py")
+
+
 def literal(text: str) -> Any:
     """Parse the value of a method's field: a number, true, false, null, a list in brackets, or text."""
     for kind in (int, float):
@@ -46,7 +55,7 @@ def literal(text: str) -> Any:
 
 def build_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        usage="accelerate launch recipes/image_classification.py [--config FILE] [flags]",
+        usage=f"{program()} [--config FILE] [flags]",
         description=description,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -104,8 +113,9 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def flags_of(path: str) -> list[str]:
-    """The flags of a YAML file, as on the command line."""
-    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    """The flags of a YAML file, or of the one with that name in `configs`, as on the command line."""
+    file, shipped = Path(path), CONFIGS / f"{path}.yaml"
+    content = yaml.safe_load((shipped if shipped.exists() and not file.exists() else file).read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"--config {path}: expected flags and values, got {type(content).__name__}.")
     flags: list[str] = []
@@ -247,7 +257,7 @@ def shown(argv: list[str]) -> str:
     """The command for the card and the results, without secrets and local folders."""
     command = shlex.join(map(without_folders, argv))
     words = re.sub(r"--(hub_|data_)?token[ =]\S+ ?", "", command).strip()
-    return f"accelerate launch recipes/image_classification.py {words}"
+    return f"{program()} {words}"
 
 
 def without_folders(word: str) -> str:

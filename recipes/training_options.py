@@ -89,7 +89,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
 def add_output_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of what a run writes and shows."""
     add = parser.add_argument_group("output").add_argument
-    add("--config", help="YAML file of flags")
+    add("--config", help="YAML file of flags, or the name of one of recipes/configs, such as vpt")
     add("--output_dir", type=Path, required=True)
     add(
         "--overwrite_output_dir",

@@ -77,7 +77,7 @@ def test_help(arguments, capsys):
     "arguments",
     [
         [],
-        ["train"],
+        ["trian"],
         ["demo", "--epochs", "many"],
         ["demo", "--no_such_flag"],
         ["methods", "--json", "--markdown"],

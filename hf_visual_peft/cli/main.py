@@ -18,8 +18,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 1 where the work failed, 2 (raised by argparse) where the arguments make no sense.
     """
+    from .recipes import SCRIPTS, run_recipe
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in SCRIPTS:  # they have their own flags
+        return run_recipe(words[0], words[1:])
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(words)
     if arguments.command == "methods":
         from . import catalogue
 
@@ -52,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         "with a real pretrained encoder (or any checkpoint), save each adapter, reload it in a new process, and print "
         "one table.",
     )
+    commands.add_parser("train", help="train on your images with the recipe, by accelerate; own flags: train --help")
     add_arguments(demo)
     demo.add_argument("--traceback", action="store_true", help="show where an error came from")
     listing = commands.add_parser(
