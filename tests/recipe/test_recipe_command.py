@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState
@@ -89,8 +90,10 @@ def test_flags_of_accelerate_come_first_and_the_status_is_kept(monkeypatch, tmp_
 def test_the_wheel_holds_the_recipes(flags, tmp_path):
     """What `pip wheel` builds trains from another folder, where there is no clone."""
     clone, library = Path(RECIPES).parent, tmp_path / "library"
-    build = ["-q", "egg_info", "--egg-base", tmp_path, "build", "--build-base", tmp_path, "--build-lib", library]
-    subprocess.run([sys.executable, "setup.py", *map(str, build)], cwd=clone, check=True, timeout=120)
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
+    subprocess.run(build, cwd=clone, check=True, timeout=120)
+    (wheel,) = tmp_path.glob("*.whl")
+    ZipFile(wheel).extractall(library)
     installed = library / "hf_visual_peft" / "recipes"
     shipped = {str(path.relative_to(installed)) for path in installed.rglob("*.*")}
     listed = subprocess.run(["git", "ls-files", "recipes"], cwd=clone, capture_output=True, text=True, check=False)
