@@ -12,24 +12,21 @@ import csv
 import inspect
 import io
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import evaluate
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
-from image_data import Images, find_column, input_size, load_processor, usable_rows
-from image_folders import image_suffixes, list_folder, some, tell
-from image_sources import SAVED, cut, load_splits, named_sources, read_file, read_folder
-from labels import find_label_columns, read_labels
+from image_data import Images, input_size, load_processor
+from image_folders import some
 from peft import PeftConfig, PeftModel
 from peft.utils.other import ModulesToSaveWrapper
+from prediction_sources import Samples, read_samples
 from screen import Screen, progress_kind
 from stopping import DivergedError
 from torch import Tensor
@@ -65,7 +62,13 @@ OF_TRAINING = ("push_to_hub", "resume_from_checkpoint", "cache_features", "strea
 
 def add_prediction_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("prediction, with a saved adapter or model as --model_name_or_path").add_argument
-    add("--do_predict", metavar="SOURCE", help="predict: an image, a folder, a file as for --test_file, or a data set")
+    add(
+        "--do_predict",
+        metavar="SOURCE",
+        nargs="+",
+        help="predict: images, folders, patterns such as 'in/*.jpg', - for standard input (file names, or one image); "
+        "or one file as for --test_file, or one data set",
+    )
     add("--eval_only", **SWITCH, help="predict and evaluate on the test split, or else on validation; no training")
     add("--base_model_name_or_path", help="checkpoint for the adapter; default: the one that it names")
 
@@ -185,7 +188,15 @@ def _load_adapter(
             f"--model_name_or_path {where}: its base model {base} cannot be loaded; --base_model_name_or_path says "
             f"where it is. {error}"
         ) from error
-    model = PeftModel.from_pretrained(model, where, **own)
+    try:
+        model = PeftModel.from_pretrained(model, where, **own)
+    except (RuntimeError, ValueError) as error:
+        if base == config.base_model_name_or_path:
+            raise
+        raise ValueError(
+            f"--base_model_name_or_path {base}: the adapter was trained on {config.base_model_name_or_path} and does "
+            f"not fit. {str(error).splitlines()[0]}"
+        ) from error
     kinds = ModulesToSaveWrapper | WholeLayer
     copied = tuple(f"{name}." for name, module in model.get_base_model().named_modules() if isinstance(module, kinds))
     missing = [key for key in sorted(loading["missing_keys"]) if not key.startswith(copied)]
@@ -199,127 +210,6 @@ def _other_size(model: Any, processor: Any) -> bool:
     if size is None or next(takers, None) is None:
         return False
     return input_size(processor) != ((size, size) if isinstance(size, int) else tuple(size))
-
-
-# -------------------------------------------------------------------------------------------------------------- data
-
-
-@dataclass
-class Samples:
-    """The samples to predict.
-
-    Attributes:
-        data: one column of images, not yet decoded.
-        rows: their numbers in the source.
-        files: names of the files, None without files.
-        labels: class of each, or list of classes; None for a sample without label.
-    """
-
-    data: datasets.Dataset
-    rows: np.ndarray
-    files: list[str | None]
-    labels: list[Any]
-
-
-def read_samples(accelerator: Accelerator, args: argparse.Namespace, saved: Saved) -> Samples:
-    """The images and their known classes; every process calls this at the same time."""
-    with accelerator.main_process_first():  # the others then read its cache
-        root, data = _read_evaluated(args) if args.eval_only else _read_source(args)
-    flag = "--eval_only" if args.eval_only else f"--do_predict {args.do_predict}"
-    kind = datasets.List if args.clip_frames else datasets.Image
-    image = find_column(data, "--image_column_name", args.image_column_name, kind, "image")
-    usual = {name for name in ("label", "labels", "cls") if name in data.column_names}
-    if args.label_column_name or usual or args.eval_only:
-        labels, _ = read_labels(data, find_label_columns(data, args.label_column_name))
-    else:
-        labels = [None] * len(data)
-    labels = _known(labels, saved, flag, required=args.eval_only)
-    encoded = datasets.Image(decode=False)
-    images = data.select_columns([image]).cast_column(image, datasets.List(encoded) if args.clip_frames else encoded)
-    rows = np.arange(len(data))
-    if args.max_eval_samples:
-        rows = np.sort(np.random.default_rng(args.seed).permutation(rows)[: args.max_eval_samples])
-    rows = rows[usable_rows(images.select(rows), "test", args)]
-    if not len(rows):
-        raise ValueError(f"{flag} has no image that can be used.")
-    images = images.select(rows)
-    files = [None if isinstance(value, list) else _name_of(value, root) for value in images[image][:]]
-    return Samples(images, rows, files, [labels[row] for row in rows])
-
-
-def _read_evaluated(args: argparse.Namespace) -> tuple[Path | None, datasets.Dataset]:
-    """The test split, or else validation, and its folder."""
-    splits = load_splits(argparse.Namespace(**vars(args) | {"train_split": "none"}))
-    for split in ("test", "validation"):
-        if split in splits:
-            folder = getattr(args, f"{split}_dir") or args.dataset_name
-            tell(f"Evaluation on {len(splits[split])} samples of {split}.")
-            return Path(folder) if folder else None, splits[split]
-    raise ValueError(
-        "--eval_only: there is no test split and no validation split. Name one by --test_dir, --test_file or "
-        "--dataset_name, with --test_split if it has another name."
-    )
-
-
-def _read_source(args: argparse.Namespace) -> tuple[Path | None, datasets.Dataset]:
-    """The source that `--do_predict` names, and its folder."""
-    source, flag = args.do_predict, f"--do_predict {args.do_predict}"
-    path, suffixes = Path(source), image_suffixes()
-    if path.is_file() and path.suffix.lower() in suffixes:
-        return path.parent, _images_of([path], [None])
-    if path.is_file():
-        return path.parent, read_file(source, flag, args)
-    if path.is_dir() and not any((path / name).exists() for name in SAVED):
-        listing = list_folder(path)
-        if listing.metadata:
-            return path, read_folder(path, flag, args)
-        if listing.images:
-            if listing.left_out:
-                tell(f"{flag}: skipped files: {', '.join(f'{n} {kind}' for kind, n in listing.left_out.items())}.")
-            labels = [image.parts[0] if len(image.parts) > 1 else None for image in listing.images]
-            return path, _images_of([path.resolve() / image for image in listing.images], labels)
-    sources = named_sources(argparse.Namespace(**vars(args) | {"dataset_name": source}))
-    split = args.test_split or ("test" if "test" in sources else next(iter(sources)) if len(sources) == 1 else None)
-    if split is None:
-        raise ValueError(f"{flag} has the splits {', '.join(sources)}: choose one with --test_split.")
-    return path if path.is_dir() else None, cut(sources, split, f"--test_split {split}")[0]
-
-
-def _images_of(files: list[Path], labels: list[str | None]) -> datasets.Dataset:
-    columns: dict[str, Any] = {"image": [str(file) for file in files]}
-    if any(label is not None for label in labels):
-        columns["label"] = labels
-    return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
-
-
-def _known(labels: list[Any], saved: Saved, flag: str, required: bool) -> list[Any]:
-    """The labels that are classes of the model; others are an error if labels are required, else None."""
-    names = set(saved.names)
-    kind = list if saved.several else str
-    good = [isinstance(row, kind) and ({*row} if saved.several else {row}) <= names for row in labels]
-    bad = [number for number, fine in enumerate(good) if not fine]
-    if bad and required:
-        row = labels[bad[0]]
-        what = "no label" if row is None else f"the label {row!r}"
-        raise ValueError(
-            f"{flag}: sample {bad[0]} has {what}, {len(bad)} such samples in all. The classes of the model are "
-            f"{some(saved.names, 20)}; an image has {'a list' if saved.several else 'one'} of them."
-        )
-    others = sorted({str(labels[number]) for number in bad if labels[number] is not None})
-    if others:
-        tell(f"{len(bad)} samples count as unlabelled: {some(others)} is not a class of the model.")
-    return [row if fine else None for row, fine in zip(labels, good, strict=True)]
-
-
-def _name_of(value: dict[str, Any] | None, root: Path | None) -> str | None:
-    """The file of an image, relative to the given folder; its name if it is elsewhere."""
-    path = ((value or {}).get("path") or "").partition("::")[0].removeprefix("zip://")
-    if not path:
-        return None
-    if not os.path.isabs(path):
-        return path
-    inside = root is not None and Path(path).is_relative_to(root.resolve())
-    return str(Path(path).relative_to(root.resolve())) if inside and root is not None else Path(path).name
 
 
 # ----------------------------------------------------------------------------------------------------------- results
@@ -428,12 +318,10 @@ def as_csv(rows: list[dict[str, Any]], saved: Saved) -> str:
     return text.getvalue()
 
 
-def predict(args: argparse.Namespace) -> dict[str, Any]:
-    """Predict, evaluate if there are labels, and write both; return the content of `evaluation.json`."""
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    Screen(accelerator, progress_kind(args.progress))
+def run_prediction(accelerator: Accelerator, args: argparse.Namespace) -> tuple[Saved, list[dict[str, Any]], dict]:
+    """The model, a row for each sample, and the figures of the labelled ones, on every process."""
     saved = load_saved(args)
-    samples = read_samples(accelerator, args, saved)
+    samples = read_samples(accelerator, args, saved.names, saved.several)
     images = Images(samples.data, np.arange(len(samples.data)), "test", saved.processor, args)
     logits = logits_of(accelerator, saved, images, args)
     rows = predictions_of(logits, samples, saved)
@@ -441,6 +329,14 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if labelled:
         found = figures(logits[labelled], [samples.labels[number] for number in labelled], saved, args.top_k)
+    return saved, rows, found
+
+
+def predict(args: argparse.Namespace) -> dict[str, Any]:
+    """Predict, evaluate if there are labels, and write both; return the content of `evaluation.json`."""
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    Screen(accelerator, progress_kind(args.progress))
+    saved, rows, found = run_prediction(accelerator, args)
     if accelerator.is_main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         for name in WRITTEN:
@@ -452,7 +348,8 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
             found["classes"] = saved.names
             write_aside(args.output_dir / "evaluation.json", json.dumps(found, indent=1, ensure_ascii=False))
             accelerator.print(table_of(found))
-        accelerator.print(f"{len(rows)} predictions, {len(labelled)} of labelled samples, are in {args.output_dir}.")
+        labelled = sum(row["label"] is not None for row in rows)
+        accelerator.print(f"{len(rows)} predictions, {labelled} of labelled samples, are in {args.output_dir}.")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return found

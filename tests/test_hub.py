@@ -17,13 +17,14 @@ import sys
 import traceback
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
-from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub import ModelCard, hf_hub_download, scan_cache_dir, snapshot_download
 from loopback_hub import LoopbackHub, set_environment
 from peft import AutoPeftModel, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from PIL import Image, ImageOps
@@ -37,6 +38,7 @@ from transformers import (
 
 import hf_visual_peft
 from hf_visual_peft.sharing.hub import push
+from hf_visual_peft.sharing.inspecting import inspect_adapter
 
 
 BASE = "tester/tiny-vit"
@@ -493,6 +495,25 @@ def test_bad_input_is_refused_before_any_request(hub, client, kwargs, error, sai
 
 def client_push_badly(model=None, repo_id="tester/bad", **kwargs):
     push(_base() if model else _adapted("vpt", seed=1), repo_id, **kwargs)
+
+
+def test_headers_of_a_repository_are_inspected_without_its_weights(client):
+    client(client_push, "tester/inspected", "ssf")
+    found = client(client_inspect, "tester/inspected")
+    assert found["header"] == found["local"] | {"source": "tester/inspected"}
+    assert found["header"]["classes"] == ["cat", "dog", "eel"]
+    assert found["weights in the cache"] == []
+    names, text = client(client_error, inspect_adapter, "tester/nowhere")
+    assert "ValueError" in names
+    assert "no folder tester/nowhere here, and no such repository" in text
+
+
+def client_inspect(repo):
+    header = asdict(inspect_adapter(repo))
+    revisions = next(found for found in scan_cache_dir().repos if found.repo_id == repo).revisions
+    cached = [file.file_name for one in revisions for file in one.files if "safetensors" in file.file_name]
+    folder = snapshot_download(repo)
+    return {"header": header, "local": asdict(inspect_adapter(folder)), "weights in the cache": cached}
 
 
 def test_the_loopback_hub_serves_datasets_too(client):

@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _coverage(arguments)
     if arguments.command in ("roles", "explain"):
         return _look(arguments)
+    if arguments.command == "inspect":
+        return _inspect(arguments)
     return _demo(arguments)
 
 
@@ -58,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "one table.",
     )
     commands.add_parser("train", help="train on your images with the recipe, by accelerate; own flags: train --help")
+    commands.add_parser("predict", help="predict images with an adapter or model; own flags: predict --help")
     add_arguments(demo)
     demo.add_argument("--traceback", action="store_true", help="show where an error came from")
     listing = commands.add_parser(
@@ -91,7 +94,34 @@ def _parser() -> argparse.ArgumentParser:
     )
     for command in (roles, explain):
         command.add_argument("model", help="Hub id or folder with a config, or the name of a model of timm")
+    inspect = commands.add_parser(
+        "inspect",
+        help="show what saved adapters are, by their headers only",
+        description="Show what saved adapters are. Only configurations and headers are read: nothing of the files is "
+        "imported, unpickled or loaded, so it is safe for files that nobody vouches for.",
+    )
+    inspect.add_argument("adapter", nargs="+", help="folder, or repository of the Hub")
+    inspect.add_argument("--revision", help="branch, tag or commit of the repository")
+    inspect.add_argument("--json", action="store_true", help="for scripts: one object a line")
     return parser
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    import dataclasses
+    import json
+
+    from ..sharing.inspecting import described, inspect_adapter
+
+    status = 0
+    for name in arguments.adapter:
+        try:
+            header = inspect_adapter(name, revision=arguments.revision)
+        except (ValueError, OSError, RuntimeError) as error:
+            print(f"hf-visual-peft inspect: error: {' '.join(str(error).split())}", file=sys.stderr)
+            status = 1
+            continue
+        print(json.dumps(dataclasses.asdict(header)) if arguments.json else described(header))
+    return status
 
 
 def _look(arguments: argparse.Namespace) -> int:

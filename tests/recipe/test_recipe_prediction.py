@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import io
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import datasets
 import image_classification
@@ -19,9 +21,18 @@ from accelerate.state import AcceleratorState, GradientState
 from arguments import shown
 from peft import PeftModel
 from PIL import Image, ImageOps
-from recipe_runs import RECIPES, fails
+from recipe_runs import RECIPES, SIZE, fails
 from sklearn.metrics import f1_score, precision_recall_fscore_support
-from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    pipeline,
+)
+
+from hf_visual_peft.cli.main import main as cli
 
 
 NAMES = ["blue", "green", "red"]
@@ -302,3 +313,115 @@ def test_two_processes_predict_as_one(predict, trained, photos, tmp_path):
     evaluation = json.loads((tmp_path / "two" / "evaluation.json").read_text())
     assert evaluation["confusion_matrix"] == found["confusion_matrix"]
     assert evaluation["samples"] == len(rows)
+
+
+# ---------------------------------------------------------------------------------------------- hf-visual-peft predict
+
+
+@pytest.fixture
+def command(trained, monkeypatch, capsys):
+    def call(*words, kind="vpt", stdin=b""):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
+        capsys.readouterr()
+        status = cli(["predict", *map(str, [trained / kind, *words])])
+        return (status, *capsys.readouterr())
+
+    return call
+
+
+def test_command_prints_what_the_recipe_writes(command, predict, photos, tmp_path):
+    _, expected = predict("--do_predict", photos / "test")
+    status, out, _ = command(photos / "test", "--format", "jsonl")
+    assert status == 0
+    assert [json.loads(line) for line in out.splitlines()] == expected
+    status, out, err = command(photos / "test", "--output", tmp_path / "new.csv")
+    assert (status, out) == (0, "")
+    assert (tmp_path / "new.csv").read_bytes() == (tmp_path / "out" / "predictions.csv").read_bytes()
+    assert "macro_f1" in err
+    assert json.loads(command(photos / "test", "--format", "json")[1])["classes"] == NAMES
+
+
+def test_sources_of_all_kinds_give_the_same_rows(command, photos, tmp_path, monkeypatch):
+    root = photos / "test"
+    files = sorted(root.glob("*/*.png"))
+    (tmp_path / "in").mkdir()
+    for number, file in enumerate(files):
+        shutil.copy(file, tmp_path / "in" / f"[{number:02}] é.png")
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    monkeypatch.chdir(tmp_path)
+    named = "\n".join(map(str, files)).encode()
+    ways = [
+        ([root], b""),
+        (files, b""),
+        ([root / "blue", root / "green", *(root / "red").iterdir()], b""),
+        ([root / "*" / "*.png"], b""),
+        ([root / "b*", root / "[!b]*"], b""),
+        ([root / "**"], b""),
+        (["-"], named),
+        ([files[0], "-"], b"\n".join(named.splitlines()[1:]) + b"\n\n"),
+        (["in"], b""),
+        (["in/*"], b""),
+        (sorted(map(str, (tmp_path / "in").glob("*.png"))), b""),
+    ]
+    found = []
+    for words, stdin in ways:
+        status, out, err = command(*words, "--format", "jsonl", stdin=stdin)
+        assert status == 0, err
+        rows = [json.loads(line) for line in out.splitlines()]
+        found.append(sorted(tuple(row["probabilities"].values()) for row in rows))
+    for rows in found:
+        np.testing.assert_allclose(rows, found[0], atol=1e-6)
+    status, out, _ = command("-", "--format", "jsonl", stdin=files[0].read_bytes())
+    (row,) = map(json.loads, out.splitlines())
+    assert row["file"] == "standard input"
+    assert min(np.abs(np.array(found[0]) - list(row["probabilities"].values())).max(1)) < 1e-6
+
+
+def test_tables_fit_the_terminal(command, photos, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    long = photos / ("photographs " * 8)
+    shutil.copytree(photos / "test", long, dirs_exist_ok=True)
+    status, out, _ = command(long, photos / "test" / "red" / "0.png")
+    lines = [line for line in out.splitlines() if line.startswith("|")]
+    assert status == 0
+    assert max(map(len, lines)) <= 80
+    assert lines[2].split("|")[1].strip().endswith("blue/0.png")
+    assert len({line.split("|")[1] for line in lines[2:]}) == len(lines) - 2
+    shutil.rmtree(long)
+
+
+@pytest.mark.parametrize(
+    ("words", "stdin", "message"),
+    [
+        (["nowhere.png", "{photos}"], b"", "nowhere.png: there is no such file or folder"),
+        (["{photos}/*.gif"], b"", "no file has such a name"),
+        (["{photos}/*.gif", "{photos}"], b"", "no file has such a name"),
+        (["-"], b"", "has no names of files"),
+        (["-"], b"-\n", "names itself"),
+        (["-"], b"nowhere.png\n", "nowhere.png: there is no such file or folder"),
+        (["-"], b"\xff\xfe\x00\x80", "neither an image nor names"),
+        (["{empty}", "{photos}"], b"", "the folder has no image"),
+        (["{table}", "{photos}"], b"", "a table of images is given alone"),
+    ],
+)
+def test_command_refuses_sources_in_one_line(command, photos, tmp_path, words, stdin, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "table.csv").write_text("image\nx.png\n")
+    places = {"photos": photos / "test", "empty": tmp_path / "empty", "table": tmp_path / "table.csv"}
+    status, out, err = command(*(word.format(**places) for word in words), stdin=stdin)
+    assert (status, out) == (1, "")
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_an_adapter_of_another_backbone_is_refused_by_name(command, photos, tmp_path):
+    torch.manual_seed(0)
+    other = ViTConfig(**SIZE | {"hidden_size": 32}, intermediate_size=128)
+    ViTForImageClassification(other).save_pretrained(tmp_path / "other")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "other")
+    for kind in ("vpt", "lora"):
+        status, _, err = command(photos / "test", "--base_model_name_or_path", tmp_path / "other", kind=kind)
+        assert status == 1
+        assert "the adapter was trained on" in err.splitlines()[-1]
