@@ -407,6 +407,37 @@ def vpt_shallow(v: Vit, w: Weights) -> Tensor:
     return v.w.linear("head", v.norm("norm", torch.cat([x[:, :1], x[:, 1 + count :]], dim=1))[:, 0])
 
 
+def provp(v: Vit, w: Weights) -> Tensor:
+    """Prompts of a block, and a quarter of what those of the block before became."""
+    x, out = v.embed(), None
+    for index in range(DEPTH):
+        prompts = v.drop(w[f"{index}.provp_tokens.prompts"].expand(len(x), -1, -1), 0.1)
+        prompts = prompts if out is None else 0.25 * out + 0.75 * prompts
+        end = 1 + prompts.shape[1]
+        y = v.plain_block(index, torch.cat([x[:, :1], prompts, x[:, 1:]], dim=1))
+        x, out = torch.cat([y[:, :1], y[:, end:]], dim=1), y[:, 1:end]
+    return v.w.linear("head", v.norm("norm", x)[:, 0])
+
+
+def gatedprompt(v: Vit, w: Weights) -> Tensor:
+    """One set of prompts, of which a gate lets a part change in each block, and softer or harder attention."""
+    x = v.embed()
+    prompts = v.drop(w["0.gatedprompt_tokens.prompts"].expand(len(x), -1, -1), 0.1)
+    end = 1 + prompts.shape[1]
+    for index in range(DEPTH):
+        tau = w[f"{index}.gatedprompt_logits.temperature"]
+        tau = tau + (tau.clamp(0.01, 10.0) - tau).detach()  # cut off between steps, not in the gradient
+        if index > 0:
+            gate = torch.sigmoid(w[f"{index}.gatedprompt_tokens.logit"])
+            prompts = gate * x[:, 1:end] + (1 - gate) * prompts
+            x = torch.cat([x[:, :1], prompts, x[:, end:]], dim=1)
+        else:
+            x = torch.cat([x[:, :1], prompts, x[:, 1:]], dim=1)
+        z = x + v.attention(index, v.norm(f"{index}.norm1", x), 1 / tau)
+        x = z + v.fed(index, z)
+    return v.w.linear("head", v.norm("norm", x)[:, 0])
+
+
 def prefix(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
     """Keys and values of all heads; where an MLP makes them, those of block 0 come first: its keys, its values."""
     if "0.prefix_network.embedding" in w:

@@ -90,6 +90,12 @@ METHODS = {
     "fact-tt": Reference(
         beside_linears(ROLES, methods.fact_tt), "JieShibo/PETL-ViT: FacT/fact_tt.py", {"variant": "tt", "r": 4}
     ),
+    "gatedprompt": Reference(
+        methods.gatedprompt,
+        "ryongithub/GatedPromptTuning: src/models/vit_prompt/vit_mae.py",
+        {"num_virtual_tokens": 3, "dropout": 0.1},
+        False,
+    ),
     "gps": Reference(choices.gps, "FightingFighting/GPS: utils/pruning.py, loss_utils.py", chooses=True),
     "houlsby": Reference(blockwise(methods.houlsby), "the paper", {"r": 4, "dropout": 0.1}, False),
     "hst": Reference(
@@ -127,6 +133,9 @@ METHODS = {
         "jxhe/unify-parameter-efficient-tuning: petl/petl_factory.py, class Prefix",
         {"num_virtual_tokens": 3, "reparam_dim": 5, "dropout": 0.1},
         False,
+    ),
+    "provp": Reference(
+        methods.provp, "MCG-NJU/ProVP", {"num_virtual_tokens": 3, "alpha": 0.25, "dropout": 0.1}, False
     ),
     "repadapter": Reference(methods.repadapter, "luogen1996/RepAdapter: repadapter.py", {"r": 4}),
     "restuning": Reference(side.restuning, "the paper", {"r": 4}, False),

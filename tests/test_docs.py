@@ -110,11 +110,12 @@ class _Narrow(hf_visual_peft.VPTConfig):
 
 def test_fields_of_a_method_that_derives_from_another(monkeypatch):
     assert [each.name for each in own_fields(_Narrow)] == [
-        *("num_virtual_tokens", "deep", "dropout", "projection_dim", "order"),
+        *("num_virtual_tokens", "deep", "dropout", "projection_dim", "init", "stages", "biases", "order"),
     ]
     method = dataclasses.replace(hf_visual_peft.get_method("vpt"), config_cls=_Narrow)
     monkeypatch.setattr(catalogue, "list_methods", lambda: {"narrow": method})
-    listed = "`num_virtual_tokens` (10), `deep` (False), `dropout` (0.0), `projection_dim` (None), `order` ([2, 1])"
+    listed = "`num_virtual_tokens` (10), `deep` (False), `dropout` (0.0), `projection_dim` (None), "
+    listed += "`init` ('random'), `stages` (None), `biases` (False), `order` ([2, 1])"
     assert listed in catalogue.methods_markdown()
 
 

@@ -164,11 +164,12 @@ def _check_block_site(
             advice = _PROMPTS if table.softmax else ""
             raise ValueError(f"{name}: no tokens can join those of its attention.{advice}")
         if isinstance(site, TokenSite) and table.prompts != "sequence" and (site.takes or site.hands_on):
+            advice = " (deep=True)" if hasattr(config, "deep") else ""
             raise ValueError(
-                f"{name} with tokens that pass from block to block: they can only join its attention (deep=True)."
+                f"{name} with tokens that pass from block to block: they can only join its attention{advice}."
             )
-    if isinstance(site, BranchSite):
-        if site.needs_layout and table.grid is None:
-            raise ValueError(f"{name}: the layout of its tokens in the image is not known.")
-        if site.attends and not table.softmax:
-            raise ValueError(f"{name}: its attention is not the softmax attention of projected tokens.")
+    reads = site.needs_layout if isinstance(site, BranchSite) else isinstance(site, TokenSite) and site.reads
+    if reads and table.grid is None:
+        raise ValueError(f"{name}: the layout of its tokens in the image is not known.")
+    if isinstance(site, BranchSite) and site.attends and not table.softmax:
+        raise ValueError(f"{name}: its attention is not the softmax attention of projected tokens.")

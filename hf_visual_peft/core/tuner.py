@@ -527,7 +527,8 @@ class VisualTuner(MergingTuner):
             layer.set_requires_grad(adapter_name, requires_grad=False)
 
     def _connect(self, layer: VisualTunerLayer, path: str, site: Site) -> None:
-        if isinstance(site, BranchSite | SideSite) and site.needs_layout:
+        reads = isinstance(site, TokenSite) and site.reads
+        if reads or (isinstance(site, BranchSite | SideSite) and site.needs_layout):
             assert self._backbone is not None
             self._exchange.watch_grid(self.model, self._backbone)
         if isinstance(layer, BlockAdapters) and isinstance(site, TokenSite | SideSite):

@@ -421,6 +421,7 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
             current.seen = self._seen_tokens(args, kwargs)
         hidden_states = before = self._enter(current, hidden_states)
         names = self._insert(hidden_states, current)
+        both = {e.owner for e in self._active() if isinstance(e.site, TokenSite) and e.site.keeps_input}
         inserted = 0
         if self._prompts == "sequence":
             inserted = sum(current.tokens[name].shape[1] for name in names)
@@ -455,7 +456,8 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
             start = self.prefix_tokens
             for name in names:
                 stop = start + current.tokens[name].shape[1]
-                current.tokens[name] = stream[:, start:stop]
+                left = stream[:, start:stop]
+                current.tokens[name] = torch.cat([current.tokens[name], left], dim=1) if name in both else left
                 start = stop
             stream = torch.cat([stream[:, : self.prefix_tokens], stream[:, start:]], dim=1)
             if current.between is not None:
@@ -511,10 +513,26 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         for _, equation, site, shared, owner in self._active():
             if isinstance(site, TokenSite):
                 if equation is not None:
-                    new = equation(hidden_states.shape[0], *shared)
+                    new = self._new_tokens(current, hidden_states, owner, site, equation, shared)
                     current.tokens[owner] = new.to(hidden_states.dtype)
                 names.append(owner)
         return names
+
+    def _new_tokens(
+        self,
+        current: Pass,
+        hidden_states: Tensor,
+        owner: str,
+        site: TokenSite,
+        equation: nn.Module,
+        shared: tuple[nn.Module, ...],
+    ) -> Tensor:
+        if site.takes:
+            return call_equation(self, equation, current.tokens[owner], *shared)
+        if site.reads:
+            x = to_tokens(hidden_states, self._stream)
+            return call_equation(self, equation, x, self._layout(current, x), *shared)
+        return equation(hidden_states.shape[0], *shared)
 
     def _make_room(self, args: tuple, kwargs: dict, length: int, count: int) -> tuple[tuple, dict]:
         """Give masks and biases on attention logits a row and a column for each inserted token."""

@@ -48,17 +48,25 @@ class BranchSite(Site):
 class TokenSite(Site):
     """Tokens put into the sequence after the prefix tokens and taken out again after the block.
 
-    From outside, a block has only the backbone's own tokens. The equation is called with the batch size and returns
-    (batch, tokens, width). If attention does not read the block's sequence, the tokens join it as extra keys and
-    values in all windows (`Architecture.prompts`), and none leave the block.
+    From outside, a block has only the backbone's own tokens. The equation returns (batch, tokens, width). New tokens
+    come from the batch size, or from the stream (`reads`); an equation at a site that `takes` tokens is called with
+    what the block before hands on, and without an equation they stay as they are. If attention does not read the
+    block's sequence, the tokens join it as extra keys and values in all windows (`Architecture.prompts`), and none
+    leave the block.
 
     Attributes:
         takes: whether the tokens come from the block before; else they are new.
         hands_on: whether the next block gets the output of the tokens.
+        keeps_input: whether it also gets the tokens as they entered this block, before their outputs:
+            (batch, 2 x tokens, width).
+        reads: whether the equation is called with the block's input without extra tokens, (batch, tokens, width), and
+            a `TokenLayout`, in place of the batch size.
     """
 
     takes: bool = False
     hands_on: bool = False
+    keeps_input: bool = False
+    reads: bool = False
 
 
 @dataclass

@@ -23,12 +23,19 @@ class FourierPrompts(Prompts):
         patch_features: elements of one patch, channels x height x width.
         dropout: probability, for each element of each image.
         fraction: of the prompts that are transformed.
+        from_data: whether `choose` sets T.
     """
 
     def __init__(
-        self, num_virtual_tokens: int, width: int, patch_features: int, dropout: float, fraction: float
+        self,
+        num_virtual_tokens: int,
+        width: int,
+        patch_features: int,
+        dropout: float,
+        fraction: float,
+        from_data: bool = False,
     ) -> None:
-        super().__init__(num_virtual_tokens, width, patch_features, dropout)
+        super().__init__(num_virtual_tokens, width, patch_features, dropout, from_data)
         self.transformed = int(fraction * num_virtual_tokens)
 
     def forward(self, batch_size: int, projection: nn.Module | None = None) -> Tensor:
@@ -65,6 +72,9 @@ class VFPTConfig(VPTConfig):
         dropout: probability of dropping an element of a prompt.
         projection_dim: width of the prompts before a linear that all blocks share raises it to the backbone's; None:
             prompts have the backbone's width.
+        init: first values of the prompts: `"random"`, or tokens of `"data"`, which are then transformed, too.
+        stages: with `deep=False`, number of equal groups of blocks, each with prompts of its own; None: one.
+        biases: whether all biases of the backbone train, too.
         fraction: part of the prompts that is transformed; the paper tunes it, 0.5 in the authors' configs.
     """
 
@@ -77,4 +87,5 @@ class VFPTConfig(VPTConfig):
             self._fail("fraction", "a number from 0 to 1")
 
     def _prompts(self, width: int, patch_features: int) -> FourierPrompts:
-        return FourierPrompts(self.num_virtual_tokens, width, patch_features, self.dropout, self.fraction)
+        sizes = (self.num_virtual_tokens, width, patch_features)
+        return FourierPrompts(*sizes, self.dropout, self.fraction, self.init == "data")
