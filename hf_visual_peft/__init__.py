@@ -19,6 +19,7 @@ from .backbones.backbone import BackboneError, VisionBackbone
 from .backbones.finding import find_backbone
 from .backbones.frozen_norms import freeze_norms, norms_with_statistics, thaw_norms
 from .backbones.split_attention import SplitAttention, merge_attention, split_attention
+from .core.auxiliary import auxiliary_loss
 from .core.calibration import NotCalibratedError, calibrate
 from .core.config import VisualPeftConfig
 from .core.labels import teach_peft
@@ -53,6 +54,7 @@ __all__ = [
     "SplitAttention",
     "VisionBackbone",
     "VisualPeftConfig",
+    "auxiliary_loss",
     "calibrate",
     "feature_pyramid",
     "find_backbone",

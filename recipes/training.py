@@ -22,6 +22,8 @@ from stopping import DivergedError, Finite, InterruptedBySignal, Interruption
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from hf_visual_peft import auxiliary_loss
+
 
 def rank_of(found: dict[str, float], criterion: str) -> list[float]:
     """The rank of an evaluation, the greater the better: the criterion, then the lower loss."""
@@ -218,6 +220,7 @@ class Training:
             batch["pixel_values"], labels = self.mixing(batch["pixel_values"], labels, drawn)
         logits = self.wrapped(**batch, **self.inputs).logits.float()
         loss = self.loss(logits, labels)
+        loss = loss + auxiliary_loss(self.wrapped, labels, lambda logits: self.loss(logits.float(), labels))
         # batches are weighted by their images, because the last one of an epoch may be smaller
         share = count / self.args.per_device_train_batch_size
         self.accelerator.backward(loss * share if share != 1 else loss)

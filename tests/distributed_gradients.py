@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from families import FAMILIES
 from peft import PeftModel, get_peft_model
@@ -30,6 +29,7 @@ ADAPTERS = {
     "vpt_deep": ("vpt", {"num_virtual_tokens": 2}),
     "vpt_shallow": ("vpt", {"num_virtual_tokens": 2, "deep": False}),
     "adaptformer": ("adaptformer", {"r": 4, "dropout": 0.0}),
+    "colin": ("colin", {"r": 6, "rank": 3, "orthogonality": 0.01}),  # with an auxiliary loss
     "convpass": ("convpass", {"r": 4, "dropout": 0.0}),
     "mosa": ("mosa", {"r": 4, "dropout": 0.0}),
     "ssf": ("ssf", {}),
@@ -59,7 +59,7 @@ def build(name: str) -> PeftModel:
 
 def loss_of(model: nn.Module, part: dict[str, Tensor]) -> Tensor:
     torch.manual_seed(4)  # MoSA draws at every call
-    return F.cross_entropy(model(pixel_values=part["pixel_values"]).logits, part["labels"])
+    return model(**part).loss
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

@@ -128,6 +128,26 @@ def bitfit(v: Vit, w: Weights) -> Tensor:
     return v.logits()
 
 
+def colin(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
+    def adapter(sublayer: str, x: Tensor) -> Tensor:
+        own = w.of(f"{index}.colin_{sublayer}.")
+
+        def project(name: str, x: Tensor) -> Tensor:
+            return x @ (own[f"{name}.down"] @ own["diagonal"].diag() @ own[f"{name}.up"]) + own[f"{name}.bias"]
+
+        def convolve(maps: Tensor) -> Tensor:
+            share = torch.sigmoid(own["mix"])[:, None, None]
+            new = F.conv2d(maps, own["conv.weight"], own["conv.bias"], padding=1, groups=maps.shape[1])
+            return to_tokens(share * new + (1 - share) * maps)
+
+        t = project("down", x)
+        t = torch.cat([convolve(to_maps(t[:, :1], (1, 1))), convolve(to_maps(t[:, 1:]))], dim=1)
+        return x + project("up", F.gelu(t))
+
+    z = adapter("attention", x + v.attended(index, x))
+    return adapter("mlp", z + v.fed(index, z))
+
+
 def compacter(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
     def phm(own: Weights, which: str, x: Tensor) -> Tensor:
         rules, left, right = w["0.compacter_rule.matrices"], own[f"{which}.left"], own[f"{which}.right"]

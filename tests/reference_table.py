@@ -67,6 +67,7 @@ METHODS = {
         False,
     ),
     "bitfit": Reference(methods.bitfit, "the paper"),
+    "colin": Reference(blockwise(methods.colin), "DongshuoYin/CoLin: swin_colin.py", {"r": 5, "rank": 3}, False),
     "compacter": Reference(blockwise(methods.compacter), "the paper", {"r": 4, "n": 2}, False),
     "consolidator": Reference(
         beside_linears(ROLES, methods.consolidator),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -16,8 +17,11 @@ from .registry import get_method
 
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..backbones.backbone import VisionBackbone
-    from ..sites import Placement
+    from ..sites import Exchange, Placement
+    from .auxiliary import Outcome
     from .calibration import Calibration
     from .registry import VisualPeftType
 
@@ -179,6 +183,32 @@ class VisualPeftConfig(PeftConfig):
     def chooses_from_data(self) -> bool:
         """Whether `hf_visual_peft.calibrate` must be called before training."""
         return type(self).choose is not VisualPeftConfig.choose
+
+    @property
+    def has_auxiliary_loss(self) -> bool:
+        """Whether the method adds a loss of its own to that of the task, with these fields."""
+        return type(self).auxiliary_loss is not VisualPeftConfig.auxiliary_loss
+
+    def auxiliary_loss(self, outcome: Outcome) -> Tensor:
+        """The loss that the method adds to that of the task in training, a mean over the batch.
+
+        Args:
+            outcome: of one forward pass.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no auxiliary loss.")
+
+    @contextmanager
+    def extra_pass(self, exchange: Exchange, owner: str) -> Iterator[bool]:
+        """Prepare an extra pass of the same batch through the model, for the auxiliary loss.
+
+        Args:
+            exchange: of the adapter layers.
+            owner: method and adapter.
+
+        Yields:
+            Whether such a pass is needed.
+        """
+        yield False
 
     def initialise(self, adapter: Calibration) -> None:
         """Set initial weights that depend on the backbone's weights, in methods that have such; without data.

@@ -52,6 +52,7 @@ from ..sites.input import InputLayer, InputSite
 from ..sites.mixed import BASE, check_samples_first, count_rows, instead_of_forward, run_parts
 from ..sites.reach import reaches_into
 from ..sites.side import modules_before
+from .auxiliary import AuxiliaryLosses
 from .calibration import Calibration
 from .config import VisualPeftConfig
 from .copies import activate_copies, copy_modules, find_copied, replace_lost_heads, within
@@ -188,6 +189,10 @@ class VisualTuner(MergingTuner):
                 layer._changed()  # what trains is known now
         freeze_norms(self)
         self._watch_heads(model)
+        if config.has_auxiliary_loss:
+            losses = self._exchange.losses = self._exchange.losses or AuxiliaryLosses(self._exchange)
+            losses.watch(model)
+            losses.configs[f"{self.prefix}{adapter_name}"] = (adapter_name, config)
         if config.init_weights and self._backbone is not None:
             config.initialise(self._opened(model, adapter_name))
 
@@ -504,6 +509,7 @@ class VisualTuner(MergingTuner):
             layer = InputLayer(target, self._exchange)
         else:
             layer = kind(target, self._exchange)
+        layer.where = current_key
         for placement in placements:
             base = layer.get_base_layer()
             # a copy of a module is one of the module itself
@@ -577,6 +583,8 @@ class VisualTuner(MergingTuner):
         _check_adapters_not_merged(self.model, adapter_name)
         del self.peft_config[adapter_name]
         for layer in self._own_layers():
+            if layer.exchange.losses is not None:
+                layer.exchange.losses.configs.pop(f"{self.prefix}{adapter_name}", None)
             layer.delete_adapter(adapter_name, self.prefix)
         active = next((list(layer.active_adapters) for layer in self._own_layers()), [])
         active = [name for name in active if name in self.peft_config]

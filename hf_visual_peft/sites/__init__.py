@@ -27,6 +27,7 @@ from .exchange import Exchange
 from .forms import head_sizes, projections
 from .grid import Grid, TokenLayout, to_tokens
 from .layer import Equation, Placement, Shared, Site, VisualTunerLayer, layers_of
+from .losses import Left, WithLoss
 from .module import LinearSite, ModuleLayer, OutputSite, WeightSite, as_linear, as_matrix, output_channels
 from .side import SideSite, Tap, resized
 from .whole import WholeLayer, WholeSite, whole_module
@@ -39,6 +40,7 @@ __all__ = [
     "Exchange",
     "Grid",
     "KeyValueSite",
+    "Left",
     "LinearSite",
     "LogitSite",
     "ModuleLayer",
@@ -54,6 +56,7 @@ __all__ = [
     "WeightSite",
     "WholeLayer",
     "WholeSite",
+    "WithLoss",
     "as_linear",
     "as_matrix",
     "attention_of",

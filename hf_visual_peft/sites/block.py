@@ -37,6 +37,7 @@ from .block_sites import BranchSite, Pass, Reads, TokenSite
 from .exchange import Exchange
 from .grid import Grid, TokenLayout, map_grid, to_tokens, unfolded_grid, unit_grid
 from .layer import Equation, call_equation
+from .losses import Left
 from .masks import PositionBias, seen_tokens, widen
 from .mixed import BASE
 from .reach import reaches_into
@@ -142,6 +143,7 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         self._size_positions = {name: position for position, name in enumerate(names) if name in _SIZES}
         self._stream_handles: list[Any] = []
         self._block = block
+        self.where = block.path
         modules = {role: tuple(map(model.get_submodule, paths)) for role, paths in block.roles.items()}
         self._holder: tuple[nn.Module, ...] = (
             (model.get_submodule(_holder_of_lists(backbone)),) if table.grid == "units" else ()
@@ -303,6 +305,9 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         self.exchange.for_heads.clear()  # left from a pass that did not reach the heads
         self.follow()
         self._changed()
+        if self.exchange.instead is not None:
+            output = self.exchange.instead(self._block.index, args[0])
+            return (output,) if self._block_returns_tuple else output
         if not any(True for _ in self._active()):
             return call(*args, **kwargs)
         return self._around(call, *args, **kwargs)
@@ -329,11 +334,20 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
             layouts_behind=behind,
             pixels=exchange.pixels,
         )
-        run = partial(self._run, call, new_pass, tuple(tokens), onward, checkpoint, kwargs)
+        # Terms of auxiliary losses are outputs of the checkpointed function, so that gradients reach them. When it
+        # runs again in the backward pass, they are dropped.
+        left: list[Left] | None = None if exchange.left is None else []
+        run = partial(self._run, call, new_pass, tuple(tokens), onward, left, checkpoint, kwargs)
         if checkpoint:
             checkpointed: Any = base._gradient_checkpointing_func
             run = partial(checkpointed, run)
         output = run(hidden_states, *tokens.values(), *args)
+        if left:
+            output, values = output[: -len(left)], output[-len(left) :]
+            assert exchange.left is not None
+            exchange.left += [each._replace(value=value) for each, value in zip(left, values, strict=True)]
+            if not onward and not self._block_returns_tuple:
+                output = output[0]
         exchange.layouts.update((name, behind[name]) for name in onward if name in behind)
         if onward:
             exchange.handed_on.update(zip(onward, output[-len(onward) :], strict=True))
@@ -380,11 +394,14 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         new_pass: Callable[[dict[str, Tensor], int], Pass],
         taken: tuple[str, ...],
         onward: tuple[str, ...],
+        left: list[Left] | None,
         checkpoint: bool,
         kwargs: dict[str, Any],
         hidden_states: Tensor,
         *rest: Any,
     ) -> Any:
+        found: list[Left] | None = None if left is None else []
+        before, self.exchange.left = self.exchange.left, found
         tokens = dict(zip(taken, rest, strict=False))
         self._pass = new_pass(tokens, self.prefix_tokens)
         base: Any = self.get_base_layer()
@@ -394,12 +411,15 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
             output = call(hidden_states, *rest[len(taken) :], **kwargs)
         finally:
             self._pass = None
+            self.exchange.left = before
             if checkpoint:
                 base.gradient_checkpointing = True
-        if not onward:
+        if left is not None and found is not None:
+            left[:] = found
+        if not onward and not found:
             return output
         flat = output if self._block_returns_tuple else (output,)
-        return (*flat, *(tokens[name] for name in onward))
+        return (*flat, *(tokens[name] for name in onward), *(each.value for each in found or ()))
 
     def inside(self, *args: Any, **kwargs: Any) -> Any:
         """The block's forward with adapters; called by the block, inside its hooks."""
@@ -510,29 +530,23 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
     def _insert(self, hidden_states: Tensor, current: Pass) -> list[str]:
         """Compute the prompts of this block; return the names of all adapters that have prompts here."""
         names = []
-        for _, equation, site, shared, owner in self._active():
-            if isinstance(site, TokenSite):
-                if equation is not None:
-                    new = self._new_tokens(current, hidden_states, owner, site, equation, shared)
-                    current.tokens[owner] = new.to(hidden_states.dtype)
-                names.append(owner)
+        for each in self._active():
+            if isinstance(each.site, TokenSite):
+                if each.module is not None:
+                    new = self._left(each, self._new_tokens(current, hidden_states, each))
+                    current.tokens[each.owner] = new.to(hidden_states.dtype)
+                names.append(each.owner)
         return names
 
-    def _new_tokens(
-        self,
-        current: Pass,
-        hidden_states: Tensor,
-        owner: str,
-        site: TokenSite,
-        equation: nn.Module,
-        shared: tuple[nn.Module, ...],
-    ) -> Tensor:
-        if site.takes:
-            return call_equation(self, equation, current.tokens[owner], *shared)
-        if site.reads:
+    def _new_tokens(self, current: Pass, hidden_states: Tensor, each: Equation) -> Any:
+        assert isinstance(each.site, TokenSite)
+        assert each.module is not None
+        if each.site.takes:
+            return call_equation(self, each.module, current.tokens[each.owner], *each.shared)
+        if each.site.reads:
             x = to_tokens(hidden_states, self._stream)
-            return call_equation(self, equation, x, self._layout(current, x), *shared)
-        return equation(hidden_states.shape[0], *shared)
+            return call_equation(self, each.module, x, self._layout(current, x), *each.shared)
+        return each.module(hidden_states.shape[0], *each.shared)
 
     def _make_room(self, args: tuple, kwargs: dict, length: int, count: int) -> tuple[tuple, dict]:
         """Give masks and biases on attention logits a row and a column for each inserted token."""
@@ -584,7 +598,7 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         if sequences > 1:  # several per image, one after the other: equal positions are consecutive in time
             assert current.frames is not None
             x = x.unflatten(0, (-1, current.frames, sequences)).transpose(1, 2).flatten(0, 2)
-        delta = call_equation(self, branch.module, x, *layout, *attend, *branch.shared)
+        delta = self._left(branch, call_equation(self, branch.module, x, *layout, *attend, *branch.shared))
         if sequences > 1:
             delta = delta.unflatten(0, (-1, sequences, current.frames)).transpose(1, 2).flatten(0, 2)
         if site.drop_path:

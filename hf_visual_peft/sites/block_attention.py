@@ -158,9 +158,9 @@ class AttentionLayer(VisualTunerLayer):
             with self._unwatched():
                 pairs.append(project(form, current.joining))
         assert current.entered is not None
-        for _, equation, _, shared, _ in equations:
-            assert equation is not None
-            pairs.append(equation(current.entered.shape[0], *shared))
+        for each in equations:
+            assert each.module is not None
+            pairs.append(self._left(each, each.module(current.entered.shape[0], *each.shared)))
         keys, values = (torch.cat([x.to(own.dtype) for x in each], dim=2) for each in zip(*pairs, strict=True))
         return spread((keys, values), own, head_sizes(form)[0])
 
@@ -171,9 +171,9 @@ class AttentionLayer(VisualTunerLayer):
         layout = TokenLayout(self._pass.prefix, self._pass.grid, self._pass.frames)
 
         def change(logits: Tensor) -> Tensor:
-            for _, equation, _, shared, _ in equations:
-                assert equation is not None
-                logits = call_equation(self, equation, logits, layout, *shared)
+            for each in equations:
+                assert each.module is not None
+                logits = self._left(each, call_equation(self, each.module, logits, layout, *each.shared))
             return logits
 
         return change

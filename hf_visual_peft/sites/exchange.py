@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..backbones.backbone import VisionBackbone, versions
 from .grid import Grid, TokenLayout
 from .heads import HeadPart, HeadUse, HeadWatch
+from .losses import Left
 from .mixed import MixedBatch
 
 
@@ -42,6 +43,10 @@ class Exchange:
         stage_handles: the hook that prevents that.
         crossing: adapters that train copies of modules before or in the blocks, so that gradients cross the blocks.
         blocks: what adapters have in blocks, by the number of the block.
+        left: what equations have left for auxiliary losses in this pass; None where nothing asks for them.
+        losses: of the adapters, see `hf_visual_peft.core.auxiliary`; None if no adapter has any.
+        instead: maps the input of a block to what the block returns instead of its output, in an extra pass for an
+            auxiliary loss; None in all others.
     """
 
     grid: Grid | None = None
@@ -62,6 +67,9 @@ class Exchange:
     stage_handles: list[Any] = field(default_factory=list)
     crossing: set[str] = field(default_factory=set)
     blocks: dict[int, Any] = field(default_factory=dict)
+    left: list[Left] | None = None
+    losses: Any = None
+    instead: Callable[[int, Tensor], Tensor] | None = None
 
     def watch_grid(self, model: nn.Module, backbone: VisionBackbone) -> None:
         """Record the grid at the embeddings in every forward from now on."""
@@ -204,6 +212,8 @@ class Exchange:
         for handles in (self.handles, self.frame_handles, self.pixel_handles, self.stage_handles):
             _remove(handles)
         self.unwatch_heads()
+        if self.losses is not None:
+            self.losses.remove()
         vars(self).update(self.__getstate__())
 
     def _split_frames(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -241,7 +251,18 @@ def _remove(handles: list[Any]) -> None:
     handles.clear()
 
 
-_OF_A_PASS = {"grid", "handed_on", "layouts", "pixels", "collected", "for_heads", "images", "frames"}
+_OF_A_PASS = {
+    "grid",
+    "handed_on",
+    "layouts",
+    "pixels",
+    "collected",
+    "for_heads",
+    "images",
+    "frames",
+    "left",
+    "instead",
+}
 
 
 @dataclass

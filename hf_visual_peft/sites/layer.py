@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..backbones.backbone import stands_in
 from .exchange import Exchange
+from .losses import WithLoss, left_by
 from .mixed import BASE, count_rows, run_parts
 
 
@@ -102,6 +103,7 @@ class VisualTunerLayer(BaseTunerLayer):
     """
 
     exchange: Exchange
+    where: str = ""  # full name of what it acts on, without adapters
     other_param_names = ("plans",)
 
     def _init_layer(self, exchange: Exchange) -> None:
@@ -289,6 +291,15 @@ class VisualTunerLayer(BaseTunerLayer):
                 if equation.owner not in self._off and not equation.owner.startswith(tuple(self._muted)):
                     yield equation
 
+    def _left(self, equation: Equation, result: Any) -> Any:
+        """The output in what an equation returned; its term of an auxiliary loss is kept if it is asked for."""
+        if not isinstance(result, WithLoss):
+            return result
+        if self.exchange.left is not None:
+            assert equation.module is not None
+            self.exchange.left.append(left_by(equation.owner, self.where, equation.module, result.loss))
+        return result.output
+
     def _parts(self, args: tuple) -> dict[str, list[int]]:
         """The rows of the first argument by their adapter here; none if all rows are treated alike."""
         mixed = self.exchange.mixed
@@ -403,7 +414,7 @@ def randomise(equation: nn.Module) -> None:
             again()
 
 
-def call_equation(layer: VisualTunerLayer, equation: nn.Module, x: Tensor, *args: Any) -> Tensor:
+def call_equation(layer: VisualTunerLayer, equation: nn.Module, x: Tensor, *args: Any) -> Any:
     """Evaluate an equation in its own dtype, as peft's layers do, and return the result in the dtype of `x`.
 
     Args:
@@ -411,10 +422,16 @@ def call_equation(layer: VisualTunerLayer, equation: nn.Module, x: Tensor, *args
         equation: to call.
         x: its first argument.
         args: its other arguments.
+
+    Returns:
+        A tensor, or `WithLoss` with one.
     """
+    given: tuple[Any, ...] = (x, *args)
     if not torch.is_autocast_enabled(x.device.type):
         modules = (equation, *(a for a in args if isinstance(a, nn.Module)))
         dtype = next((p.dtype for module in modules for p in module.parameters()), x.dtype)
-        cast = (layer._cast_input_dtype(a, dtype) if isinstance(a, Tensor) else a for a in (x, *args))
-        return equation(*cast).to(x.dtype)
-    return equation(x, *args).to(x.dtype)
+        given = tuple(layer._cast_input_dtype(a, dtype) if isinstance(a, Tensor) else a for a in given)
+    result = equation(*given)
+    if isinstance(result, WithLoss):
+        return result._replace(output=result.output.to(x.dtype))
+    return result.to(x.dtype)

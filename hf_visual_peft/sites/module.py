@@ -96,10 +96,11 @@ class ModuleLayer(WrappingLayer, nn.Module):
         output = self._base_output(*args, **kwargs)
         dim = channel_dim(self.get_base_layer(), output.ndim)
         output = moved(output, dim, -1)
-        for _, equation, site, shared, _ in self._active():
-            if not isinstance(site, WeightSite):
-                read = (moved(args[0], dim, -1),) if isinstance(site, LinearSite) else ()
-                output = call_equation(self, equation, output, *read, *shared)  # type: ignore[arg-type]
+        for each in self._active():
+            if not isinstance(each.site, WeightSite):
+                assert each.module is not None
+                read = (moved(args[0], dim, -1),) if isinstance(each.site, LinearSite) else ()
+                output = self._left(each, call_equation(self, each.module, output, *read, *each.shared))
         return moved(output, -1, dim)
 
     def _norm_does_it(self) -> bool:

@@ -53,13 +53,13 @@ class Mona(nn.Module):
         prefix, patches = layout.split(t)
         patches = patches + sum(conv(patches) for conv in self.convs) / len(KERNELS)
         # on a 1x1 image all taps but the centre see padding
-        prefix = prefix + sum(_at_centre(conv, prefix) for conv in self.convs) / len(KERNELS)
+        prefix = prefix + sum(at_centre(conv, prefix) for conv in self.convs) / len(KERNELS)
         t = layout.join(prefix, patches)
         t = t + F.linear(t, self.mix.weight.flatten(1), self.mix.bias)
         return self.up(self.dropout(F.gelu(t)))
 
 
-def _at_centre(conv: nn.Module, tokens: Tensor) -> Tensor:
+def at_centre(conv: nn.Module, tokens: Tensor) -> Tensor:
     """A depthwise convolution of (batch, tokens, channels) as images of 1x1."""
     assert isinstance(conv, nn.Conv2d)
     centre = conv.kernel_size[0] // 2
