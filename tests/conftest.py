@@ -1,3 +1,5 @@
+import functools
+import gc
 import os
 
 
@@ -7,6 +9,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import jinja2
 import numpy as np
 import peft
 import pytest
@@ -15,6 +18,18 @@ import transformers
 from packaging.version import Version
 from PIL import Image
 from transformers.integrations.peft import MIN_PEFT_VERSION
+
+
+# Millions of objects live as long as the tests: libraries, and the tests themselves. Searching them for garbage took a
+# third of a test's time, so it is done rarely, and never among what is there at the start.
+gc.set_threshold(20_000, 20, 20)
+# every `save_pretrained` compiles the same template of a card
+jinja2.Template = functools.lru_cache(jinja2.Template)
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import warnings
@@ -105,3 +106,5 @@ def _prepare() -> None:
 
     torch.set_num_threads(1)
     logging.set_verbosity_error()
+    gc.freeze()  # what was imported stays, and is not searched for garbage again and again
+    gc.set_threshold(20_000, 20, 20)
