@@ -475,6 +475,33 @@ def prefix(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
     return z + v.fed(index, z)
 
 
+def composite(v: Vit, w: Weights) -> Tensor:
+    """Prompts, low-rank updates of queries, keys and values, and a bottleneck after the MLP."""
+    own = Weights({name.replace(".composite_", "."): value for name, value in w.items()})
+
+    def block(index: int, x: Tensor) -> Tensor:
+        prompts = v.drop(own[f"{index}.vpt_tokens.prompts"].expand(len(x), -1, -1), 0.1)
+        x = pfeiffer(v, own, index, torch.cat([x[:, :1], prompts, x[:, 1:]], dim=1))
+        return torch.cat([x[:, :1], x[:, 1 + prompts.shape[1] :]], dim=1)
+
+    v.at_linear = lambda n, x, y: sharedlora(v, own, n, x, y) if n.endswith(("query", "key", "value")) else y
+    v.block = block
+    return v.logits()
+
+
+def mam(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
+    n, own = v.norm(f"{index}.norm1", x), w.of(f"{index}.mam_")
+    key, value = (
+        torch.cat(
+            [v.linear(f"{index}.{role}", n), v.drop(own[f"prefix_heads.{p}"].expand(len(x), -1, -1), 0.1)], dim=1
+        )
+        for role, p in (("key", "keys"), ("value", "values"))
+    )
+    z = x + v.linear(f"{index}.output", attend(v.linear(f"{index}.query", n), key, value, HEADS))
+    read = v.norm(f"{index}.norm2", z)
+    return z + v.mlp(index, read) + 1.5 * bottleneck(v, own.of("mlp_mlp."), read, 0.1, F.relu)
+
+
 def vqt(v: Vit, w: Weights) -> Tensor:
     """Queries see keys and values of the tokens, which do not see them; one linear reads everything at unit length."""
     x, found = v.embed(), []

@@ -69,6 +69,18 @@ METHODS = {
     "bitfit": Reference(methods.bitfit, "the paper"),
     "colin": Reference(blockwise(methods.colin), "DongshuoYin/CoLin: swin_colin.py", {"r": 5, "rank": 3}, False),
     "compacter": Reference(blockwise(methods.compacter), "the paper", {"r": 4, "n": 2}, False),
+    "composite": Reference(
+        methods.composite,
+        "the papers of its parts",
+        {
+            "parts": [
+                {"method": "vpt", "num_virtual_tokens": 3, "dropout": 0.1},
+                {"method": "sharedlora", "r": 4},
+                {"method": "pfeiffer", "r": 4, "dropout": 0.1},
+            ]
+        },
+        False,
+    ),
     "consolidator": Reference(
         beside_linears(ROLES, methods.consolidator),
         "THU-MIG/Consolidator: model/vision_transformer_timm.py",
@@ -122,6 +134,12 @@ METHODS = {
         side.lst,
         "ylsung/Ladder-Side-Tuning: VL-T5/src/modeling_t5.py",
         {"r": 2, "num_heads": 2, "dropout": 0.1},
+        False,
+    ),
+    "mam": Reference(
+        blockwise(methods.mam),
+        "the paper",
+        {"num_virtual_tokens": 3, "r": 4, "scale": 1.5, "dropout": 0.1},
         False,
     ),
     "mona": Reference(blockwise(methods.mona), "Leiyi-Hu/mona: swin_transformer_mona.py", {"r": 4}, False),

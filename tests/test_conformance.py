@@ -47,7 +47,11 @@ def _variants():
             if small not in seen:
                 seen.append(small)
                 # with a colon, as `-k` takes no sign of equality
-                yield method, small, "-".join([method.name, *(f"{k}:{v}" for k, v in small.items())])
+                yield (
+                    method,
+                    small,
+                    "-".join([method.name, *(f"{k}:{v}" for k, v in small.items() if not isinstance(v, list))]),
+                )
 
 
 VARIANTS = list(_variants())

@@ -16,7 +16,7 @@ from hf_visual_peft import find_backbone, sites
 from hf_visual_peft.cli import catalogue
 from hf_visual_peft.cli.catalogue import describe_sites
 from hf_visual_peft.cli.main import main
-from hf_visual_peft.core.targets import TargetedConfig, own_fields
+from hf_visual_peft.core.targets import TargetedConfig, default_of, own_fields
 from hf_visual_peft.sites import BranchSite, LinearSite, OutputSite, Placement, Shared, TokenSite, whole_module
 from hf_visual_peft.sites.input import InputSite
 
@@ -52,7 +52,7 @@ def test_page_has_every_method_by_category():
         assert f"Merges: {'yes' if method.mergeable else 'no'}. " in section
         common = {field.name for field in dataclasses.fields(TargetedConfig)}
         own = [field for field in dataclasses.fields(method.config_cls) if field.name not in common]
-        assert all(f"`{field.name}` ({field.default!r})" in section for field in own)
+        assert all(f"`{field.name}` ({default_of(field)!r})" in section for field in own)
         assert ("calibrate(" in section) == method.calibrated
         assert ("- Videos: " in section) == method.video
     assert "arXiv None" not in text

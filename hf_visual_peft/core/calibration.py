@@ -45,6 +45,7 @@ class Calibration:
         max_batches: most batches to read; None for all.
         dataloader: gives mappings with `pixel_values` and `labels`.
         progress: whether to show a bar.
+        part: what the slots of the method begin with, where it is a part of an adapter.
     """
 
     model: nn.Module
@@ -54,6 +55,7 @@ class Calibration:
     max_batches: int | None
     dataloader: Iterable[Mapping[str, Any]]
     progress: bool
+    part: str = ""
 
     def batches(self, default_max: int | None = None) -> Iterator[dict[str, Tensor]]:
         """Batches on the model's device.
@@ -131,7 +133,7 @@ class Calibration:
         for path, layer in self.layers.items():
             for attribute in layer.adapter_layer_names:
                 slot = getattr(layer, attribute)
-                if attribute.endswith(f"_{name}") and self.adapter in slot:
+                if attribute.endswith(f"_{self.part}{name}") and self.adapter in slot:
                     yield path, slot[self.adapter]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,6 +160,10 @@ class VisualPeftConfig(PeftConfig):
             ValueError: a field does not fit the backbone.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say where it acts.")
+
+    def adapter_parts(self) -> Sequence[Any]:
+        """The methods that an adapter is made of, as `core.parts.Part`; none if it is one method."""
+        return ()
 
     def trained_parameters(self, name: str, shape: tuple[int, ...]) -> int:
         """The number of trained parameters in one tensor of the adapter's file; 0 for chosen indices.

@@ -48,14 +48,18 @@ class MergingTuner(BaseTuner):
         layers = [layer for layer in self._own_layers() if isinstance(layer, BlockAdapters) or layer.holds_weights]
         if not layers:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        for layer in layers:
+        for layer in reversed(layers):
             with onload_layer(layer):
                 layer.unmerge()
 
     def _own_layers(self) -> list[VisualTunerLayer]:
-        """The layers in which this method has adapters."""
+        """The layers in which this method has adapters, in the order of merging.
+
+        What folds into linears that read a module comes last: it acts on all that these layers make of their input.
+        """
         layers = [module for module in self.model.modules() if isinstance(module, VisualTunerLayer)]
-        return [layer for layer in layers if self.prefix in layer.methods()]
+        own = [layer for layer in layers if self.prefix in layer.methods()]
+        return sorted(own, key=lambda layer: isinstance(layer, ModuleLayer) and bool(layer.followers))
 
     def _own_wrappers(self, names: Iterable[str]) -> list[Any]:
         """What holds copies of modules that adapters of some names train, and no adapter of another method does.

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from peft.utils.other import match_target_against_key
+
 from ..backbones.architectures import Architecture
 from ..backbones.backbone import BackboneError, NoTokensError, VisionBackbone
 from ..sites import BranchSite, KeyValueSite, LogitSite, Placement, SideSite, TokenSite
 from .config import VisualPeftConfig
+from .parts import Part, check_order
 from .registry import list_methods
 
 
@@ -47,10 +50,68 @@ def placements_of(config: VisualPeftConfig, selected: VisionBackbone, whole: Vis
 
 
 def _all_placements(config: VisualPeftConfig, selected: VisionBackbone, whole: VisionBackbone) -> list[Placement]:
+    parts = config.adapter_parts()
+    if parts:
+        placed = [(part, each) for part in parts for each in _placements_of_part(config, part, selected, whole)]
+        check_order(config, placed)
+        return [placement for _, placement in placed]
     placements = list(_placements(config, selected, whole))
     if any(isinstance(placement.site, SideSite) for placement in placements):
         return _side_placements(config, placements, whole)
     return placements
+
+
+def _placements_of_part(
+    config: VisualPeftConfig, part: Part, selected: VisionBackbone, whole: VisionBackbone
+) -> Iterator[Placement]:
+    check_layers(part.config, whole)
+    chosen = selected.select(part.config.layers)
+    blocks = tuple(block for block in chosen.blocks if not is_excluded(part.config, block.path))
+    if not blocks:
+        raise ValueError(
+            f"{type(config).__name__}: the part {part.label} has no block to act on, as its layers_to_transform is "
+            f"{part.config.layers!r} and its exclude_modules {part.config.exclude_modules!r}, and the whole adapter's "
+            f"are {config.layers!r} and {config.exclude_modules!r}."
+        )
+    for placement in placements_of(part.config, replace(chosen, blocks=blocks), whole):
+        passage = isinstance(placement.site, SideSite) and placement.build is None
+        if passage or not is_excluded(part.config, placement.path):
+            yield part.renamed(placement)
+
+
+def check_layers(config: VisualPeftConfig, backbone: VisionBackbone) -> None:
+    """Refuse indices of blocks that the backbone does not have.
+
+    Args:
+        config: of the method.
+        backbone: the whole backbone.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for layer in config.layers or ():
+        if layer >= backbone.depth:
+            known = f"{backbone.class_name} has {backbone.depth} blocks, 0 to {backbone.depth - 1}."
+            if layer < backbone.depth + backbone.unread:
+                known = f"the model around {backbone.class_name} does not read it, but 0 to {backbone.depth - 1} only."
+            raise ValueError(f"{type(config).__name__}.layers_to_transform has {layer}: {known}")
+
+
+def is_excluded(config: VisualPeftConfig, path: str) -> bool:
+    """Whether the config excludes a module, or a module around it.
+
+    Args:
+        config: of the method.
+        path: full name of the module.
+    """
+    names = config.exclude_modules
+    if not names:
+        return False
+    parts = path.split(".")
+    around = [".".join(parts[: end + 1]) for end in range(len(parts))]
+    if isinstance(names, str):
+        return any(match_target_against_key(names, each) for each in around)
+    return any(each == name or each.endswith(f".{name}") for name in names for each in around)
 
 
 def _side_placements(config: VisualPeftConfig, placements: list[Placement], whole: VisionBackbone) -> list[Placement]:
@@ -107,8 +168,10 @@ def _advice(config: VisualPeftConfig, whole: VisionBackbone) -> str:
     names = []
     for name, method in list_methods().items():
         try:
-            # all blocks: the last one may also refuse
-            found = method.config_cls is not type(config) and _all_placements(method.config_cls(), whole, whole)
+            other = method.config_cls()
+            # all blocks: the last one may also refuse; of methods in one adapter each is named by itself
+            found = type(other) is not type(config) and not other.adapter_parts()
+            found = found and bool(_all_placements(other, whole, whole))
         except ValueError:
             continue
         if found:

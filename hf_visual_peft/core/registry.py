@@ -72,6 +72,7 @@ VisualTuning = Literal[
     "parameter: bias",
     "parameter: weight",
     "parameter: weight and bias",
+    "several",
 ]
 
 

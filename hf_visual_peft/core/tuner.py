@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _check_adapters_not_merged, _ExcludedModule
-from peft.utils.other import ModulesToSaveWrapper, match_target_against_key
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..backbones.backbone import VisionBackbone, linear_sizes, own_children, running, unwrapped
@@ -59,7 +59,8 @@ from .copies import activate_copies, copy_modules, find_copied, replace_lost_hea
 from .labels import check_mixed, fitted, forget, record
 from .loading import across_heads, copies_of, with_copies, without_layers
 from .merging import MergingTuner
-from .placing import placements_of
+from .parts import unknown_fields_of
+from .placing import check_layers, is_excluded, placements_of
 from .registry import tuner_base
 from .shared_modules import holders_of, names_of_modules, share_copies, with_all_names
 from .switching import concerned, switch
@@ -257,10 +258,10 @@ class VisualTuner(MergingTuner):
         self._exchange = next((layer.exchange for layer in layers), None) or Exchange()
 
     def _plan(self, model: nn.Module, config: VisualPeftConfig) -> None:
-        if config.unknown_fields:
+        if unknown := unknown_fields_of(config):
             raise ValueError(
                 f"The configuration has fields that {type(config).__name__} does not know: "
-                f"{', '.join(config.unknown_fields)}. Install the version of hf_visual_peft that wrote it, or remove "
+                f"{', '.join(unknown)}. Install the version of hf_visual_peft that wrote it, or remove "
                 "the fields if they are a mistake."
             )
         self._forget_plan()
@@ -283,7 +284,7 @@ class VisualTuner(MergingTuner):
             config.backbone = next(iter(to_present_names(model, [config.backbone]) or ()))
         backbone = find_backbone(model, config.backbone)
         self._check_one_backbone(model, config, backbone)
-        self._check_layers(config, backbone)
+        check_layers(config, backbone)
         replace_lost_heads(model, config, backbone.heads)
         note = ""
         if config.modules_to_save is None:
@@ -311,7 +312,7 @@ class VisualTuner(MergingTuner):
             if copied := within(placement.path, self._copied):
                 self._excluded.add(placement.path)
                 self._left_out.append(copied)
-            elif not passage and _is_excluded(config, placement.path):
+            elif not passage and is_excluded(config, placement.path):
                 self._excluded.add(placement.path)
             else:
                 trained += self._place(model, placement)
@@ -416,19 +417,9 @@ class VisualTuner(MergingTuner):
                 "parameters."
             )
 
-    def _check_layers(self, config: VisualPeftConfig, backbone: VisionBackbone) -> None:
-        for layer in config.layers or ():
-            if layer >= backbone.depth:
-                known = f"{backbone.class_name} has {backbone.depth} blocks, 0 to {backbone.depth - 1}."
-                if layer < backbone.depth + backbone.unread:
-                    known = (
-                        f"the model around {backbone.class_name} does not read it, but 0 to {backbone.depth - 1} only."
-                    )
-                raise ValueError(f"{type(config).__name__}.layers_to_transform has {layer}: {known}")
-
     def _without_excluded(self, backbone: VisionBackbone, config: VisualPeftConfig) -> VisionBackbone:
         copied = {} if config.whole_modules else {b.index: within(b.path, self._copied) for b in backbone.blocks}
-        excluded = {b.index for b in backbone.blocks if _is_excluded(config, b.path)}
+        excluded = {b.index for b in backbone.blocks if is_excluded(config, b.path)}
         self._left_out += [path for index, path in copied.items() if path and index not in excluded]
         excluded |= {index for index, path in copied.items() if path}
         if not excluded:
@@ -770,15 +761,3 @@ def _check_length(names: Sequence[str], inputs: int) -> None:
             "Length of `adapter_names` should be the same as the number of inputs, but got "
             f"{len(names)} and {inputs} respectively."
         )
-
-
-def _is_excluded(config: VisualPeftConfig, path: str) -> bool:
-    """Whether the config excludes a module, or a module around it."""
-    names = config.exclude_modules
-    if not names:
-        return False
-    parts = path.split(".")
-    around = [".".join(parts[: end + 1]) for end in range(len(parts))]
-    if isinstance(names, str):
-        return any(match_target_against_key(names, each) for each in around)
-    return any(each == name or each.endswith(f".{name}") for name in names for each in around)

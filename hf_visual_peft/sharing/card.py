@@ -380,7 +380,9 @@ def _call(config: PeftConfig, method: Method | None) -> str:
         value = getattr(config, field.name)
         if field.name in own or value != default_of(field):
             value = sorted(value) if isinstance(value, set | frozenset) else value
-            shown.append(f"{field.name}={value!r}")
+            parts = isinstance(value, list) and any(isinstance(each, PeftConfig) for each in value)
+            text = f"[{', '.join(_call(each, _method(each)) for each in value)}]" if parts else repr(value)
+            shown.append(f"{field.name}={text}")
     return f"{type(config).__name__}({', '.join(shown)})"
 
 

@@ -441,7 +441,7 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
             current.seen = self._seen_tokens(args, kwargs)
         hidden_states = before = self._enter(current, hidden_states)
         names = self._insert(hidden_states, current)
-        both = {e.owner for e in self._active() if isinstance(e.site, TokenSite) and e.site.keeps_input}
+        both = {key_of(e) for e in self._active() if isinstance(e.site, TokenSite) and e.site.keeps_input}
         inserted = 0
         if self._prompts == "sequence":
             inserted = sum(current.tokens[name].shape[1] for name in names)
@@ -528,21 +528,21 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         return TokenLayout(current.prefix, grid, current.frames)
 
     def _insert(self, hidden_states: Tensor, current: Pass) -> list[str]:
-        """Compute the prompts of this block; return the names of all adapters that have prompts here."""
+        """Compute the prompts of this block; return the names of all sets of prompts here."""
         names = []
         for each in self._active():
             if isinstance(each.site, TokenSite):
                 if each.module is not None:
                     new = self._left(each, self._new_tokens(current, hidden_states, each))
-                    current.tokens[each.owner] = new.to(hidden_states.dtype)
-                names.append(each.owner)
+                    current.tokens[key_of(each)] = new.to(hidden_states.dtype)
+                names.append(key_of(each))
         return names
 
     def _new_tokens(self, current: Pass, hidden_states: Tensor, each: Equation) -> Any:
         assert isinstance(each.site, TokenSite)
         assert each.module is not None
         if each.site.takes:
-            return call_equation(self, each.module, current.tokens[each.owner], *each.shared)
+            return call_equation(self, each.module, current.tokens[key_of(each)], *each.shared)
         if each.site.reads:
             x = to_tokens(hidden_states, self._stream)
             return call_equation(self, each.module, x, self._layout(current, x), *each.shared)

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 from ..backbones.architectures import GridKind, Stream
 from ..backbones.backbone import Block
-from .block_sites import Pass
+from .block_sites import Pass, TokenSite
 from .grid import TokenLayout, from_tokens, map_grid, to_tokens
 from .layer import Equation, VisualTunerLayer
 from .side import SideSite, Tap, call_piece, resized
+
+
+_SIDE = " (side)"  # ends the names of states of side networks, beside those of tokens of the same adapter
 
 
 class BypassedLayer(VisualTunerLayer):
@@ -120,7 +123,7 @@ class BypassedLayer(VisualTunerLayer):
                 between = current.between if "between" in site.reads else None
                 behind = y if "behind" in site.reads else None
                 pixels = current.pixels if site.needs_pixels else None
-                tokens = current.tokens.get(piece.owner)
+                tokens = current.tokens.get(key_of(piece).removesuffix(_SIDE))
                 seen = current.seen if site.needs_mask else None
                 tap = Tap(x, between, behind, layout if site.needs_layout else None, pixels, tokens, current.ask, seen)
                 state, added = call_piece(self, piece, state, tap)
@@ -151,4 +154,6 @@ class BypassedLayer(VisualTunerLayer):
 
 def key_of(equation: Equation) -> str:
     """The name under which tokens, or the state of a side network, pass from block to block."""
-    return f"{equation.owner} (side)" if isinstance(equation.site, SideSite) else equation.owner
+    site = equation.site
+    part = site.part if isinstance(site, SideSite | TokenSite) else ""
+    return f"{equation.owner}{part and ':'}{part}{_SIDE if isinstance(site, SideSite) else ''}"

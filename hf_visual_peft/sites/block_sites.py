@@ -61,12 +61,14 @@ class TokenSite(Site):
             (batch, 2 x tokens, width).
         reads: whether the equation is called with the block's input without extra tokens, (batch, tokens, width), and
             a `TokenLayout`, in place of the batch size.
+        part: tells several sets of tokens of one adapter apart.
     """
 
     takes: bool = False
     hands_on: bool = False
     keeps_input: bool = False
     reads: bool = False
+    part: str = ""
 
 
 @dataclass

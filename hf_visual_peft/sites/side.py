@@ -47,6 +47,7 @@ class SideSite(Site):
         takes: whether there is an earlier state; the core sets this and the next two.
         hands_on: whether a block follows.
         exits: whether the state becomes the backbone's output here.
+        part: tells several networks of one adapter apart.
     """
 
     reads: tuple[Literal["before", "between", "behind"], ...] = ("behind",)
@@ -64,6 +65,7 @@ class SideSite(Site):
     takes: bool = False
     hands_on: bool = False
     exits: bool = False
+    part: str = ""
 
 
 @dataclass(frozen=True)

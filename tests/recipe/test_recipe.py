@@ -87,6 +87,9 @@ def test_every_config_runs_and_its_fields_arrive(config, run, clips):
         assert {name: saved[name] for name in method.chosen} == method.chosen
     else:
         assert bool(fields) == bool(own), "the file sets fields of the method, if it has any"
+    if "parts" in fields:  # files have all fields of each
+        parts, asked = (method.config_cls(parts=each.pop("parts")).parts for each in (saved, fields))
+        assert parts == asked
     assert {name: saved[name] for name in fields} == fields
     assert done.results["steps"] == 2
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +81,8 @@ class AdaptFormerConfig(VisualPeftConfig):
         layer_norm: a norm of the adapter's own on its input (`"in"`), on its output (`"out"`), or none.
     """
 
+    reads: ClassVar[Literal["stream", "normed"]] = "stream"
+
     r: int = field(default=64, metadata={"help": "Width of the bottleneck."})
     scale: float | str = field(default=0.1, metadata={"help": 'Factor s of the branch, or "learnable".'})
     dropout: float = field(default=0.1, metadata={"help": "Dropout probability in the bottleneck."})
@@ -103,6 +105,6 @@ class AdaptFormerConfig(VisualPeftConfig):
             yield Placement(
                 block.path,
                 "mlp",
-                BranchSite("mlp", reads="stream"),
+                BranchSite("mlp", reads=self.reads),
                 lambda _: AdaptFormer(backbone.width, self.r, self.scale, self.dropout, self.layer_norm),  # type: ignore[arg-type]
             )

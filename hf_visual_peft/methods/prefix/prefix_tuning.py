@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -212,26 +213,29 @@ def store_prefixes(model: PeftModel, adapter_name: str = "default") -> None:
     Raises:
         ValueError: the adapter has no such MLP.
     """
-    config = model.peft_config.get(adapter_name)
-    if not isinstance(config, PrefixConfig) or config.reparam_dim is None:
+    config: Any = model.peft_config.get(adapter_name)
+    holders = [each for each in (config, *getattr(config, "parts", ())) if getattr(each, "reparam_dim", None)]
+    if not holders:
         about = "there is none" if config is None else f"its config is {type(config).__name__}"
-        about = "its reparam_dim is None" if isinstance(config, PrefixConfig) else about
+        about = "its reparam_dim is None" if hasattr(config, "reparam_dim") else about
         raise ValueError(f"Adapter {adapter_name!r} has no MLP that makes prefixes: {about}.")
     layers = [m for m in model.modules() if isinstance(m, VisualTunerLayer) and adapter_name in m.plans]
+    replaced = set()
     for layer in layers:
         for attribute, _, network, _ in layer.plans[adapter_name]:
-            equation = getattr(layer, attribute)[adapter_name]
+            slot: Any = getattr(layer, attribute, {})
+            equation = slot[adapter_name] if adapter_name in slot else None  # noqa: SIM401 - ModuleDict has no get
             if isinstance(equation, ProducedPrefixes):
-                made_by = layer.exchange.shared[network, adapter_name]
-                getattr(layer, attribute)[adapter_name] = equation.stored(made_by)
+                slot[adapter_name] = equation.stored(layer.exchange.shared[network, adapter_name])
+                replaced.add(network)
     for layer in layers:  # no block needs the network any more
         plan = []
         for planned in layer.plans[adapter_name]:
-            slot = getattr(layer, planned.attribute)
-            if isinstance(slot[adapter_name], PrefixNetwork):
-                del slot[adapter_name]
+            if planned.attribute in replaced:
+                del getattr(layer, planned.attribute)[adapter_name]
                 layer.exchange.shared.pop((planned.attribute, adapter_name))
             else:
-                plan.append(planned._replace(shared=None))
+                plan.append(planned._replace(shared=None) if planned.shared in replaced else planned)
         layer.plans[adapter_name] = tuple(plan)
-    config.reparam_dim = None
+    for holder in holders:
+        holder.reparam_dim = None

@@ -1,0 +1,1 @@
+"""Unified methods: several kinds of equations in one adapter."""
