@@ -4,11 +4,11 @@ VENV ?= .venv
 # the versions that all tests passed with; `make test CONSTRAINTS=` takes the newest instead
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
-DIRS := hf_visual_peft recipes benchmarks tests
+DIRS := hf_visual_peft recipes benchmarks tests docs
 # torch and torchvision (extra "vision") go in together, so that pip picks a pair that fits
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(addprefix --constraint ,$(CONSTRAINTS))
 
-.PHONY: demo test test-newest test-oldest constraints quality style docs coverage clean
+.PHONY: demo test test-newest test-oldest constraints quality style docs site coverage clean
 
 demo: $(VENV)/.demo
 	$(BIN)/hf-visual-peft demo $(ARGS)
@@ -40,9 +40,14 @@ style: $(VENV)/.test
 	$(BIN)/ruff check --fix $(DIRS)
 	$(BIN)/ruff format $(DIRS)
 
-docs: $(VENV)/.test
+docs: $(VENV)/.docs
 	$(BIN)/hf-visual-peft methods --markdown > docs/methods.md.new
 	mv docs/methods.md.new docs/methods.md
+	$(MAKE) site
+
+# the documentation as pages to open in a browser: build/site/index.html
+site: $(VENV)/.docs
+	$(BIN)/mkdocs build --quiet --config-file docs/site/mkdocs.yml
 
 # every method on every architecture: about five minutes on two cores
 coverage: $(VENV)/.test
@@ -62,6 +67,11 @@ $(VENV)/.demo: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 $(VENV)/.test: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo "Installing the package and what the tests need into $(VENV) (a few minutes)"
 	$(PIP) --editable ".[vision,demo,test,quality]"
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	@echo "Installing the package and what its pages need into $(VENV) (a few minutes)"
+	$(PIP) --editable ".[vision,docs]"
 	@touch $@
 
 .venv-oldest/constraints.txt: pyproject.toml
