@@ -1,4 +1,4 @@
-"""Plain-text tables for the command line."""
+"""Plain-text tables and lists for the command line and for messages."""
 
 from __future__ import annotations
 
@@ -27,3 +27,8 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Se
 
     rule = ("-" * (width - 1) + (":" if name in right else "-") for name, width in zip(header, widths, strict=True))
     return "\n".join([line(header), f"| {' | '.join(rule)} |", *map(line, rows)])
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names as a list in a sentence: "a, b and c"."""
+    return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)

@@ -65,7 +65,7 @@ def _pairs(others, one_in=0, turn=0, kinds_on=(), adds_layers=False, once=False)
         one_in: how many; 0: none of them.
         turn: who begins. With as many tests as turns, every method meets every family.
         kinds_on: families on which one method of each kind runs.
-        adds_layers: without methods that train whole modules.
+        adds_layers: without methods that choose no blocks.
         once: whether to take the first variant only on ViT, too.
     """
     first = {method.name: fields for method, fields, _ in reversed(VARIANTS)}
@@ -81,7 +81,7 @@ def _pairs(others, one_in=0, turn=0, kinds_on=(), adds_layers=False, once=False)
     return [
         pytest.param(method, fields, video(family, method) if method.video else family, id=f"{name}-{family.name}")
         for method, fields, name in VARIANTS
-        if not (adds_layers and method.whole_modules) and not (once and fields != first[method.name])
+        if not (adds_layers and not method.chooses_blocks) and not (once and fields != first[method.name])
         for family in (vit, *(chosen(method) if fields == first[method.name] else ()))
     ]
 
@@ -558,7 +558,7 @@ def test_process_without_the_plugin_fails(tmp_path):
 
 @every_method
 def test_config_survives_json(method, fields, tmp_path):
-    layers = {} if method.whole_modules else {"layers_to_transform": [0, 2]}
+    layers = {"layers_to_transform": [0, 2]} if method.chooses_blocks else {}
     config = method.config_cls(**fields, **layers, modules_to_save=["classifier"])
     config.save_pretrained(tmp_path)
     assert method.config_cls.from_pretrained(tmp_path) == config

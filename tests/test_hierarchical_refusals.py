@@ -97,6 +97,6 @@ def test_hiera_knows_the_places_of_tokens_for_one_size(size):
 
 def test_prompts_that_stay_in_the_sequence_of_windows():
     model = MODELS["swin"].model()
-    with pytest.raises(ValueError, match=r"^VPTConfig does not fit SwinModel with tokens that pass .*deep=True\)\.$"):
+    with pytest.raises(ValueError, match=r"^VPTConfig does not fit SwinModel with tokens that pass .*deep=True\.$"):
         get_peft_model(model, VPTConfig(num_virtual_tokens=2, deep=False))
     assert not any("vpt" in name for name, _ in model.named_modules())

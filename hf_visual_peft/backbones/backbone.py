@@ -104,6 +104,9 @@ class VisionBackbone:
             stem; empty if the input is not images.
         grid: rows and columns of patches of an image of the size in the backbone's config; None if the config has no
             size or the tokens of the blocks are not these patches.
+        image_size: height and width of the images that it was made for; None if it does not say.
+        image_statistics: mean and standard deviation of each channel that normalise its images; None if it does not
+            say.
         times: grids in the sequence of a video with the number of frames in the config; 1 for images.
         linears: output and input features of every linear and 1 x 1 convolution of the blocks, by its name.
         stage: index of the stage; None if the backbone has only one.
@@ -131,6 +134,8 @@ class VisionBackbone:
     linears: Mapping[str, tuple[int, int]]
     head_sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     reads_images: str = ""
+    image_size: tuple[int, int] | None = None
+    image_statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     head_note: str = ""
     headless: str = ""
     unread: int = 0

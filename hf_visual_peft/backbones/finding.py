@@ -23,6 +23,7 @@ from .backbone import (
 )
 from .choosing import REMEDY, choose
 from .found import find_unlisted, look_at
+from .images import image_size, image_statistics
 from .paths import existing, join, original
 from .probing import probe
 from .task_heads import TaskHeads, heads_around, twins
@@ -145,6 +146,8 @@ class _Resolver:
             patch_features=patch_features,
             image_channels=image_channels,
             reads_images=reads_images,
+            image_size=image_size(self.backbone),
+            image_statistics=image_statistics(self.backbone),
             grid=_native_grid(getattr(self.backbone, "config", None)) if table.grid == "full" else None,
             times=_native_times(getattr(self.backbone, "config", None)) if table.video else 1,
             linears={

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
@@ -19,6 +19,11 @@ def join(*names: str) -> str:
 def is_in(path: str, outer: str) -> bool:
     """Whether a module is another one or inside it, by their names."""
     return not outer or path == outer or path.startswith(f"{outer}.")
+
+
+def within(path: str, modules: Iterable[str]) -> str | None:
+    """The first of some modules that is the module of that name or holds it; None if none is."""
+    return next((module for module in modules if path == module or path.startswith(f"{module}.")), None)
 
 
 def existing(model: nn.Module, prefix: str, names: Sequence[str]) -> tuple[str, ...]:

@@ -13,9 +13,8 @@ from ..backbones.backbone import BLOCK_ROLES, VisionBackbone
 from ..core.registry import Method, Paper, list_methods
 from ..core.targets import TargetedConfig, default_of, own_fields
 from ..peft_methods.methods import PEFT_METHODS
-from ..sites import BranchSite, LinearSite, OutputSite, Placement, Site, TokenSite, WeightSite, WholeSite
-from ..sites.input import InputSite
-from ..tables import format_table
+from ..sites import Placement
+from ..tables import format_table, listed
 
 
 _GRADIENTS = {
@@ -24,14 +23,6 @@ _GRADIENTS = {
     "none": "not through the backbone",
 }
 _ACTIVATIONS = {"full": "whole backbone", "partial": "a part", "none": "none"}
-_BRANCHES = {
-    "input": "before {}, on the stream",
-    "normed": "beside {}, on the output of its norm",
-    "stream": "beside {}, on the stream before its norm",
-    "output": "after {}, on what the sub-layer adds",
-    "sum": "after {}, on the stream",
-    "block": "beside the block, on the stream before it",
-}
 _SUBLAYERS = {"attention": "attention", "mlp": "the MLP"}
 _BLOCK = "the block"
 _ROLES = {role: role for role in BLOCK_ROLES} | {"output": "the output projection"}
@@ -180,10 +171,10 @@ def describe_sites(placements: Iterable[Placement], backbone: VisionBackbone) ->
     names = _names(backbone)
     kinds: dict[str, list[Placement]] = {}
     for placement in placed:
-        kinds.setdefault(_kind(placement.site, names), []).append(placement)
+        kinds.setdefault(placement.site.describe(names), []).append(placement)
     parts = []
     for kind, members in kinds.items():
-        sublayers = [_SUBLAYERS[m.site.sublayer] for m in members if isinstance(m.site, BranchSite)]
+        sublayers = [_SUBLAYERS[m.site.at] for m in members if m.site.at]
         found = set(sublayers) or {names[member.path] for member in members}
         words = _collapse([name for name in dict.fromkeys((*sublayers, *names.values())) if name in found])
         where = _blocks(members, backbone)
@@ -191,35 +182,8 @@ def describe_sites(placements: Iterable[Placement], backbone: VisionBackbone) ->
             words[words.index(_BLOCK)] = where
         elif where:
             kind += f", in {where}"
-        parts.append(kind.format(_join(words)))
+        parts.append(kind.format(listed(words)))
     return "; ".join([*parts, *_shared(placed, backbone)])
-
-
-def _kind(site: Site, names: Mapping[str, str]) -> str:
-    """What an equation at this site acts on, with a placeholder for the modules or sub-layers."""
-    match site:
-        case BranchSite():
-            about = (
-                (site.attends, "through the block's attention"),
-                (site.needs_layout, "with the tokens' places"),
-                (site.drop_path, "dropped with stochastic depth"),
-            )
-            return ", ".join([_BRANCHES[site.reads], *(words for true, words in about if true)])
-        case TokenSite():
-            return "tokens after the prefix tokens" + (", from the block before" if site.takes else "")
-        case OutputSite():
-            into = _join(list(dict.fromkeys(names[path] for path in site.followers or ())))
-            return "output of {}" + (f", merging into {into}" if into else "")
-        case LinearSite():
-            return "input and output of {}"
-        case InputSite():
-            return "input of {}"
-        case WeightSite():
-            return "weight and bias of {}"
-        case WholeSite():
-            return "all of {}"
-    (summary, *_) = (inspect.getdoc(type(site)) or type(site).__name__).split(".")
-    return f"{summary[0].lower()}{summary[1:]}"
 
 
 def _names(backbone: VisionBackbone) -> dict[str, str]:
@@ -245,7 +209,7 @@ def _blocks(placements: Sequence[Placement], backbone: VisionBackbone) -> str:
         return ""
     if found == {backbone.depth - 1}:
         return "the last block"
-    return f"{'block' if len(found) == 1 else 'blocks'} {_join([str(index) for index in sorted(found)])}"
+    return f"{'block' if len(found) == 1 else 'blocks'} {listed([str(index) for index in sorted(found)])}"
 
 
 def _collapse(names: list[str]) -> list[str]:
@@ -266,8 +230,8 @@ def _shared(placements: Iterable[Placement], backbone: VisionBackbone) -> list[s
     across = [name for name, blocks in users.items() if len(blocks) > 1]
     within = dict.fromkeys(re.sub(r"\d+$", "", name) for name in users if name not in across)
     return [
-        *([f"{_join([f'`{name}`' for name in across])} shared by all blocks"] if across else []),
-        *([f"{_join([f'`{name}`' for name in within])} shared within each block"] if within else []),
+        *([f"{listed([f'`{name}`' for name in across])} shared by all blocks"] if across else []),
+        *([f"{listed([f'`{name}`' for name in within])} shared within each block"] if within else []),
     ]
 
 
@@ -300,8 +264,3 @@ def _setting(setting: Mapping[str, Any]) -> str:
 
 def _yes(answer: bool) -> str:
     return "yes" if answer else "no"
-
-
-def _join(names: Sequence[str]) -> str:
-    """Names as a list in a sentence."""
-    return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)

@@ -83,6 +83,7 @@ class VisualPeftConfig(PeftConfig):
     filled_heads: ClassVar[list[str] | None] = None  # what replaced None in `modules_to_save`, for one model
     heads_added: ClassVar[list[str]] = []  # heads of the model that the adapter of the file lacks
     whole_modules: ClassVar[bool] = False  # whether the method trains copies of modules instead of equations
+    chooses_blocks: ClassVar[bool] = True  # whether it acts in blocks, so that `layers_to_transform` chooses some
     copied_head: ClassVar[str] = ""  # if the head is one of them: name under which its copy is saved
     widened_head: ClassVar[str] = ""  # the part of its equations that makes the head wider
     per_stage: ClassVar[bool] = True  # whether the method sees blocks of one width at a time; else all blocks
@@ -110,6 +111,9 @@ class VisualPeftConfig(PeftConfig):
             self._fail("backbone", "None or the path of a module")
         if isinstance(self.exclude_modules, set | tuple):
             self.exclude_modules = sorted(self.exclude_modules)
+        for name in () if self.chooses_blocks else ("layers_to_transform", "exclude_modules"):
+            if getattr(self, name) is not None:
+                self._fail(name, f"None: {type(self).__name__} itself decides which modules it changes")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as they stand in `adapter_config.json`, which has no tuples."""
@@ -220,6 +224,11 @@ class VisualPeftConfig(PeftConfig):
         Called when the adapter is put into the model, unless `init_weights` is False. Weights may be on the meta
         device.
         """
+
+    @property
+    def output_classes(self) -> int | None:
+        """Number of classes of the model's output, if the method changes it."""
+        return None
 
     @property
     def layers(self) -> list[int] | None:

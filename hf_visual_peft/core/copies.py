@@ -17,6 +17,7 @@ from torch import nn
 
 from ..backbones.backbone import own_children, stands_in
 from ..backbones.frozen_norms import NormStatistics
+from ..backbones.paths import within
 from ..sites.whole import require_trainable
 
 
@@ -69,11 +70,6 @@ def base_modules(model: nn.Module, path: str = "") -> dict[str, nn.Module]:
     for name, child in own_children(inner(model)):
         found |= base_modules(child, f"{path}.{name}" if path else name)
     return found
-
-
-def within(path: str, modules: Iterable[str]) -> str | None:
-    """The first of some modules that is the module of that name or holds it; None if none is."""
-    return next((module for module in modules if path == module or path.startswith(f"{module}.")), None)
 
 
 def replace_lost_heads(model: nn.Module, config: VisualPeftConfig, heads: Sequence[str]) -> None:

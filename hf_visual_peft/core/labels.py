@@ -28,7 +28,7 @@ from torch import nn
 from ..backbones.backbone import unwrapped
 from ..backbones.finding import find_backbone
 from ..backbones.key_renames import to_present_names
-from ..sites import VisualTunerLayer, WholeLayer
+from ..sites import ModelAdapters, VisualTunerLayer, WholeLayer
 from .copies import TrainedCopy
 
 
@@ -184,7 +184,22 @@ class LabelledWholeLayer(WholeLayer):
         self.owners.tell(self)
 
 
-_LABELLED = {TrainedCopy: LabelledTrainedCopy, ModulesToSaveWrapper: LabelledCopies, WholeLayer: LabelledWholeLayer}
+class LabelledModelAdapters(ModelAdapters):
+    """What adapters have at a head's output, where it has other classes than the head."""
+
+    owners: _Owners
+
+    def _changed(self) -> None:
+        super()._changed()
+        self.owners.tell(self)
+
+
+_LABELLED = {
+    TrainedCopy: LabelledTrainedCopy,
+    ModulesToSaveWrapper: LabelledCopies,
+    WholeLayer: LabelledWholeLayer,
+    ModelAdapters: LabelledModelAdapters,
+}
 
 
 def _owners_in(model: nn.Module) -> _Owners | None:
@@ -209,7 +224,9 @@ def record(model: nn.Module, adapter_name: str) -> None:
     if owners is not None:
         owners.keep()
         labels = owners.of(adapter_name)
-    if labels is not None and any(_outputs(_copy_in(holder, adapter_name)) == len(labels.names) for holder in holders):
+    counts = {_outputs(_copy_in(holder, adapter_name)) for holder in holders}
+    counts.add(getattr(config, "output_classes", None))
+    if labels is not None and len(labels.names) in counts:
         labels.tell_adapter(config, base)
 
 
@@ -240,6 +257,15 @@ def fitted(model: nn.Module, config: PeftConfig, adapter_name: str) -> Iterator[
     labels, own = Labels.of_mapping(config.auto_mapping), Labels.of_model(model)
     owners = _owners_in(model)
     base = own if owners is None else owners.base
+    mapped = getattr(config, "output_classes", None)
+    if mapped is not None and base is not None:
+        yield
+        if labels is None or len(labels.names) != mapped:
+            labels = Labels(tuple(f"LABEL_{index}" for index in range(mapped)))
+        owners = owners or _Owners(model.config, base)
+        owners.by_adapter[adapter_name] = labels
+        _label([module for module in model.modules() if isinstance(module, ModelAdapters)], owners)
+        return
     heads = [] if labels is None or base is None else _heads(model, config, len(base.names))
     if labels is None or base is None or not heads:
         yield
@@ -257,12 +283,16 @@ def fitted(model: nn.Module, config: PeftConfig, adapter_name: str) -> Iterator[
         return
     owners = owners or _Owners(model.config, base)
     owners.by_adapter[adapter_name] = labels
-    for path in heads:
-        holder: Any = model.get_submodule(path)
-        if isinstance(holder, ModulesToSaveWrapper | WholeLayer):
-            holder.__class__ = next(labelled for kind, labelled in _LABELLED.items() if isinstance(holder, kind))
-            holder.owners = owners
-            owners.tell(holder)
+    holders: Any = [model.get_submodule(path) for path in heads]
+    _label([holder for holder in holders if isinstance(holder, ModulesToSaveWrapper | WholeLayer)], owners)
+
+
+def _label(holders: Iterable[Any], owners: _Owners) -> None:
+    """Let what holds heads tell the model's config whose classes are active."""
+    for holder in holders:
+        holder.__class__ = next(labelled for kind, labelled in _LABELLED.items() if isinstance(holder, kind))
+        holder.owners = owners
+        owners.tell(holder)
 
 
 def forget(model: nn.Module) -> None:

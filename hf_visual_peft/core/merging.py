@@ -122,7 +122,7 @@ class MergingTuner(BaseTuner):
                 layer.delete_adapter(name, self.prefix)
             if layer.plans and not layer.merged:
                 continue
-            if isinstance(layer, BlockAdapters):
+            if layer.stands_in:
                 layer.detach()
             else:
                 self._put_back(layer, layer.base_layer)
@@ -157,11 +157,8 @@ class MergingTuner(BaseTuner):
                     "not in the order in which they act. Delete one of them, or keep them beside the backbone."
                 )
         for module in own:
-            if isinstance(module, BlockAdapters):
-                module.merge()
             module.check_alone(self.prefix)
-            if isinstance(module, ModuleLayer):
-                module.check_merge()
+            module.check_merge()
         if not any(layer.merged for layer in layers):
             flow = Flow(self.model)
             for name, layer in named.items():

@@ -7,9 +7,8 @@ from dataclasses import replace
 
 from peft.utils.other import match_target_against_key
 
-from ..backbones.architectures import Architecture
 from ..backbones.backbone import BackboneError, NoTokensError, VisionBackbone
-from ..sites import BranchSite, KeyValueSite, LogitSite, Placement, SideSite, TokenSite
+from ..sites import Placement
 from .config import VisualPeftConfig
 from .parts import Part, check_order
 from .registry import list_methods
@@ -56,8 +55,10 @@ def _all_placements(config: VisualPeftConfig, selected: VisionBackbone, whole: V
         check_order(config, placed)
         return [placement for _, placement in placed]
     placements = list(_placements(config, selected, whole))
-    if any(isinstance(placement.site, SideSite) for placement in placements):
-        return _side_placements(config, placements, whole)
+    name = type(config).__name__
+    field = "exclude_modules" if config.layers is None else "layers_to_transform"
+    for kind in dict.fromkeys(type(placement.site) for placement in placements):
+        placements = kind.arrange(placements, whole, name, f"{name}.{field} is {getattr(config, field)!r}")
     return placements
 
 
@@ -74,7 +75,7 @@ def _placements_of_part(
             f"are {config.layers!r} and {config.exclude_modules!r}."
         )
     for placement in placements_of(part.config, replace(chosen, blocks=blocks), whole):
-        passage = isinstance(placement.site, SideSite) and placement.build is None
+        passage = placement.site.passes_on and placement.build is None
         if passage or not is_excluded(part.config, placement.path):
             yield part.renamed(placement)
 
@@ -114,56 +115,6 @@ def is_excluded(config: VisualPeftConfig, path: str) -> bool:
     return any(each == name or each.endswith(f".{name}") for name in names for each in around)
 
 
-def _side_placements(config: VisualPeftConfig, placements: list[Placement], whole: VisionBackbone) -> list[Placement]:
-    """The pieces of a side network, and the sites that pass its state on at blocks without a piece.
-
-    Raises:
-        ValueError: the network ends before the last stage, or the layout of the tokens in the image is not known.
-    """
-    name = f"{type(config).__name__} does not fit {whole.class_name}"
-    pieces = {p.path: p for p in placements if isinstance(p.site, SideSite)}
-    paths = [block.path for block in whole.blocks]
-    last = next(path for path in reversed(paths) if path in pieces)
-    stages = whole.stages(whole)
-    one_grid = len(stages) == len({block.group for block in whole.blocks}) == 1
-    site = pieces[last].site
-    assert isinstance(site, SideSite)
-    if site.ends and last not in {block.path for block in stages[-1].blocks}:
-        field = "exclude_modules" if config.layers is None else "layers_to_transform"
-        raise ValueError(
-            f"{type(config).__name__}.{field} is {getattr(config, field)!r}: the network must end in the last "
-            f"stage of {whole.class_name}, blocks {', '.join(str(block.index) for block in stages[-1].blocks)}."
-        )
-    placed = [p for p in placements if not isinstance(p.site, SideSite)]
-    begun = False
-    for index, path in enumerate(paths):
-        piece = pieces.get(path)
-        following = next((pieces[later] for later in paths[index:] if later in pieces), None)
-        model = (following or pieces[last]).site
-        assert isinstance(model, SideSite)
-        frozen = model.frozen if following else model.ends or model.heads is not None
-        layout = model.needs_layout or (model.aligned and not one_grid)
-        if layout and whole.architecture.grid is None:
-            raise ValueError(f"{name}: the layout of its tokens in the image is not known.")
-        final = path == paths[-1]
-        site = replace(
-            model,
-            frozen=frozen,
-            needs_layout=layout,
-            takes=begun,
-            hands_on=(not final or model.heads is not None or model.keeps) and (begun or piece is not None),
-            keeps=final and model.keeps,
-            heads=model.heads if final else None,
-            exits=final and model.ends,
-        )
-        begun = begun or piece is not None
-        if piece is not None:
-            placed.append(replace(piece, site=site))
-        elif frozen or site.takes:
-            placed.append(Placement(path, "passage", site, None))
-    return placed
-
-
 def _advice(config: VisualPeftConfig, whole: VisionBackbone) -> str:
     names = []
     for name, method in list_methods().items():
@@ -181,58 +132,14 @@ def _advice(config: VisualPeftConfig, whole: VisionBackbone) -> str:
 
 def _placements(config: VisualPeftConfig, selected: VisionBackbone, whole: VisionBackbone) -> Iterator[Placement]:
     blocks = {block.path: block for block in selected.blocks}
-    attends = any(block.roles["query"] for block in whole.blocks)
     for stage in selected.stages(whole) if config.per_stage else (selected,):
         for placement in config.placements(stage):
-            site = placement.site
-            if isinstance(site, BranchSite | TokenSite | LogitSite | KeyValueSite):
-                needed = site.sublayer if isinstance(site, BranchSite) else "attention"
-                block = blocks[placement.path]
-                # beside blocks with attention, those that mix tokens in another way have nothing for it
-                without = attends and not block.roles["query"] and not isinstance(site, BranchSite)
-                if needed not in block.sublayers or without:
-                    continue
-                _check_block_site(config, whole, block.table or whole.architecture, site)
-            if isinstance(site, SideSite) and site.needs_pixels and whole.architecture.grid == "spatial_shapes":
-                raise ValueError(
-                    f"{type(config).__name__} does not fit {whole.class_name}: its input is patches, not images."
-                )
+            site, block = placement.site, blocks.get(placement.path)
+            if block is not None and not site.exists_at(block, whole):
+                continue
+            if why := site.why_not(block, whole):
+                raise ValueError(f"{type(config).__name__} does not fit {whole.class_name}{why}")
             if placement.shared is not None and stage.stage is not None:
                 shared = replace(placement.shared, name=f"{placement.shared.name}_stage{stage.stage}")
                 placement = replace(placement, shared=shared)
             yield placement
-
-
-_PROMPTS = (
-    " Its role table says so (Architecture.prompts is None, the default). In a table of your own, set it to 'sequence'"
-    " if tokens put into a block's input move no positions of the others, or to 'keys' if they can join its keys and "
-    "values only."
-)
-
-
-def _check_block_site(
-    config: VisualPeftConfig,
-    backbone: VisionBackbone,
-    table: Architecture,
-    site: BranchSite | TokenSite | LogitSite | KeyValueSite,
-) -> None:
-    """Refuse a site that a block with this table does not support.
-
-    Raises:
-        ValueError: the site is not supported.
-    """
-    name = f"{type(config).__name__} does not fit {backbone.class_name}"
-    if isinstance(site, TokenSite | KeyValueSite):
-        if table.prompts is None:
-            advice = _PROMPTS if table.softmax else ""
-            raise ValueError(f"{name}: no tokens can join those of its attention.{advice}")
-        if isinstance(site, TokenSite) and table.prompts != "sequence" and (site.takes or site.hands_on):
-            advice = " (deep=True)" if hasattr(config, "deep") else ""
-            raise ValueError(
-                f"{name} with tokens that pass from block to block: they can only join its attention{advice}."
-            )
-    reads = site.needs_layout if isinstance(site, BranchSite) else isinstance(site, TokenSite) and site.reads
-    if reads and table.grid is None:
-        raise ValueError(f"{name}: the layout of its tokens in the image is not known.")
-    if isinstance(site, BranchSite) and site.attends and not table.softmax:
-        raise ValueError(f"{name}: its attention is not the softmax attention of projected tokens.")

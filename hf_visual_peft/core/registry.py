@@ -126,6 +126,11 @@ class Method:
         return bool(self.config_cls.whole_modules)  # type: ignore[attr-defined]
 
     @property
+    def chooses_blocks(self) -> bool:
+        """Whether it acts in blocks, of which `layers_to_transform` chooses some."""
+        return bool(self.config_cls.chooses_blocks)  # type: ignore[attr-defined]
+
+    @property
     def peft_type(self) -> VisualPeftType:
         """The type as it stands in `adapter_config.json`."""
         return VisualPeftType(self.name.upper())

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _check_adapters_not_merged,
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ..backbones.backbone import VisionBackbone, linear_sizes, own_children, running, unwrapped
+from ..backbones.backbone import VisionBackbone, own_children, unwrapped
 from ..backbones.finding import find_backbone
 from ..backbones.frozen_norms import (
     NormStatistics,
@@ -26,36 +26,16 @@ from ..backbones.frozen_norms import (
     norms_with_statistics,
 )
 from ..backbones.key_renames import to_present_keys, to_present_names
+from ..backbones.paths import within
 from ..backbones.task_heads import announce
-from ..sites import (
-    BlockAdapters,
-    BranchSite,
-    Exchange,
-    KeyValueSite,
-    LinearSite,
-    LogitSite,
-    ModuleLayer,
-    OutputSite,
-    Placement,
-    SideSite,
-    Site,
-    TokenSite,
-    VisualTunerLayer,
-    WeightSite,
-    WholeLayer,
-    WholeSite,
-    as_linear,
-    layers_of,
-)
-from ..sites.block import CHILD
-from ..sites.input import InputLayer, InputSite
+from ..sites import BlockAdapters, Exchange, Placement, VisualTunerLayer, layer_for, layers_of
+from ..sites.block_sites import reaches_into
+from ..sites.layer import CHILD
 from ..sites.mixed import BASE, check_samples_first, count_rows, instead_of_forward, run_parts
-from ..sites.reach import reaches_into
-from ..sites.side import modules_before
 from .auxiliary import AuxiliaryLosses
 from .calibration import Calibration
 from .config import VisualPeftConfig
-from .copies import activate_copies, copy_modules, find_copied, replace_lost_heads, within
+from .copies import activate_copies, copy_modules, find_copied, replace_lost_heads
 from .labels import check_mixed, fitted, forget, record
 from .loading import across_heads, copies_of, with_copies, without_layers
 from .merging import MergingTuner
@@ -165,7 +145,7 @@ class VisualTuner(MergingTuner):
         if config.train_norm_statistics:
             norms = norms_with_statistics(model)
             acted_on = [path for path in norms if self._check_target_module_exists(config, path)]
-            copied = [path for path, (first, *_) in self._placements.items() if isinstance(first.site, WholeSite)]
+            copied = [path for path, (first, *_) in self._placements.items() if first.site.trains_copy]
             move_statistics(model, adapter_name, active, acted_on, [*copied, *self._copied])
             share_copies(model, adapter_name)
         self._holders = holders_of(model)
@@ -224,7 +204,7 @@ class VisualTuner(MergingTuner):
     def _watch_heads(self, model: nn.Module) -> None:
         layers = [module for module in model.modules() if isinstance(module, VisualTunerLayer)]
         sites = [planned.site for layer in layers for plan in layer.plans.values() for planned in plan]
-        uses = [site.heads for site in sites if isinstance(site, SideSite) and site.heads is not None]
+        uses = [site.heads for site in sites if site.heads is not None]
         self._exchange.watch_heads(model, list(dict.fromkeys(path for use in uses for path, _ in use.outputs)))
 
     def _opened(self, model: nn.Module, adapter_name: str) -> Calibration:
@@ -304,7 +284,7 @@ class VisualTuner(MergingTuner):
         trained = 0
         for placement in placements_of(config, selected, backbone):
             self._check_beside_copies(placement, config, backbone)
-            passage = isinstance(placement.site, SideSite) and placement.build is None
+            passage = placement.site.passes_on and placement.build is None
             if passage and placement.path in self._excluded:  # all but the way through it
                 self._excluded.remove(placement.path)
                 children = own_children(model.get_submodule(placement.path))
@@ -345,18 +325,9 @@ class VisualTuner(MergingTuner):
         Raises:
             ValueError: there is one.
         """
-        start, path = f"{type(config).__name__}.modules_to_save is {config.modules_to_save!r}", placement.path
-        if isinstance(placement.site, WholeSite):
-            same = within(path, self._copied) or next((p for p in self._copied if within(p, [path])), None)
-            if same:
-                raise ValueError(f"{start}: the method trains {path!r} as a whole anyway. Leave {same!r} out.")
-        if isinstance(placement.site, SideSite) and (copied := within(path, self._copied)):
-            raise ValueError(
-                f"{start}: the method's network reads the block {path!r} from outside, so {copied!r} cannot be copied "
-                "as a whole. Name the parts of the block that shall train, such as its attention or its MLP, or "
-                "choose a method that has no network beside the backbone."
-            )
-
+        path = placement.path
+        if why := placement.site.why_not_beside(path, self._copied):
+            raise ValueError(f"{type(config).__name__}.modules_to_save is {config.modules_to_save!r}: {why}")
         for block in [block for block in backbone.blocks if block.path == path]:
             for part in [p for p in self._copied if p.startswith(f"{path}.")]:
                 if reaches_into([placement.site], block, backbone.architecture.prompts, part):
@@ -367,7 +338,7 @@ class VisualTuner(MergingTuner):
         sites = [placement.site for placements in self._placements.values() for placement in placements]
         ahead = (*backbone.patch_embedding, *backbone.embeddings, *backbone.input_norms, *backbone.between)
         ahead += tuple(block.path for block in backbone.blocks)
-        frozen = any(isinstance(site, SideSite) and site.frozen for site in sites)
+        frozen = any(site.frozen for site in sites)
         inside = [p for p in self._copied if within(p, ahead) or any(within(path, [p]) for path in ahead)]
         self._crossing = frozen and bool(inside)
         if config.inference_mode:
@@ -392,19 +363,20 @@ class VisualTuner(MergingTuner):
         Raises:
             ValueError: it does not fit, or its block is several of a list.
         """
-        kind = _layer_kind(placement.site)
-        if kind is BlockAdapters:
+        kind = layer_for(placement.site)
+        if kind.stands_in:
             holders = self._holders.get(id(model.get_submodule(placement.path)), [])
             if len({id(holder) for holder, _ in holders}) < len(holders):
                 raise ValueError(
                     f"{', '.join(self._names[placement.path])} are one module, and the method acts on each block by "
                     "itself. Methods on single modules, as SSFConfig and LoraConfig, work there."
                 )
+        kind.require_room(model.get_submodule(placement.path))
         self._check_free(model, placement.path, kind)
         built = []
         if placement.build is not None:  # a module that does not fit must be an error now, before any change
             with torch.device("meta"):
-                built.append(placement.build(as_linear(unwrapped(model.get_submodule(placement.path)))))
+                built.append(placement.build(kind.made_from(unwrapped(model.get_submodule(placement.path)))))
                 if placement.shared is not None:
                     built.append(placement.shared.build())
         self._placements.setdefault(placement.path, []).append(placement)
@@ -418,7 +390,8 @@ class VisualTuner(MergingTuner):
             )
 
     def _without_excluded(self, backbone: VisionBackbone, config: VisualPeftConfig) -> VisionBackbone:
-        copied = {} if config.whole_modules else {b.index: within(b.path, self._copied) for b in backbone.blocks}
+        paths = {b.index: b.path for b in backbone.blocks} if config.chooses_blocks else {}
+        copied = {index: within(path, self._copied) for index, path in paths.items()}
         excluded = {b.index for b in backbone.blocks if is_excluded(config, b.path)}
         self._left_out += [path for index, path in copied.items() if path and index not in excluded]
         excluded |= {index for index, path in copied.items() if path}
@@ -437,7 +410,7 @@ class VisualTuner(MergingTuner):
             ValueError: an adapter that is there already, or another of this one, does not let the method act there.
         """
         parts = path.split(".")
-        planned = {_layer_kind(other.site) for other in self._placements.get(path, ())}
+        planned = {layer_for(other.site) for other in self._placements.get(path, ())}
         if planned - {kind}:
             raise ValueError(
                 f"{type(self).__name__} puts equations on the weights or the output of {path!r} and others into it as "
@@ -446,17 +419,9 @@ class VisualTuner(MergingTuner):
         for end in range(1, len(parts) + 1):
             name = ".".join(parts[:end])
             module = model.get_submodule(name)
-            inside = [m for m in module.modules() if isinstance(m, BaseTunerLayer)] if kind is WholeLayer else []
-            free = not isinstance(module, BaseTunerLayer) and not (end == len(parts) and inside)
-            if end == len(parts) and kind is not BlockAdapters and isinstance(module, BaseTunerLayer):
-                own = isinstance(module, VisualTunerLayer)
-                free = (
-                    isinstance(module, kind)
-                    if own
-                    else kind is ModuleLayer and linear_sizes(unwrapped(module)) is not None
-                )
-            if not free:
-                taken = inside[0] if inside else module
+            around = end < len(parts)
+            taken = (module if isinstance(module, BaseTunerLayer) else None) if around else kind.in_the_way(module)
+            if taken is not None:
                 raise ValueError(
                     f"{type(self).__name__} cannot act on {path!r}: {name!r} already belongs to another adapter "
                     f"({type(taken).__name__}), which works on it in another way. Use one model for each."
@@ -475,7 +440,13 @@ class VisualTuner(MergingTuner):
             if within(key, self._copied) or key in self._excluded:
                 return _ExcludedModule()
             return names_target(peft_config, self._names.get(key, [key]))
-        return _ExcludedModule() if key in self._excluded else key in self._placements
+        at_root = key == CHILD and "" in self._placements
+        return _ExcludedModule() if key in self._excluded else at_root or key in self._placements
+
+    def _prepare_model(self, peft_config: VisualPeftConfig, model: nn.Module) -> None:
+        """Hold a place in the model itself if the method acts there, as peft passes its own name over."""
+        if "" in self._placements and CHILD not in model._modules:
+            model.add_module(CHILD, nn.Identity())
 
     def _create_and_replace(
         self,
@@ -487,25 +458,23 @@ class VisualTuner(MergingTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if current_key == CHILD and "" in self._placements:
+            target, current_key = self.model, ""
+            if not isinstance(target._modules[CHILD], VisualTunerLayer):
+                del target._modules[CHILD]  # the place that was held
         # weights of a file may decide about targets, and not the config; then they were not planned for
         placements = self._placements.get(current_key) or [peft_config.placement_at(current_key, unwrapped(target))]
-        kind = _layer_kind(placements[0].site)
-        there = target._modules.get(CHILD) if kind is BlockAdapters else target
+        kind = layer_for(placements[0].site)
+        there = target._modules.get(CHILD) if kind.stands_in else target
         new = not isinstance(there, kind)
         if isinstance(there, kind):
             layer: VisualTunerLayer = there
-        elif kind is BlockAdapters:
-            layer = self._new_block_adapters(target, current_key)
-        elif any(isinstance(placement.site, InputSite) for placement in placements):
-            layer = InputLayer(target, self._exchange)
         else:
-            layer = kind(target, self._exchange)
+            make = next((p.site.own_layer for p in placements if p.site.own_layer is not None), kind)
+            layer = make.create(target, current_key, self.model, self._backbone, self._exchange)
         layer.where = current_key
         for placement in placements:
-            base = layer.get_base_layer()
-            # a copy of a module is one of the module itself
-            made_from = base if isinstance(placement.site, WholeSite) else as_linear(base)
-            equation = placement.build(made_from) if placement.build else None
+            equation = placement.build(kind.made_from(layer.get_base_layer())) if placement.build else None
             if equation is not None and not layer.training:
                 equation.eval()  # in the mode of the model, also where it joins other adapters
             layer.add_equation(
@@ -517,46 +486,15 @@ class VisualTuner(MergingTuner):
                 peft_config.init_weights,
                 placement.shared,
             )
-            self._connect(layer, current_key, placement.site)
+            placement.site.connect(layer, self.model, self._backbone)
         if new:
             self._put_layer(layer, parent, target_name, target)
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, requires_grad=False)
 
-    def _connect(self, layer: VisualTunerLayer, path: str, site: Site) -> None:
-        reads = isinstance(site, TokenSite) and site.reads
-        if reads or (isinstance(site, BranchSite | SideSite) and site.needs_layout):
-            assert self._backbone is not None
-            self._exchange.watch_grid(self.model, self._backbone)
-        if isinstance(layer, BlockAdapters) and isinstance(site, TokenSite | SideSite):
-            assert self._backbone is not None
-            self._exchange.watch_stages(self.model, self._backbone)
-        if isinstance(layer, BlockAdapters) and isinstance(site, SideSite):
-            assert self._backbone is not None
-            if site.needs_pixels:
-                self._exchange.watch_pixels(self.model, self._backbone)
-            if site.asks:
-                layer.watch_queries()
-            first = path == self._backbone.blocks[0].path
-            layer.watch_side(modules_before(self.model, self._backbone) if first else ())
-        if isinstance(layer, BlockAdapters) and isinstance(site, LogitSite | KeyValueSite):
-            layer.watch_attention()
-        if isinstance(layer, BlockAdapters) and isinstance(site, BranchSite) and site.attends:
-            layer.require_alone()
-        if isinstance(layer, BlockAdapters) and isinstance(site, TokenSite):
-            layer.watch_tokens()
-        if isinstance(layer, ModuleLayer) and isinstance(site, OutputSite):
-            for path in site.followers or ():
-                layer.followers[path] = partial(running, self.model, path)
-
-    def _new_block_adapters(self, target: nn.Module, path: str) -> BlockAdapters:
-        assert self._backbone is not None
-        block = next(block for block in self._backbone.blocks if block.path == path)
-        return BlockAdapters(target, self.model, block, self._backbone, self._exchange)
-
     def _put_layer(self, layer: VisualTunerLayer, parent: nn.Module, name: str, target: nn.Module) -> None:
         """Put a layer into a block, or around a module, under all names that the module has."""
-        if isinstance(layer, BlockAdapters):
+        if layer.stands_in:
             layer.attach()
             return
         for holder, child in self._holders.get(id(target), [(parent, name)]):
@@ -642,9 +580,7 @@ class VisualTuner(MergingTuner):
         attentions = kwargs.get("output_attentions")
         if attentions is None:
             attentions = getattr(config, "output_attentions", False)
-        in_parts = any(
-            not isinstance(layer, ModuleLayer) and any(layer.get_base_layer().children()) for layer in layers
-        )
+        in_parts = any(not layer.mixes_by_itself and any(layer.get_base_layer().children()) for layer in layers)
         if attentions and in_parts:
             raise ValueError(
                 "output_attentions: a batch that mixes adapters goes through the blocks in parts, whose attentions "
@@ -738,13 +674,6 @@ class VisualTuner(MergingTuner):
                 + " Load it into a model of the class and size that it was trained in."
             )
         return remapped
-
-
-def _layer_kind(site: Site) -> type[VisualTunerLayer]:
-    """The layer that serves a site."""
-    if isinstance(site, OutputSite | LinearSite | WeightSite):
-        return ModuleLayer
-    return WholeLayer if isinstance(site, WholeSite) else BlockAdapters
 
 
 def _refuse_together(config: VisualPeftConfig, path: str, block: str) -> None:

@@ -54,7 +54,16 @@ def small_fields(config_cls: type, setting: Mapping[str, Any], width: int = 8) -
     small = dict(setting)
     small |= {name: value for name, value in (SMALL | {"r": width // 2}).items() if name in fields}
     small |= {name: value for name, value in SMALL_WHERE_NAMED.items() if name in small}
-    return small | {name: field.metadata["tiny"] for name, field in fields.items() if "tiny" in field.metadata}
+    return small | tiny_fields(config_cls)
+
+
+def tiny_fields(config_cls: type) -> dict[str, Any]:
+    """The fields of a method's config that say which value fits tiny models, with these values.
+
+    Args:
+        config_cls: the config.
+    """
+    return {field.name: field.metadata["tiny"] for field in dataclasses.fields(config_cls) if "tiny" in field.metadata}
 
 
 def small_config_for(method: Method | PeftMethod, model: nn.Module, **given: Any) -> Any:

@@ -26,10 +26,15 @@ from .block_sites import BranchSite, TokenSite
 from .exchange import Exchange
 from .forms import head_sizes, projections
 from .grid import Grid, TokenLayout, to_tokens
-from .layer import Equation, Placement, Shared, Site, VisualTunerLayer, layers_of
+from .head import HeadEquation, HeadSite
+from .layer import Equation, VisualTunerLayer, layers_of
 from .losses import Left, WithLoss
-from .module import LinearSite, ModuleLayer, OutputSite, WeightSite, as_linear, as_matrix, output_channels
+from .model import ModelAdapters
+from .module import ModuleLayer, as_linear, as_matrix, output_channels
+from .module_sites import LinearSite, OutputSite, WeightSite
+from .pixels import PixelEquation, PixelSite
 from .side import SideSite, Tap, resized
+from .site import Placement, Shared, Site
 from .whole import WholeLayer, WholeSite, whole_module
 
 
@@ -39,12 +44,17 @@ __all__ = [
     "Equation",
     "Exchange",
     "Grid",
+    "HeadEquation",
+    "HeadSite",
     "KeyValueSite",
     "Left",
     "LinearSite",
     "LogitSite",
+    "ModelAdapters",
     "ModuleLayer",
     "OutputSite",
+    "PixelEquation",
+    "PixelSite",
     "Placement",
     "Shared",
     "SideSite",
@@ -63,6 +73,7 @@ __all__ = [
     "attention_path",
     "drop_path",
     "head_sizes",
+    "layer_for",
     "layers_of",
     "output_channels",
     "projections",
@@ -70,3 +81,11 @@ __all__ = [
     "to_tokens",
     "whole_module",
 ]
+
+
+_LAYERS: tuple[type[VisualTunerLayer], ...] = (BlockAdapters, ModuleLayer, WholeLayer, ModelAdapters)
+
+
+def layer_for(site: Site) -> type[VisualTunerLayer]:
+    """The kind of layer that carries a site."""
+    return next(layer for layer in _LAYERS if isinstance(site, layer.serves))

@@ -19,7 +19,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,12 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .layer import Site
+from ..backbones.backbone import Block, VisionBackbone
+from .site import AttentionSite, why_none_join
+
+
+if TYPE_CHECKING:
+    from .grid import TokenLayout
 
 
 IMPLEMENTATION = "hf_visual_peft"
@@ -36,19 +41,39 @@ _ACTS = "_attention_acts"
 Pair = tuple[Tensor, Tensor]  # keys and values
 
 
-class LogitSite(Site):
+class LogitSite(AttentionSite):
     """The logits of a block's attention, before masks and position biases are added.
 
     The equation is called with them, (batch, heads, queries, keys), and a `TokenLayout`; it returns the same shape.
     """
 
 
-class KeyValueSite(Site):
+class KeyValueSite(AttentionSite):
     """Extra keys and values, which join those of a block's attention, in every window.
 
     They have no position, and no mask hides them. The equation is called with the number of images; it returns keys
     and values, (images, heads, tokens, channels of a head) each. `sites.forms.head_sizes` returns heads and channels.
     """
+
+    def why_not(self, block: Block | None, whole: VisionBackbone) -> str | None:
+        """Attention may let no tokens join."""
+        return why_none_join(block, whole)
+
+
+class LogitEquation(Protocol):
+    """What an equation at the logits is called with."""
+
+    def __call__(self, logits: Tensor, layout: TokenLayout, *shared: nn.Module) -> Tensor:
+        """The new logits, (batch, heads, queries, keys)."""
+        ...
+
+
+class KeyValueEquation(Protocol):
+    """What an equation that returns keys and values is called with."""
+
+    def __call__(self, images: int, *shared: nn.Module) -> Pair:
+        """Keys and values, (images, heads, tokens, channels of a head) each."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -32,20 +32,17 @@ from torch import Tensor, nn
 from ..backbones.backbone import SUBLAYER_ROLES, Block, VisionBackbone, entered, versions
 from .block_attention import AttentionLayer
 from .block_checks import norms_first, require_stream
-from .block_side import BypassedLayer, key_of
-from .block_sites import BranchSite, Pass, Reads, TokenSite
+from .block_side import BypassedLayer
+from .block_sites import BranchSite, Pass, Reads, TokenSite, reaches_into
 from .exchange import Exchange
 from .grid import Grid, TokenLayout, map_grid, to_tokens, unfolded_grid, unit_grid
-from .layer import Equation, call_equation
+from .layer import CHILD, Equation, call_equation
 from .losses import Left
 from .masks import PositionBias, seen_tokens, widen
 from .mixed import BASE
-from .reach import reaches_into
-from .side import SideSite
+from .site import BlockSite
 from .weights import changed_forward
 
-
-CHILD = "adapters"  # name of the child of a block that holds its adapters
 
 # Arguments of blocks with one entry, or a row and a column, for each token.
 _MASKS = ("attention_mask", "relative_position_bias")
@@ -114,6 +111,18 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
     Raises:
         ValueError: the block already has an attribute of that name.
     """
+
+    serves = BlockSite
+    stands_in = True
+
+    @classmethod
+    def create(
+        cls, target: nn.Module, path: str, model: nn.Module, backbone: VisionBackbone | None, exchange: Exchange
+    ) -> BlockAdapters:
+        """For the block of that name."""
+        assert backbone is not None
+        block = next(block for block in backbone.blocks if block.path == path)
+        return cls(target, model, block, backbone, exchange)
 
     def __init__(
         self, owner: nn.Module, model: nn.Module, block: Block, backbone: VisionBackbone, exchange: Exchange
@@ -286,6 +295,14 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
             "the adapter beside the backbone; `unload()` gives the backbone back without it."
         )
 
+    def check_merge(self) -> None:
+        """Not possible.
+
+        Raises:
+            ValueError: always.
+        """
+        self.merge()
+
     def unmerge(self) -> None:
         """Not possible, because nothing can be merged.
 
@@ -315,7 +332,7 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
     def _around(self, call: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         exchange, base = self.exchange, self._owner[0]
         require_stream(base, hidden_states)
-        sites = {key_of(e): e.site for e in self._active() if isinstance(e.site, TokenSite | SideSite)}
+        sites = {e.key: e.site for e in self._active() if e.site.takes or e.site.hands_on or e.site.needs_pixels}
         self._require_whole_pass(sites.values())
         tokens = {name: self._taken(name) for name, site in sites.items() if site.takes}
         layouts = {name: exchange.layouts.pop(name) for name in tokens if name in exchange.layouts}
@@ -352,17 +369,17 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         if onward:
             exchange.handed_on.update(zip(onward, output[-len(onward) :], strict=True))
             for e in self._active():
-                if isinstance(e.site, SideSite) and e.site.heads is not None and e.site.hands_on:
-                    exchange.leave_to_heads(e.adapter, e.owner, exchange.handed_on.pop(key_of(e)), e.site.heads)
-                elif isinstance(e.site, SideSite) and e.site.keeps:
-                    state = exchange.handed_on.pop(key_of(e))
+                if e.site.heads is not None and e.site.hands_on:
+                    exchange.leave_to_heads(e.adapter, e.owner, exchange.handed_on.pop(e.key), e.site.heads)
+                elif e.site.keeps:
+                    state = exchange.handed_on.pop(e.key)
                     if exchange.collected is not None:
                         exchange.collected[e.adapter] = state
             output = output[: -len(onward)]
             return output if self._block_returns_tuple else output[0]
         return output
 
-    def _require_whole_pass(self, sites: Iterable[TokenSite | SideSite]) -> None:
+    def _require_whole_pass(self, sites: Iterable[BlockSite]) -> None:
         """Refuse to run in the backward pass, for a checkpoint around more than this block.
 
         Raises:
@@ -371,7 +388,7 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         # `torch.utils.checkpoint` recognises its backward pass in the same way
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             return
-        if any(s.takes or s.hands_on or (isinstance(s, SideSite) and s.needs_pixels) for s in sites):
+        if any(s.takes or s.hands_on or s.needs_pixels for s in sites):
             raise ValueError(
                 f"Gradient checkpointing around several modules computes {type(self.get_base_layer()).__name__} again "
                 "without what an active adapter hands from block to block. Switch it off (timm: "
@@ -437,11 +454,11 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
             return self._run_parts(parts, partial(self._part_forward, current), (hidden_states, *args), kwargs)
         forward = changed_forward(self.get_base_layer(), forward, self._active())
         current.grid = self._told_grid(current, hidden_states, args, kwargs)
-        if any(isinstance(e.site, SideSite) and e.site.needs_mask for e in self._active()):
+        if any(e.site.needs_mask for e in self._active()):
             current.seen = self._seen_tokens(args, kwargs)
         hidden_states = before = self._enter(current, hidden_states)
         names = self._insert(hidden_states, current)
-        both = {key_of(e) for e in self._active() if isinstance(e.site, TokenSite) and e.site.keeps_input}
+        both = {e.key for e in self._at(TokenSite) if e.site.keeps_input}
         inserted = 0
         if self._prompts == "sequence":
             inserted = sum(current.tokens[name].shape[1] for name in names)
@@ -463,7 +480,7 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
             current.before = stream
             self._beside(sublayer, current, stream, self._normed(sublayer, stream))
         with torch.no_grad() if self.bypassed else nullcontext():
-            if self._queries is not None and any(isinstance(e.site, SideSite) and e.site.asks for e in self._active()):
+            if self._queries is not None and any(e.site.asks for e in self._active()):
                 output, ask = self._queries.run(forward, hidden_states, args, kwargs)
                 current.ask = partial(self._ask, ask)
             else:
@@ -530,19 +547,17 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
     def _insert(self, hidden_states: Tensor, current: Pass) -> list[str]:
         """Compute the prompts of this block; return the names of all sets of prompts here."""
         names = []
-        for each in self._active():
-            if isinstance(each.site, TokenSite):
-                if each.module is not None:
-                    new = self._left(each, self._new_tokens(current, hidden_states, each))
-                    current.tokens[key_of(each)] = new.to(hidden_states.dtype)
-                names.append(key_of(each))
+        for each in self._at(TokenSite):
+            if each.module is not None:
+                new = self._left(each, self._new_tokens(current, hidden_states, each))
+                current.tokens[each.key] = new.to(hidden_states.dtype)
+            names.append(each.key)
         return names
 
     def _new_tokens(self, current: Pass, hidden_states: Tensor, each: Equation) -> Any:
-        assert isinstance(each.site, TokenSite)
         assert each.module is not None
         if each.site.takes:
-            return call_equation(self, each.module, current.tokens[key_of(each)], *each.shared)
+            return call_equation(self, each.module, current.tokens[each.key], *each.shared)
         if each.site.reads:
             x = to_tokens(hidden_states, self._stream)
             return call_equation(self, each.module, x, self._layout(current, x), *each.shared)
@@ -565,9 +580,8 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         return seen_tokens(args[position] if position < len(args) else kwargs.get(name), name)
 
     def _branches(self, sublayer: str, reads: Reads) -> Iterator[Equation]:
-        for equation in self._active():
-            site = equation.site
-            if isinstance(site, BranchSite) and site.sublayer == sublayer and site.reads == reads:
+        for equation in self._at(BranchSite):
+            if equation.site.sublayer == sublayer and equation.site.reads == reads:
                 yield equation
 
     def _beside(self, sublayer: str, current: Pass, stream: Tensor, normed: Tensor) -> None:
@@ -590,7 +604,6 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
 
     def _add(self, current: Pass, branch: Equation, x: Tensor) -> None:
         site = branch.site
-        assert isinstance(site, BranchSite)
         assert branch.module is not None
         layout = (self._layout(current, x),) if site.needs_layout else ()
         attend = (self._attend,) if site.attends else ()

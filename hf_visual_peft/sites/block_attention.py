@@ -138,7 +138,7 @@ class AttentionLayer(VisualTunerLayer):
 
     def _equations(self, *kinds: type[Site]) -> Iterator[Equation]:
         if self._pass is not None:
-            yield from (e for e in self._active() if isinstance(e.site, kinds))
+            yield from self._at(*kinds)
 
     def _keep(self, key: Tensor, value: Tensor) -> None:
         if self._queries is not None:

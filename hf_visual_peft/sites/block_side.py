@@ -10,13 +10,10 @@ from torch import Tensor, nn
 
 from ..backbones.architectures import GridKind, Stream
 from ..backbones.backbone import Block
-from .block_sites import Pass, TokenSite
+from .block_sites import Pass
 from .grid import TokenLayout, from_tokens, map_grid, to_tokens
-from .layer import Equation, VisualTunerLayer
+from .layer import VisualTunerLayer
 from .side import SideSite, Tap, call_piece, resized
-
-
-_SIDE = " (side)"  # ends the names of states of side networks, beside those of tokens of the same adapter
 
 
 class BypassedLayer(VisualTunerLayer):
@@ -38,20 +35,22 @@ class BypassedLayer(VisualTunerLayer):
     def bypassed(self) -> bool:
         """Whether only side networks are active here, and no gradient crosses the block."""
         active = list(self._active())
-        frozen = (isinstance(e.site, SideSite) and e.site.frozen for e in active)
         crossing = self._crossed or not self.exchange.crossing.isdisjoint(e.owner for e in active)
-        return bool(active) and all(frozen) and not crossing
+        return bool(active) and all(e.site.frozen for e in active) and not crossing
 
     def _look_for_training(self) -> None:
         """Find out whether a gradient crosses the block on its way to other adapters, in it or before it."""
         active = list(self._active())
-        if not active or not all(isinstance(e.site, SideSite) and e.site.frozen for e in active):
+        if not active or not all(e.site.frozen for e in active):
             return  # nothing is bypassed here, and the look at all parameters takes time
         before = self.exchange.blocks.get(self._block.index - 1)
         own = (p for module in (*self._own_modules(), *self._before_blocks) for p in module.parameters())
         owner = self.get_base_layer()
-        self._crossed = (before is not None and before._crossed) or any(
-            p.requires_grad for parameters in (own, owner.parameters(recurse=False)) for p in parameters
+        images = self.exchange.outside is not None and self.exchange.outside.changes_images()
+        self._crossed = (
+            images
+            or (before is not None and before._crossed)
+            or any(p.requires_grad for parameters in (own, owner.parameters(recurse=False)) for p in parameters)
         )
 
     def _own_modules(self) -> Iterator[nn.Module]:
@@ -87,14 +86,14 @@ class BypassedLayer(VisualTunerLayer):
         """Call side networks at the entrance of the block, where they read and change the stream."""
         stream = to_tokens(x, self._stream)
         changed = stream
-        for piece in self._active():
+        for piece in self._at(SideSite):
             site = piece.site
-            if not isinstance(site, SideSite) or not site.enters or piece.module is None:
+            if not site.enters or piece.module is None:
                 continue
             layout = self._layout(current, stream) if site.needs_layout else None
             tap = Tap(before=stream, layout=layout, pixels=current.pixels if site.needs_pixels else None)
-            state, added = call_piece(self, piece, current.tokens.get(key_of(piece)), tap, enter=True)
-            current.tokens[key_of(piece)] = state
+            state, added = call_piece(self, piece, current.tokens.get(piece.key), tap, enter=True)
+            current.tokens[piece.key] = state
             changed = changed if added is None else changed + added
         return x if changed is stream else from_tokens(changed, x, self._stream)
 
@@ -103,7 +102,7 @@ class BypassedLayer(VisualTunerLayer):
 
         If several replace the block's output, their results are summed, and so are additions to it.
         """
-        pieces = [equation for equation in self._active() if isinstance(equation.site, SideSite)]
+        pieces = list(self._at(SideSite))
         if not pieces:
             return stream
         y = to_tokens(stream, self._stream)
@@ -111,8 +110,7 @@ class BypassedLayer(VisualTunerLayer):
         results: list[Tensor] = []
         additions: list[Tensor] = []
         for piece in pieces:
-            key, site = key_of(piece), piece.site
-            assert isinstance(site, SideSite)
+            key, site = piece.key, piece.site
             state = current.tokens.get(key)
             if site.needs_layout or (site.aligned and state is not None and state.shape[1] != y.shape[1]):
                 layout = layout or self._layout_behind(current, stream, y)
@@ -123,7 +121,7 @@ class BypassedLayer(VisualTunerLayer):
                 between = current.between if "between" in site.reads else None
                 behind = y if "behind" in site.reads else None
                 pixels = current.pixels if site.needs_pixels else None
-                tokens = current.tokens.get(key_of(piece).removesuffix(_SIDE))
+                tokens = current.tokens.get(piece.site.tokens_key(piece.owner))
                 seen = current.seen if site.needs_mask else None
                 tap = Tap(x, between, behind, layout if site.needs_layout else None, pixels, tokens, current.ask, seen)
                 state, added = call_piece(self, piece, state, tap)
@@ -150,10 +148,3 @@ class BypassedLayer(VisualTunerLayer):
     def _detach_side(self) -> None:
         if self._was_bypassed:
             self._put_backbone(self.training)
-
-
-def key_of(equation: Equation) -> str:
-    """The name under which tokens, or the state of a side network, pass from block to block."""
-    site = equation.site
-    part = site.part if isinstance(site, SideSite | TokenSite) else ""
-    return f"{equation.owner}{part and ':'}{part}{_SIDE if isinstance(site, SideSite) else ''}"

@@ -2,22 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backbones.architectures import Stream
+from ..backbones.backbone import Block, VisionBackbone
+from ..backbones.paths import is_in
 from .grid import Grid, TokenLayout, from_tokens
-from .layer import Site
+from .site import NO_LAYOUT, AttentionSite, BlockSite, Site, attention_in, why_none_join
 
 
 Reads = Literal["input", "normed", "stream", "output", "sum", "block"]
 
+_WHERE = {
+    "input": "before {}, on the stream",
+    "normed": "beside {}, on the output of its norm",
+    "stream": "beside {}, on the stream before its norm",
+    "output": "after {}, on what the sub-layer adds",
+    "sum": "after {}, on the stream",
+    "block": "beside the block, on the stream before it",
+}
+
+
+class BranchEquation(Protocol):
+    """What a branch is called with."""
+
+    def __call__(self, x: Tensor, *more: Any) -> Tensor:
+        """The addition to the stream.
+
+        Args:
+            x: (batch, tokens, width).
+            more: a `TokenLayout` if the site needs it, a function that attends if it asks for it, shared modules.
+        """
+        ...
+
+
+class TokenEquation(Protocol):
+    """What an equation that returns tokens is called with."""
+
+    def __call__(self, source: int | Tensor, *more: Any) -> Tensor:
+        """Tokens of shape (batch, tokens, width).
+
+        Args:
+            source: the batch size; the tokens that the block before hands on; or the stream, if the site reads it.
+            more: a `TokenLayout` if the site reads the stream, shared modules.
+        """
+        ...
+
 
 @dataclass(frozen=True)
-class BranchSite(Site):
+class BranchSite(BlockSite):
     """A branch at attention or MLP, added to the token stream after the sub-layer.
 
     The equation is called with (batch, tokens, width) and returns the same shape. Branches beside the sub-layer
@@ -43,9 +80,47 @@ class BranchSite(Site):
     needs_layout: bool = False
     attends: bool = False
 
+    @property
+    def at(self) -> str:
+        """The sub-layer."""
+        return self.sublayer
+
+    def exists_at(self, block: Block, whole: VisionBackbone) -> bool:
+        """Not at a sub-layer that the block lacks."""
+        return self.sublayer in block.sublayers
+
+    def why_not(self, block: Block | None, whole: VisionBackbone) -> str | None:
+        """It may need a known grid, or attention that can be called."""
+        table = (block.table if block is not None else None) or whole.architecture
+        if self.needs_layout and table.grid is None:
+            return NO_LAYOUT
+        if self.attends and not table.softmax:
+            return ": its attention is not the softmax attention of projected tokens."
+        return None
+
+    def reaches(self, block: Block, prompts: str | None) -> Sequence[str]:
+        """The attention, if the equation calls it."""
+        return (attention_in(block),) if self.attends else ()
+
+    def connect(self, layer: Any, model: nn.Module, backbone: VisionBackbone | None) -> None:
+        """Watch the grid, and try the attention on other tokens."""
+        if self.needs_layout:
+            layer.exchange.watch_grid(model, backbone)
+        if self.attends:
+            layer.require_alone()
+
+    def describe(self, names: Mapping[str, str]) -> str:
+        """Where the branch stands, and what it reads."""
+        about = (
+            (self.attends, "through the block's attention"),
+            (self.needs_layout, "with the tokens' places"),
+            (self.drop_path, "dropped with stochastic depth"),
+        )
+        return ", ".join([_WHERE[self.reads], *(words for true, words in about if true)])
+
 
 @dataclass(frozen=True)
-class TokenSite(Site):
+class TokenSite(AttentionSite):
     """Tokens put into the sequence after the prefix tokens and taken out again after the block.
 
     From outside, a block has only the backbone's own tokens. The equation returns (batch, tokens, width). New tokens
@@ -69,6 +144,31 @@ class TokenSite(Site):
     keeps_input: bool = False
     reads: bool = False
     part: str = ""
+
+    def why_not(self, block: Block | None, whole: VisionBackbone) -> str | None:
+        """Attention may let no tokens join, or only as keys."""
+        table = (block.table if block is not None else None) or whole.architecture
+        if table.prompts is not None and table.prompts != "sequence" and (self.takes or self.hands_on):
+            return (
+                " with tokens that pass from block to block: they can only join its attention. Give each block its "
+                "own tokens, as VPT does with deep=True."
+            )
+        return why_none_join(block, whole) or (NO_LAYOUT if self.reads and table.grid is None else None)
+
+    def reaches(self, block: Block, prompts: str | None) -> Sequence[str]:
+        """The position biases, and the attention that they join."""
+        return (*block.roles["position_bias"], *([attention_in(block)] if prompts == "keys" else ()))
+
+    def connect(self, layer: Any, model: nn.Module, backbone: VisionBackbone | None) -> None:
+        """Let tokens pass from block to block, and join; watch the grid, if the equation reads it."""
+        if self.reads:
+            layer.exchange.watch_grid(model, backbone)
+        layer.exchange.watch_stages(model, backbone)
+        layer.watch_tokens()
+
+    def describe(self, names: Mapping[str, str]) -> str:
+        """Where they stand."""
+        return "tokens after the prefix tokens" + (", from the block before" if self.takes else "")
 
 
 @dataclass
@@ -96,3 +196,18 @@ class Pass:
     def with_added(self, x: Tensor, stream: Stream = "tokens") -> Tensor:
         """The stream with all additions of branches so far."""
         return x if self.added is None else x + from_tokens(self.added, x, stream)
+
+
+def reaches_into(sites: Iterable[Site], block: Block, prompts: str | None, path: str) -> bool:
+    """Whether sites of a block change one of its modules by more than hooks, so that a copy would lack the change.
+
+    Args:
+        sites: that adapters have at the block.
+        block: the block.
+        prompts: how prompts join its attention, from the architecture's table.
+        path: full name of the module.
+    """
+    reached = [name for site in sites for name in site.reaches(block, prompts) if name]
+    norm = (*block.roles["norm1"], "")[0]
+    around = norm.startswith(f"{path}.")  # which is called by itself, too
+    return around or any(is_in(path, name) or is_in(name, path) for name in reached)

@@ -47,6 +47,7 @@ class Exchange:
         losses: of the adapters, see `hf_visual_peft.core.auxiliary`; None if no adapter has any.
         instead: maps the input of a block to what the block returns instead of its output, in an extra pass for an
             auxiliary loss; None in all others.
+        outside: what adapters have at the backbone's images and at the model's heads.
     """
 
     grid: Grid | None = None
@@ -70,6 +71,7 @@ class Exchange:
     left: list[Left] | None = None
     losses: Any = None
     instead: Callable[[int, Tensor], Tensor] | None = None
+    outside: Any = None
 
     def watch_grid(self, model: nn.Module, backbone: VisionBackbone) -> None:
         """Record the grid at the embeddings in every forward from now on."""

@@ -16,6 +16,7 @@ class PassState(Protocol):
     """What a head reads of the `Exchange` of its model."""
 
     for_heads: dict[str, dict[str, HeadPart]]
+    outside: Any
     frames: int | None
     mixed: MixedBatch | None
 
@@ -74,7 +75,7 @@ class HeadWatch:
         return (normed, *args[1:])
 
     def after(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        """Add the logits of the adapters."""
+        """Add the logits of the adapters, and let those at the head's output act."""
         parts = self.exchange.for_heads.pop(self.path, {})
         for part in parts.values():
             logits = part.logits.to(output.dtype)
@@ -85,6 +86,9 @@ class HeadWatch:
                 output = output + logits
             else:
                 output = output.index_add(0, self._rows(part.adapter, output, module), logits)
+        outside = self.exchange.outside
+        if outside is not None and outside.acts_at("logits"):
+            return outside.run("logits", output, args[0])
         return output if parts else None
 
     def _rows(self, name: str, x: Tensor, module: nn.Module) -> Tensor:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from .layer import Equation, call_equation
-from .module import ModuleLayer, WeightSite, _Weights, channel_dim, moved
+from .module import ModuleLayer, _Weights, channel_dim, moved
+from .module_sites import WeightSite
 
 
 @dataclass(frozen=True)
 class InputSite(WeightSite):
     """The input of one linear. The equation is an `OnInput`."""
+
+    def describe(self, names: Mapping[str, str]) -> str:
+        """Of which linear."""
+        return "input of {}"
 
 
 class OnInput(nn.Module):
@@ -41,8 +47,8 @@ class InputLayer(ModuleLayer):
     """
 
     def _base_output(self, *args: Any, **kwargs: Any) -> Tensor:
-        equations = [e for e in self._active() if isinstance(e.site, WeightSite)]
-        on_input = [e for e in equations if isinstance(e.site, InputSite)]
+        equations = [e for e in self._active() if not e.site.around]
+        on_input = [e for e in equations if e.site.own_layer is InputLayer]
         if not on_input:
             return super()._base_output(*args, **kwargs)
         x, *rest = args
@@ -55,4 +61,7 @@ class InputLayer(ModuleLayer):
         return self._changed_output([e for e in equations if e not in on_input], x, *rest, **kwargs)
 
     def _fold(self, weights: _Weights, equations: list[Equation]) -> _Weights:
-        return super()._fold(weights, sorted(equations, key=lambda e: isinstance(e.site, InputSite)))
+        return super()._fold(weights, sorted(equations, key=lambda e: e.site.own_layer is InputLayer))
+
+
+InputSite.own_layer = InputLayer

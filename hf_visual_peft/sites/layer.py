@@ -3,61 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import _set_layer_requires_grad
 from torch import Tensor, nn
 
-from ..backbones.backbone import stands_in
+from ..backbones.backbone import VisionBackbone, stands_in
 from .exchange import Exchange
 from .losses import WithLoss, left_by
 from .mixed import BASE, count_rows, run_parts
+from .site import Shared, SharedSite, Site
 
 
+CHILD = "adapters"  # name of the child of a block or backbone that holds its adapters
 RANDOM_STD = 0.05  # of the random values that `init_weights=False` adds to every weight
-
-
-class Site:
-    """A place in a block or module where an equation acts; subclasses are defined beside their layers."""
-
-
-@dataclass(frozen=True)
-class Shared:
-    """A module that several equations of an adapter use. The layer of the first one keeps and saves it.
-
-    Attributes:
-        name: identifies it if an adapter has several; part of the parameter names.
-        build: creates it.
-    """
-
-    name: str
-    build: Callable[[], nn.Module]
-
-
-class SharedSite(Site):
-    """Not a site: the place where the first layer of an adapter keeps a shared module."""
-
-
-@dataclass(frozen=True)
-class Placement:
-    """One equation at one site of one module.
-
-    Attributes:
-        path: full name of the module in the model.
-        slot: name of the equation within the module; part of the parameter names.
-        site: where it acts.
-        build: creates the equation from its module; None if the site needs none.
-        shared: a module of the adapter that the equation gets as last argument.
-    """
-
-    path: str
-    slot: str
-    site: Site
-    build: Callable[[nn.Module], nn.Module] | None
-    shared: Shared | None = None
 
 
 class Equation(NamedTuple):
@@ -73,9 +34,14 @@ class Equation(NamedTuple):
 
     adapter: str
     module: nn.Module | None
-    site: Site
+    site: Any
     shared: tuple[nn.Module, ...]
     owner: str
+
+    @property
+    def key(self) -> str:
+        """The name under which something of it passes from block to block."""
+        return self.site.key(self.owner)
 
 
 class Planned(NamedTuple):
@@ -105,6 +71,55 @@ class VisualTunerLayer(BaseTunerLayer):
     exchange: Exchange
     where: str = ""  # full name of what it acts on, without adapters
     other_param_names = ("plans",)
+    serves: ClassVar[type[Site]]  # the sites that it carries
+    stands_in: ClassVar[bool] = False  # whether it is a child of its module, and not around it
+    mixes_by_itself: ClassVar[bool] = False  # whether a batch that mixes adapters is not split before the module
+
+    @classmethod
+    def create(
+        cls, target: nn.Module, path: str, model: nn.Module, backbone: VisionBackbone | None, exchange: Exchange
+    ) -> VisualTunerLayer:
+        """A layer of this kind for a module.
+
+        Args:
+            target: the module.
+            path: its full name in the model.
+            model: the whole model.
+            backbone: in it; None if the config names target modules.
+            exchange: shared with the other adapter layers of the model.
+        """
+        make: Any = cls
+        return make(target, exchange)
+
+    def attach(self) -> None:
+        """Attach to the module, for layers that stand in it."""
+        raise NotImplementedError(f"{type(self).__name__} stands around its module.")
+
+    def detach(self) -> None:
+        """Undo it."""
+        raise NotImplementedError(f"{type(self).__name__} stands around its module.")
+
+    @classmethod
+    def require_room(cls, module: nn.Module) -> None:
+        """Check that such a layer can stand at a module.
+
+        Raises:
+            ValueError: it cannot.
+        """
+
+    @classmethod
+    def in_the_way(cls, module: nn.Module) -> nn.Module | None:
+        """The layer of another adapter that prevents this kind of layer at a module; None if none does."""
+        return module if isinstance(module, BaseTunerLayer) and not isinstance(module, cls) else None
+
+    @staticmethod
+    def made_from(module: nn.Module) -> nn.Module:
+        """What equations are built from.
+
+        Args:
+            module: that the layer acts on.
+        """
+        return module
 
     def _init_layer(self, exchange: Exchange) -> None:
         self.exchange = exchange
@@ -244,6 +259,23 @@ class VisualTunerLayer(BaseTunerLayer):
             self.switch(prefix, own[:1], inference_mode=False)
         self._changed()
 
+    def check_merge(self) -> None:
+        """Check that the active adapters can be merged, before anything is merged.
+
+        Raises:
+            ValueError: one cannot be merged.
+        """
+
+    def check_alone(self, prefix: str) -> None:
+        """Refuse to merge one method alone where adapters of another act on the same module in between.
+
+        Args:
+            prefix: of the method.
+
+        Raises:
+            ValueError: they do.
+        """
+
     @property
     def holds_weights(self) -> bool:
         """Whether there are weights from before a merge, to be put back."""
@@ -299,6 +331,10 @@ class VisualTunerLayer(BaseTunerLayer):
             assert equation.module is not None
             self.exchange.left.append(left_by(equation.owner, self.where, equation.module, result.loss))
         return result.output
+
+    def _at(self, *kinds: type[Site]) -> Iterator[Equation]:
+        """Those at some kinds of sites."""
+        return (equation for equation in self._active() if isinstance(equation.site, kinds))
 
     def _parts(self, args: tuple) -> dict[str, list[int]]:
         """The rows of the first argument by their adapter here; none if all rows are treated alike."""

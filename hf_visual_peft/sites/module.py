@@ -1,10 +1,9 @@
-"""The sites at a single linear, norm or convolution."""
+"""The layer around a single linear, norm or convolution, for the sites of `module_sites`."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,40 +14,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from ..backbones.backbone import is_pointwise, linear_sizes
+from ..backbones.backbone import is_pointwise, linear_sizes, unwrapped
 from .affine import has_channels_first, is_activated, is_linear_in_weight
 from .exchange import Exchange
-from .layer import Equation, Site, WrappingLayer, call_equation
+from .layer import Equation, VisualTunerLayer, WrappingLayer, call_equation
 from .shifts import Flow, Place, place_for_shift, put
-
-
-@dataclass(frozen=True)
-class OutputSite(Site):
-    """The output of one module. The equation is called with it, (..., channels), and returns the new output.
-
-    Attributes:
-        followers: full names of the linears and convolutions that read the output, if the equation merges into them
-            and not into the module. It then has `fold_input(weight, bias, *shared) -> (weight, bias)` in place of
-            `fold`. Empty if it is not known which modules read the output.
-        channelwise: whether the equation is `scale * x + shift`, with these two parameters, one element per channel. A
-            layer norm then applies it with its own weight and bias, which keeps no extra activations.
-    """
-
-    followers: tuple[str, ...] | None = None
-    channelwise: bool = False
-
-
-@dataclass(frozen=True)
-class LinearSite(Site):
-    """Output and input of one module. The equation is called with both, and returns the new output."""
-
-
-@dataclass(frozen=True)
-class WeightSite(Site):
-    """Weight and bias of one module. The equation is called with both and returns the new ones.
-
-    The bias may be None. The same call merges the equation.
-    """
+from .site import ModuleSite
 
 
 class _Weights(NamedTuple):
@@ -69,6 +40,20 @@ class ModuleLayer(WrappingLayer, nn.Module):
         base_layer: the module.
         exchange: shared with the other adapter layers of the model.
     """
+
+    serves = ModuleSite
+    mixes_by_itself = True
+
+    @classmethod
+    def in_the_way(cls, module: nn.Module) -> nn.Module | None:
+        """It goes around layers of other libraries at linears, too."""
+        around = not isinstance(module, VisualTunerLayer) and linear_sizes(unwrapped(module)) is not None
+        return None if around else super().in_the_way(module)
+
+    @staticmethod
+    def made_from(module: nn.Module) -> nn.Module:
+        """A linear, if the module does the same."""
+        return as_linear(module)
 
     def __init__(self, base_layer: nn.Module, exchange: Exchange) -> None:
         super().__init__()
@@ -97,9 +82,9 @@ class ModuleLayer(WrappingLayer, nn.Module):
         dim = channel_dim(self.get_base_layer(), output.ndim)
         output = moved(output, dim, -1)
         for each in self._active():
-            if not isinstance(each.site, WeightSite):
+            if each.site.around:
                 assert each.module is not None
-                read = (moved(args[0], dim, -1),) if isinstance(each.site, LinearSite) else ()
+                read = (moved(args[0], dim, -1),) if each.site.reads_input else ()
                 output = self._left(each, call_equation(self, each.module, output, *read, *each.shared))
         return moved(output, -1, dim)
 
@@ -110,7 +95,7 @@ class ModuleLayer(WrappingLayer, nn.Module):
             return False
         if norm._forward_pre_hooks or norm._forward_hooks or "forward" in norm.__dict__:  # which must be called
             return False
-        return all(_is_channelwise(e) and e.module.scale.dtype == norm.weight.dtype for e in equations)  # type: ignore[union-attr]
+        return all(e.site.channelwise and e.module.scale.dtype == norm.weight.dtype for e in equations)  # type: ignore[union-attr]
 
     def _activation_follows(self) -> bool:
         """Whether the module is a norm with an activation, and only equations that act before that are active."""
@@ -119,10 +104,10 @@ class ModuleLayer(WrappingLayer, nn.Module):
         if not self._activated:
             return False
         equations = list(self._active())
-        return bool(equations) and all(isinstance(e.site, WeightSite) or hasattr(e.module, "fold") for e in equations)
+        return bool(equations) and all(not e.site.around or hasattr(e.module, "fold") for e in equations)
 
     def _base_output(self, *args: Any, **kwargs: Any) -> Tensor:
-        equations = [e for e in self._active() if isinstance(e.site, WeightSite)]
+        equations = [e for e in self._active() if not e.site.around]
         return self._changed_output(equations, *args, **kwargs)
 
     def _changed_output(self, equations: list[Equation], *args: Any, **kwargs: Any) -> Tensor:
@@ -227,12 +212,12 @@ class ModuleLayer(WrappingLayer, nn.Module):
             _require_foldable(module, equations)
 
     def _merged_into(self, equations: list[Equation]) -> list[nn.Module]:
-        if any(_followers(e) == () for e in equations):
+        if any(e.site.followers == () for e in equations):
             raise ValueError(
                 f"Cannot merge an adapter on the output of {self.get_base_layer()}: not only linears read it."
             )
-        followers = [path for e in equations for path in _followers(e) or ()]
-        own = any(_followers(e) is None for e in equations)
+        followers = [path for e in equations for path in e.site.followers or ()]
+        own = any(e.site.followers is None for e in equations)
         return [
             *([self.get_base_layer()] if own else []),
             *(self.followers[path]() for path in dict.fromkeys(followers)),
@@ -241,7 +226,7 @@ class ModuleLayer(WrappingLayer, nn.Module):
     @torch.no_grad()
     def _fold(self, weights: _Weights, equations: list[Equation]) -> _Weights:
         if weights.module is not self.get_base_layer():
-            behind = [e for e in equations if _followers(e)]
+            behind = [e for e in equations if e.site.followers]
             weight, bias = _matrix(weights), weights.bias
             for _, equation, _, shared, _ in reversed(
                 behind
@@ -249,10 +234,10 @@ class ModuleLayer(WrappingLayer, nn.Module):
                 fold: Any = equation.fold_input  # type: ignore[union-attr]
                 weight, bias = _fold_input(fold, weight, bias, shared)
             return _Weights(weights.module, _laid_as_in(weights.module, weight, weights.weight), bias)
-        new = _apply([e for e in equations if isinstance(e.site, WeightSite)], weights)
+        new = _apply([e for e in equations if not e.site.around], weights)
         weight, bias = _matrix(new), new.bias
         for _, equation, site, shared, _ in equations:
-            if not isinstance(site, WeightSite):
+            if site.around:
                 weight, bias = equation.fold(weight, bias, *shared)  # type: ignore[union-attr,operator]
         return _Weights(weights.module, _laid_as_in(weights.module, weight, weights.weight), bias)
 
@@ -276,14 +261,6 @@ class ModuleLayer(WrappingLayer, nn.Module):
         self._elsewhere.clear()
         self.given.clear()
         self.merged_adapters.clear()
-
-
-def _followers(equation: Equation) -> tuple[str, ...] | None:
-    return getattr(equation.site, "followers", None)
-
-
-def _is_channelwise(equation: Equation) -> bool:
-    return isinstance(equation.site, OutputSite) and equation.site.channelwise
 
 
 def _fold_input(
@@ -318,7 +295,7 @@ def _require_foldable(module: nn.Module, equations: Iterable[Equation]) -> None:
         )
     if not is_linear_in_weight(module):
         raise ValueError(f"Cannot merge an adapter into {module}: it standardises its weight.")
-    around = any(not isinstance(e.site, WeightSite) for e in equations)
+    around = any(e.site.around for e in equations)
     if around and isinstance(module, nn.Linear) and not _does_as_a_linear(module):
         raise ValueError(f"Cannot merge an adapter into {module}: its class does more than a linear does.")
 
@@ -371,10 +348,10 @@ def _apply(equations: Iterable[Equation], weights: _Weights) -> _Weights:
     weight, bias = _matrix(weights), weights.bias
     for each in equations:
         call: Any = each.module
-        if _is_channelwise(each):  # at a norm
+        if each.site.channelwise:  # at a norm
             scale, shift = call.scale, call.shift
             new_weight, new_bias = weight * scale, shift if bias is None else bias * scale + shift
-        elif isinstance(each.site, OutputSite):  # at a norm that ends in an activation: one element per channel
+        elif each.site.around:  # at a norm that ends in an activation: one element per channel
             shift = call(torch.zeros_like(weight), *each.shared)
             new_weight, new_bias = (
                 call(weight, *each.shared) - shift,

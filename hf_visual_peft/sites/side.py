@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbones.backbone import VisionBackbone
+from ..backbones.backbone import Block, VisionBackbone
+from ..backbones.paths import within
 from .grid import TokenLayout
 from .heads import HeadUse
-from .layer import Site
+from .site import NO_LAYOUT, BlockSite, Placement, attention_in
 
 
 if TYPE_CHECKING:
     from .layer import Equation, VisualTunerLayer
 
 
+class SideEquation(Protocol):
+    """What a piece of a side network is called with."""
+
+    def __call__(self, state: Tensor | None, tap: Tap, *shared: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """The new state, and an addition to the block's output or None."""
+        ...
+
+
 @dataclass(frozen=True)
-class SideSite(Site):
+class SideSite(BlockSite):
     """A piece of a side network, after a block.
 
     The equation is called with the state from the piece before (None in the first piece), and a `Tap` of the block. It
@@ -66,6 +75,102 @@ class SideSite(Site):
     hands_on: bool = False
     exits: bool = False
     part: str = ""
+    passes_on = True
+
+    def key(self, owner: str) -> str:
+        """A state passes on beside the tokens of the same adapter."""
+        return f"{self.tokens_key(owner)} (side)"
+
+    def tokens_key(self, owner: str) -> str:
+        """The name of the tokens of the same adapter, or of the same part of it."""
+        return super().key(owner)
+
+    def why_not(self, block: Block | None, whole: VisionBackbone) -> str | None:
+        """It may need images."""
+        patches = self.needs_pixels and whole.architecture.grid == "spatial_shapes"
+        return ": its input is patches, not images." if patches else None
+
+    def why_not_beside(self, path: str, copied: Sequence[str]) -> str | None:
+        """A block that is copied as a whole has no outside to read from."""
+        whole = within(path, copied)
+        return whole and (
+            f"the method's network reads the block {path!r} from outside, so {whole!r} cannot be copied as a whole. "
+            "Name the parts of the block that shall train, such as its attention or its MLP, or choose a method that "
+            "has no network beside the backbone."
+        )
+
+    def reaches(self, block: Block, prompts: str | None) -> Sequence[str]:
+        """The position biases and the attention, if extra tokens run through the block."""
+        return (*block.roles["position_bias"], attention_in(block)) if self.asks else ()
+
+    def connect(self, layer: Any, model: nn.Module, backbone: VisionBackbone | None) -> None:
+        """Watch what the tap needs, and let the state pass from block to block."""
+        assert backbone is not None
+        exchange = layer.exchange
+        if self.needs_layout:
+            exchange.watch_grid(model, backbone)
+        exchange.watch_stages(model, backbone)
+        if self.needs_pixels:
+            exchange.watch_pixels(model, backbone)
+        if self.asks:
+            layer.watch_queries()
+        layer.watch_side(modules_before(model, backbone) if layer.path == backbone.blocks[0].path else ())
+
+    @classmethod
+    def arrange(cls, placements: list[Placement], whole: VisionBackbone, name: str, selects: str) -> list[Placement]:
+        """The pieces of a network, and the sites that pass its state on at blocks without a piece.
+
+        Args:
+            placements: of the method.
+            whole: the backbone.
+            name: of the config, for errors.
+            selects: what selects its blocks, for errors.
+
+        Raises:
+            ValueError: the network ends before the last stage, or the layout of the tokens in the image is not known.
+        """
+        pieces = {p.path: p for p in placements if isinstance(p.site, cls)}
+        paths = [block.path for block in whole.blocks]
+        last = next(path for path in reversed(paths) if path in pieces)
+        stages = whole.stages(whole)
+        one_grid = len(stages) == len({block.group for block in whole.blocks}) == 1
+        if _side(pieces[last]).ends and last not in {block.path for block in stages[-1].blocks}:
+            raise ValueError(
+                f"{selects}: the network must end in the last stage of {whole.class_name}, blocks "
+                f"{', '.join(str(block.index) for block in stages[-1].blocks)}."
+            )
+        placed = [p for p in placements if not isinstance(p.site, cls)]
+        begun = False
+        for index, path in enumerate(paths):
+            piece = pieces.get(path)
+            following = next((pieces[later] for later in paths[index:] if later in pieces), None)
+            model = _side(following or pieces[last])
+            frozen = model.frozen if following else model.ends or model.heads is not None
+            layout = model.needs_layout or (model.aligned and not one_grid)
+            if layout and whole.architecture.grid is None:
+                raise ValueError(f"{name} does not fit {whole.class_name}{NO_LAYOUT}")
+            final = path == paths[-1]
+            site = replace(
+                model,
+                frozen=frozen,
+                needs_layout=layout,
+                takes=begun,
+                hands_on=(not final or model.heads is not None or model.keeps) and (begun or piece is not None),
+                keeps=final and model.keeps,
+                heads=model.heads if final else None,
+                exits=final and model.ends,
+            )
+            begun = begun or piece is not None
+            if piece is not None:
+                placed.append(replace(piece, site=site))
+            elif frozen or site.takes:
+                placed.append(Placement(path, "passage", site, None))
+        return placed
+
+
+def _side(placement: Placement) -> SideSite:
+    assert isinstance(placement.site, SideSite)
+    return placement.site
 
 
 @dataclass(frozen=True)

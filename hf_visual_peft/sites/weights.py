@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..backbones.backbone import base_parts
-from .layer import Equation, Site
+from ..backbones.backbone import Block, base_parts
+from .layer import Equation
 from .module import is_quantised
+from .site import BlockSite
 
 
-class BlockWeightSite(Site):
+class BlockWeightSite(BlockSite):
     """All parameters of a block.
 
     The equation is called with a dictionary of them by name, and returns a dictionary of the new ones.
     """
+
+    def reaches(self, block: Block, prompts: str | None) -> Sequence[str]:
+        """All of the block."""
+        return (block.path,)
 
 
 class _Call(nn.Module):

@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from ..backbones.paths import within
 from .exchange import Exchange
-from .layer import Placement, Shared, Site, WrappingLayer
+from .layer import WrappingLayer
 from .mixed import BASE, check_samples_first, instead_of_forward
 from .module import is_quantised
 from .shifts import put
+from .site import Placement, Shared, Site
 
 
 class WholeSite(Site):
     """A whole module: the adapter trains a copy of it, which replaces it. See `whole_module`."""
+
+    trains_copy = True
+
+    def why_not_beside(self, path: str, copied: Sequence[str]) -> str | None:
+        """A module of which another copy trains."""
+        same = within(path, copied) or next((other for other in copied if within(other, [path])), None)
+        return same and f"the method trains {path!r} as a whole anyway. Leave {same!r} out."
+
+    def describe(self, names: Mapping[str, str]) -> str:
+        """Which module."""
+        return "all of {}"
 
 
 def whole_module(path: str) -> Placement:
@@ -91,6 +104,14 @@ class WholeLayer(WrappingLayer, nn.Module):
         base_layer: the module.
         exchange: shared with the other adapter layers of the model.
     """
+
+    serves = WholeSite
+
+    @classmethod
+    def in_the_way(cls, module: nn.Module) -> nn.Module | None:
+        """A copy would have the layers of other adapters in it."""
+        inside = (part for part in module.modules() if isinstance(part, BaseTunerLayer))
+        return None if isinstance(module, cls) else next(inside, None)
 
     def __init__(self, base_layer: nn.Module, exchange: Exchange) -> None:
         super().__init__()

@@ -18,13 +18,8 @@ class WholeModulesConfig(VisualPeftConfig):
     """Base of the configs that train copies of modules of the model."""
 
     whole_modules: ClassVar[bool] = True
+    chooses_blocks: ClassVar[bool] = False
     per_stage: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("layers_to_transform", "exclude_modules"):
-            if getattr(self, name) is not None:
-                self._fail(name, f"None: {type(self).__name__} itself decides which modules train")
 
 
 @register(
