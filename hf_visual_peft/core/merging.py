@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from tqdm import tqdm
@@ -16,13 +16,14 @@ from ..backbones.backbone import unwrapped
 from ..sites import BlockAdapters, ModuleLayer, VisualTunerLayer
 from ..sites.input import InputLayer
 from ..sites.shifts import Flow
+from .own_configs import OwnConfigs
 from .shared_modules import holders_of
 
 
 _NAMED = 3  # modules to name in a message; for the others it gives the number
 
 
-class MergingTuner(BaseTuner):
+class MergingTuner(OwnConfigs):
     """The part of `VisualTuner` that merges and removes adapters."""
 
     prefix: str

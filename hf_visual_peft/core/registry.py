@@ -202,25 +202,10 @@ def register(
     Raises:
         ValueError: the name or its parameter prefix is taken, by peft or by another method.
     """
-    prefix = f"{name}_"
-    peft_type = VisualPeftType(name.upper())
 
     def decorate(config_cls: ConfigT) -> ConfigT:
-        if peft_type in PEFT_TYPE_TO_CONFIG_MAPPING or prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values():
-            raise ValueError(f"Cannot register {config_cls.__name__}: peft already has a method named {name!r}.")
+        tuner_cls = enlist(config_cls, name, _TUNER[0])
         module = sys.modules[config_cls.__module__]
-        tuner_name = config_cls.__name__.removesuffix("Config") + "Model"
-        tuner_cls = type(
-            tuner_name,
-            (_TUNER[0],),
-            {"prefix": prefix, "__module__": module.__name__, "__doc__": f"peft tuner of `{config_cls.__name__}`."},
-        )
-        setattr(module, tuner_name, tuner_cls)  # so that pickle finds the class by its name
-        config_cls.method_type = peft_type  # type: ignore[attr-defined]
-        _accept_saved_fields(config_cls)
-        PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
-        PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = tuner_cls
-        PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = prefix
         _METHODS[name] = Method(
             name=name,
             config_cls=config_cls,
@@ -240,6 +225,40 @@ def register(
         return config_cls
 
     return decorate
+
+
+def enlist(config_cls: Any, name: str, base: type) -> type:
+    """Make a config class known to peft.
+
+    Args:
+        config_cls: of a method.
+        name: of the method.
+        base: of its tuner, which is made here.
+
+    Returns:
+        The tuner.
+
+    Raises:
+        ValueError: the name or its parameter prefix is taken.
+    """
+    prefix = f"{name}_"
+    peft_type = VisualPeftType(name.upper())
+    if peft_type in PEFT_TYPE_TO_CONFIG_MAPPING or prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values():
+        raise ValueError(f"Cannot register {config_cls.__name__}: peft already has a method named {name!r}.")
+    module = sys.modules[config_cls.__module__]
+    tuner_name = config_cls.__name__.removesuffix("Config") + "Model"
+    tuner_cls = type(
+        tuner_name,
+        (base,),
+        {"prefix": prefix, "__module__": module.__name__, "__doc__": f"peft tuner of `{config_cls.__name__}`."},
+    )
+    setattr(module, tuner_name, tuner_cls)  # so that pickle finds the class by its name
+    config_cls.method_type = peft_type
+    _accept_saved_fields(config_cls)
+    PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
+    PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = tuner_cls
+    PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = prefix
+    return tuner_cls
 
 
 def _accept_saved_fields(config_cls: type) -> None:

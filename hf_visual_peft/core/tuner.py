@@ -63,25 +63,6 @@ class VisualTuner(MergingTuner):
     _holders: dict[int, list[tuple[nn.Module, str]]]
     _before: dict[str, Structure] = {}  # the model before an adapter whose weights come from a file
 
-    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # peft's tuners of one model share its `peft_config`, where an adapter takes the place of another method's that
-        # has the same name. Here each has its own configs, and the model a dictionary of all.
-        others = vars(model).pop("peft_config", None)
-        if others is not None:
-            warnings.warn(
-                "Already found a `peft_config` attribute in the model. This will lead to having multiple adapters in "
-                "the model. Make sure to know what you are doing!",
-                stacklevel=3,
-            )
-        try:
-            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
-        except BaseException:
-            vars(model).pop("peft_config", None)
-            if others is not None:
-                vars(model)["peft_config"] = others
-            raise
-        vars(model)["peft_config"] = {**(others or {}), **self.peft_config}
-
     def inject_adapter(
         self,
         model: nn.Module,

@@ -1,0 +1,47 @@
+"""Checks of the fields of a config."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+
+class CheckedFields:
+    """Mixin of configs: says what is wrong with a field, and what is valid."""
+
+    def _fail(self, name: str, valid: str) -> None:
+        raise ValueError(f"{type(self).__name__}.{name} is {getattr(self, name)!r}: must be {valid}.")
+
+    def _require_integer(self, name: str, low: int, high: int | None = None, high_is: str = "") -> None:
+        value = getattr(self, name)
+        if type(value) is not int or value < low or (high is not None and value > high):
+            upper = "" if high is None else f" to {high}{f' ({high_is})' if high_is else ''}"
+            self._fail(name, f"an integer from {low}{upper}" if upper else f"an integer of at least {low}")
+
+    def _require_unset(self, name: str, where: str) -> None:
+        """Refuse a value other than the default where the field has no effect."""
+        default = type(self).__dataclass_fields__[name].default  # type: ignore[attr-defined]
+        if getattr(self, name) != default:
+            self._fail(name, f"{default!r}, its default, {where}, where it has no effect")
+
+    def _require_number(self, name: str, low: float = -math.inf, below: float = math.inf) -> None:
+        value = getattr(self, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or not low <= value < below:
+            bounds = "" if low == -math.inf else f" of at least {low:g}"
+            self._fail(name, f"a finite number{bounds}" + ("" if below == math.inf else f" and less than {below:g}"))
+
+    def _require_choice(self, name: str, choices: Collection[Any]) -> None:
+        value = getattr(self, name)
+        if not any(type(value) is type(choice) and value == choice for choice in choices):  # 1 is not True
+            self._fail(name, f"one of {', '.join(map(repr, choices))}")
+
+    def _require_some(self, name: str, choices: Collection[str]) -> None:
+        """Make a field that names one or more of the choices a tuple in their order."""
+        value = getattr(self, name)
+        given = (value,) if isinstance(value, str) else value
+        if not given or not set(given) <= set(choices):
+            setattr(self, name, given)
+            self._fail(name, f"one or more of {', '.join(map(repr, choices))}")
+        setattr(self, name, tuple(choice for choice in choices if choice in given))
