@@ -8,7 +8,7 @@ Importing this package registers its methods with peft; plain `peft` does the re
     model = get_peft_model(vit, hf_visual_peft.VPTConfig())
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import third_party_notices  # noqa: F401  first: the notices come while peft is imported
 
@@ -26,6 +26,11 @@ from .core.labels import teach_peft
 from .core.registry import get_method, list_methods
 from .features import CachedFeatures, FeatureCache
 from .features.pyramid import feature_pyramid
+from .language.classifier import ZeroShotClassifier, ZeroShotConfig
+from .language.config import list_language_methods
+from .language.loading import load_classifier
+from .language.methods import load_methods as load_language_methods
+from .language.retrieval import recall_at_k
 from .methods import load_methods
 from .methods.prefix.prefix_tuning import store_prefixes
 from .peft_methods.defaults import teach_targets
@@ -38,10 +43,12 @@ from .version import __version__  # noqa: F401
 
 
 load_methods()
+load_language_methods()
 teach_peft()
 teach_targets()
 teach_nesting()
-_CONFIGS = {method.config_cls.__name__: method.config_cls for method in list_methods().values()}
+_CONFIGS: dict[str, Any] = {method.config_cls.__name__: method.config_cls for method in list_methods().values()}
+_CONFIGS |= {method.config_cls.__name__: method.config_cls for method in list_language_methods().values()}
 globals().update(_CONFIGS)
 
 __all__ = [
@@ -54,6 +61,8 @@ __all__ = [
     "SplitAttention",
     "VisionBackbone",
     "VisualPeftConfig",
+    "ZeroShotClassifier",
+    "ZeroShotConfig",
     "auxiliary_loss",
     "calibrate",
     "feature_pyramid",
@@ -62,10 +71,13 @@ __all__ = [
     "get_method",
     "hub",
     "interpolate",
+    "list_language_methods",
     "list_methods",
+    "load_classifier",
     "merge_attention",
     "norms_with_statistics",
     "parameter_groups",
+    "recall_at_k",
     "register_architecture",
     "register_heads",
     "split_attention",

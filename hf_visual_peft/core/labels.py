@@ -34,6 +34,7 @@ from .copies import TrainedCopy
 
 NAMES = "id2label"
 PROBLEM = "problem_type"
+TEMPLATES = "templates"  # of a model whose classes are texts
 
 
 @dataclass(frozen=True)
@@ -267,6 +268,9 @@ def fitted(model: nn.Module, config: PeftConfig, adapter_name: str) -> Iterator[
         _label([module for module in model.modules() if isinstance(module, ModelAdapters)], owners)
         return
     heads = [] if labels is None or base is None else _heads(model, config, len(base.names))
+    if own is not None and getattr(model, "classes_are_texts", False) and not config.inference_mode:
+        own.tell_adapter(config, model)
+        config.auto_mapping = {**config.auto_mapping, TEMPLATES: list(model.config.templates)}  # type: ignore
     if labels is None or base is None or not heads:
         yield
         return
@@ -335,7 +339,8 @@ def teach_peft() -> None:
 
     @functools.wraps(save)
     def save_pretrained(self: PeftConfigMixin, save_directory: str, **kwargs: Any) -> None:
-        names = {key: value for key, value in (self.auto_mapping or {}).items() if key in (NAMES, PROBLEM)}
+        kept = (NAMES, PROBLEM, TEMPLATES)
+        names = {key: value for key, value in (self.auto_mapping or {}).items() if key in kept}
         if names and kwargs.get("auto_mapping_dict") is not None:
             kwargs["auto_mapping_dict"] = {**kwargs["auto_mapping_dict"], **names}
         save(self, save_directory, **kwargs)

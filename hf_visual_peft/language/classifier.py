@@ -1,0 +1,414 @@
+"""A dual encoder of images and texts as an image classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from ..backbones.architectures import register_heads
+from .slot import AdapterSlot
+from .templates import DEFAULT, check_templates
+from .tokens import Position, TextWriter, Tokens, as_text, check_names
+from .towers import Towers, evaluating, replaced_rows
+from .view import View, normalised
+
+
+_KINDS = ("cpu", "cuda")  # of devices with automatic casts
+
+
+class ZeroShotConfig(PreTrainedConfig):
+    """Config of `ZeroShotClassifier`.
+
+    Args:
+        encoder_config: config of the dual encoder, or its dictionary.
+        class_names: of the classes, in the order of the logits.
+        templates: texts around a class name.
+        normalize_before_mean: with several templates: whether features are normalised before their mean is taken (as
+            in CLIP and Tip-Adapter), else the mean of raw features is normalised (as in TaskRes, CLAP, PromptSRC).
+        class_chunk: number of texts that are encoded at once.
+        kwargs: as of every config.
+    """
+
+    model_type = "zero_shot_classifier"
+    sub_configs = {"encoder_config": AutoConfig}
+    keys_to_ignore_at_inference = ("image_embeds", "text_embeds")
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        encoder_config: Any = None,
+        class_names: Sequence[str] | None = None,
+        templates: Sequence[str] | str = DEFAULT,
+        normalize_before_mean: bool = True,
+        class_chunk: int = 256,
+        **kwargs: Any,
+    ) -> None:
+        if class_names is not None:
+            names = check_names(class_names)
+            kwargs["id2label"] = dict(enumerate(names))
+            kwargs["label2id"] = {name: index for index, name in enumerate(names)}
+        super().__init__(**kwargs)
+        if isinstance(encoder_config, dict):
+            encoder_config = AutoConfig.for_model(**encoder_config)
+        self.encoder_config = encoder_config  # after the call above, which would reset its choice of attention
+        self.templates = check_templates(templates)
+        self.normalize_before_mean = normalize_before_mean
+        if type(class_chunk) is not int or class_chunk < 1:
+            raise ValueError(f"class_chunk is {class_chunk!r}: must be an integer of at least 1.")
+        self.class_chunk = class_chunk
+
+
+@dataclass
+class ZeroShotOutput(ImageClassifierOutput):
+    """Output of `ZeroShotClassifier`: as of every image classifier, and the features that were compared.
+
+    Attributes:
+        image_embeds: normalised features of the images, (images, width).
+        text_embeds: normalised features of the classes, (classes, width); (images, classes, width) if a method
+            computes them for each image.
+    """
+
+    image_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+
+
+class ZeroShotClassifier(PreTrainedModel):
+    """An image classifier whose classes are texts: the logits compare features of an image with those of the names.
+
+        logits = exp(logit_scale) cos(image, text of the class) (+ logit_bias)
+
+    The text tower runs once for a set of names as long as nothing in it trains.
+
+    Args:
+        config: with the config of the dual encoder.
+        encoder: the dual encoder; made from the config by default.
+        tokenizer: of the dual encoder.
+    """
+
+    config: ZeroShotConfig
+    config_class = ZeroShotConfig
+    base_model_prefix = "encoder"
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    classes_are_texts = True  # so that adapters save their names, without a head
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(self, config: ZeroShotConfig, encoder: PreTrainedModel | None = None, tokenizer: Any = None) -> None:
+        super().__init__(config)
+        self.encoder = AutoModel.from_config(config.encoder_config) if encoder is None else encoder
+        self.adapters = AdapterSlot()
+        self.loss_type = "ForImageClassification"
+        self._tokenizer = tokenizer
+        self._features: dict[str, tuple[Any, Tensor]] = {}  # of the classes, each with what it depends on
+        self._slots: dict[Any, Tokens] = {}
+        Towers(self.encoder)  # refuses what is no dual encoder
+        for module in () if encoder is None else encoder.modules():
+            module._is_hf_initialized = True  # its weights are there
+        self.post_init()
+        if tokenizer is not None:
+            self._read_names()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        checkpoint: str,
+        *args: Any,
+        class_names: Sequence[str] | None = None,
+        templates: Sequence[str] | str | None = None,
+        tokenizer: Any = None,
+        **kwargs: Any,
+    ) -> ZeroShotClassifier:
+        """Load a dual encoder, or a saved classifier.
+
+        Args:
+            checkpoint: folder or repository of a dual encoder of transformers, or of a saved classifier.
+            args: as of every model.
+            class_names: of the classes; a saved classifier has its own.
+            templates: a text with `{}` for the name, several, `"simple"` or `"openai"`; default: `"a photo of a {}."`,
+                or those of a saved classifier.
+            tokenizer: by default that in the folder or repository.
+            kwargs: as of every model; `normalize_before_mean` and `class_chunk` go into the config.
+
+        Raises:
+            ValueError: there are no class names, or one does not fit.
+        """
+        own = {key: kwargs.pop(key) for key in ("normalize_before_mean", "class_chunk") if key in kwargs}
+        where = {key: kwargs[key] for key in ("revision", "subfolder", "token", "cache_dir") if key in kwargs}
+        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(checkpoint, **where)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(checkpoint, **where)
+        if isinstance(config, ZeroShotConfig):
+            for name, value in own.items():
+                setattr(config, name, value)
+            model: ZeroShotClassifier = super().from_pretrained(checkpoint, *args, config=config, **kwargs)
+            model._tokenizer = tokenizer
+        else:
+            encoder = AutoModel.from_pretrained(checkpoint, *args, config=config, **kwargs)
+            names = [] if class_names is None else class_names
+            config = cls.config_class(encoder.config, names, templates or DEFAULT, **own)
+            config._name_or_path = checkpoint
+            model = cls(config, encoder, tokenizer)
+            model.eval()
+        if class_names is not None or templates is not None:
+            model.set_class_names(class_names or model.class_names, templates)
+        model._read_names()
+        return model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the whole model, as every model of transformers, and the tokenizer with it."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        self.tokenizer.save_pretrained(save_directory)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the text tower.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self._tokenizer is None:
+            raise ValueError(
+                "The classifier has no tokenizer. Load it with ZeroShotClassifier.from_pretrained, or give it one: "
+                "ZeroShotClassifier(config, encoder, tokenizer)."
+            )
+        return self._tokenizer
+
+    @property
+    def towers(self) -> Towers:
+        """The dual encoder's two towers."""
+        return Towers(self.encoder)
+
+    @property
+    def writer(self) -> TextWriter:
+        """What makes tokens of texts."""
+        return TextWriter(self.tokenizer, self.towers)
+
+    @property
+    def class_names(self) -> list[str]:
+        """The classes, in the order of the logits."""
+        return [self.config.id2label[index] for index in sorted(self.config.id2label)]
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The module that takes pixels."""
+        return self.encoder.vision_model.get_input_embeddings()
+
+    def set_class_names(self, class_names: Sequence[str], templates: Sequence[str] | str | None = None) -> None:
+        """Take other classes, at any time. No weight changes.
+
+        Args:
+            class_names: the new names.
+            templates: the new templates; unchanged by default.
+
+        Raises:
+            ValueError: a name or template does not fit; the classifier keeps its own.
+        """
+        names = check_names(class_names)
+        texts = self.config.templates if templates is None else check_templates(templates)
+        tokens = self._tokens_of(names, texts)
+        slots = {key: self.writer.with_slots(names, *key) for key in self._slots}
+        self.config.id2label = dict(enumerate(names))
+        self.config.label2id = {name: index for index, name in enumerate(names)}
+        self.config.templates = texts
+        self._tokens = tokens
+        self._slots = slots
+        self._features.clear()
+
+    def _read_names(self) -> None:
+        self.set_class_names(self.class_names)
+
+    def _tokens_of(self, names: Sequence[str], templates: Sequence[str]) -> Tokens:
+        texts = [template.replace("{}", as_text(name)) for template in templates for name in names]
+        return self.writer.plain(texts, list(names) * len(templates))
+
+    def texts_with_slots(self, count: int, position: Position, ending: str = ".") -> Tokens:
+        """A text for each class with places for learned vectors, made once for a set of names.
+
+        Args:
+            count: of places.
+            position: of the class name among them.
+            ending: of each text.
+
+        Raises:
+            ValueError: a text is too long; the message names its class.
+        """
+        key = count, position, ending
+        if key not in self._slots:
+            self._slots[key] = self.writer.with_slots(self.class_names, count, position, ending)
+        return self._slots[key]
+
+    def encode_tokens(self, tokens: Tokens, rows: Tensor | None = None) -> Tensor:
+        """Features of texts, not normalised, `class_chunk` at a time.
+
+        Where gradients pass, each part is computed again in the backward pass instead of being kept.
+
+        Args:
+            tokens: the texts.
+            rows: vectors for their slots, (texts or 1, slots, width).
+        """
+        device = self.towers.embedding.weight.device
+        chunk = self.config.class_chunk
+        several = torch.is_grad_enabled() and len(tokens) > chunk
+        parts = []
+        for start in range(0, len(tokens), chunk):
+            part = tokens.part(start, start + chunk, device)
+            own = rows if rows is None or len(rows) == 1 else rows[start : start + chunk]
+            run = partial(self._encode_part, part)
+            parts.append(checkpoint(run, own, use_reentrant=False) if several else run(own))
+        return torch.cat(parts)
+
+    def _encode_part(self, tokens: Tokens, rows: Tensor | None) -> Tensor:
+        towers = self.towers
+        if rows is None:
+            return towers.encode_text(tokens.ids, tokens.mask)
+        with replaced_rows(towers.embedding, tokens.slots, rows):
+            return towers.encode_text(tokens.ids, tokens.mask)
+
+    def class_features(self, raw: bool = False) -> Tensor:
+        """Features of the classes by the templates, (classes, width).
+
+        They are kept as long as nothing trains in the text tower and neither its weights nor the names change.
+
+        Args:
+            raw: the mean of features that are not normalised; else as `config.normalize_before_mean` says.
+        """
+        modules = self.towers.text_modules
+        key = f"templates {raw}"
+        if torch.is_grad_enabled() and _trains(modules):
+            return self._ensemble(self.encode_tokens(self._tokens), raw)
+        with evaluating(modules):
+            return self._keep(key, modules, lambda: self._ensemble(self.encode_tokens(self._tokens), raw))
+
+    def kept(self, equation: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
+        """Features of the classes that depend on an equation's weights; kept in evaluation until these change.
+
+        Args:
+            equation: on whose weights they depend.
+            compute: makes them.
+        """
+        if torch.is_grad_enabled() or self.training:
+            return compute()
+        return self._keep(f"equation {id(equation)}", [*self.towers.text_modules, equation], compute)
+
+    def _keep(self, key: str, modules: Sequence[nn.Module], compute: Callable[[], Tensor]) -> Tensor:
+        """Features that were computed before, if their modules are as they were then."""
+        state = _state_of(modules)
+        if key not in self._features or self._features[key][0] != state:
+            # a tensor of inference mode could not be used in training
+            with torch.inference_mode(False), torch.no_grad():
+                self._features[key] = state, compute()
+        return self._features[key][1]
+
+    def _ensemble(self, features: Tensor, raw: bool) -> Tensor:
+        several = features.unflatten(0, (len(self.config.templates), -1))
+        if self.config.normalize_before_mean and not raw:
+            return normalised(normalised(several).mean(0))
+        return several.mean(0)
+
+    def train(self, mode: bool = True) -> ZeroShotClassifier:
+        """As of every module. Kept features of the classes are computed again."""
+        self._features.clear()
+        return super().train(mode)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> ZeroShotOutput | tuple[Any, ...]:
+        """Compare images with the classes.
+
+        Args:
+            pixel_values: the images.
+            labels: indices of classes; (images, classes) of 0.0 and 1.0 for several labels an image.
+            pixel_attention_mask: of SigLIP 2 for images of any shape.
+            spatial_shapes: of SigLIP 2 for images of any shape.
+            interpolate_pos_encoding: for images of another size, in models that take it.
+            return_dict: False: a tuple.
+        """
+        images = {
+            "pixel_values": pixel_values,
+            "pixel_attention_mask": pixel_attention_mask,
+            "spatial_shapes": spatial_shapes,
+            "interpolate_pos_encoding": interpolate_pos_encoding,
+        }
+        view = View(self, {name: value for name, value in images.items() if value is not None})
+        outcome = self.adapters(view)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, outcome.logits, self.config)
+            loss = self.adapters.objective(view, outcome, loss, labels)
+        output = ZeroShotOutput(
+            loss=loss,
+            logits=outcome.logits,
+            image_embeds=normalised(outcome.image),
+            text_embeds=normalised(outcome.text),
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values: Tensor, **others: Any) -> Tensor:
+        """Normalised features of images, for retrieval.
+
+        Args:
+            pixel_values: the images.
+            others: further arguments of the image tower.
+        """
+        return normalised(self.towers.encode_image(pixel_values=pixel_values, **others))
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Normalised features of any texts, for retrieval.
+
+        Args:
+            texts: as they are, without templates.
+
+        Raises:
+            ValueError: a text is too long.
+        """
+        return normalised(self.encode_tokens(self.writer.plain(list(texts), list(texts))))
+
+
+def _state_of(modules: Sequence[nn.Module]) -> Any:
+    """What tells whether features of texts are still right: the weights, and the adapters among them."""
+    weights = [
+        (id(p), 0 if p.is_inference() else p._version, p.data_ptr(), p.dtype, p.device)
+        for module in modules
+        for p in (*module.parameters(), *module.buffers())
+    ]
+    adapters = [
+        (tuple(layer.active_adapters), layer.disable_adapters, tuple(layer.merged_adapters))
+        for module in modules
+        for layer in module.modules()
+        if isinstance(layer, BaseTunerLayer)
+    ]
+    types = [torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in _KINDS]
+    return weights, adapters, types
+
+
+def _trains(modules: Sequence[nn.Module]) -> bool:
+    return any(parameter.requires_grad for module in modules for parameter in module.parameters())
+
+
+register_heads("ZeroShotClassifier", ())
+AutoConfig.register(ZeroShotConfig.model_type, ZeroShotConfig)
+AutoModelForImageClassification.register(ZeroShotConfig, ZeroShotClassifier)

@@ -1,0 +1,102 @@
+"""The base of the configs of methods for class texts, and how such a method becomes known to peft."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from peft import PeftConfig
+
+from ..core.fields import CheckedFields
+from ..core.registry import Paper, VisualPeftType, enlist
+from .slot import LanguageEquation
+from .templates import check_templates
+from .tokens import check_names
+from .tuner import LanguageTuner
+
+
+if TYPE_CHECKING:
+    from .classifier import ZeroShotClassifier
+
+ConfigT = TypeVar("ConfigT", bound=type)
+
+
+@dataclass
+class LanguageConfig(CheckedFields, PeftConfig):
+    """Base of the configs of methods for a `ZeroShotClassifier`.
+
+    Args:
+        class_names: of the classes that the adapter was trained on; filled in from the classifier. Weights that it has
+            for each class are found by these names.
+        templates: with which it was trained; filled in from the classifier.
+    """
+
+    class_names: list[str] | None = field(default=None, metadata={"help": "Filled in from the classifier."})
+    templates: list[str] | None = field(default=None, metadata={"help": "Filled in from the classifier."})
+
+    method_type: ClassVar[VisualPeftType]
+    target_modules: ClassVar[Any] = None
+    unknown_fields: ClassVar[list[str]] = []
+    from_file: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = self.method_type
+        if self.class_names is not None:
+            self.class_names = check_names(self.class_names)
+        if self.templates is not None:
+            self.templates = check_templates(self.templates)
+
+    def build(self, classifier: ZeroShotClassifier) -> LanguageEquation:
+        """The method's equation for a classifier.
+
+        Raises:
+            ValueError: a field does not fit the classifier.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class LanguageMethod:
+    """Facts about a method for class texts.
+
+    Attributes:
+        name: lower-case name, and prefix of parameter names.
+        config_cls: its config.
+        paper: its source.
+        equation: the method in one line.
+        counts: trainable parameters on CLIP ViT-B/16: fields of the config, number of classes, count.
+    """
+
+    name: str
+    config_cls: type[LanguageConfig]
+    paper: Paper
+    equation: str
+    counts: tuple[tuple[dict[str, Any], int, int], ...]
+
+
+_METHODS: dict[str, LanguageMethod] = {}
+
+
+def list_language_methods() -> MappingProxyType[str, LanguageMethod]:
+    """Every method for a `ZeroShotClassifier`, by name; a read-only view."""
+    return MappingProxyType(dict(sorted(_METHODS.items())))
+
+
+def register_language(
+    *, name: str, paper: Paper, equation: str, counts: Iterable[tuple[dict[str, Any], int, int]]
+) -> Callable[[ConfigT], ConfigT]:
+    """Make a config class a peft method. The arguments are those of `LanguageMethod`.
+
+    Raises:
+        ValueError: the name or its parameter prefix is taken.
+    """
+
+    def decorate(config_cls: Any) -> Any:
+        enlist(config_cls, name, LanguageTuner)
+        _METHODS[name] = LanguageMethod(name, config_cls, paper, equation, tuple(counts))
+        return config_cls
+
+    return decorate

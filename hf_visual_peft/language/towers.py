@@ -1,0 +1,139 @@
+"""What a dual encoder's two towers need: how text enters, how long it may be, where features and the scale are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+_LAST_TOKEN = ("siglip", "siglip2")  # trained on texts of one length, without a mask, pooled at the last position
+_UNMASKED = ("clip", "metaclip_2")  # causal and pooled at the end token: what comes after it has no effect
+_POSITIONS_AFTER_PADDING = ("xlm-roberta", "roberta", "camembert", "altclip_text_model")
+
+
+class Towers:
+    """A dual encoder of transformers.
+
+    Args:
+        model: with `get_image_features` and `get_text_features`.
+
+    Raises:
+        ValueError: it has no such functions, or no text model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        missing = [
+            name for name in ("get_image_features", "get_text_features", "text_model") if not hasattr(model, name)
+        ]
+        if missing:
+            raise ValueError(
+                f"{type(model).__name__} is no dual encoder of images and texts: no {', '.join(missing)}. "
+                "Valid: CLIP, MetaCLIP 2, SigLIP, SigLIP 2, ChineseCLIP, AltCLIP, ALIGN, VisionTextDualEncoderModel."
+            )
+        self.model = model
+        self._kind = model.config.model_type
+
+    @property
+    def fixed_length(self) -> bool:
+        """Whether every text is padded to the maximum length, because padding changes its features."""
+        return self._kind in _LAST_TOKEN
+
+    @property
+    def masked(self) -> bool:
+        """Whether the text model gets an attention mask."""
+        return self._kind not in (*_LAST_TOKEN, *_UNMASKED)
+
+    @property
+    def max_length(self) -> int:
+        """The number of positions of the text model."""
+        config = self.model.text_model.config
+        positions = int(config.max_position_embeddings)
+        if config.model_type in _POSITIONS_AFTER_PADDING:
+            return positions - int(config.pad_token_id) - 1
+        return positions
+
+    @property
+    def end_token(self) -> int | None:
+        """The token that the text model looks for and pools at; None if it pools elsewhere.
+
+        Checkpoints with the old value 2 take the largest id instead, which is that of the tokenizer's end token.
+        """
+        if self._kind not in _UNMASKED:
+            return None
+        end = int(self.model.text_model.config.eos_token_id)
+        return None if end == 2 else end
+
+    @property
+    def embedding(self) -> Any:
+        """The module that maps token ids to vectors."""
+        return self.model.text_model.get_input_embeddings()
+
+    @property
+    def text_width(self) -> int:
+        """Channels of a token's vector."""
+        return int(self.embedding.weight.shape[1])
+
+    @property
+    def text_modules(self) -> list[nn.Module]:
+        """The modules that text features depend on."""
+        projection = getattr(self.model, "text_projection", None)
+        return [self.model.text_model, *([projection] if projection is not None else [])]
+
+    def encode_image(self, pixel_values: Tensor, **others: Any) -> Tensor:
+        """Features of shape (images, width), not normalised."""
+        return _pooled(self.model.get_image_features(pixel_values=pixel_values, **others))
+
+    def encode_text(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Features of shape (texts, width), not normalised."""
+        masks = {} if mask is None else {"attention_mask": mask}
+        return _pooled(self.model.get_text_features(input_ids=ids, **masks))
+
+    def scale(self) -> tuple[Tensor, Tensor | None]:
+        """The factor of the cosine in the logits, and what is added to it."""
+        if hasattr(self.model, "temperature"):  # ALIGN
+            return 1.0 / self.model.temperature, None
+        return self.model.logit_scale.exp(), getattr(self.model, "logit_bias", None)
+
+
+def _pooled(output: Any) -> Tensor:
+    """Features as transformers 5 returns them, or as earlier versions do."""
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+@contextmanager
+def replaced_rows(embedding: nn.Module, slots: Tensor, rows: Tensor) -> Iterator[None]:
+    """Put learned vectors in the place of some tokens' vectors, inside the context.
+
+    Args:
+        embedding: of the tokens.
+        slots: positions to fill, (texts, slots).
+        rows: the vectors, (texts or 1, slots, width).
+    """
+
+    def replace(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        texts = len(output)
+        index = torch.arange(texts, device=output.device)[:, None]
+        return output.index_put((index, slots), rows.to(output).expand(texts, -1, -1))
+
+    handle = embedding.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def evaluating(modules: list[nn.Module]) -> Iterator[None]:
+    """Switch dropout off in some modules, inside the context."""
+    training = [part for module in modules for part in module.modules() if part.training]
+    try:
+        for part in training:
+            part.training = False
+        yield
+    finally:
+        for part in training:
+            part.training = True

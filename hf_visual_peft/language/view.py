@@ -1,0 +1,125 @@
+"""What a method sees of a classifier in one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .tokens import Position, Tokens
+from .towers import Towers
+
+
+class TextClassifier(Protocol):
+    """What a view needs of `ZeroShotClassifier`, which explains these."""
+
+    @property
+    def towers(self) -> Towers: ...  # noqa: D102
+
+    @property
+    def class_names(self) -> list[str]: ...  # noqa: D102
+
+    def class_features(self, raw: bool = False) -> Tensor: ...  # noqa: D102
+
+    def texts_with_slots(self, count: int, position: Position, ending: str = ".") -> Tokens: ...  # noqa: D102
+
+    def encode_tokens(self, tokens: Tokens, rows: Tensor | None = None) -> Tensor: ...  # noqa: D102
+
+    def kept(self, equation: nn.Module, compute: Callable[[], Tensor]) -> Tensor: ...  # noqa: D102
+
+
+@dataclass
+class Outcome:
+    """The result of a forward pass before the loss.
+
+    Attributes:
+        logits: (images, classes).
+        image: features of the images.
+        text: features of the classes, (classes, width) or (images, classes, width).
+    """
+
+    logits: Tensor
+    image: Tensor
+    text: Tensor
+
+
+class View:
+    """A classifier and the images of one forward pass. What is asked for is computed, and computed once.
+
+    Args:
+        classifier: the classifier.
+        images: arguments of its image tower.
+    """
+
+    def __init__(self, classifier: TextClassifier, images: dict[str, Any]) -> None:
+        self.classifier = classifier
+        self.images = images
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the classes."""
+        return self.classifier.class_names
+
+    @cached_property
+    def image(self) -> Tensor:
+        """Features of the images, not normalised: (images, width)."""
+        return self.classifier.towers.encode_image(**self.images)
+
+    @cached_property
+    def text(self) -> Tensor:
+        """Features of the classes by the templates: (classes, width)."""
+        return self.classifier.class_features()
+
+    @cached_property
+    def raw_text(self) -> Tensor:
+        """The mean over templates of features that are not normalised."""
+        return self.classifier.class_features(raw=True)
+
+    @cached_property
+    def scale(self) -> Tensor:
+        """The factor of the cosine in the logits."""
+        return self.classifier.towers.scale()[0]
+
+    def encode(self, tokens: Tokens, rows: Tensor) -> Tensor:
+        """Features of texts with learned vectors in them.
+
+        Args:
+            tokens: the texts.
+            rows: the vectors, (texts or 1, slots, width).
+        """
+        return self.classifier.encode_tokens(tokens, rows)
+
+    def kept(self, equation: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
+        """Features of the classes that depend on an equation's weights; kept in evaluation.
+
+        Args:
+            equation: on whose weights they depend.
+            compute: makes them.
+        """
+        return self.classifier.kept(equation, compute)
+
+    def compare(self, image: Tensor, text: Tensor) -> Tensor:
+        """Logits of the model: scale x cosine, and SigLIP's bias.
+
+        Args:
+            image: (images, width).
+            text: (classes, width), or (images, classes, width).
+        """
+        scale, bias = self.classifier.towers.scale()
+        image, text = normalised(image), normalised(text)
+        cosine = (text @ image.unsqueeze(-1)).squeeze(-1) if text.ndim == 3 else image @ text.T
+        logits = cosine * scale.to(cosine)
+        return logits if bias is None else logits + bias.to(logits)
+
+    def zero_shot(self) -> Outcome:
+        """The result without any method."""
+        return Outcome(self.compare(self.image, self.text), self.image, self.text)
+
+
+def normalised(features: Tensor) -> Tensor:
+    """Features divided by their L2 norm, in float32 or better."""
+    return F.normalize(features if features.element_size() > 2 else features.float(), dim=-1)
