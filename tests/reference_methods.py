@@ -81,6 +81,12 @@ def aim(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
     return z + v.mlp(index, n) + v.drop_path(0.5 * bottleneck(v, own.of("joint.adapter."), n), rate)
 
 
+def apla(v: Vit, w: Weights, name: str, x: Tensor, y: Tensor) -> Tensor:
+    """With all rows, of which there is one choice."""
+    own = w.of(f"{name}.apla_rows.")
+    return y + x @ own["rows"].T + own["shift"]
+
+
 def arc(v: Vit, w: Weights) -> Tensor:
     bases = {"norm1": w["0.norm1.arc_attention.weight"], "norm2": w["0.norm2.arc_mlp.weight"]}
 
@@ -126,6 +132,20 @@ def bitfit(v: Vit, w: Weights) -> Tensor:
     v.at_linear = lambda name, x, y: y + w[f"{name}.bitfit_bias.shift"]
     v.at_norm = lambda name, y: y + w[f"{name}.bitfit_bias.shift"]
     return v.logits()
+
+
+def cara(v: Vit, w: Weights, name: str, x: Tensor, y: Tensor) -> Tensor:
+    role, shared = name.rpartition(".")[2], w.of("0.query.cara_factors.")
+    if role in ("query", "key", "value"):
+        own = w[f"{name}.cara_{role}.weights"][0]
+        parts = (own * shared["ranks"], shared["read"], shared["heads"], shared["channels"])
+        delta = torch.einsum("r,er,hr,ir->ehi", *parts).flatten(1)
+        return y + x @ v.drop(delta, 0.1)
+    own = w[f"{name}.cara_slices.weights"]
+    cube = torch.einsum("kr,or,ir->koi", own * shared["ranks_of_others"], shared["rows"], shared["columns"])
+    stacked = cube.flatten(0, 1)
+    delta = stacked if role == "fc2" else stacked.T
+    return y + x @ v.drop(delta, 0.1) + shared[f"biases.{role}"]
 
 
 def colin(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
@@ -253,6 +273,13 @@ def hydra(v: Vit, w: Weights, name: str, x: Tensor, y: Tensor) -> Tensor:
     return y
 
 
+def kradapter(v: Vit, w: Weights, name: str, x: Tensor, y: Tensor) -> Tensor:
+    own = w.of(f"{name}.kradapter_product.")
+    rows = [torch.kron(b, a) for a, b in zip(own["inner"], own["outer"], strict=True)]
+    product = torch.stack(rows)[:, : max(x.shape[-1], y.shape[-1])]
+    return y + 2.0 * x @ (product.T if y.shape[-1] <= x.shape[-1] else product)
+
+
 def kadaptation(v: Vit, w: Weights, name: str, x: Tensor, y: Tensor) -> Tensor:
     index, _, role = name.rpartition(".")
     rules, own = w.of("0.query.kadaptation_rules."), w.of(f"{name}.kadaptation_{role}.")
@@ -280,6 +307,13 @@ def lorand(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
 
     z = x + adapter("attention", v.attended(index, x))
     return z + adapter("mlp", v.fed(index, z))
+
+
+def mlae(v: Vit, w: Weights, name: str, x: Tensor, y: Tensor) -> Tensor:
+    own = w.of(f"{name}.mlae_experts.")
+    masked = v.drop(own["weights"], 0.5)
+    experts = zip(masked, own["down"], own["up"], strict=True)
+    return y + sum(weight * (v.drop(x, 0.1) @ a)[..., None] * b for weight, a, b in experts)
 
 
 def mona(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
@@ -348,6 +382,11 @@ def rlrr(v: Vit, w: Weights) -> Tensor:
     v.at_norm = scaled
     v.at_linear = lambda name, x, y: scaled(name, y) if name == "patch" else y
     return v.logits()
+
+
+def samparser(v: Vit, w: Weights, name: str, x: Tensor, y: Tensor) -> Tensor:
+    left, _, right = torch.linalg.svd(v.w[f"{name}.weight"], full_matrices=False)
+    return y + x @ (left @ w[f"{name}.samparser_values.delta"].diag() @ right).T
 
 
 def sharedlora(v: Vit, w: Weights, name: str, x: Tensor, y: Tensor) -> Tensor:

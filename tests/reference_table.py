@@ -12,7 +12,7 @@ from typing import Any
 import reference_choices as choices
 import reference_methods as methods
 import reference_side as side
-from reference_backbone import ROLES, Vit, Weights
+from reference_backbone import ROLES, WIDTH, Vit, Weights
 from reference_methods import beside_linears, blockwise
 from torch import Tensor
 
@@ -52,6 +52,7 @@ METHODS = {
         {"num_frames": 3},
         frames=2,
     ),
+    "apla": Reference(beside_linears(("output",), methods.apla), "MoeinSorkhei/APLA", {"r": WIDTH}),
     "arc": Reference(methods.arc, "DavidYanAnDe/ARC: Model/ARC_ViT.py", {"r": 4}, False),
     "attnscale": Reference(blockwise(methods.attnscale), "the paper"),
     "biadaptformer": Reference(
@@ -67,6 +68,7 @@ METHODS = {
         False,
     ),
     "bitfit": Reference(methods.bitfit, "the paper"),
+    "cara": Reference(beside_linears(ROLES, methods.cara), "BonnBytes/CaRA: src/cara/cara.py", {"r": 3}),
     "colin": Reference(blockwise(methods.colin), "DongshuoYin/CoLin: swin_colin.py", {"r": 5, "rank": 3}, False),
     "compacter": Reference(blockwise(methods.compacter), "the paper", {"r": 4, "n": 2}, False),
     "composite": Reference(
@@ -127,6 +129,11 @@ METHODS = {
         "eric-ai-lab/PEViT: evaluation/model.py, with factors of the values' own",
         {"n": 4, "scale": 10.0},
     ),
+    "kradapter": Reference(
+        beside_linears(ROLES, methods.kradapter),
+        "PaulAlbert31/KRAdapter: approximate_weight.py, cut before it is transposed",
+        {"roles": ROLES},
+    ),
     "last": Reference(side.last, "the paper", {"r": 4}),
     "linearprobe": Reference(methods.linearprobe, "the paper"),
     "lorand": Reference(blockwise(methods.lorand), "DongshuoYin/CoLin: swin_lorand.py", {"r": 8, "rank": 4}, False),
@@ -141,6 +148,11 @@ METHODS = {
         "the paper",
         {"num_virtual_tokens": 3, "r": 4, "scale": 1.5, "dropout": 0.1},
         False,
+    ),
+    "mlae": Reference(
+        beside_linears(("query", "value"), methods.mlae),
+        "jie040109/MLAE: mlae.py",
+        {"r": 3, "dropout": 0.1},
     ),
     "mona": Reference(blockwise(methods.mona), "Leiyi-Hu/mona: swin_transformer_mona.py", {"r": 4}, False),
     "mosa": Reference(blockwise(methods.mosa), "Theia-4869/MoSA: vit_mosa.py, pruner.py", {"r": 4}),
@@ -159,6 +171,9 @@ METHODS = {
     "repadapter": Reference(methods.repadapter, "luogen1996/RepAdapter: repadapter.py", {"r": 4}),
     "restuning": Reference(side.restuning, "the paper", {"r": 4}, False),
     "rlrr": Reference(methods.rlrr, "zstarN70/RLRR: models/networks.py", identity=False),
+    "samparser": Reference(
+        beside_linears(ROLES, methods.samparser), "Chongjie-Si/Subspace-Tuning, with changes of singular values"
+    ),
     "sct": Reference(
         choices.sct, "showlab/SCT: vision_transformer_sct.py, train_model_sct.py", {"channels": 6}, False, chooses=True
     ),
