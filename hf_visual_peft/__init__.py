@@ -29,8 +29,10 @@ from .features.pyramid import feature_pyramid
 from .language.classifier import ZeroShotClassifier, ZeroShotConfig
 from .language.config import list_language_methods
 from .language.loading import load_classifier
+from .language.lora import clip_lora
 from .language.methods import load_methods as load_language_methods
 from .language.retrieval import recall_at_k
+from .language.support import fit
 from .methods import load_methods
 from .methods.prefix.prefix_tuning import store_prefixes
 from .peft_methods.defaults import teach_targets
@@ -65,8 +67,10 @@ __all__ = [
     "ZeroShotConfig",
     "auxiliary_loss",
     "calibrate",
+    "clip_lora",
     "feature_pyramid",
     "find_backbone",
+    "fit",
     "freeze_norms",
     "get_method",
     "hub",

@@ -315,6 +315,23 @@ class ZeroShotClassifier(PreTrainedModel):
                 self._features[key] = state, compute()
         return self._features[key][1]
 
+    @property
+    def width(self) -> int:
+        """Channels of the features that are compared."""
+        with torch.no_grad():
+            return self._encode_part(self._tokens.part(0, 1, self.towers.embedding.weight.device), None).shape[-1]
+
+    def features_of(self, names: Sequence[str], raw: bool = False) -> Tensor:
+        """Features of any classes by the templates, for weights to start from.
+
+        Args:
+            names: of the classes.
+            raw: as of `class_features`; else they are normalised.
+        """
+        with torch.no_grad(), evaluating(self.towers.text_modules):
+            features = self._ensemble(self.encode_tokens(self._tokens_of(names, self.config.templates)), raw)
+        return features.float() if raw else normalised(features)
+
     def _ensemble(self, features: Tensor, raw: bool) -> Tensor:
         several = features.unflatten(0, (len(self.config.templates), -1))
         if self.config.normalize_before_mean and not raw:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -22,6 +22,8 @@ class TextClassifier(Protocol):
 
     @property
     def class_names(self) -> list[str]: ...  # noqa: D102
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...  # noqa: D102
 
     def class_features(self, raw: bool = False) -> Tensor: ...  # noqa: D102
 
