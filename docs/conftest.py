@@ -1,6 +1,7 @@
 """Runs the code blocks of the guides, in their order, in a folder with a tiny checkpoint and a few pictures."""
 
 import shlex
+import string
 
 import numpy as np
 import pytest
@@ -9,7 +10,19 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from sybil import Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
-from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Sequence, Split, WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    BitImageProcessor,
+    Dinov2Config,
+    Dinov2Model,
+    PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+)
 
 from hf_visual_peft.cli.main import main
 
@@ -26,6 +39,21 @@ def run_commands(example):
             assert program == "pip", line
 
 
+def save_dual_encoder(folder):
+    """A tiny SigLIP whose tokenizer knows single letters."""
+    layers = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**layers, "vocab_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    vision = {**layers, "image_size": 28, "patch_size": 14}
+    SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *string.ascii_lowercase, "."])}
+    letters = Tokenizer(WordLevel(vocabulary, unk_token="<s>"))
+    letters.pre_tokenizer = Sequence([WhitespaceSplit(), Split("", "isolated")])
+    letters.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    tokens = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<s>"}
+    PreTrainedTokenizerFast(tokenizer_object=letters, **tokens).save_pretrained(folder)
+    SiglipImageProcessor(size={"height": 28, "width": 28}).save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     """What the guides take for granted: a checkpoint, by the name that it has on the Hub, and folders of pictures."""
@@ -35,6 +63,7 @@ def workplace(tmp_path_factory):
     Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder / "facebook" / "dinov2-small")
     size = {"height": 28, "width": 28}
     BitImageProcessor(size={"shortest_edge": 28}, crop_size=size).save_pretrained(folder / "facebook" / "dinov2-small")
+    save_dual_encoder(folder / "google" / "siglip-base-patch16-224")
     generator = np.random.default_rng(0)
     for split, count in (("train", 8), ("test", 3)):
         for channel, name in enumerate(("red", "green")):
