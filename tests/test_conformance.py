@@ -26,6 +26,7 @@ from transformers import (
 
 import hf_visual_peft
 from hf_visual_peft.coverage.cell import first_sentence
+from hf_visual_peft.coverage.plain import PATCHED
 from hf_visual_peft.coverage.report import read_json
 from hf_visual_peft.coverage.sizes import small_fields
 from hf_visual_peft.sites import BlockAdapters, LogitSite, VisualTunerLayer
@@ -419,10 +420,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(method, fields, family)
 
 @on(core, kinds_on=core, once=True)
 @pytest.mark.slow
-def test_compile_fullgraph(method, fields, family):
+def test_compile_fullgraph(method, fields, family, monkeypatch):
     """No method breaks the graph; those of each kind go through autograd's tracing too, as they train and answer."""
+    monkeypatch.setitem(PATCHED, "num_hidden_layers", 2)  # compilers are slow, and look at every block anew
     model = adapted(method, fields, family)
-    whole = method.name in OF_EACH_KIND  # compilers are slow
+    whole = method.name in OF_EACH_KIND and family.name == "vit"
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if whole else "eager")
     if whole:
@@ -549,11 +551,17 @@ def test_process_without_the_plugin_fails(tmp_path):
     method = hf_visual_peft.get_method("vpt")
     family = FAMILIES["vit"]
     adapted(method, {}, family).save_pretrained(tmp_path)
-    code = f"from peft import PeftConfig; PeftConfig.from_pretrained({str(tmp_path)!r})"
-    failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert failed.returncode != 0
-    assert "KeyError: 'VPT'" in failed.stderr
-    subprocess.run([sys.executable, "-c", f"import hf_visual_peft; {code}"], check=True)
+    code = f"""
+from peft import PeftConfig
+try:
+    PeftConfig.from_pretrained({str(tmp_path)!r})
+except KeyError as error:
+    assert "VPT" in str(error), error
+    import hf_visual_peft
+    PeftConfig.from_pretrained({str(tmp_path)!r})
+    print("done")
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "done\n"
 
 
 @every_method
