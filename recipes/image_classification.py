@@ -41,6 +41,7 @@ from arguments import data_title, parse_args, shown
 from augmentation import Mixing
 from cached_features import cache_features
 from checkpoints import Checkpoints, load_trainable, saved_state
+from fingerprints import fingerprint
 from huggingface_hub import HfApi
 from image_data import load_processor, prepare_data, save_processor
 from image_sources import load_splits
@@ -184,6 +185,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             seed=args.seed,
             progress=screen.bars,
         )
+    results: dict[str, Any] = {"images": {split: len(images) for split, images in data.items()}}
+    measured = "test" if "test" in data else "validation"
+    if main_process and measured in data and not args.streaming:  # what the figures are figures of
+        images = data[measured]
+        results["fingerprint"] = {measured: fingerprint(images.data, images.ids, names)}
     inputs = {"interpolate_pos_encoding": True} if args.interpolate_pos_encoding else {}
     if args.cache_features:
         data = cache_features(accelerator, model, data, args, inputs)
@@ -282,7 +288,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         save = functools.partial(model.save_pretrained, state_dict=state)
         publish(args.output_dir, save, functools.partial(save_processor, processor, model))
     kept = progress.kept or {"epoch": training.epoch_number(), "step": progress.step}
-    results = {name if name in ("epoch", "step") else f"eval_{name}": value for name, value in kept.items()}
+    results = {
+        **{name if name in ("epoch", "step") else f"eval_{name}": value for name, value in kept.items()},
+        **results,
+    }
     if "test" in loaders:
         found = evaluate_split(accelerator, wrapped, loaders["test"], metrics, inputs, "test")
         results |= {f"test_{name}": value for name, value in found.items()}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..version import __version__
 
@@ -40,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _look(arguments)
     if arguments.command == "inspect":
         return _inspect(arguments)
+    if arguments.command == "report":
+        return _report(arguments, words)
     return _demo(arguments)
 
 
@@ -60,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         "one table.",
     )
     commands.add_parser("train", help="train on your images with the recipe, by accelerate; own flags: train --help")
+    commands.add_parser("compare", help="compare methods on your images within minutes; own flags: compare --help")
     commands.add_parser("predict", help="predict images with an adapter or model; own flags: predict --help")
     add_arguments(demo)
     demo.add_argument("--traceback", action="store_true", help="show where an error came from")
@@ -103,7 +108,32 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("adapter", nargs="+", help="folder, or repository of the Hub")
     inspect.add_argument("--revision", help="branch, tag or commit of the repository")
     inspect.add_argument("--json", action="store_true", help="for scripts: one object a line")
+    report = commands.add_parser(
+        "report",
+        help="write a page of runs and comparisons: table, charts, images",
+        description="Write one self-contained HTML page of comparisons and runs of the recipe, which must be measured "
+        "on the same images. It needs the extra 'report'.",
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run or comparison, or one that holds such")
+    report.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="default: report.html")
     return parser
+
+
+def _report(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    from ..report.page import page
+    from ..report.reading import read_results
+    from ..sharing.files import write_aside
+
+    try:
+        if not arguments.output.resolve().parent.is_dir():
+            raise ValueError(f"--output {arguments.output}: the folder does not exist.")
+        text = page(read_results(arguments.runs), shlex.join(["hf-visual-peft", *words]))
+        write_aside(arguments.output, text)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"hf-visual-peft report: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    print(f"{arguments.output} has {len(text) / 2**20:.1f} MB.")
+    return 0
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
