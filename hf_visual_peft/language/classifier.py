@@ -22,10 +22,11 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..backbones.architectures import register_heads
+from .open_clip_models import OpenClipDualEncoder, is_open_clip
 from .slot import AdapterSlot
 from .templates import DEFAULT, check_templates
 from .tokens import Position, TextWriter, Tokens, as_text, check_names
-from .towers import Towers, evaluating, replaced_rows
+from .towers import Towers, evaluating, replaced_rows, towers_of
 from .view import View, normalised
 
 
@@ -119,7 +120,7 @@ class ZeroShotClassifier(PreTrainedModel):
         self._tokenizer = tokenizer
         self._features: dict[str, tuple[Any, Tensor]] = {}  # of the classes, each with what it depends on
         self._slots: dict[Any, Tokens] = {}
-        Towers(self.encoder)  # refuses what is no dual encoder
+        towers_of(self.encoder)  # refuses what is no dual encoder
         for module in () if encoder is None else encoder.modules():
             module._is_hf_initialized = True  # its weights are there
         self.post_init()
@@ -139,7 +140,7 @@ class ZeroShotClassifier(PreTrainedModel):
         """Load a dual encoder, or a saved classifier.
 
         Args:
-            checkpoint: folder or repository of a dual encoder of transformers, or of a saved classifier.
+            checkpoint: folder or repository of a dual encoder of transformers or OpenCLIP, or of a saved classifier.
             args: as of every model.
             class_names: of the classes; a saved classifier has its own.
             templates: a text with `{}` for the name, several, `"simple"` or `"openai"`; default: `"a photo of a {}."`,
@@ -152,15 +153,23 @@ class ZeroShotClassifier(PreTrainedModel):
         """
         own = {key: kwargs.pop(key) for key in ("normalize_before_mean", "class_chunk") if key in kwargs}
         where = {key: kwargs[key] for key in ("revision", "subfolder", "token", "cache_dir") if key in kwargs}
-        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(checkpoint, **where)
+        of_open_clip = "config" not in kwargs and is_open_clip(checkpoint, **where)
+        config = kwargs.pop("config", None)
+        if config is None and not of_open_clip:
+            config = AutoConfig.from_pretrained(checkpoint, **where)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(checkpoint, **where)
         if isinstance(config, ZeroShotConfig):
             for name, value in own.items():
                 setattr(config, name, value)
             model: ZeroShotClassifier = super().from_pretrained(checkpoint, *args, config=config, **kwargs)
+            if isinstance(model.encoder, OpenClipDualEncoder):
+                model.encoder.restore_masks()
             model._tokenizer = tokenizer
         else:
-            encoder = AutoModel.from_pretrained(checkpoint, *args, config=config, **kwargs)
+            if of_open_clip:
+                encoder = OpenClipDualEncoder.from_open_clip(checkpoint, **where)
+            else:
+                encoder = AutoModel.from_pretrained(checkpoint, *args, config=config, **kwargs)
             names = [] if class_names is None else class_names
             config = cls.config_class(encoder.config, names, templates or DEFAULT, **own)
             config._name_or_path = checkpoint
@@ -193,7 +202,7 @@ class ZeroShotClassifier(PreTrainedModel):
     @property
     def towers(self) -> Towers:
         """The dual encoder's two towers."""
-        return Towers(self.encoder)
+        return towers_of(self.encoder)
 
     @property
     def writer(self) -> TextWriter:
@@ -207,7 +216,7 @@ class ZeroShotClassifier(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """The module that takes pixels."""
-        return self.encoder.vision_model.get_input_embeddings()
+        return self.towers.image_embedding
 
     def set_class_names(self, class_names: Sequence[str], templates: Sequence[str] | str | None = None) -> None:
         """Take other classes, at any time. No weight changes.

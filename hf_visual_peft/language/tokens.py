@@ -142,7 +142,8 @@ class TextWriter:
                     f"tokenizer ends texts with {row[-1]}: take the tokenizer of the checkpoint."
                 )
         length = limit if self.towers.fixed_length else max(map(len, rows))
-        ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
+        padding = self.towers.padding_token
+        ids = torch.full((len(rows), length), self.tokenizer.pad_token_id if padding is None else padding)
         mask = torch.zeros(len(rows), length, dtype=torch.long)
         # where all positions count, the side of the padding does, too
         left = self.towers.fixed_length and self.tokenizer.padding_side == "left"

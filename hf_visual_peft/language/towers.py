@@ -78,6 +78,16 @@ class Towers:
         return int(self.embedding.weight.shape[1])
 
     @property
+    def image_embedding(self) -> nn.Module:
+        """The module that maps pixels to tokens or maps."""
+        return self.model.vision_model.get_input_embeddings()
+
+    @property
+    def padding_token(self) -> int | None:
+        """The id that the text model takes for padding by itself; None if the tokenizer decides."""
+        return None
+
+    @property
     def text_modules(self) -> list[nn.Module]:
         """The modules that text features depend on."""
         projection = getattr(self.model, "text_projection", None)
@@ -97,6 +107,56 @@ class Towers:
         if hasattr(self.model, "temperature"):  # ALIGN
             return 1.0 / self.model.temperature, None
         return self.model.logit_scale.exp(), getattr(self.model, "logit_bias", None)
+
+
+class OpenClipTowers(Towers):
+    """A dual encoder of OpenCLIP, as `OpenClipDualEncoder`."""
+
+    @property
+    def fixed_length(self) -> bool:
+        """Always: OpenCLIP's causal mask has one size."""
+        return True
+
+    @property
+    def masked(self) -> bool:
+        """Never: OpenCLIP's text model makes its masks itself."""
+        return False
+
+    @property
+    def max_length(self) -> int:
+        """The number of positions of the text model."""
+        return int(self.model.text_model.context_length)
+
+    @property
+    def end_token(self) -> int | None:
+        """The token that the text model looks for; None if it pools elsewhere or at the largest id."""
+        text = self.model.text_model
+        return int(text.eos_id) if text.pool_type == "eos" else None
+
+    @property
+    def embedding(self) -> Any:
+        """The module that maps token ids to vectors."""
+        return self.model.text_model.token_embedding
+
+    @property
+    def image_embedding(self) -> nn.Module:
+        """The module that maps pixels to tokens or maps: the first convolution."""
+        return next(module for module in self.model.vision_model.modules() if isinstance(module, nn.Conv2d))
+
+    @property
+    def padding_token(self) -> int | None:
+        """The id that the text model masks, where it does."""
+        text = self.model.text_model
+        return int(text.pad_id) if text.use_pad_mask or text.cls_emb is not None else None
+
+
+def towers_of(model: Any) -> Towers:
+    """The towers of a dual encoder.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return (OpenClipTowers if getattr(model.config, "model_type", "") == "open_clip" else Towers)(model)
 
 
 def _pooled(output: Any) -> Tensor:
