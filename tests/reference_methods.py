@@ -514,6 +514,72 @@ def prefix(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
     return z + v.fed(index, z)
 
 
+def apt(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
+    """Keys and values of one head, for every head."""
+    own, n = w.of(f"{index}.apt_prompts."), v.norm(f"{index}.norm1", x)
+    pairs = []
+    for role, name in (("key", "keys"), ("value", "values")):
+        scaled = own[name] * own[f"{role}_scale"].clamp(min=1).unsqueeze(-1)
+        prompts = v.drop(scaled.expand(len(x), -1, -1), 0.1).repeat(1, 1, HEADS)
+        pairs.append(torch.cat([v.linear(f"{index}.{role}", n), prompts], dim=1))
+    z = x + v.linear(f"{index}.output", attend(v.linear(f"{index}.query", n), *pairs, HEADS))
+    return z + v.fed(index, z)
+
+
+def laeprefix(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
+    """The weights of prefixes are divided by their own sum."""
+    if index > 1:
+        return v.plain_block(index, x)
+    own, n = w.of(f"{index}.laeprefix_heads."), v.norm(f"{index}.norm1", x)
+    keys, values = (own[f"{role}_scale"] * own[f"{role}s"].expand(len(x), -1, -1) for role in ("key", "value"))
+    given = [v.linear(f"{index}.{role}", n) for role in ("query", "key", "value")]
+    q, k, value, keys, values = (p.unflatten(-1, (HEADS, -1)).transpose(1, 2) for p in (*given, keys, values))
+    weights = (q @ torch.cat([k, keys], dim=2).mT / q.shape[-1] ** 0.5).softmax(-1)
+    own_part, new = weights.split([k.shape[2], keys.shape[2]], dim=-1)
+    mixed = own_part @ value + new / new.sum(-1, keepdim=True) @ values
+    z = x + v.linear(f"{index}.output", mixed.transpose(1, 2).flatten(2))
+    return z + v.fed(index, z)
+
+
+def laeadapter(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
+    own, n = w.of(f"{index}.laeadapter_attention."), v.norm(f"{index}.norm1", x)
+    z = x + v.attention(index, n)
+    z = z + own["scale"] * bottleneck(v, own, n) if own else z
+    return z + v.fed(index, z)
+
+
+def laelora(v: Vit, w: Weights, name: str, x: Tensor, y: Tensor) -> Tensor:
+    own = w.of(f"{name}.laelora_{name.partition('.')[2]}.")
+    return y + own["scale"] * x @ own["down.weight"].T @ own["up.weight"].T if own else y
+
+
+def offsets(own: Weights, x: Tensor) -> dict[str, Tensor]:
+    return dict(
+        zip(("key", "value"), own.linear("up", torch.tanh(own.linear("down", x))).chunk(2, dim=-1), strict=True)
+    )
+
+
+def patt(v: Vit, w: Weights, name: str, x: Tensor, y: Tensor) -> Tensor:
+    index, _, role = name.partition(".")
+    return y + 0.8 * offsets(w.of(f"{index}.key.patt_network{index}."), x)[role]
+
+
+def bapat(v: Vit, w: Weights) -> Tensor:
+    def change(n: str, x: Tensor, y: Tensor) -> Tensor:
+        index, _, role = n.partition(".")
+        if role not in ("key", "value"):
+            return y
+        return y + 0.8 * offsets(w.of(f"{index}.key.bapat_patt_network{index}."), x)[role]
+
+    def block(index: int, x: Tensor) -> Tensor:
+        z = x + v.attended(index, x)
+        read = v.norm(f"{index}.norm2", z)
+        return z + v.mlp(index, read) + 0.1 * bottleneck(v, w.of(f"{index}.bapat_mlp_mlp."), read, 0.1, F.relu)
+
+    v.at_linear, v.block = change, block
+    return v.logits()
+
+
 def composite(v: Vit, w: Weights) -> Tensor:
     """Prompts, low-rank updates of queries, keys and values, and a bottleneck after the MLP."""
     own = Weights({name.replace(".composite_", "."): value for name, value in w.items()})

@@ -53,8 +53,17 @@ METHODS = {
         frames=2,
     ),
     "apla": Reference(beside_linears(("output",), methods.apla), "MoeinSorkhei/APLA", {"r": WIDTH}),
+    "apt": Reference(
+        blockwise(methods.apt), "wgcban/apt: modeling_VPT.py", {"num_virtual_tokens": 3, "dropout": 0.1}, False
+    ),
     "arc": Reference(methods.arc, "DavidYanAnDe/ARC: Model/ARC_ViT.py", {"r": 4}, False),
     "attnscale": Reference(blockwise(methods.attnscale), "the paper"),
+    "bapat": Reference(
+        methods.bapat,
+        "the paper, and bruceyo/V-PETL: models/video_swin_transformer_patt.py",
+        {"attention_r": 3, "r": 4, "dropout": 0.1},
+        False,
+    ),
     "biadaptformer": Reference(
         blockwise(methods.biadaptformer),
         "JieShibo/PETL-ViT: binary_adapter/adaptformer.py",
@@ -134,6 +143,9 @@ METHODS = {
         "PaulAlbert31/KRAdapter: approximate_weight.py, cut before it is transposed",
         {"roles": ROLES},
     ),
+    "laeadapter": Reference(blockwise(methods.laeadapter), "gqk/LAE", {"r": 4, "depth": 2}),
+    "laelora": Reference(beside_linears(("key", "value"), methods.laelora), "gqk/LAE", {"r": 4, "depth": 2}),
+    "laeprefix": Reference(blockwise(methods.laeprefix), "gqk/LAE", {"num_virtual_tokens": 3, "depth": 2}, False),
     "last": Reference(side.last, "the paper", {"r": 4}),
     "linearprobe": Reference(methods.linearprobe, "the paper"),
     "lorand": Reference(blockwise(methods.lorand), "DongshuoYin/CoLin: swin_lorand.py", {"r": 8, "rank": 4}, False),
@@ -157,6 +169,12 @@ METHODS = {
     "mona": Reference(blockwise(methods.mona), "Leiyi-Hu/mona: swin_transformer_mona.py", {"r": 4}, False),
     "mosa": Reference(blockwise(methods.mosa), "Theia-4869/MoSA: vit_mosa.py, pruner.py", {"r": 4}),
     "partial": Reference(methods.partial, "the paper"),
+    "patt": Reference(
+        beside_linears(("key", "value"), methods.patt),
+        "bruceyo/V-PETL: models/video_swin_transformer_patt.py",
+        {"r": 4},
+        False,
+    ),
     "pfeiffer": Reference(blockwise(methods.pfeiffer), "the paper", {"r": 4, "dropout": 0.1}),
     "prefix": Reference(blockwise(methods.prefix), "the paper", {"num_virtual_tokens": 3, "dropout": 0.1}, False),
     "prefix-mlp": Reference(

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -48,12 +48,19 @@ class LogitSite(AttentionSite):
     """
 
 
+@dataclass(frozen=True)
 class KeyValueSite(AttentionSite):
     """Extra keys and values, which join those of a block's attention, in every window.
 
     They have no position, and no mask hides them. The equation is called with the number of images; it returns keys
     and values, (images, heads, tokens, channels of a head) each. `sites.forms.head_sizes` returns heads and channels.
+
+    Attributes:
+        compensated: whether their values are weighted by a softmax of their own: the weights of all keys sum up to 1,
+            but what falls on these is divided by its sum. Changes of logits do not reach that softmax.
     """
+
+    compensated: bool = False
 
     def why_not(self, block: Block | None, whole: VisionBackbone) -> str | None:
         """Attention may let no tokens join."""
@@ -85,19 +92,21 @@ class Acts:
         change: returns a function of the logits, or None.
         keep: called with keys and values, without those that joined.
         instead: returns keys and values to use in place of the module's own, or None. With them, nothing else happens.
+        beside: returns keys and values whose attention, by a softmax of its own, is added to the module's.
     """
 
     join: Callable[[Tensor], Pair | None]
     change: Callable[[], Callable[[Tensor], Tensor] | None]
     keep: Callable[[Tensor, Tensor], None]
     instead: Callable[[], Pair | None]
+    beside: Callable[[], Sequence[Pair]]
 
 
 def _nothing(*args: Any) -> None:
     return None
 
 
-NO_ACTS = Acts(_nothing, _nothing, _nothing, _nothing)
+NO_ACTS = Acts(_nothing, _nothing, _nothing, _nothing, tuple)
 
 
 # ---- which modules -----------------------------------------------------------------------------------------------
@@ -201,7 +210,10 @@ def _interface(
         heads, weights = _attend(change, query, key, value, mask, scaling, dropout if module.training else 0.0)
         return heads.transpose(1, 2).contiguous(), weights
 
-    return _meet(acts, key, value, attention_mask, plain, changed)
+    output, weights = _meet(acts, key, value, attention_mask, plain, changed)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    added = _beside(acts, query, lambda keys: query @ keys.mT * scale)
+    return output if added is None else output + added.transpose(1, 2), weights
 
 
 AttentionInterface.register(IMPLEMENTATION, _interface)
@@ -226,6 +238,23 @@ def _meet(
             mask = F.pad(mask, (0, joining[0].shape[-2]), value=shown)
     change = acts.change()
     return plain(key, value, mask) if change is None else changed(change, key, value, mask)
+
+
+def _beside(acts: Acts, query: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """What attention to keys and values beside the module's own adds to its heads, (..., queries, channels).
+
+    Args:
+        acts: that give them.
+        query: (..., queries, channels).
+        logits: of the queries, for any keys.
+    """
+    total = None
+    for key, value in acts.beside():
+        groups = query.shape[1] // key.shape[1] if query.ndim == key.ndim == 4 else 1
+        key, value = (x if groups == 1 else x.repeat_interleave(groups, dim=1) for x in (key, value))
+        heads = torch.softmax(logits(key), dim=-1, dtype=torch.float32).to(value.dtype) @ value
+        total = heads if total is None else total + heads
+    return total
 
 
 def _joined(own: Tensor, new: Tensor) -> Tensor:
@@ -352,6 +381,7 @@ class _Watch(TorchFunctionMode):
         self.key: Tensor | None = None
         self.joining: Tensor | None = None  # values
         self.instead: Tensor | None = None  # values in place of the module's
+        self.beside: Tensor | None = None  # to be added to the heads
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -408,9 +438,9 @@ class _Watch(TorchFunctionMode):
 
     def _product(self, func: Any, a: Tensor, b: Tensor, **kwargs: Any) -> Tensor:
         if self.weights is not None and a is self.weights:
-            return func(a, self._values(b), **kwargs)
+            return self._with_beside(func(a, self._values(b), **kwargs))
         if self.weights is not None and b is self.weights:
-            return func(self._values(a.mT).mT, b, **kwargs)
+            return self._with_beside(func(self._values(a.mT).mT, b, **kwargs).mT).mT
         if a.ndim < 3 or b.ndim < 3:
             return func(a, b, **kwargs)
         if not self.logits and (instead := self.acts.instead()) is not None:
@@ -418,6 +448,9 @@ class _Watch(TorchFunctionMode):
         output = func(a, b, **kwargs)
         self.logits.append(_Logits(output, a, b, any(each is b for each in self.normalized)))
         return output
+
+    def _with_beside(self, heads: Tensor) -> Tensor:
+        return heads if self.beside is None else heads + self.beside.reshape(heads.shape)
 
     def _values(self, value: Tensor) -> Tensor:
         """The values that weights are for."""
@@ -443,6 +476,11 @@ class _Watch(TorchFunctionMode):
                 key = F.normalize(key, dim=-1) if logits.normalized else key
                 products = logits.scaled(logits.query @ key.mT)
                 changed = torch.cat([own, products.reshape(*own.shape[:-1], -1).to(own.dtype)], dim=-1)
+
+            def of(keys: Tensor) -> Tensor:
+                return logits.scaled(logits.query @ (F.normalize(keys, dim=-1) if logits.normalized else keys).mT)
+
+            self.beside = _beside(self.acts, logits.query, of)
             change = self.acts.change()
             if change is not None:
                 plain = logits.scaled(logits.query @ logits.key).reshape(own.shape)
@@ -482,7 +520,10 @@ class _Watch(TorchFunctionMode):
             key, value = (x if groups == 1 else x.repeat_interleave(groups, dim=1) for x in (key, value))
             return _attend(change, query, key, value, mask, scale, dropout_p)
 
-        return _meet(self.acts, key, value, attn_mask, plain, changed)[0]
+        heads = _meet(self.acts, key, value, attn_mask, plain, changed)[0]
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        added = _beside(self.acts, query, lambda keys: query @ keys.mT * factor)
+        return heads if added is None else heads + added
 
 
 def _as_product(equation: Any, *operands: Any) -> Pair | None:

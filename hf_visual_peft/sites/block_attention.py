@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -134,7 +134,7 @@ class AttentionLayer(VisualTunerLayer):
         return forward(*args, **kwargs)
 
     def _acts(self) -> Acts:
-        return Acts(self._joining_heads, self._logit_change, self._keep, self._instead)
+        return Acts(self._joining_heads, self._logit_change, self._keep, self._instead, self._apart)
 
     def _equations(self, *kinds: type[Site]) -> Iterator[Equation]:
         if self._pass is not None:
@@ -158,11 +158,26 @@ class AttentionLayer(VisualTunerLayer):
             with self._unwatched():
                 pairs.append(project(form, current.joining))
         assert current.entered is not None
+        beside = []
         for each in equations:
+            assert isinstance(each.site, KeyValueSite)
             assert each.module is not None
-            pairs.append(self._left(each, each.module(current.entered.shape[0], *each.shared)))
+            pair = self._left(each, each.module(current.entered.shape[0], *each.shared))
+            if each.site.compensated:
+                beside.append(pair)
+                pair = (pair[0], torch.zeros_like(pair[1]))  # the values count by themselves
+            pairs.append(pair)
+        heads = head_sizes(form)[0]
+        current.beside = tuple(spread((k.to(own.dtype), v.to(own.dtype)), own, heads) for k, v in beside)
         keys, values = (torch.cat([x.to(own.dtype) for x in each], dim=2) for each in zip(*pairs, strict=True))
-        return spread((keys, values), own, head_sizes(form)[0])
+        return spread((keys, values), own, heads)
+
+    def _apart(self) -> Sequence[Pair]:
+        """The keys and values of this pass with a softmax of their own, once."""
+        if self._pass is None:
+            return ()
+        pairs, self._pass.beside = self._pass.beside, ()
+        return pairs
 
     def _logit_change(self) -> Callable[[Tensor], Tensor] | None:
         equations = list(self._equations(LogitSite))

@@ -184,6 +184,7 @@ class Pass:
     between: Tensor | None = None  # the stream between attention and MLP, with all additions, for side networks
     images: int = 0  # if they belong to videos
     inside: int = 1  # cells of a patch, if these are the rows of the stream
+    beside: tuple[tuple[Tensor, Tensor], ...] = ()  # keys and values with a softmax of their own
     joining: Tensor | None = None  # tokens that are not in the sequence, as attention reads them
     layouts: dict[str, TokenLayout] = field(default_factory=dict)  # of the states of side networks before the block
     layouts_behind: dict[str, TokenLayout] = field(default_factory=dict)  # and after it

@@ -296,8 +296,18 @@ def _require_foldable(module: nn.Module, equations: Iterable[Equation]) -> None:
     if not is_linear_in_weight(module):
         raise ValueError(f"Cannot merge an adapter into {module}: it standardises its weight.")
     around = any(e.site.around for e in equations)
+    unfolded = next((e.module for e in equations if e.site.around and not _folds(e.module)), None)
+    if unfolded is not None:
+        raise ValueError(
+            f"{type(unfolded).__name__} at {module} cannot be merged: it is no affine change of a weight. Keep "
+            "the adapter beside the backbone; `unload()` gives the backbone back without it."
+        )
     if around and isinstance(module, nn.Linear) and not _does_as_a_linear(module):
         raise ValueError(f"Cannot merge an adapter into {module}: its class does more than a linear does.")
+
+
+def _folds(equation: nn.Module | None) -> bool:
+    return hasattr(equation, "fold") or hasattr(equation, "fold_input")
 
 
 @torch.no_grad()

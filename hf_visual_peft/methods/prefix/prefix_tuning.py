@@ -168,11 +168,7 @@ class PrefixConfig(VisualPeftConfig):
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """In the attention of every block that has one."""
-        blocks = [
-            block
-            for block in backbone.blocks
-            if all(block.roles[role] for role in ("query", "key", "value")) and "attention" in block.sublayers
-        ]
+        blocks = attending(backbone)
         network = None
         if self.reparam_dim is not None:
             sizes = [size for block in blocks for size in _widths(block, backbone)]
@@ -183,12 +179,28 @@ class PrefixConfig(VisualPeftConfig):
             yield Placement(block.path, "heads", KeyValueSite(), partial(self._build, index, block), network)
 
     def _build(self, index: int, block: Block, module: nn.Module) -> Prefixes | ProducedPrefixes:
-        query, key, value = (block.roles[role][0].removeprefix(f"{block.path}.") for role in ("query", "key", "value"))
-        form = projections(module, attention_path(module, query), query, key, value)
-        heads, key_width, value_width = head_sizes(form)
+        heads, key_width, value_width = heads_in(block, module)
         if self.reparam_dim is None:
             return Prefixes(self.num_virtual_tokens, heads, key_width, value_width, self.dropout)
         return ProducedPrefixes(index, heads, self.dropout)
+
+
+def attending(backbone: VisionBackbone) -> list[Block]:
+    """The blocks in which keys and values can join those of attention."""
+    roles = ("query", "key", "value")
+    blocks = [block for block in backbone.blocks if all(block.roles[role] for role in roles)]
+    return [block for block in blocks if "attention" in block.sublayers]
+
+
+def heads_in(block: Block, module: nn.Module) -> tuple[int, int, int]:
+    """How many heads a block's keys have, and channels of a head in keys and in values.
+
+    Args:
+        block: in the backbone.
+        module: the block itself.
+    """
+    query, key, value = (block.roles[role][0].removeprefix(f"{block.path}.") for role in ("query", "key", "value"))
+    return head_sizes(projections(module, attention_path(module, query), query, key, value))
 
 
 def _widths(block: Block, backbone: VisionBackbone) -> tuple[int, int]:

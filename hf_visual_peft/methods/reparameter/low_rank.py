@@ -22,6 +22,7 @@ from ...backbones.backbone import VisionBackbone
 from ...core.config import VisualPeftConfig
 from ...sites import LinearSite, Placement
 from .products import plus_product
+from .rows import Rows
 
 
 class LowRank(nn.Module):
@@ -36,12 +37,21 @@ class LowRank(nn.Module):
         r: rank.
         scale: s, or `"learnable"`: one number that starts at 1.
         dropout: probability, on the input.
+        rows: outputs of the linear that it acts on; None: all.
     """
 
-    def __init__(self, linear: nn.Linear, r: int, scale: float | Literal["learnable"], dropout: float) -> None:
+    def __init__(
+        self,
+        linear: nn.Linear,
+        r: int,
+        scale: float | Literal["learnable"],
+        dropout: float,
+        rows: Rows | None = None,
+    ) -> None:
         super().__init__()
+        self.rows = rows or Rows("", 0, linear.out_features)
         self.down = nn.Linear(linear.in_features, r, bias=False)
-        self.up = nn.Linear(r, linear.out_features, bias=False)
+        self.up = nn.Linear(r, self.rows.size, bias=False)
         self.scale = nn.Parameter(torch.ones(1)) if scale == "learnable" else scale
         self.dropout = nn.Dropout(dropout)
         nn.init.zeros_(self.up.weight)
@@ -49,6 +59,8 @@ class LowRank(nn.Module):
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """The new output (..., out_features), from the linear's output and its input (..., in_features)."""
         hidden = self.down(self.dropout(x))
+        if self.rows.size < y.shape[-1]:
+            return y + self.rows.pad(self.scale * self.up(hidden), y.shape[-1], dim=-1)
         if isinstance(self.scale, nn.Parameter):
             return plus_product(y, self.scale * hidden, self.up.weight.T)
         return plus_product(y, hidden, self.up.weight.T, self.scale)
@@ -57,7 +69,8 @@ class LowRank(nn.Module):
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the linear with the update folded in."""
         scale = self.scale.to(weight) if isinstance(self.scale, nn.Parameter) else self.scale
-        return weight + scale * (self.up.weight.to(weight) @ self.down.weight.to(weight)), bias
+        update = scale * (self.up.weight.to(weight) @ self.down.weight.to(weight))
+        return weight + self.rows.pad(update, len(weight), dim=-2), bias
 
 
 # fields of `LoraConfig` with a meaning here; all others must have their defaults
