@@ -173,9 +173,11 @@ class BinaryWeight(nn.Module):
         self.follows = True
         if self._is_written():  # they are older
             return
-        if self.weight.is_meta:
-            empty = torch.empty_like(self.weight, device=self.codes.device)
-            self.weight = nn.Parameter(empty, requires_grad=self.weight.requires_grad)
+        if self.fitted.is_meta:  # the parameter was never set, even if what is in its memory looks like this matrix
+            if self.weight.is_meta:
+                empty = torch.empty_like(self.weight, device=self.codes.device)
+                self.weight = nn.Parameter(empty, requires_grad=self.weight.requires_grad)
+            self.weight.fill_(torch.nan)
         codes = self._codes()
         mean, std = self.stats.float()
         levels = self._levels(mean)
