@@ -497,6 +497,33 @@ def gatedprompt(v: Vit, w: Weights) -> Tensor:
     return v.w.linear("head", v.norm("norm", x)[:, 0])
 
 
+def cvpt(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
+    """Between attention and MLP, the stream attends to prompts by the block's own weights."""
+    prompts = v.drop(w[f"{index}.cvpt_cross.prompts"].expand(len(x), -1, -1), 0.1)
+    z = x + v.attended(index, x)
+    query, key, value = (
+        v.w.linear(f"{index}.{role}", each)
+        for role, each in zip(("query", "key", "value"), (z, prompts, prompts), strict=True)
+    )
+    z = z + v.w.linear(f"{index}.output", attend(query, key, value, HEADS))
+    return z + v.fed(index, z)
+
+
+def vapt(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
+    """Prompts of the first block are learned, those of others come from patches: each channel convolved and mixed."""
+    own = w.of(f"{index}.vapt_tokens.")
+    if index == 0:
+        prompts = own["prompts"].expand(len(x), -1, -1)
+    else:
+        maps = to_maps(own.norm("norm", x)[:, 1:])
+        maps = F.conv2d(maps.flatten(0, 1)[:, None], own["kernel"]).view(len(x), WIDTH, -1)
+        prompts = own.linear("mix", maps).transpose(1, 2)
+        shared = w.of("1.vapt_projector.")
+        prompts = prompts + shared.linear("up", F.relu(shared.linear("down", prompts)))
+    x = v.plain_block(index, torch.cat([x[:, :1], prompts, x[:, 1:]], dim=1))
+    return torch.cat([x[:, :1], x[:, 1 + prompts.shape[1] :]], dim=1)
+
+
 def prefix(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
     """Keys and values of all heads; where an MLP makes them, those of block 0 come first: its keys, its values."""
     if "0.prefix_network.embedding" in w:

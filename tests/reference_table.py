@@ -99,6 +99,9 @@ METHODS = {
         False,
     ),
     "convpass": Reference(blockwise(methods.convpass), "JieShibo/PETL-ViT: convpass/convpass.py", {"r": 4}),
+    "cvpt": Reference(
+        blockwise(methods.cvpt), "Lingyun0419/CVPT: CVPT.py", {"num_virtual_tokens": 3, "dropout": 0.1}, False
+    ),
     "difffit": Reference(methods.difffit, "the paper"),
     "dtl": Reference(side.dtl, "heekhero/DTL: models/vision_transformer.py"),
     "dtl-kernel": Reference(side.dtl, "heekhero/DTL: models/vision_transformer.py", {"plus": True, "kernel_size": 3}),
@@ -216,6 +219,12 @@ METHODS = {
         side.vitadapter,
         "czczup/ViT-Adapter: adapter_modules.py, with group norms",
         {"channels": 4, "num_points": 2, "interactions": 2, "drop_path": 0.1},
+    ),
+    "vapt": Reference(
+        blockwise(methods.vapt),
+        "Minhchuyentoancbn/VAPT: src/models/vit_prompt/vit.py",
+        {"num_virtual_tokens": 3, "r": 2, "dropout": 0.0},
+        False,
     ),
     "vfpt": Reference(
         blockwise(methods.vfpt),

@@ -235,7 +235,11 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
                     handles.append(entrance.register_forward_pre_hook(partial(self._before_sublayer, sublayer)))
         for module in (module for path in block.rest for module in self._versions(path)):
             handles.append(module.register_forward_pre_hook(self._before_rest))
-        handles += norms_first(block, self._versions)
+        handles += norms_first(block, self._versions, self._runs)
+
+    def _runs(self) -> bool:
+        """Whether the block runs on its own tokens, with adapters."""
+        return self._pass is not None
 
     def _look_away(self) -> None:
         for handle in self._stream_handles:
@@ -606,7 +610,7 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         site = branch.site
         assert branch.module is not None
         layout = (self._layout(current, x),) if site.needs_layout else ()
-        attend = (self._attend,) if site.attends else ()
+        attend = (*((self._attend,) if site.attends else ()), *((self._cross,) if site.crosses else ()))
         sequences = x.shape[0] // current.images if current.images and site.needs_layout else 1
         if sequences > 1:  # several per image, one after the other: equal positions are consecutive in time
             assert current.frames is not None

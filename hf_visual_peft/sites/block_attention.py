@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backbones.backbone import unwrapped
 from .attention import (
     Acts,
     KeyValueSite,
@@ -22,7 +23,7 @@ from .attention import (
     watched,
 )
 from .block_sites import Pass
-from .forms import alone, head_sizes, project, projections, spread
+from .forms import alone, crossed, head_sizes, project, projections, spread
 from .grid import TokenLayout
 from .layer import Equation, Site, VisualTunerLayer, call_equation
 from .masks import PositionBias, without_positions
@@ -112,6 +113,37 @@ class AttentionLayer(VisualTunerLayer):
                 f"{tuple(shape)} for tokens of {tuple(tokens.shape)}."
             )
 
+    def require_cross(self) -> None:
+        """Check that attention from tokens to others is that of the block, by a short run on a few tokens.
+
+        Raises:
+            ValueError: to themselves, its module computes another.
+        """
+        attention = self._find_attention()
+        owner = self.get_base_layer()
+        reason, training = "", {module: module.training for module in attention.modules()}
+        attention.eval()  # a run must neither draw random numbers nor change statistics
+        try:
+            with torch.no_grad():
+                weight = next(p for p in owner.parameters() if p.is_floating_point())
+                width = self._block.width or len(weight)
+                tokens = torch.arange(6 * width, device=weight.device).sin().to(weight.dtype).view(2, 3, width)
+                found, expected = self._cross(tokens, tokens), self._alone(tokens)
+                if not found.is_meta:
+                    tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 5e-2
+                    same = (found - expected).abs().max() <= tolerance * expected.abs().max()
+                    reason = "" if same else f"{type(attention).__name__} computes another attention than that"
+        except Exception as error:  # any error of an unknown module
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+        if reason:
+            raise ValueError(
+                f"The attention of {type(owner).__name__} cannot be that of tokens to others, by its projections "
+                f"alone: {reason}. Leave these blocks out by exclude_modules."
+            )
+
     def _detach_attention(self) -> None:
         if not self._watched:
             return
@@ -198,13 +230,30 @@ class AttentionLayer(VisualTunerLayer):
 
     def _attend(self, x: Tensor) -> Tensor:
         """Norm and attention of the block on extra tokens, which have no position."""
-        (norm,), *_, (output,) = self._attention
+        (norm,), *_ = self._attention
         weight: Any = norm.weight
-        with without_positions(self._position_biases), self._unwatched():
+        with self._unwatched():
             # an equation may have another precision than the backbone
-            mixed = alone(self._attention_module(), norm(x.to(weight.dtype)), self._interface)
+            normed = norm(x.to(weight.dtype))
+        return self._alone(normed).to(x.dtype)
+
+    def _alone(self, x: Tensor) -> Tensor:
+        """Attention of the block on extra tokens, which have no position."""
+        *_, (output,) = self._attention
+        with without_positions(self._position_biases), self._unwatched():
+            mixed = alone(self._attention_module(), x, self._interface)
             inside = self._output.startswith(f"{self._attention_path}.")
-            return (mixed if inside else output(mixed)).to(x.dtype)
+            return mixed if inside else output(mixed)
+
+    def _cross(self, x: Tensor, others: Tensor) -> Tensor:
+        """Attention from tokens to others, none with a position, by the projections without adapters."""
+        block = self.get_base_layer()
+        form = projections(block, self._attention_path, self._query, self._key, self._value)
+        form = form._replace(**{name: unwrapped(getattr(form, name)) for name in ("query", "key", "value")})
+        output = unwrapped(block.get_submodule(self._output))
+        dtype = next(p.dtype for p in block.parameters() if p.is_floating_point())
+        with self._unwatched():
+            return output(crossed(form, x.to(dtype), others.to(dtype))).to(x.dtype)
 
     def _ask(self, ask: Callable[[Tensor], Tensor], queries: Tensor) -> Tensor:
         with self._unwatched():

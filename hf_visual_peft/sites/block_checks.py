@@ -34,12 +34,14 @@ class NormFirst:
     Attributes:
         norm: its name in the model.
         reader: name of the first module of the sub-layer.
+        watching: whether the block runs on its own tokens; else a call does not count.
         called: whether the norm was called.
         handles: of both hooks.
     """
 
     norm: str
     reader: str
+    watching: Callable[[], bool]
     called: bool = False
     handles: list[Any] = field(default_factory=list)
 
@@ -56,11 +58,11 @@ class NormFirst:
             self.handles.pop().remove()
 
     def _at_norm(self, module: nn.Module, args: tuple) -> None:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self.watching():
             self.called = True
 
     def _at_reader(self, module: nn.Module, args: tuple) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self.watching():
             return
         if not self.called:
             raise ValueError(
@@ -70,17 +72,18 @@ class NormFirst:
         self.remove()
 
 
-def norms_first(block: Block, find: Callable[[str], list[nn.Module]]) -> list[NormFirst]:
+def norms_first(block: Block, find: Callable[[str], list[nn.Module]], watching: Callable[[], bool]) -> list[NormFirst]:
     """Check that the norms of a block precede their sub-layers, as the table says.
 
     Args:
         block: whose norms do not follow its sub-layers.
         find: returns the modules with a name in the model.
+        watching: whether the block runs on its own tokens.
     """
     watches = []
     for sublayer in block.sublayers:
         norm, reader, *_ = (block.roles[role] for role in SUBLAYER_ROLES[sublayer])
         if norm and reader and block.entrances[sublayer] == norm[0]:
-            watches.append(NormFirst(norm[0], reader[0]))
+            watches.append(NormFirst(norm[0], reader[0], watching))
             watches[-1].watch(find)
     return watches

@@ -35,7 +35,7 @@ class BranchEquation(Protocol):
 
         Args:
             x: (batch, tokens, width).
-            more: a `TokenLayout` if the site needs it, a function that attends if it asks for it, shared modules.
+            more: a `TokenLayout` if the site needs it, functions that attend or cross if it asks for them, shared modules.
         """
         ...
 
@@ -72,6 +72,9 @@ class BranchSite(BlockSite):
         needs_layout: whether the equation is called with a `TokenLayout` as second argument.
         attends: whether the equation is also called with a function that applies the block's first norm and its
             attention to any (batch, tokens, width), without masks, position biases and layer scale.
+        crosses: whether the equation is also called with a function `cross(x, others)`: attention from x, (batch,
+            tokens, width), to others, (batch or 1, other tokens, width), by the projections of the block's attention,
+            without norms before them, adapters at them, positions, masks and layer scale.
     """
 
     sublayer: Literal["attention", "mlp"]
@@ -79,6 +82,7 @@ class BranchSite(BlockSite):
     drop_path: bool = False
     needs_layout: bool = False
     attends: bool = False
+    crosses: bool = False
 
     @property
     def at(self) -> str:
@@ -94,13 +98,13 @@ class BranchSite(BlockSite):
         table = (block.table if block is not None else None) or whole.architecture
         if self.needs_layout and table.grid is None:
             return NO_LAYOUT
-        if self.attends and not table.softmax:
+        if (self.attends or self.crosses) and not table.softmax:
             return ": its attention is not the softmax attention of projected tokens."
         return None
 
     def reaches(self, block: Block, prompts: str | None) -> Sequence[str]:
         """The attention, if the equation calls it."""
-        return (attention_in(block),) if self.attends else ()
+        return (attention_in(block),) if self.attends or self.crosses else ()
 
     def connect(self, layer: Any, model: nn.Module, backbone: VisionBackbone | None) -> None:
         """Watch the grid, and try the attention on other tokens."""
@@ -108,11 +112,14 @@ class BranchSite(BlockSite):
             layer.exchange.watch_grid(model, backbone)
         if self.attends:
             layer.require_alone()
+        if self.crosses:
+            layer.require_cross()
 
     def describe(self, names: Mapping[str, str]) -> str:
         """Where the branch stands, and what it reads."""
         about = (
             (self.attends, "through the block's attention"),
+            (self.crosses, "attending to learned tokens by the block's projections"),
             (self.needs_layout, "with the tokens' places"),
             (self.drop_path, "dropped with stochastic depth"),
         )
@@ -168,7 +175,8 @@ class TokenSite(AttentionSite):
 
     def describe(self, names: Mapping[str, str]) -> str:
         """Where they stand."""
-        return "tokens after the prefix tokens" + (", from the block before" if self.takes else "")
+        source = ", from the block before" if self.takes else ", from the stream" if self.reads else ""
+        return f"tokens after the prefix tokens{source}"
 
 
 @dataclass

@@ -13,11 +13,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import NO_ACTS, Pair, own_implementation, watched
 
 
+_QUERY_NORMS = ("q_norm", "norm_q", "query_norm", "q_layernorm")
 _KEY_NORMS = ("k_norm", "norm_k", "key_norm", "k_layernorm")
 _VALUE_NORMS = ("v_norm", "norm_v", "value_norm")
 _KEY_HEADS = ("num_kv_heads", "num_key_value_heads")
@@ -102,6 +104,49 @@ def project(form: Projections, tokens: Tensor) -> Pair:
         part = heads * channels
         keys, values = (_split(each, heads) for each in projected[..., -2 * part :].chunk(2, dim=-1))
     return _normed(attention, _KEY_NORMS, keys), _normed(attention, _VALUE_NORMS, values)
+
+
+def project_queries(form: Projections, tokens: Tensor) -> Tensor:
+    """Queries of tokens without position, (images, heads, tokens, channels of a head).
+
+    Args:
+        form: of the module.
+        tokens: (images, tokens, channels), as the module reads its own.
+    """
+    attention, query, key, value = form
+    heads, channels, _ = head_sizes(form)
+    if query is not key:
+        queries = _applied(attention, query, tokens).unflatten(-1, (-1, channels)).transpose(1, 2)
+    elif _by_head(attention):
+        queries = _split(_applied(attention, query, tokens), heads)[..., :channels]
+    else:
+        rows = _width(query) - (2 if value is key else 1) * heads * channels
+        queries = _first_rows(attention, query, tokens, rows).unflatten(-1, (-1, channels)).transpose(1, 2)
+    return _normed(attention, _QUERY_NORMS, queries)
+
+
+def _first_rows(attention: nn.Module, projection: nn.Module, tokens: Tensor, rows: int) -> Tensor:
+    """The first output channels of a projection, without computing the others where it is an ordinary linear."""
+    if type(projection) is not nn.Linear or getattr(attention, "q_bias", None) is not None:
+        return _applied(attention, projection, tokens)[..., :rows]
+    bias = projection.bias
+    return F.linear(tokens, projection.weight[:rows], None if bias is None else bias[:rows])
+
+
+def crossed(form: Projections, x: Tensor, others: Tensor) -> Tensor:
+    """Softmax attention from tokens to others, without positions; heads side by side, before the output projection.
+
+    Args:
+        form: of the attention module.
+        x: (images, tokens, channels), as the module reads its own.
+        others: (images or 1, other tokens, channels).
+    """
+    query = project_queries(form, x)
+    scale: Any = getattr(form.attention, "scaling", getattr(form.attention, "scale", None))
+    scale = float(scale) if isinstance(scale, int | float) else query.shape[-1] ** -0.5
+    groups = query.shape[1] // head_sizes(form)[0]
+    key, value = (part.repeat_interleave(groups, dim=1).expand(len(x), -1, -1, -1) for part in project(form, others))
+    return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2)
 
 
 def _applied(attention: nn.Module, projection: nn.Module, tokens: Tensor) -> Tensor:
