@@ -35,6 +35,7 @@ from .language.retrieval import recall_at_k
 from .language.support import fit
 from .methods import load_methods
 from .methods.prefix.prefix_tuning import store_prefixes
+from .methods.prompt.e2vpt import prune_prompts
 from .peft_methods.defaults import teach_targets
 from .peft_methods.methods import with_visual_targets
 from .peft_methods.nesting import teach_nesting
@@ -82,6 +83,7 @@ __all__ = [
     "norms_with_statistics",
     "parameter_groups",
     "recall_at_k",
+    "prune_prompts",
     "register_architecture",
     "register_heads",
     "split_attention",

@@ -509,6 +509,18 @@ def cvpt(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
     return z + v.fed(index, z)
 
 
+def e2vpt(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
+    """Prompts that are whole, and keys of each head that are values, too."""
+    prompts = v.drop(w[f"{index}.e2vpt_tokens.prompts"].expand(len(x), -1, -1), 0.1)
+    tied = v.drop(w[f"{index}.e2vpt_heads.prompts"].expand(len(x), -1, -1, -1), 0.1).transpose(1, 2).flatten(2)
+    y = torch.cat([x[:, :1], prompts, x[:, 1:]], dim=1)
+    n = v.norm(f"{index}.norm1", y)
+    key, value = (torch.cat([v.linear(f"{index}.{role}", n), tied], dim=1) for role in ("key", "value"))
+    z = y + v.linear(f"{index}.output", attend(v.linear(f"{index}.query", n), key, value, HEADS))
+    z = z + v.fed(index, z)
+    return torch.cat([z[:, :1], z[:, 1 + prompts.shape[1] :]], dim=1)
+
+
 def vapt(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
     """Prompts of the first block are learned, those of others come from patches: each channel convolved and mixed."""
     own = w.of(f"{index}.vapt_tokens.")

@@ -105,6 +105,12 @@ METHODS = {
     "difffit": Reference(methods.difffit, "the paper"),
     "dtl": Reference(side.dtl, "heekhero/DTL: models/vision_transformer.py"),
     "dtl-kernel": Reference(side.dtl, "heekhero/DTL: models/vision_transformer.py", {"plus": True, "kernel_size": 3}),
+    "e2vpt": Reference(
+        blockwise(methods.e2vpt),
+        "ChengHan111/E2VPT: src/models/vit_prompt/vit_prompt_VK.py, vit_backbones/vit_changeVK.py",
+        {"num_virtual_tokens": 3, "num_kv_tokens": 2, "pieces": 4, "dropout": 0.1},
+        False,
+    ),
     "e3va": Reference(side.e3va, "the paper", {"r": 4, "rank": 2}),
     "efft": Reference(
         beside_linears(ROLES, methods.efft),

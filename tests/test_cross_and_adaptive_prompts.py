@@ -236,10 +236,10 @@ def test_vapt_in_windows(name):
             side = int(x[..., 0].numel() ** 0.5)
             patches = x.reshape(1, side * side, -1)
             normed = F.layer_norm(patches, patches.shape[-1:], own["norm.weight"], own["norm.bias"])
-            maps = own["kernel"].squeeze() * normed.mT.unflatten(2, (side, side))
+            maps = normed.mT.unflatten(2, (side, side))
             if side != 4:
                 maps = F.interpolate(maps, (4, 4), mode="bilinear", align_corners=False)
-            mixed = maps.flatten(2) @ own["mix.weight"].T + own["mix.bias"]
+            mixed = own["kernel"].squeeze() * maps.flatten(2) @ own["mix.weight"].T + own["mix.bias"]
             prompts = mixed.mT + F.relu(mixed.mT @ projector["down.weight"].T) @ projector["up.weight"].T
         path = block.roles["value"][0].rpartition(".")[0]
         attention = base.get_submodule(path)
@@ -280,8 +280,7 @@ def test_vapt_at_other_sizes(tmp_path):
     equation = model.get_base_model().vit.layers[1].adapters.vapt_tokens["default"]
     assert isinstance(equation.mix, nn.Linear)
     assert equation.mix.in_features == 9
-    with pytest.raises(ValueError, match="kernel of 2 x 2 patches does not fit a grid of 1 x 4"):
-        model(**images(1, height=8, width=32), interpolate_pos_encoding=True)
+    assert model(**images(1, height=8, width=32), interpolate_pos_encoding=True).logits.isfinite().all()
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(FAMILIES["vit"].model(), tmp_path).eval()
     assert_equal(loaded(**large, interpolate_pos_encoding=True).logits, outputs[1])

@@ -35,7 +35,7 @@ class BranchEquation(Protocol):
 
         Args:
             x: (batch, tokens, width).
-            more: a `TokenLayout` if the site needs it, functions that attend or cross if it asks for them, shared modules.
+            more: a `TokenLayout`, functions that attend or cross, as the site asks for them; shared modules.
         """
         ...
 

@@ -23,7 +23,7 @@ class AdaptivePrompts(nn.Module):
 
         P = g(M dropout(K * LN(x)) + b),  K: a kernel for the maps of all channels;  M: (tokens, places), zero, b zero
 
-    Dropout drops whole channels. At another size of the grid the convolved map is resized to that of M.
+    Dropout drops whole channels. Where the grid has another size, the map is resized to that of M, first.
 
     Args:
         num_virtual_tokens: how many.
@@ -37,31 +37,22 @@ class AdaptivePrompts(nn.Module):
         self, num_virtual_tokens: int, width: int, grid: tuple[int, int], kernel_size: int, dropout: float
     ) -> None:
         super().__init__()
-        self.size = (grid[0] - kernel_size + 1, grid[1] - kernel_size + 1)
+        self.grid = tuple(grid)
+        places = (grid[0] - kernel_size + 1) * (grid[1] - kernel_size + 1)
         self.norm = nn.LayerNorm(width)
         self.kernel = nn.Parameter(torch.randn(1, 1, kernel_size, kernel_size))
-        self.mix = nn.Linear(self.size[0] * self.size[1], num_virtual_tokens)
+        self.mix = nn.Linear(places, num_virtual_tokens)
         nn.init.zeros_(self.mix.weight)
         nn.init.zeros_(self.mix.bias)
         self.dropout = nn.Dropout2d(dropout)
 
     def forward(self, x: Tensor, layout: TokenLayout, project: nn.Module) -> Tensor:
-        """Tokens of shape (batch, num_virtual_tokens, width), for a stream (batch, tokens, width).
-
-        Raises:
-            ValueError: the grid is smaller than the kernel.
-        """
+        """Tokens of shape (batch, num_virtual_tokens, width), for a stream (batch, tokens, width)."""
         _, maps = layout.split(self.norm(x))
-        if min(maps.shape[2:]) < self.kernel.shape[-1]:
-            raise ValueError(
-                f"VAPT: a kernel of {self.kernel.shape[-1]} x {self.kernel.shape[-1]} patches does not fit a grid of "
-                f"{maps.shape[2]} x {maps.shape[3]}. Choose a smaller kernel_size, larger images, or leave these "
-                "blocks out by layers_to_transform."
-            )
+        if tuple(maps.shape[2:]) != self.grid:
+            maps = F.interpolate(maps, self.grid, mode="bilinear", align_corners=False)
         channels = maps.shape[1]
         maps = self.dropout(F.conv2d(maps, self.kernel.expand(channels, -1, -1, -1), groups=channels))
-        if tuple(maps.shape[2:]) != self.size:
-            maps = F.interpolate(maps, self.size, mode="bilinear", align_corners=False)
         # contiguous: then linears round alike, whether they train or not
         return project(self.mix(maps.flatten(2).contiguous()).mT.contiguous())
 
