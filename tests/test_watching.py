@@ -24,6 +24,7 @@ class Mixing(nn.Module):
     def __init__(self, by_head: bool = False) -> None:
         super().__init__()
         self.everything, self.back, self.by_head = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), by_head
+        self.num_heads = HEADS
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (HEADS, 3, -1) if self.by_head else (3, HEADS, -1)
@@ -228,3 +229,181 @@ def test_the_commands(capsys: pytest.CaptureFixture[str]):
     assert "mlp" in capsys.readouterr().out
     assert main(["roles", "no_such_model"]) == 1
     assert "no_such_model" in capsys.readouterr().err
+
+
+class Even(nn.Module):
+    """A norm whose class has another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt() * self.weight
+
+
+class Steep(nn.Module):
+    """Has a weight for each channel and is no norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x > 0, x, x * self.weight)
+
+
+def test_a_norm_is_found_by_what_it_does():
+    units = [Unit(), Unit()]
+    for unit in units:
+        unit.a, unit.extra = Even(), Steep()
+    model = Net(*units)
+    assert [block.roles["norm1"] for block in hvp.find_backbone(model).blocks] == [("units.0.a",), ("units.1.a",)]
+    adapted = get_peft_model(model, hvp.SSFConfig(modules_to_save=[])).eval()
+    scaled = {name.rpartition(".base_layer")[0] for name, _ in adapted.named_modules() if name.endswith("base_layer")}
+    assert {name.rpartition("units.0.")[2] for name in scaled if "units.0." in name} >= {"a", "b", "d", "e"}
+    assert not any(name.endswith("extra") for name in scaled)
+
+
+class Channels(Mixing):
+    """Attention over channels; with as many channels of a head as tokens, shapes do not tell."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.movedim(1, -1) for part in self.everything(x).unflatten(-1, (3, HEADS, -1)).unbind(2))
+        weights = (q @ k.transpose(-1, -2)).softmax(-1)
+        return self.back((weights @ v).movedim(-1, 1).flatten(2))
+
+
+class Gated(Mixing):
+    """Attention whose weights are mixed with those of fixed positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fixed = nn.Parameter(torch.rand(16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.transpose(1, 2) for part in self.everything(x).unflatten(-1, (3, HEADS, -1)).unbind(2))
+        weights = (q @ k.transpose(-1, -2)).softmax(-1)
+        return self.back(((0.5 * weights + self.fixed) @ v).transpose(1, 2).flatten(2))
+
+
+class Plain(Net):
+    """Without tokens of its own: as many tokens as channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.cut(x).flatten(2).transpose(1, 2)
+        for unit in self.units:
+            x = unit(x)
+        return self.answer(self.end(x).mean(1))
+
+
+def _with(mixer: nn.Module, **kwargs: Any) -> Unit:
+    unit = Unit(**kwargs)
+    unit.c = mixer
+    return unit
+
+
+@pytest.mark.parametrize("mixer", [Channels, Gated])
+def test_tokens_join_attention_where_it_is_one_of_tokens(mixer: type[Mixing]):
+    model = Plain(_with(mixer()), _with(mixer()))
+    with pytest.raises(ValueError, match="no tokens can join"):
+        get_peft_model(model, hvp.VPTConfig(num_virtual_tokens=2, modules_to_save=[]))
+    adapted = get_peft_model(Plain(Unit(), _with(mixer())), hvp.VPTConfig(num_virtual_tokens=2, modules_to_save=[]))
+    with_prompts = [name for name, _ in adapted.named_modules() if name.endswith("vpt_prompts")]
+    assert all("units.0" in name for name in with_prompts)
+    assert adapted(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+
+
+class Between(Unit):
+    """Something else adds to the stream between attention and MLP, so that only keys can join."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.c(self.a(x))
+        x = x + self.more(x)
+        return x + self.widen(self.b(x))
+
+
+def test_keys_join_attention_between_other_sums():
+    model = Plain(Between(), Between()).eval()
+    plain = copy.deepcopy(model)
+    adapted = get_peft_model(model, hvp.VPTConfig(num_virtual_tokens=2, modules_to_save=[])).eval()
+    prompts = [p.detach() for name, p in adapted.named_parameters() if "prompts" in name and p.requires_grad]
+    assert len(prompts) == 2
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        x = plain.cut(pixels).flatten(2).transpose(1, 2)
+        for unit, extra in zip(plain.units, prompts, strict=True):
+            longer = unit.c(unit.a(torch.cat([x, extra.expand(2, -1, -1)], dim=1)))[:, : x.shape[1]]
+            x = x + longer
+            x = x + unit.more(x)
+            x = x + unit.widen(unit.b(x))
+        torch.testing.assert_close(adapted(pixels), plain.answer(plain.end(x).mean(1)), rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_without_a_stream_beside_blocks_with_one():
+    model = Plain(Unit(), Unit("around"), Unit())
+    assert [block.sublayers for block in hvp.find_backbone(model).blocks] == [
+        ("attention", "mlp"),
+        (),
+        ("attention", "mlp"),
+    ]
+    adapted = get_peft_model(model, hvp.AdaptFormerConfig(r=4, modules_to_save=[]))
+    assert len([m for m in adapted.modules() if type(m).__name__ == "AdaptFormer"]) == 2
+    assert get_peft_model(Plain(Unit(), Unit("around")), hvp.LSTConfig(r=2, modules_to_save=[]))(
+        torch.randn(1, 3, 32, 32)
+    ).shape == (1, 3)
+
+
+class OfClass(Unit):
+    """A block that reads patches and changes the class token alone."""
+
+    def forward(self, x: Tensor, extra: Tensor) -> Tensor:  # type: ignore[override]
+        extra = extra + self.c(self.a(torch.cat([extra, x], dim=1)))[:, :1]
+        return extra + self.widen(self.b(extra))
+
+
+class Late(Plain):
+    """The class token joins only at the end."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, token = self.cut(x).flatten(2).transpose(1, 2), self.extra[:, :1].expand(len(x), -1, -1)
+        for unit in self.units:
+            if isinstance(unit, OfClass):
+                token = unit(x, token)
+            else:
+                x = unit(x)
+        return self.answer(self.end(token)[:, 0])
+
+
+def test_blocks_of_the_class_token_have_no_place_in_the_image():
+    model = Late(Unit(), Unit(), OfClass(), OfClass())
+    with pytest.raises(ValueError, match="the layout of its tokens in the image is not known"):
+        get_peft_model(model, hvp.LSTConfig(r=2, modules_to_save=[]))
+    adapted = get_peft_model(model, hvp.ConvpassConfig(modules_to_save=[]))
+    convolved = {name.partition("units.")[2][0] for name, _ in adapted.named_modules() if "convpass" in name}
+    assert convolved == {"0", "1"}
+    assert adapted(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+
+
+class Growing(Plain):
+    """The class token joins the others half way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.units[0](self.cut(x).flatten(2).transpose(1, 2))
+        return self.answer(
+            self.end(self.units[1](torch.cat([self.extra[:, :1].expand(len(x), -1, -1), x], dim=1)))[:, 0]
+        )
+
+
+def test_tokens_that_join_half_way():
+    model = Growing(Unit(), Unit())
+    backbone = hvp.find_backbone(model)
+    assert [block.prefix_tokens for block in backbone.blocks] == [0, 1]
+    assert backbone.architecture.grid == "full"
+    for config in (hvp.LSTConfig(r=2, modules_to_save=[]), hvp.ConvpassConfig(modules_to_save=[])):
+        adapted = get_peft_model(copy.deepcopy(model), config)
+        adapted(torch.randn(2, 3, 32, 32)).sum().backward()

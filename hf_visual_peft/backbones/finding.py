@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from .architectures import Architecture, is_own
 from .backbone import (
@@ -24,6 +23,7 @@ from .backbone import (
 from .choosing import REMEDY, choose
 from .found import find_unlisted, look_at
 from .images import image_size, image_statistics
+from .operations import is_operation, is_projection
 from .paths import existing, join, original
 from .probing import probe
 from .task_heads import TaskHeads, heads_around, twins
@@ -63,21 +63,6 @@ def find_backbone(model: nn.Module, backbone: str | None = None, *, example_inpu
         except BackboneError:
             pass
         raise
-
-
-_OPERATIONS = (
-    nn.Linear,
-    Conv1D,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.modules.batchnorm._BatchNorm,
-)
-
-
-_PROJECTIONS = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class _Resolver:
@@ -202,12 +187,12 @@ class _Resolver:
             return ()
         named = self._required(self.path, names, "patch_embedding")
         for path in named:
-            inside = [each for each in self._operations(path, ()) if isinstance(self._module(each), _PROJECTIONS)]
+            inside = [each for each in self._operations(path, ()) if is_projection(self._module(each))]
             if inside:
                 return (inside[-1],)
             if isinstance(self._module(path), nn.Identity):
                 around = self._operations(path.rpartition(".")[0], ())
-                before = [each for each in around if isinstance(self._module(each), _PROJECTIONS)]
+                before = [each for each in around if is_projection(self._module(each))]
                 if before:
                     return (before[-1],)
         raise BackboneError(
@@ -302,7 +287,7 @@ class _Resolver:
             roles["operations"] = self._operations(path, {p for paths in roles.values() for p in paths})
         else:
             roles["operations"] = tuple(
-                name for name in self._existing(path, table.operations) if isinstance(self._module(name), _OPERATIONS)
+                name for name in self._existing(path, table.operations) if is_operation(self._module(name))
             )
         num_heads = self._num_heads(roles["query"])
         # an attention that changes the width also pools tokens: it leads from one stage to the next
@@ -382,7 +367,11 @@ class _Resolver:
 
     def _norms(self, names: Sequence[str]) -> tuple[str, ...]:
         """The modules that are norms: options may put convolutions or activations in their place."""
-        return tuple(path for path in self._real(names) if _is_norm(self._module(path)))
+        return tuple(
+            path
+            for path in self._real(names)
+            if is_operation(self._module(path)) and _weight(self.model, path).ndim == 1
+        )
 
     def _real(self, names: Sequence[str]) -> tuple[str, ...]:
         """The modules that are not `nn.Identity`, by which options replace omitted modules."""
@@ -396,7 +385,7 @@ class _Resolver:
         module = self._module(path)
         children = dict(module.named_children())
         if not children:
-            return (path,) if isinstance(module, _OPERATIONS) and module.weight is not None else ()
+            return (path,) if is_operation(module) else ()
         return tuple(name for child in children for name in self._operations(join(path, child), used))
 
     def _apart(self, paths: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -428,12 +417,6 @@ def _last_told(model: nn.Module, depth: int) -> int | None:
         return None
     # of the states before the first block and after each block
     return max(range(depth + 1)[layer] for layer in ([layers] if isinstance(layers, int) else layers))
-
-
-def _is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm, by its class or by a weight with one element per channel."""
-    weight = getattr(module, "weight", None)
-    return "Norm" in type(module).__name__ or (isinstance(weight, Tensor) and weight.ndim == 1)
 
 
 def _weight(model: nn.Module, path: str) -> Tensor:

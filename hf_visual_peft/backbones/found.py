@@ -70,6 +70,18 @@ def look_at(model: nn.Module, path: str, example_inputs: Any = None) -> Found:
     return found
 
 
+def carry_over(model: nn.Module, copied: nn.Module) -> None:
+    """Take what was found in a model for a deep copy of it, which then does not run again.
+
+    Args:
+        model: that was looked at.
+        copied: the copy.
+    """
+    for path, module in model.named_modules():
+        if module in _found:
+            _found[copied.get_submodule(path)] = _found[module]
+
+
 def backbone_path(model: nn.Module) -> str:
     """The path of the module that takes the images: a model of timm, a pretrained model, or the smallest module.
 

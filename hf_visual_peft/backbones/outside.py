@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .operations import is_norm, is_operation, is_projection
 from .paths import is_in
-from .roles import BlockRoles, is_norm, is_operation, is_projection
+from .roles import BlockRoles
 from .running import Ran, StopRun
 from .watching import tensors_in
 
@@ -111,18 +112,25 @@ def grid_of(
         prefix = changed[0] - place
     assert prefix is not None
     calls = ran.calls()
-    lengths = {ran.trace.nodes[calls[path].stream or 0].shape[1] for path in blocks if roles[path].sublayers}
-    return ("full" if lengths == {base.shape[1]} and prefix >= 0 else None), prefix
+    lengths = {base.shape[1]: prefix}
+    for path in blocks:
+        length = ran.trace.nodes[calls[path].stream or 0].shape[1]
+        if roles[path].sublayers and roles[path].patches and length not in lengths:
+            lengths[length] = prefix_joined(ran, path)
+    patches = {length - before for length, before in lengths.items()}
+    return ("full" if len(patches) == 1 and prefix >= 0 else None), prefix
 
 
 def _are_maps(ran: Ran, blocks: Sequence[str], roles: Mapping[str, BlockRoles]) -> bool:
-    """Whether the streams have the layout of the image: they change most where pixels change."""
+    """Whether the streams have the layout of the image: convolutions read them so, or they change where pixels do."""
     index = next((i for i, each in enumerate(ran.args) if isinstance(each, Tensor) and each.ndim == 4), None)
     name = next((n for n, each in ran.kwargs.items() if isinstance(each, Tensor) and each.ndim == 4), None)
     pixels = ran.args[index] if index is not None else ran.kwargs.get(name or "")
     if pixels is None or pixels.is_meta:
         return False
     watched = [path for path in dict.fromkeys(map(ran.as_run, blocks)) if roles[path].sublayers]
+    maps = {_place(ran, path) for path in watched if _is_convolved(ran, path, roles[path].stream)}
+    watched = [path for path in watched if _place(ran, path) not in maps]
     base = _streams(ran, watched, index, name, pixels)
     height, width = pixels.shape[-2:]
     for row, column in ((0.25, 0.75), (0.75, 0.25)):
@@ -147,6 +155,26 @@ def _are_maps(ran: Ran, blocks: Sequence[str], roles: Mapping[str, BlockRoles]) 
             ):
                 return False
     return True
+
+
+def _place(ran: Ran, path: str) -> tuple[str, tuple[int, ...]]:
+    """The list of a block and the shape of its stream: blocks with the same have the same layout."""
+    return path.rpartition(".")[0], ran.trace.nodes[ran.calls()[path].stream or 0].shape
+
+
+def _is_convolved(ran: Ran, path: str, stream: str) -> bool:
+    """Whether a convolution of neighbours in a block reads its stream, or something of the same rows and columns."""
+    nodes, call = ran.trace.nodes, ran.calls()[path]
+    shape = nodes[call.stream or 0].shape
+    sides = shape[2:] if stream == "channels_first" else shape[1:3]
+    inside = ((each, ran.twin.get_submodule(each.path)) for each in ran.trace.calls if is_in(each.path, path))
+    return any(
+        isinstance(module, nn.Conv2d)
+        and max(module.kernel_size) > 1
+        and each.stream is not None
+        and nodes[each.stream].shape[2:] == sides
+        for each, module in inside
+    )
 
 
 def _streams(ran: Ran, paths: Sequence[str], index: int | None, name: str | None, pixels: Tensor) -> dict[str, Tensor]:

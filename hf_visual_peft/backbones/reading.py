@@ -11,9 +11,10 @@ from torch import nn
 
 from .architectures import Architecture
 from .backbone import BackboneError
+from .operations import is_operation, is_projection
 from .outside import grid_of, input_modules, prefix_joined
 from .paths import existing, is_in, join
-from .roles import BlockReader, BlockRoles, is_operation, is_projection
+from .roles import BlockReader, BlockRoles
 from .running import Ran, run_shallow
 from .verifying import verified
 from .watching import Call, Trace
@@ -201,7 +202,7 @@ def _table(
         skipped_blocks=skipped,
         heads=(),
         own_heads=heads,
-        grid=grid,
+        grid=grid if common.patches else None,
         video=any(len(ran.trace.nodes[index].shape) == 5 for index in ran.trace.pixels),
         variants=variants,
         **common.as_fields(),
@@ -225,7 +226,9 @@ def _settled(ran: Ran, blocks: Sequence[str], roles: Mapping[str, BlockRoles], p
             if length not in lengths:
                 lengths[length] = prefix_joined(ran, path) if lengths else prefix
             role = replace(role, prefix_tokens=lengths[length])
-        if not role.sublayers and streams:
+        if not role.sublayers and not streams:  # nothing adds to a stream anywhere
+            role = replace(role, width=None)
+        elif not role.sublayers and role.width is None:
             role = replace(role, stream=streams[0].stream, stream_inside=streams[0].stream_inside)
         made[path] = role
     return made
@@ -271,7 +274,8 @@ def _variants(
 
 def _difference(role: BlockRoles, common: BlockRoles) -> dict[str, Any]:
     usual = common.as_fields()
-    return {name: value for name, value in role.as_fields().items() if value != usual[name]}
+    made = {name: value for name, value in role.as_fields().items() if value != usual[name]}
+    return made if role.patches else {**made, "grid": None}  # tokens that are no patches have no place in the image
 
 
 def _heads(ran: Ran, modules: Mapping[str, nn.Module], blocks: Sequence[str]) -> tuple[str, ...]:

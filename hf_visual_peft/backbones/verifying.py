@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backbone import BLOCK_ROLES, BackboneError
+from .backbone import BLOCK_ROLES, BackboneError, linear_sizes
+from .operations import channels_read
 from .roles import BlockReader, BlockRoles
 from .running import Ran
-from .watching import Attention, Trace, watch
+from .watching import Attention, Trace, valued, watch
 
 
 _TOLERANCE = 1e-5
@@ -57,17 +58,50 @@ def verified(ran: Ran, path: str, roles: BlockRoles) -> BlockRoles:
     if not roles.query:
         return roles
     (seen,) = _attentions(reader, trace)
+    if not _is_of_tokens(twin, args, kwargs, reader, roles.query[0], seen):
+        attending = [path for role in ("query", "key", "value") for path in getattr(roles, role)]
+        return replace(
+            roles,
+            query=(),
+            key=(),
+            value=(),
+            operations=tuple(dict.fromkeys((*attending, *roles.operations))),
+            softmax=False,
+            seen="; ".join(filter(None, (roles.seen, "its attention is not one of tokens"))),
+        )
     mixes = _mixes_heads(reader, trace, seen)
     softmax = not mixes and not _is_cosine(trace, seen)
     equal = _equal_parts(trace, reader, roles, seen)
     prompts = None
-    if "attention" in roles.sublayers:
-        plain = roles.stream == "tokens" and not roles.post_norm
-        if plain and _takes_more(twin, args, kwargs):
-            prompts = "sequence"
-        elif not mixes:  # keys that join a cosine attention are normalised as its own are
-            prompts = "keys"
+    plain = "attention" in roles.sublayers and roles.stream == "tokens" and not roles.post_norm
+    if plain and _takes_more(twin, args, kwargs):
+        prompts = "sequence"
+    elif not mixes and (equal or _by_head(trace, reader, roles, seen)) and _reads_stream(reader, roles):
+        prompts = "keys"  # those that join a cosine attention are normalised as its own are
     return replace(roles, softmax=softmax, equal_parts=equal, prompts=prompts)
+
+
+def _reads_stream(reader: BlockReader, roles: BlockRoles) -> bool:
+    """Whether attention reads vectors of the stream's width, so that its keys can also be those of prompts."""
+    read = {width for path in (*roles.key, *roles.value) for width in channels_read(reader.modules[path])}
+    norms = [reader.modules[path] for path in roles.norm1]
+    return read == {reader.width} and all(_acts_on_tokens(norm, reader.width) for norm in norms)
+
+
+@torch.no_grad()
+def _acts_on_tokens(norm: nn.Module, width: int | None) -> bool:
+    """Whether a norm takes vectors of that width, or maps of them, and normalises each by itself."""
+    tokens = torch.randn(1, 3, width or 1, generator=torch.Generator().manual_seed(2))
+    other = torch.cat([tokens[:, :1] + tokens[:, 1:2].flip(-1), tokens[:, 1:]], dim=1)
+    for as_map in (False, True):
+        given = [each.mT.unsqueeze(-1) if as_map else each for each in (tokens, other)]
+        try:
+            one, two = (norm(each) for each in given)
+        except Exception:  # any: it takes the other layout
+            continue
+        place = (slice(None), slice(None), slice(1, None)) if as_map else (slice(None), slice(1, None))
+        return one.shape == given[0].shape and torch.allclose(one[place], two[place], rtol=1e-4, atol=1e-5)
+    return False
 
 
 def _unverified(roles: BlockRoles, why: str) -> BlockRoles:
@@ -97,14 +131,13 @@ def _other(block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[nn
     for module in twin.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point():
-                here = torch.zeros_like(buffer, device="cpu") if buffer.is_meta else buffer.cpu()
-                module._buffers[name] = here.float()
+                module._buffers[name] = valued(buffer).cpu().float()
     memory: dict[int, Tensor] = {}
 
     def full(value: Any) -> Any:
         if isinstance(value, Tensor):
             if id(value) not in memory:
-                here = torch.zeros_like(value, device="cpu") if value.is_meta else value.detach().cpu()
+                here = valued(value.detach()).cpu()
                 memory[id(value)] = here.float() if here.is_floating_point() else here
             return memory[id(value)]
         if isinstance(value, tuple | list):
@@ -153,6 +186,40 @@ def _require_sum(reader: BlockReader, trace: Trace, path: str, block: nn.Module)
         )
 
 
+def _is_of_tokens(
+    twin: nn.Module, args: tuple, kwargs: Mapping[str, Any], reader: BlockReader, path: str, seen: Attention
+) -> bool:
+    """Whether queries are those of tokens, and not of channels.
+
+    It is tested by a change of one token after the query projection, if the numbers of queries and of channels leave
+    it open.
+    """
+    query = reader.trace.values[seen.query]
+    count = query.shape[-2]
+    sizes = linear_sizes(reader.modules[path])
+    if count == 1 or sizes is None or sizes[0] % count:
+        return True
+
+    def change(module: nn.Module, given: tuple, output: Tensor) -> Tensor:
+        output = output.clone()
+        token = output[0].flatten(1)[:, 0] if isinstance(module, nn.Conv2d) else output.flatten(0, -2)[0]
+        token += torch.linspace(1.0, 9.0, len(token))
+        return output
+
+    handle = twin.get_submodule(path).register_forward_hook(change)
+    try:
+        trace = watch(twin, args, kwargs, keep=True)
+    finally:
+        handle.remove()
+    again = BlockReader(trace, reader.modules, reader.path)
+    others = _attentions(again, trace)
+    other = trace.values[others[0].query] if len(others) == 1 else query
+    if other.shape != query.shape:
+        return False
+    changed = (other != query).flatten(0, -3)
+    return int(changed.any(dim=0).any(dim=-1).sum()) < count
+
+
 def _is_cosine(trace: Trace, seen: Attention) -> bool:
     """Whether queries and keys are normalised."""
     query = trace.values[seen.query]
@@ -167,9 +234,13 @@ def _constant(lengths: Tensor) -> bool:
 
 
 def _mixes_heads(reader: BlockReader, trace: Trace, seen: Attention) -> bool:
-    """Whether an operation with parameters changes the logits or the weights of attention."""
+    """Whether heads are mixed, or something else than a product with the values reads the weights of attention."""
     made = trace.after({seen.query, seen.key}, seen.output) & trace.before(seen.output)
-    return any(trace.nodes[index].owner in reader.projections.values() for index in made)
+    if any(trace.nodes[index].owner in reader.projections.values() for index in made):
+        return True
+    weights = [index for index in made if trace.nodes[index].op in ("_softmax", "_safe_softmax")]
+    after = trace.after(set(weights), seen.output) & made if weights else set()
+    return any(not trace.nodes[i].moves and trace.nodes[i].op != "mul" for i in after - {seen.output, *weights})
 
 
 def _equal_parts(trace: Trace, reader: BlockReader, roles: BlockRoles, seen: Attention) -> bool:
@@ -192,6 +263,24 @@ def _equal_parts(trace: Trace, reader: BlockReader, roles: BlockRoles, seen: Att
             return False
         # the same values, in any order
         if not torch.allclose(raw.double().square().sum(), piece.double().square().sum(), rtol=1e-9):
+            return False
+    return True
+
+
+def _by_head(trace: Trace, reader: BlockReader, roles: BlockRoles, seen: Attention) -> bool:
+    """Whether the output of one projection has the query, key and value of one head, then those of the next."""
+    if not roles.query == roles.key == roles.value:
+        return False
+    output = next(out for out, path in reader.projections.items() if path == roles.value[0])
+    made = trace.values[output]
+    made = made.movedim(1, -1) if isinstance(reader.modules[roles.value[0]], nn.Conv2d) else made
+    wide, deep = trace.values[seen.query].shape[-1], trace.values[seen.value].shape[-1]
+    if made.shape[-1] % (2 * wide + deep):
+        return False
+    parts = made.unflatten(-1, (-1, 2 * wide + deep)).split([wide, wide, deep], dim=-1)
+    for part, index in zip(parts, (seen.query, seen.key, seen.value), strict=True):
+        raw = _raw(trace, output, index, part.numel())
+        if raw is None or not torch.allclose(raw.double().square().sum(), part.double().square().sum(), rtol=1e-9):
             return False
     return True
 

@@ -414,10 +414,8 @@ def shared_copy(model: nn.Module) -> nn.Module:
             kind = (value.shape, value.dtype)
             value = made[kind] = made[kind] if kind in made else _random_like(value)
         memo[id(parameter)] = nn.Parameter(value, requires_grad=False)
-    for name, buffer in model.named_buffers():
-        value = buffer.detach()
-        filled = torch.full(value.shape, float(name.endswith("_var")), dtype=value.dtype) if value.is_meta else None
-        memo[id(buffer)] = value.clone() if filled is None else filled
+    for buffer in model.buffers():
+        memo[id(buffer)] = valued(buffer.detach()).clone()
     twin = copy.deepcopy(model, memo).eval()
     for module in list(twin.modules()):
         for name, child in list(module.named_children()):
@@ -433,6 +431,13 @@ def shared_copy(model: nn.Module) -> nn.Module:
             for key in [key for key, hook in hooks.items() if not _of_transformers(hook)]:
                 del hooks[key]
     return twin
+
+
+def valued(buffer: Tensor) -> Tensor:
+    """A buffer; without values, the same with some: ones, by which models can divide, or zeros as indices."""
+    if not buffer.is_meta:
+        return buffer
+    return torch.full(buffer.shape, int(buffer.is_floating_point()), dtype=buffer.dtype)
 
 
 def _random_like(value: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _check_adapters_not_merged, _ExcludedModule
 from peft.utils.other import ModulesToSaveWrapper
@@ -42,6 +41,7 @@ from .merging import MergingTuner
 from .parts import unknown_fields_of
 from .placing import check_layers, is_excluded, placements_of
 from .registry import tuner_base
+from .shapes import shapes_only
 from .shared_modules import holders_of, names_of_modules, share_copies, with_all_names
 from .switching import concerned, switch
 from .targets import TargetedConfig, find_targets, names_target
@@ -356,7 +356,7 @@ class VisualTuner(MergingTuner):
         self._check_free(model, placement.path, kind)
         built = []
         if placement.build is not None:  # a module that does not fit must be an error now, before any change
-            with torch.device("meta"):
+            with shapes_only():
                 built.append(placement.build(kind.made_from(unwrapped(model.get_submodule(placement.path)))))
                 if placement.shared is not None:
                     built.append(placement.shared.build())

@@ -7,7 +7,7 @@ import re
 import tempfile
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from ..backbones.finding import find_backbone
+from ..backbones.found import carry_over
 from ..backbones.frozen_norms import freeze_norms
 from ..core.calibration import calibrate
 from ..core.registry import Method
@@ -236,7 +237,7 @@ def _live(method: Method | PeftMethod, tiny: TinyModel, base: nn.Module, stage: 
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         # trainable as the saved one, for the same reason
-        loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder, is_trainable=True)
+        loaded = PeftModel.from_pretrained(copied(base), folder, is_trainable=True)
     _require_equal(subject.outputs(loaded), trained, "the saved model's output")
 
     restriction = ""
@@ -256,6 +257,15 @@ def _config(method: Method | PeftMethod, model: nn.Module, alone: bool) -> Any:
     return small_config_for(method, model, **given)
 
 
+def copied(base: nn.Module) -> nn.Module:
+    """A copy of a model, in which nothing has to be found again."""
+    with suppress(Exception):  # any: it is raised again where it belongs
+        find_backbone(base)
+    model = copy.deepcopy(base)
+    carry_over(base, model)
+    return model
+
+
 def _adapted(method: Method | PeftMethod, subject: _Subject, base: nn.Module, alone: bool) -> PeftModel:
     """The model with a random adapter, calibrated if its method chooses from data.
 
@@ -268,10 +278,10 @@ def _adapted(method: Method | PeftMethod, subject: _Subject, base: nn.Module, al
                 config = _config(method, base, alone)
             except (KeyError, TypeError, AttributeError) as error:  # of this library's code
                 raise _Check(broken(error)) from error
-            model = get_peft_model(copy.deepcopy(base), config)
+            model = get_peft_model(copied(base), config)
             freeze_norms(model)
             return model
-        model = get_peft_model(copy.deepcopy(base), _config(method, base, alone))
+        model = get_peft_model(copied(base), _config(method, base, alone))
         if method.calibrated:
             batch = _Subject(subject.tiny, method, batch=4).arguments(None) | {"labels": torch.tensor([0, 1, 0, 1])}
             calibrate(model, [batch], max_batches=1, progress=False)

@@ -32,7 +32,7 @@ Library = Literal["timm", "transformers"]
 LIBRARIES: tuple[Library, ...] = ("timm", "transformers")
 
 LARGEST = 150_000_000  # parameters of a model that is run; a larger one is adapted on the meta device only
-_LARGE = 20_000_000  # parameters of one that is run with few blocks, where it can be
+_LARGE = 5_000_000  # parameters of one that is run with few blocks, where it can be
 _SIDES = (64, 96, 128)  # image sizes to try before the size that a model is made for
 _LAYERS, _WORDS, _SIDE = 2, 1024, 96
 # the class that represents a family: the first that matches one of these, the whole model before its parts

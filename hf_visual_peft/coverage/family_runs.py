@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..backbones.finding import find_backbone
 from ..peft_methods.methods import any_method
-from .cell import Cell, Status, accept, is_ours, run_cell, what_went_wrong
+from .cell import Cell, Status, accept, copied, is_ours, run_cell, what_went_wrong
 from .family_models import (
     Library,
     NotRunnableError,
@@ -203,7 +203,7 @@ def _size(task: Task) -> Result:
 
 def _backbone(task: Task) -> Result:
     try:
-        model = on_meta(task.library, task.model)
+        model = _without_weights(task.library, task.model)
     except Exception as error:  # the same
         return task.result(BACKBONE, Cell("skipped", f"not built: {what_went_wrong(error)}"))
     try:
@@ -222,12 +222,18 @@ def _method(task: Task, name: str) -> Cell:
     subject = _subject(task.library, task.model)
     if isinstance(subject, str):
         try:
-            model = on_meta(task.library, task.model)
+            model = _without_weights(task.library, task.model)
         except NotRunnableError as error:
             return Cell("skipped", f"not built: {error}")
-        cell = accept(method, model)
+        cell = accept(method, copied(model))
         return Cell("skipped", f"accepted, not run: {subject}") if cell.status == "works" else cell
     return run_cell(method, *subject, alone=True)
+
+
+@lru_cache(maxsize=1)
+def _without_weights(library: Library, name: str) -> nn.Module:
+    """A model on the meta device, of which only copies are adapted."""
+    return on_meta(library, name)
 
 
 @lru_cache(maxsize=1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
@@ -104,11 +105,10 @@ def _zeros(module: nn.Module) -> dict[str, Tensor]:
 
 def _call(module: nn.Module, values: dict[str, Tensor], x: Tensor) -> Tensor | None:
     """A module's output with other parameters and buffers; None if it does not take such an input."""
-    hooks: Any = module._forward_hooks or module._forward_pre_hooks
-    if hooks:  # they may count or change what runs through the module
-        return None
+    plain = copy.copy(module)  # without hooks: they may count or change what runs through the module
+    plain._forward_hooks, plain._forward_pre_hooks = OrderedDict(), OrderedDict()
     try:
-        output = functional_call(module, values, (x,))
+        output = functional_call(plain, values, (x,))
     except (RuntimeError, ValueError, AssertionError, IndexError):
         return None
     return output if isinstance(output, Tensor) else None

@@ -29,7 +29,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..backbones.backbone import Block, VisionBackbone
-from .site import AttentionSite, why_none_join
+from .site import AttentionSite, joins_others, why_none_join
 
 
 if TYPE_CHECKING:
@@ -61,6 +61,10 @@ class KeyValueSite(AttentionSite):
     """
 
     compensated: bool = False
+
+    def exists_at(self, block: Block, whole: VisionBackbone) -> bool:
+        """Not where nothing can join, beside blocks where it can."""
+        return super().exists_at(block, whole) and not joins_others(block, whole)
 
     def why_not(self, block: Block | None, whole: VisionBackbone) -> str | None:
         """Attention may let no tokens join."""

@@ -27,6 +27,7 @@ from .forms import alone, crossed, head_sizes, project, projections, spread
 from .grid import TokenLayout
 from .layer import Equation, Site, VisualTunerLayer, call_equation
 from .masks import PositionBias, without_positions
+from .module import channel_dim
 from .queries import QueryPath
 
 
@@ -234,7 +235,7 @@ class AttentionLayer(VisualTunerLayer):
         weight: Any = norm.weight
         with self._unwatched():
             # an equation may have another precision than the backbone
-            normed = norm(x.to(weight.dtype))
+            normed = _of_tokens(norm, x.to(weight.dtype))
         return self._alone(normed).to(x.dtype)
 
     def _alone(self, x: Tensor) -> Tensor:
@@ -265,7 +266,7 @@ class AttentionLayer(VisualTunerLayer):
         if self._post_norm or len(norm) == 0:
             return stream
         with self._unwatched():
-            return norm[0](stream)
+            return _of_tokens(norm[0], stream)
 
     @contextmanager
     def _unwatched(self) -> Iterator[None]:
@@ -275,3 +276,10 @@ class AttentionLayer(VisualTunerLayer):
             yield
         finally:
             self._pass = current
+
+
+def _of_tokens(norm: nn.Module, tokens: Tensor) -> Tensor:
+    """A norm's output for (batch, tokens, channels), also if it takes maps with the channels first."""
+    if channel_dim(norm, 4) == -1:
+        return norm(tokens)
+    return norm(tokens.mT.unsqueeze(-1)).squeeze(-1).mT

@@ -12,7 +12,7 @@ from ..backbones.architectures import Stream
 from ..backbones.backbone import Block, VisionBackbone
 from ..backbones.paths import is_in
 from .grid import Grid, TokenLayout, from_tokens
-from .site import NO_LAYOUT, AttentionSite, BlockSite, Site, attention_in, why_none_join
+from .site import NO_LAYOUT, AttentionSite, BlockSite, Site, attention_in, joins_others, why_none_join
 
 
 Reads = Literal["input", "normed", "stream", "output", "sum", "block"]
@@ -90,8 +90,9 @@ class BranchSite(BlockSite):
         return self.sublayer
 
     def exists_at(self, block: Block, whole: VisionBackbone) -> bool:
-        """Not at a sub-layer that the block lacks."""
-        return self.sublayer in block.sublayers
+        """Not at a sub-layer that the block lacks, nor, if it needs a layout, at tokens that are no patches."""
+        unlaid = whole.architecture.grid is not None and (block.table or whole.architecture).grid is None
+        return self.sublayer in block.sublayers and not (self.needs_layout and unlaid)
 
     def why_not(self, block: Block | None, whole: VisionBackbone) -> str | None:
         """It may need a known grid, or attention that can be called."""
@@ -151,6 +152,11 @@ class TokenSite(AttentionSite):
     keeps_input: bool = False
     reads: bool = False
     part: str = ""
+
+    def exists_at(self, block: Block, whole: VisionBackbone) -> bool:
+        """Not where no tokens can join, beside blocks where they can, unless they pass from block to block."""
+        passes = self.takes or self.hands_on
+        return super().exists_at(block, whole) and (passes or not joins_others(block, whole))
 
     def why_not(self, block: Block | None, whole: VisionBackbone) -> str | None:
         """Attention may let no tokens join, or only as keys."""

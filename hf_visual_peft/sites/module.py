@@ -15,6 +15,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from ..backbones.backbone import is_pointwise, linear_sizes, unwrapped
+from ..backbones.operations import is_norm, is_operation
 from .affine import has_channels_first, is_activated, is_linear_in_weight
 from .exchange import Exchange
 from .layer import Equation, VisualTunerLayer, WrappingLayer, call_equation
@@ -417,10 +418,7 @@ def output_channels(module: nn.Module) -> int | None:
         return module.num_channels
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
         return module.normalized_shape[0]
-    weight = getattr(module, "weight", None)
-    if "Norm" in type(module).__name__ and isinstance(weight, Tensor) and weight.ndim == 1:
-        return weight.shape[0]  # of a model's own
-    return None
+    return len(module.weight) if is_norm(module) else None  # type: ignore[arg-type]
 
 
 def channel_dim(module: nn.Module, ndim: int) -> int:
@@ -437,7 +435,7 @@ def channel_dim(module: nn.Module, ndim: int) -> int:
         return -1 - len(module.kernel_size)
     if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.GroupNorm):
         return 1 - ndim
-    if type(module) is nn.LayerNorm or "Norm" not in type(module).__name__:
+    if type(module) is nn.LayerNorm or not is_operation(module):
         return -1
     told = getattr(module, "data_format", "")
     maps = told == "channels_first" if told else has_channels_first(module)

@@ -133,7 +133,9 @@ class SideSite(BlockSite):
         paths = [block.path for block in whole.blocks]
         last = next(path for path in reversed(paths) if path in pieces)
         stages = whole.stages(whole)
-        one_grid = len(stages) == len({block.group for block in whole.blocks}) == 1
+        tables = [block.table or whole.architecture for block in whole.blocks]
+        kinds = {(b.group, b.prefix_tokens, table.grid) for b, table in zip(whole.blocks, tables, strict=True)}
+        one_grid = len(stages) == len(kinds) == 1
         if _side(pieces[last]).ends and last not in {block.path for block in stages[-1].blocks}:
             raise ValueError(
                 f"{selects}: the network must end in the last stage of {whole.class_name}, blocks "
@@ -147,7 +149,7 @@ class SideSite(BlockSite):
             model = _side(following or pieces[last])
             frozen = model.frozen if following else model.ends or model.heads is not None
             layout = model.needs_layout or (model.aligned and not one_grid)
-            if layout and whole.architecture.grid is None:
+            if layout and tables[index].grid is None:
                 raise ValueError(f"{name} does not fit {whole.class_name}{NO_LAYOUT}")
             final = path == paths[-1]
             site = replace(

@@ -185,8 +185,9 @@ class AttentionSite(BlockSite):
 
     def exists_at(self, block: Block, whole: VisionBackbone) -> bool:
         """Blocks beside those with attention that mix tokens in another way have nothing for it."""
-        attends = any(other.roles["query"] for other in whole.blocks)
-        return "attention" in block.sublayers and not (attends and not block.roles["query"])
+        if any(other.roles["query"] for other in whole.blocks):
+            return bool(block.roles["query"])
+        return "attention" in block.sublayers
 
     def reaches(self, block: Block, prompts: str | None) -> Sequence[str]:
         """Its forward is another one."""
@@ -208,6 +209,12 @@ _PROMPTS = (
     " if tokens put into a block's input move no positions of the others, or to 'keys' if they can join its keys and "
     "values only."
 )
+
+
+def joins_others(block: Block, whole: VisionBackbone) -> bool:
+    """Whether no extra tokens can join the attention of a block, while they can join that of others."""
+    own, *tables = (each.table or whole.architecture for each in (block, *whole.blocks))
+    return own.prompts is None and any(table.prompts for table in tables)
 
 
 def why_none_join(block: Block | None, whole: VisionBackbone) -> str | None:
