@@ -28,9 +28,7 @@ SAYS: dict[str, dict[str, str]] = {
     ),
     "perceiver": dict.fromkeys(("patch_embedding", "input_norms"), "its cross-attention reads the pixels"),
     "levit": dict.fromkeys(("prompts", "softmax"), "the biases on its logits stand for positions"),
-    "swiftformer": dict.fromkeys(("roles", "readers"), _ALONE)
-    | _STEM
-    | {"grid": "its attention spreads a change over the whole map"},
+    "swiftformer": dict.fromkeys(("roles", "readers"), _ALONE) | _STEM,
     "mobilevitv2": dict.fromkeys(("roles", "equal_parts"), _ALONE),
     "mobilenet_v2": _STEM,
     "hgnet_v2": _STEM,

@@ -85,6 +85,7 @@ class BlockReader(BlockRun):
                 operations=tuple(path for path in operations if path not in used),
                 drop_path=self._drop_paths(),
                 stream=stream,
+                pools=self._pools(),
                 width=self.width,
                 seen=self._seen(),
                 **attention,

@@ -141,6 +141,11 @@ class SideSite(BlockSite):
                 f"{selects}: the network must end in the last stage of {whole.class_name}, blocks "
                 f"{', '.join(str(block.index) for block in stages[-1].blocks)}."
             )
+        if whole.blocks[0].pools and any("before" in _side(p).reads for p in pieces.values() if p.path == paths[0]):
+            raise ValueError(
+                f"{name} does not fit {whole.class_name}: its first block makes another stream of its input, and the "
+                "network would read that."
+            )
         placed = [p for p in placements if not isinstance(p.site, cls)]
         begun = False
         for index, path in enumerate(paths):
