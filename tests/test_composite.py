@@ -8,8 +8,8 @@ import warnings
 import pytest
 import torch
 from equations import adapted, assert_equal, both, weights_of
-from families import DEPTH, FAMILIES, images, output_of
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from families import DEPTH, FAMILIES, WIDTH, images, output_of
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from test_prefix import with_prefixes
 
 from hf_visual_peft import (
@@ -17,6 +17,7 @@ from hf_visual_peft import (
     BiLoRAConfig,
     CoLinConfig,
     CompositeConfig,
+    CoOpConfig,
     GatedPromptConfig,
     GPSConfig,
     HoulsbyConfig,
@@ -35,10 +36,12 @@ from hf_visual_peft import (
     VFPTConfig,
     VPTConfig,
     VQTConfig,
+    list_methods,
     store_prefixes,
 )
 from hf_visual_peft.coverage.cell import tensors_of
 from hf_visual_peft.coverage.models import MODELS
+from hf_visual_peft.coverage.sizes import small_fields
 
 
 def composite(*parts, **fields):
@@ -135,6 +138,32 @@ def test_parts_act_as_adapters_of_their_own(parts, family):
     model = put(composite(*build(), modules_to_save=[]), family)
     reference = one_by_one(model, build(), methods, family)
     torch.testing.assert_close(run(model, family), run(reference, family), rtol=0, atol=2e-6)
+
+
+CANNOT = "it (trains whole modules|chooses from data|makes the head wider|takes videos|adds a loss of its own)"
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_every_method_is_a_part_or_says_why_not(name):
+    """As a part it has the weights and the output that it has alone."""
+    method = list_methods()[name]
+    fields = small_fields(method.config_cls, method.counts[0][0], WIDTH)
+    part = method.config_cls(**fields)
+    plain = not (part.whole_modules or part.chooses_from_data or part.widened_head or part.video)
+    if not plain or part.has_auxiliary_loss:
+        with pytest.raises(ValueError, match=rf"{type(part).__name__} cannot be a part: {CANNOT}"):
+            CompositeConfig(parts=[part])
+        return
+    model = put(composite(part, modules_to_save=[]))
+    alone = put(method.config_cls(**fields, modules_to_save=[]))
+    given = {
+        key.replace(f".composite_{name}_", f".{name}_"): value
+        for key, value in model.state_dict().items()
+        if ".composite_" in key
+    }
+    assert given.keys() == {key for key in alone.state_dict() if f".{name}_" in key}
+    alone.load_state_dict(given, strict=False)
+    torch.testing.assert_close(run(model), run(alone), rtol=0, atol=1e-6)
 
 
 @torch.no_grad()
@@ -288,8 +317,9 @@ def test_a_part_that_does_not_fit_the_backbone_is_named():
     [
         ([], r"CompositeConfig.parts is \[\]: must be a non-empty list"),
         (None, "CompositeConfig.parts is None: must be a non-empty list"),
-        ([VPTConfig(), 3], r"parts\[1\]: int is no config"),
-        ([PeftConfig()], r"parts\[0\]: PeftConfig is no config of this library"),
+        ([VPTConfig(), 3], r"parts\[1\]: int cannot be a part, which is a config of a method on"),
+        ([CoOpConfig()], r"parts\[0\]: CoOpConfig cannot be a part, which is a config of a method on vision backb"),
+        ([LoHaConfig()], r"parts\[0\]: LoHaConfig cannot be a part, which is a config of"),
         ([{"method": "nope"}], r"parts\[0\]: no method 'nope'. Choose one of .*vpt"),
         ([{"method": "vpt", "tokens": 3}], r"parts\[0\]: VPTConfig got an unexpected keyword argument 'tokens'"),
         ([{"method": "vpt", "num_virtual_tokens": 0}], "VPTConfig.num_virtual_tokens is 0"),

@@ -111,7 +111,11 @@ class CompositeConfig(PartedConfig):
             LoraPart.from_lora(config)
             return copy.copy(config)
         if not isinstance(config, VisualPeftConfig):
-            self._refuse(index, f"{type(config).__name__} is no config of this library or peft's LoraConfig.")
+            self._refuse(
+                index,
+                f"{type(config).__name__} cannot be a part, which is a config of a method on vision backbones, or "
+                "peft's LoraConfig.",
+            )
         reason = (
             "it trains whole modules"
             if config.whole_modules
