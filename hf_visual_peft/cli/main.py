@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands.add_parser("train", help="train on your images with the recipe, by accelerate; own flags: train --help")
     commands.add_parser("compare", help="compare methods on your images within minutes; own flags: compare --help")
+    commands.add_parser("merge", help="merge an adapter and export the model; own flags: merge --help")
     commands.add_parser("predict", help="predict images with an adapter or model; own flags: predict --help")
     add_arguments(demo)
     demo.add_argument("--traceback", action="store_true", help="show where an error came from")

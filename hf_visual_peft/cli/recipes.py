@@ -11,7 +11,12 @@ from pathlib import Path
 
 
 PROGRAM_VARIABLE = "HF_VISUAL_PEFT_PROGRAM"  # how a recipe is called in its messages, cards and results
-SCRIPTS = {"train": "image_classification.py", "predict": "predict.py", "compare": "compare.py"}
+SCRIPTS = {
+    "train": "image_classification.py",
+    "predict": "predict.py",
+    "compare": "compare.py",
+    "merge": "merge.py",
+}
 
 
 def recipes_folder() -> Path:

@@ -100,6 +100,7 @@ def test_the_wheel_holds_the_recipes(flags, tmp_path):
     if listed.returncode == 0:  # not in an unpacked archive
         assert {path.removeprefix("recipes/") for path in listed.stdout.split()} <= shipped
     assert {"image_classification.py", "configs/vpt.yaml", "accelerate/ddp.yaml"} <= shipped
+    assert (library / "hf_visual_peft" / "report" / "page.html").exists()
     command = [sys.executable, "-m", "hf_visual_peft.cli.main", "train", "--config", "bitfit", *flags]
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

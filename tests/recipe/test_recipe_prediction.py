@@ -425,3 +425,61 @@ def test_an_adapter_of_another_backbone_is_refused_by_name(command, photos, tmp_
         status, _, err = command(photos / "test", "--base_model_name_or_path", tmp_path / "other", kind=kind)
         assert status == 1
         assert "the adapter was trained on" in err.splitlines()[-1]
+
+
+# ------------------------------------------------------------------------------------------------ hf-visual-peft merge
+
+
+@pytest.fixture
+def merge(trained, tmp_path, capsys):
+    def call(*words, kind="lora"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        capsys.readouterr()
+        status = cli(["merge", str(trained / kind), str(tmp_path / "merged"), *map(str, words)])
+        return status, tmp_path / "merged", capsys.readouterr().err
+
+    return call
+
+
+@pytest.mark.parametrize("kind", ["lora", "linear"])
+def test_a_merged_model_is_one_of_transformers_alone(merge, trained, photos, vit, kind):
+    status, folder, err = merge(kind=kind)
+    assert status == 0, err
+    assert not (folder / "adapter_config.json").exists()
+    images = [Image.open(path) for path in sorted((photos / "test").rglob("*.png"))]
+    expected = by_hand(trained / kind, kind, images, vit)
+    np.testing.assert_allclose(by_hand(folder, "linear", images, vit), expected, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["vpt"])  # which does not merge
+def test_exports_give_the_same_for_any_number_of_images(merge, trained, photos, vit, kind):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    status, folder, err = merge("--format", "onnx", "torch_export", kind=kind)
+    assert status == 0, err
+    assert {path.name for path in folder.iterdir()} == {"model.onnx", "model.pt2"}
+    images = [Image.open(path).convert("RGB") for path in sorted((photos / "test").rglob("*.png"))]
+    expected = by_hand(trained / kind, kind, images, vit)
+    pixels = AutoImageProcessor.from_pretrained(trained / kind)(images, return_tensors="pt")["pixel_values"]
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    program = torch.export.load(folder / "model.pt2").module()
+    for logits in (torch.tensor(session.run(None, {"pixel_values": pixels.numpy()})[0]), program(pixels)):
+        np.testing.assert_allclose(logits.softmax(-1).detach(), expected, atol=1e-4)
+
+
+def test_what_does_not_merge_or_does_not_fit_leaves_nothing(merge, tmp_path, monkeypatch):
+    status, folder, err = merge(kind="vpt")
+    assert status == 1
+    assert "VPT does not merge into the backbone" in err.splitlines()[-1]
+    monkeypatch.setattr(
+        "peft.tuners.tuners_utils.BaseTuner.merge_and_unload", lambda tuner: tuner.unload()
+    )  # loses the adapter
+    status, folder, err = merge()
+    assert status == 1
+    assert "gives other outputs than the adapted model" in err.splitlines()[-1]
+    assert not folder.exists()
+    assert list(tmp_path.iterdir()) == []
+    folder.mkdir()
+    assert merge()[0] == 2
