@@ -123,6 +123,48 @@ def restuning(v: Vit, w: Weights) -> Tensor:
     return with_stream(v, s)
 
 
+def collected(v: Vit, w: Weights, name: str, inputs: bool) -> tuple[list[Tensor], Tensor]:
+    """The reduced streams, and the last whole one."""
+
+    def reduced(own: Weights, x: Tensor) -> Tensor:
+        return own.norm("norm", own.linear("down", x))
+
+    x, states = v.embed(), []
+    for index in range(DEPTH):
+        own = w.of(f"{index}.{name}_piece.")
+        if inputs and index == 0:
+            states.append(reduced(own.of("before."), x))
+        x = v.plain_block(index, x)
+        states.append(reduced(own.of("behind."), x))
+    return states, x
+
+
+def sherl(v: Vit, w: Weights) -> Tensor:
+    (*others, guide), x = collected(v, w, "sherl", inputs=False)
+    own, shares = w.of(f"{DEPTH - 1}.sherl_piece."), []
+    for u in others:
+        repeated = sum(F.relu(F.cosine_similarity(u, other, dim=-1)) for other in others)
+        shares.append(F.relu(own.linear("use", u * guide)) / repeated[..., None])
+    total = sum(shares)
+    mixed = guide + sum(share / (total + 1e-8) * u for share, u in zip(shares, others, strict=True))
+    out = v.drop(own.norm("norm", own.linear("up", F.relu(mixed)), 1e-12), 0.1)
+    return with_stream(v, out + torch.tanh(own["gate"] / 0.1) * x)
+
+
+def unipt(v: Vit, w: Weights) -> Tensor:
+    (*others, anchor), _ = collected(v, w, "unipt", inputs=True)
+    own = w.of(f"{DEPTH - 1}.unipt_piece.")
+    confidence = torch.stack([own.linear("gate", anchor.mean(1) * u.mean(1)) for u in others]).softmax(0)
+    mixed = torch.zeros(())
+    for share, u in zip(confidence, others, strict=True):
+        likeness = F.relu(torch.einsum("bnc,bmc->bnm", anchor, u))
+        likeness = F.normalize(likeness, p=1, dim=-1, eps=1e-8) + torch.eye(u.shape[1])
+        mixed = mixed + share[:, None] * torch.einsum("bnm,bmc->bnc", likeness, u)
+    project = own.of("project.")
+    merged = anchor + project.norm("norm", project.linear("down", mixed))
+    return with_stream(v, own.linear("up", F.relu(merged)))
+
+
 def sidetuning(v: Vit, w: Weights) -> Tensor:
     own, maps = w.of(f"{DEPTH - 1}.sidetuning_side."), v.pixels
     for layer in range(2):

@@ -204,6 +204,7 @@ METHODS = {
     "sct": Reference(
         choices.sct, "showlab/SCT: vision_transformer_sct.py, train_model_sct.py", {"channels": 6}, False, chooses=True
     ),
+    "sherl": Reference(side.sherl, "Paranioar/SHERL: VSE-infty/lib/adapter_for_transformer.py", {"r": 5}, False),
     "sharedlora": Reference(beside_linears(ATTENTION, methods.sharedlora), "the paper", {"r": 4}),
     "sidetuning": Reference(side.sidetuning, "the paper", {"channels": 4, "depth": 2}, False),
     "snell": Reference(
@@ -221,6 +222,7 @@ METHODS = {
         frames=2,
         early=True,
     ),
+    "unipt": Reference(side.unipt, "Paranioar/UniPT: VSE-infty/lib/adapter_for_transformer.py", {"r": 5}, False),
     "vitadapter": Reference(
         side.vitadapter,
         "czczup/ViT-Adapter: adapter_modules.py, with group norms",
