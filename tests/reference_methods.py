@@ -273,6 +273,22 @@ def hydra(v: Vit, w: Weights, name: str, x: Tensor, y: Tensor) -> Tensor:
     return y
 
 
+def gist(v: Vit, w: Weights) -> Tensor:
+    """The token stands after CLS in all blocks; dropout on it."""
+    tokens = v.drop(w["0.gist_token.token"].expand(len(v.pixels), -1, -1), 0.1)
+    x = v.embed()
+    x = torch.cat([x[:, :1], tokens, x[:, 1:]], dim=1)
+    for index in range(DEPTH):
+        own = w.of(f"{index}.gist_bottleneck{index}.")
+
+        def branch(x: Tensor, own: Weights = own) -> Tensor:
+            return 0.1 * own.linear("2", F.gelu(own.linear("0", x)))
+
+        x = x + v.attended(index, x) + branch(x)
+        x = x + v.fed(index, x) + branch(x)
+    return v.w.linear("head", v.norm("norm", x)[:, 0])
+
+
 def kradapter(v: Vit, w: Weights, name: str, x: Tensor, y: Tensor) -> Tensor:
     own = w.of(f"{name}.kradapter_product.")
     rows = [torch.kron(b, a) for a, b in zip(own["inner"], own["outer"], strict=True)]

@@ -129,6 +129,7 @@ METHODS = {
         {"num_virtual_tokens": 3, "dropout": 0.1},
         False,
     ),
+    "gist": Reference(methods.gist, "JCruan519/GIST: models/vision_transformer.py", {"r": 2}, False),
     "gps": Reference(choices.gps, "FightingFighting/GPS: utils/pruning.py, loss_utils.py", chooses=True),
     "houlsby": Reference(blockwise(methods.houlsby), "the paper", {"r": 4, "dropout": 0.1}, False),
     "hst": Reference(

@@ -35,6 +35,7 @@ from hf_visual_peft.sites import BlockAdapters, LogitSite, VisualTunerLayer
 CORE = ("vit", "beit", "dinov2_registers")
 # one method for each way of acting: tokens, branches, branches on the grid, outputs, weights and shared parts, copies
 OF_EACH_KIND = ("vpt", "adaptformer", "convpass", "ssf", "fact", "partial")
+NO_GRADIENT = ("unipt_piece.default.gate.bias",)  # a softmax does not see what all its arguments have in common
 TOLERANCE = 1e-5  # of the output's scale, in float32
 MATRIX = read_json(Path(__file__).parents[1] / "docs" / "coverage.json")
 
@@ -217,7 +218,8 @@ def test_gradients(method, fields, family):
     for name, parameter in model.named_parameters():
         belongs = f".{method.name}_" in name or ".modules_to_save.default." in name
         assert parameter.requires_grad == belongs, name
-        assert (parameter.grad is not None and parameter.grad.any().item()) == belongs, name
+        if not name.endswith(NO_GRADIENT):
+            assert (parameter.grad is not None and parameter.grad.any().item()) == belongs, name
 
 
 @on(beside, one_in=3, turn=2)

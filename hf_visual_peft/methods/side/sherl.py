@@ -93,7 +93,7 @@ class SHERLConfig(VisualPeftConfig):
         dropout: probability, on what is added to the block's own output.
     """
 
-    r: int = field(default=384, metadata={"help": "Channels of the reduced outputs."})
+    r: int = field(default=384, metadata={"help": "Channels of the reduced outputs.", "tiny": 7})
     dropout: float = field(default=0.1, metadata={"help": "Dropout probability on the result."})
 
     def __post_init__(self) -> None:
