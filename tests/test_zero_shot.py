@@ -9,7 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dual_encoders import FAMILIES, NAMES, classifier, images, saved
-from transformers import AutoModel, AutoModelForImageClassification, AutoTokenizer, ViTConfig
+from PIL import Image
+from torch.utils.data import default_collate
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    ViTConfig,
+    pipeline,
+)
 
 import hf_visual_peft
 from hf_visual_peft import ZeroShotClassifier, load_classifier
@@ -274,6 +283,61 @@ def test_an_adapter_without_names_says_what_is_missing(folders, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has no class names"):
         load_classifier(str(tmp_path))
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+@pytest.mark.parametrize("name", ["CoOpConfig", "CoCoOpConfig", "KgCoOpConfig", "TaskResConfig", "CLIPAdapterConfig"])
+def test_features_of_images_are_computed_once(folders, tmp_path, family, name):
+    fields = {"num_virtual_tokens": 2} if name == "CoOpConfig" else {}
+    model = peft.get_peft_model(classifier(folders(family)), getattr(hf_visual_peft, name)(**fields))
+    rows = [{"pixel_values": pixels, "labels": index} for index, pixels in enumerate(images(family)["pixel_values"])]
+    cached = hf_visual_peft.FeatureCache(model, tmp_path).cached([rows], key=["images"])
+    gradients = []
+    calls = []
+    handle = model.base_model.model.encoder.vision_model.embeddings.register_forward_hook(lambda *_: calls.append(1))
+    for samples, collate in ((rows, default_collate), (cached, cached.collate)):
+        model.zero_grad()
+        calls.clear()
+        output = model(**collate([samples[index] for index in range(3)]))
+        output.loss.backward()
+        gradients.append([output.logits, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert not calls
+    handle.remove()
+    assert len(gradients[0]) > 1
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-4)
+
+
+def test_half_precision_and_checkpointing(folders):
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        base = classifier(folders("clip"), dtype=torch.bfloat16)
+        if checkpointing:
+            base.gradient_checkpointing_enable()
+        model = peft.get_peft_model(base, hf_visual_peft.CoOpConfig(num_virtual_tokens=2)).train()
+        pixels = images("clip")["pixel_values"].bfloat16()
+        output = model(pixel_values=pixels, labels=torch.tensor([0, 1, 2]))
+        assert output.logits.dtype == torch.float32
+        output.loss.backward()
+        (vectors,) = (p for p in model.parameters() if p.requires_grad)
+        assert vectors.dtype == torch.float32
+        gradients.append(vectors.grad)
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].abs().max() > 0
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert classifier(folders("clip"))(**images("clip")).logits.dtype == torch.float32
+
+
+def test_pipeline(folders):
+    model = classifier(folders("clip"))
+    processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
+    picture = Image.new("RGB", (20, 20), "red")
+    found = pipeline("image-classification", model=model, image_processor=processor)(picture, top_k=4)
+    logits = model(**processor(picture, return_tensors="pt")).logits
+    assert {each["label"]: each["score"] for each in found} == pytest.approx(
+        dict(zip(NAMES, logits.softmax(-1)[0].tolist(), strict=True)), abs=1e-5
+    )
 
 
 def test_retrieval(folders):

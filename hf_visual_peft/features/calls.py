@@ -68,15 +68,17 @@ class CallPoint:
 
 
 def call_points(model: nn.Module) -> list[CallPoint]:
-    """The points of all modules below the model itself.
+    """The points of all modules below the model itself, but for those that take no images (`text_modules`).
 
     Inside the forward that `BlockAdapters` give their block, the block's own is called: that one is replaced, so that
     the equations around it still run.
     """
     layers = {id(m.get_base_layer()): m for m in model.modules() if isinstance(m, BlockAdapters)}
+    texts = [part for m in model.modules() for part in getattr(m, "text_modules", ())]
+    of_texts = {id(module) for part in texts for module in part.modules()}
     points = []
     for path, module in model.named_modules():
-        if not path:
+        if not path or id(module) in of_texts:
             continue
         layer = layers.get(id(module))
         holder, attribute = (module, "forward") if layer is None else (layer, "_forward_before")

@@ -205,6 +205,11 @@ class ZeroShotClassifier(PreTrainedModel):
         return towers_of(self.encoder)
 
     @property
+    def text_modules(self) -> list[nn.Module]:
+        """The modules that only texts pass through."""
+        return self.towers.text_modules
+
+    @property
     def writer(self) -> TextWriter:
         """What makes tokens of texts."""
         return TextWriter(self.tokenizer, self.towers)

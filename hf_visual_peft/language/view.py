@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -113,8 +114,9 @@ class View:
         """
         scale, bias = self.classifier.towers.scale()
         image, text = normalised(image), normalised(text)
-        cosine = (text @ image.unsqueeze(-1)).squeeze(-1) if text.ndim == 3 else image @ text.T
-        logits = cosine * scale.to(cosine)
+        with torch.autocast(image.device.type, enabled=False):  # a scale of 100 needs all digits
+            cosine = (text @ image.unsqueeze(-1)).squeeze(-1) if text.ndim == 3 else image @ text.T.to(image)
+            logits = cosine * scale.to(cosine)
         return logits if bias is None else logits + bias.to(logits)
 
     def zero_shot(self) -> Outcome:
