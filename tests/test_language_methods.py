@@ -140,6 +140,44 @@ def test_kgcoop(base, family):
     torch.testing.assert_close(output.loss, loss, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("chunk", "checkpointing"), [(256, False), (3, False), (256, True)])
+def test_tcp(folders, family, chunk, checkpointing):
+    base = classifier(folders[family], class_chunk=chunk)
+    if checkpointing:
+        base.gradient_checkpointing_enable()
+    config = hf_visual_peft.TCPConfig(init_text="photo", hidden=6, weight=2.0)
+    model = randomised(get_peft_model(base, config)).train()
+    equation = equation_of(model)
+    assert model.peft_config["default"].block == 1
+    output = model(**images(family), labels=LABELS)
+    output.loss.backward()
+    found = {name: p.grad.clone() for name, p in equation.named_parameters()}
+    model.zero_grad()
+    base.gradient_checkpointing_disable()
+    image, text0 = features_of(base, family)
+    first, _, second = equation.meta
+    inner = F.normalize(text0, dim=-1) @ first.weight.T + first.bias
+    own = ((inner * torch.sigmoid(1.702 * inner)) @ second.weight.T + second.bias).unflatten(-1, (5, 16))
+    start = 1 if family == "clip" else 0
+    slots = list(range(start, start + 5))
+    text = text_by_hand(base, family, with_vectors(base, family, equation.vectors), {1: (slots, own)})
+    expected = compare(family, image, text)
+    torch.testing.assert_close(output.logits, expected, atol=1e-4, rtol=1e-4)
+    loss = F.cross_entropy(expected, LABELS) + 2 * (1 - F.cosine_similarity(text, text0).mean())
+    torch.testing.assert_close(output.loss, loss, atol=1e-4, rtol=1e-4)
+    loss.backward()
+    for name, parameter in equation.named_parameters():
+        assert parameter.grad.abs().max() > 0
+        torch.testing.assert_close(found[name], parameter.grad, atol=1e-4, rtol=1e-3)
+
+
+def test_tcp_at_a_block_that_is_not_there(base):
+    with pytest.raises(
+        ValueError, match=r"TCPConfig.block is 2: must be an integer from 0 to 1 \(the text tower's last"
+    ):
+        get_peft_model(base, hf_visual_peft.TCPConfig(block=2))
+
+
 def test_vectors_of_classes_go_with_their_names(base, folders, tmp_path):
     if base.encoder.config.model_type != "clip":
         pytest.skip("one family is enough")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,7 +27,7 @@ from .open_clip_models import OpenClipDualEncoder, is_open_clip
 from .slot import AdapterSlot
 from .templates import DEFAULT, check_templates
 from .tokens import Position, TextWriter, Tokens, as_text, check_names
-from .towers import Towers, evaluating, replaced_rows, towers_of
+from .towers import Towers, checkpointed, evaluating, replaced_rows, replaced_slots, towers_of, without_checkpoints
 from .view import View, normalised
 
 
@@ -267,7 +268,9 @@ class ZeroShotClassifier(PreTrainedModel):
             self._slots[key] = self.writer.with_slots(self.class_names, count, position, ending)
         return self._slots[key]
 
-    def encode_tokens(self, tokens: Tokens, rows: Tensor | None = None) -> Tensor:
+    def encode_tokens(
+        self, tokens: Tokens, rows: Tensor | None = None, deep: tuple[int, Tensor] | None = None
+    ) -> Tensor:
         """Features of texts, not normalised, `class_chunk` at a time.
 
         Where gradients pass, each part is computed again in the backward pass instead of being kept.
@@ -275,6 +278,7 @@ class ZeroShotClassifier(PreTrainedModel):
         Args:
             tokens: the texts.
             rows: vectors for their slots, (texts or 1, slots, width).
+            deep: index of a block, and vectors for the slots at its input, (texts, slots, width).
         """
         device = self.towers.embedding.weight.device
         chunk = self.config.class_chunk
@@ -283,15 +287,28 @@ class ZeroShotClassifier(PreTrainedModel):
         for start in range(0, len(tokens), chunk):
             part = tokens.part(start, start + chunk, device)
             own = rows if rows is None or len(rows) == 1 else rows[start : start + chunk]
-            run = partial(self._encode_part, part)
-            parts.append(checkpoint(run, own, use_reentrant=False) if several else run(own))
+            new = None if deep is None else deep[1][start : start + chunk]
+            run = partial(self._encode_part, part, block=None if deep is None else deep[0])
+            parts.append(checkpoint(run, own, new, use_reentrant=False) if several else run(own, new))
         return torch.cat(parts)
 
-    def _encode_part(self, tokens: Tokens, rows: Tensor | None) -> Tensor:
+    def _encode_part(
+        self, tokens: Tokens, rows: Tensor | None, vectors: Tensor | None = None, block: int | None = None
+    ) -> Tensor:
+        run = partial(self._run_text, tokens, block=block)
+        inside = vectors is not None and checkpointed(self.towers.model.text_model)
+        if inside and torch.is_grad_enabled():  # the whole run again, instead of its blocks without what acts in them
+            return checkpoint(run, rows, vectors, use_reentrant=False)
+        return run(rows, vectors)
+
+    def _run_text(self, tokens: Tokens, rows: Tensor | None, vectors: Tensor | None, block: int | None) -> Tensor:
         towers = self.towers
-        if rows is None:
-            return towers.encode_text(tokens.ids, tokens.mask)
-        with replaced_rows(towers.embedding, tokens.slots, rows):
+        with ExitStack() as stack:
+            if rows is not None:
+                stack.enter_context(replaced_rows(towers.embedding, tokens.slots, rows))
+            if vectors is not None and block is not None:
+                stack.enter_context(without_checkpoints(towers.model.text_model))
+                stack.enter_context(replaced_slots(towers.text_blocks[block], tokens.slots, vectors))
             return towers.encode_text(tokens.ids, tokens.mask)
 
     def class_features(self, raw: bool = False) -> Tensor:

@@ -78,6 +78,11 @@ class Towers:
         return int(self.embedding.weight.shape[1])
 
     @property
+    def text_blocks(self) -> nn.ModuleList:
+        """The blocks of the text model."""
+        return next(module for module in self.model.text_model.modules() if isinstance(module, nn.ModuleList))
+
+    @property
     def image_embedding(self) -> nn.Module:
         """The module that maps pixels to tokens or maps."""
         return self.model.vision_model.get_input_embeddings()
@@ -184,6 +189,51 @@ def replaced_rows(embedding: nn.Module, slots: Tensor, rows: Tensor) -> Iterator
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def replaced_slots(block: nn.Module, slots: Tensor, vectors: Tensor) -> Iterator[None]:
+    """Put vectors in the place of some hidden states at the input of a block, inside the context.
+
+    Args:
+        block: of the text model.
+        slots: positions to fill, (texts, slots).
+        vectors: (texts, slots, width).
+    """
+
+    def replace(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        index = torch.arange(len(hidden), device=hidden.device)[:, None]
+        hidden = hidden.index_put((index, slots), vectors.to(hidden))
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    handle = block.register_forward_pre_hook(replace, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def checkpointed(model: nn.Module) -> list[nn.Module]:
+    """The parts of a model that are run again in the backward pass."""
+    return [part for part in model.modules() if getattr(part, "gradient_checkpointing", False)]
+
+
+@contextmanager
+def without_checkpoints(model: nn.Module) -> Iterator[None]:
+    """Keep what blocks compute, inside the context: run again, they would be without hooks that are gone by then.
+
+    Args:
+        model: with or without checkpoints.
+    """
+    parts = checkpointed(model)
+    try:
+        for part in parts:
+            part.gradient_checkpointing = False
+        yield
+    finally:
+        for part in parts:
+            part.gradient_checkpointing = True
 
 
 @contextmanager

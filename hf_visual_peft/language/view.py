@@ -30,7 +30,9 @@ class TextClassifier(Protocol):
 
     def texts_with_slots(self, count: int, position: Position, ending: str = ".") -> Tokens: ...  # noqa: D102
 
-    def encode_tokens(self, tokens: Tokens, rows: Tensor | None = None) -> Tensor: ...  # noqa: D102
+    def encode_tokens(  # noqa: D102
+        self, tokens: Tokens, rows: Tensor | None = None, deep: tuple[int, Tensor] | None = None
+    ) -> Tensor: ...
 
     def kept(self, equation: nn.Module, compute: Callable[[], Tensor]) -> Tensor: ...  # noqa: D102
 
@@ -87,14 +89,15 @@ class View:
         """The factor of the cosine in the logits."""
         return self.classifier.towers.scale()[0]
 
-    def encode(self, tokens: Tokens, rows: Tensor) -> Tensor:
+    def encode(self, tokens: Tokens, rows: Tensor, deep: tuple[int, Tensor] | None = None) -> Tensor:
         """Features of texts with learned vectors in them.
 
         Args:
             tokens: the texts.
             rows: the vectors, (texts or 1, slots, width).
+            deep: index of a block, and vectors for the slots at its input, (texts, slots, width).
         """
-        return self.classifier.encode_tokens(tokens, rows)
+        return self.classifier.encode_tokens(tokens, rows, deep)
 
     def kept(self, equation: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
         """Features of the classes that depend on an equation's weights; kept in evaluation.
