@@ -214,7 +214,7 @@ def replaced_slots(block: nn.Module, slots: Tensor, vectors: Tensor) -> Iterator
         handle.remove()
 
 
-def checkpointed(model: nn.Module) -> list[nn.Module]:
+def checkpointed(model: nn.Module) -> list[Any]:
     """The parts of a model that are run again in the backward pass."""
     return [part for part in model.modules() if getattr(part, "gradient_checkpointing", False)]
 
