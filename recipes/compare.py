@@ -219,6 +219,7 @@ class Comparison:
             (column,) = images.data.column_names
             named = images.data if column == "image" else images.data.rename_column(column, "image")
             found[split] = named.add_column("label", images.ids).cast(features)
+        self.save()  # so that a later start knows the folder as its own
         shutil.rmtree(self.folder / "data", ignore_errors=True)  # of a start that was stopped
         found.save_to_disk(self.folder / "data")
         test = [data["test"].data[column][:] for column in data["test"].data.column_names]

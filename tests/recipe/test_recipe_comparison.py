@@ -193,6 +193,21 @@ def test_a_killed_comparison_continues_where_it_was(vit, pictures, tmp_path, mon
     assert "has a comparison with seeds [0], now [1]" in capsys.readouterr().err
 
 
+def test_a_kill_while_the_parts_are_written_does_not_block_the_folder(vit, pictures, tmp_path, monkeypatch):
+    words = [pictures, "--model_name_or_path", vit, "--output_dir", tmp_path / "out", *SMALL, "--methods", "linear"]
+
+    def killed(parts, folder):
+        (folder / "train").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets.DatasetDict, "save_to_disk", killed)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with pytest.raises(KeyboardInterrupt):
+            compare.main([*map(str, words)])
+    assert call(*words) == 0
+
+
 def test_a_method_that_is_not_possible_is_told_and_the_others_go_on(vit, pictures, tmp_path, monkeypatch, capsys):
     words = [pictures, "--model_name_or_path", vit, *SMALL, "--methods", "ssf", "bitfit"]
     measure = compare.measure
