@@ -56,7 +56,7 @@ class InputLayer(ModuleLayer):
         dim = channel_dim(base, x.ndim)
         x = moved(x, dim, -1)
         for equation in reversed(on_input):
-            x = call_equation(self, equation.module.equation, x)  # type: ignore[union-attr,arg-type]
+            x = call_equation(self, equation.module.equation, x)
         x = moved(x, -1, dim)
         return self._changed_output([e for e in equations if e not in on_input], x, *rest, **kwargs)
 

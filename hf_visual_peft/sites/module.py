@@ -232,7 +232,7 @@ class ModuleLayer(WrappingLayer, nn.Module):
             for _, equation, _, shared, _ in reversed(
                 behind
             ):  # the last to act on the input is the next to the linear
-                fold: Any = equation.fold_input  # type: ignore[union-attr]
+                fold: Any = equation.fold_input
                 weight, bias = _fold_input(fold, weight, bias, shared)
             return _Weights(weights.module, _laid_as_in(weights.module, weight, weights.weight), bias)
         new = _apply([e for e in equations if not e.site.around], weights)

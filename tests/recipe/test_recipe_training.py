@@ -461,3 +461,20 @@ def test_errors_are_one_line_with_what_caused_them(capsys):
     shown = capsys.readouterr().err
     assert "Traceback (most recent call last)" in shown
     assert shown.endswith("error: RuntimeError: cannot read <- OSError: no such file\n")
+
+
+# ------------------------------------------------------------------------------------------------ auxiliary losses
+
+
+@pytest.mark.parametrize(("method", "flags"), [("colin", ("--r", 6, "--rank", 3)), ("gist", ())])
+def test_auxiliary_losses_are_in_the_loss_and_are_accumulated_as_a_mean(run, method, flags):
+    """The same mean whether the 22 images come in one batch or in batches of four and accumulated."""
+    weight = {"colin": "--orthogonality", "gist": "--token_weight"}[method]
+    usual = [*PLAIN, "--dropout", 0, *flags] if method == "gist" else [*PLAIN, *flags]
+    found = {}
+    for name, value, accumulation in (("without", 0.0, 1), ("with", 5.0, 1), ("accumulated", 5.0, 2)):
+        more = ["--num_train_epochs", 1, "--learning_rate", 0, "--gradient_accumulation_steps", accumulation, *SHORT]
+        done = run(*usual, weight, value, *more, method=method, output=f"{method}-{name}")
+        found[name] = done.results["train_loss"]
+    assert found["with"] > found["without"] + 1
+    assert found["accumulated"] == pytest.approx(found["with"], rel=0.02)

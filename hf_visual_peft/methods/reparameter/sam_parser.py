@@ -126,4 +126,4 @@ class SAMPARSERConfig(TargetedConfig):
             yield self._at(path)
 
     def _at(self, path: str) -> Placement:
-        return Placement(path, "values", WeightSite(), SingularValues)
+        return Placement(path, "values", WeightSite(), lambda linear: SingularValues(linear))  # type: ignore[arg-type]

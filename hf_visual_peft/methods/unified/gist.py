@@ -165,7 +165,7 @@ class GISTConfig(VisualPeftConfig):
             if self.r:
                 shared = Shared(f"bottleneck{block.index}", partial(self._bottleneck, backbone.width))
                 for sublayer in ("attention", "mlp"):
-                    branch = BranchSite(sublayer, reads="stream")  # type: ignore[arg-type]
+                    branch = BranchSite(sublayer, reads="stream")
                     yield Placement(block.path, sublayer, branch, lambda _: SharedBranch(self.scale), shared)
 
     def _bottleneck(self, width: int) -> nn.Module:
