@@ -224,7 +224,9 @@ def prune_prompts(
     config = model.peft_config.get(adapter_name)
     if not isinstance(config, E2VPTConfig):
         about = "there is none" if config is None else f"its config is {type(config).__name__}"
-        raise ValueError(f"Adapter {adapter_name!r} has no prompts that can be pruned: {about}, not E2VPTConfig.")
+        raise ValueError(
+            f"Adapter {adapter_name!r} has no prompts that can be pruned: {about}, not {E2VPTConfig.__name__}."
+        )
     if adapter_name not in model.active_adapters:
         raise ValueError(f"Adapter {adapter_name!r} is not active: call model.set_adapter({adapter_name!r}) first.")
     for name, part in (("token_keep", token_keep), ("piece_keep", piece_keep)):
