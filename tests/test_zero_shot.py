@@ -361,6 +361,9 @@ def test_retrieval(folders):
         "image_to_text_recall@1": 0.5,
         "text_to_image_recall@1": 0.75,
     }
+    for texts in ("a cat", []):
+        with pytest.raises(ValueError, match="must be a list of texts, at least one"):
+            model.encode_texts(texts)
     with pytest.raises(ValueError, match="`pairs` must tell"):
         hf_visual_peft.recall_at_k(scores)
     with pytest.raises(ValueError, match="from 1 to 3"):

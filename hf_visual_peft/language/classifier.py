@@ -431,8 +431,10 @@ class ZeroShotClassifier(PreTrainedModel):
             texts: as they are, without templates.
 
         Raises:
-            ValueError: a text is too long.
+            ValueError: there is no text, or one is too long.
         """
+        if isinstance(texts, str) or not texts:
+            raise ValueError(f"texts is {texts!r}: must be a list of texts, at least one.")
         return normalised(self.encode_tokens(self.writer.plain(list(texts), list(texts))))
 
 
