@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--names", action="store_true", help="with --families, look for a backbone in every model of a family"
     )
     parser.add_argument(
+        "--dry", action="store_true", help="with --families, adapt the models without weights, and do not run them"
+    )
+    parser.add_argument(
         "--limit", type=_count, default=120, metavar="SECONDS", help="with --families, for one method on one model"
     )
     parser.add_argument(
@@ -63,6 +66,8 @@ def _run_matrix(arguments: argparse.Namespace) -> int:
 
     if arguments.names:
         raise ValueError("--names counts models of families: give --families as well.")
+    if arguments.dry:
+        raise ValueError("--dry is for models of families: give --families as well.")
     before = report.read_json(arguments.check) if arguments.check else None
     cells = choose_cells(arguments.methods, arguments.architectures, arguments.fast)
     matrix = run_matrix(cells, arguments.jobs)
@@ -97,6 +102,7 @@ def _run_families(arguments: argparse.Namespace) -> int:
         arguments.names,
         arguments.jobs or 1,
         arguments.limit,
+        arguments.dry,
     )
     if arguments.markdown:
         write_aside(arguments.markdown, family_report.to_markdown(results))

@@ -68,12 +68,13 @@ class Result:
 
 @dataclass(frozen=True)
 class Task:
-    """Questions to one model, in order."""
+    """Questions to one model, in order; `dry` if it is only adapted, without weights."""
 
     library: Library
     family: str
     model: str
     items: tuple[str, ...]
+    dry: bool = False
 
     def result(self, item: str, cell: Cell, parameters: int = 0) -> Result:
         """The answer to one of them."""
@@ -131,6 +132,7 @@ def run_families(
     names: bool = False,
     jobs: int = 1,
     limit: float = 120.0,
+    dry: bool = False,
 ) -> None:
     """Run the methods on one model of every family, of timm the smallest, and add the results.
 
@@ -142,6 +144,7 @@ def run_families(
         names: whether to look for a backbone in every model of a family; else only in one.
         jobs: processes.
         limit: seconds for one method on one model.
+        dry: whether to adapt the models without weights, and not to run them.
 
     Raises:
         ValueError: a method or a family is unknown.
@@ -167,7 +170,7 @@ def run_families(
     tasks = []
     for library, family, models in chosen:
         one = representative(results, library, models)
-        tasks.append(Task(library, family, one, (BACKBONE, *items)))
+        tasks.append(Task(library, family, one, (BACKBONE, *items), dry))
         if names:
             tasks += [Task(library, family, model, (BACKBONE,)) for model in models if model != one]
     _work(results, tasks, jobs, limit, "Methods on families")
@@ -219,7 +222,7 @@ def _refused_or_broken(error: Exception) -> tuple[Status, str]:
 
 def _method(task: Task, name: str) -> Cell:
     method = any_method(name)
-    subject = _subject(task.library, task.model)
+    subject = "no run was asked for" if task.dry else _subject(task.library, task.model)
     if isinstance(subject, str):
         try:
             model = _without_weights(task.library, task.model)
