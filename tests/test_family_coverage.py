@@ -90,6 +90,12 @@ def test_a_model_too_large_to_run_is_adapted_without_weights(monkeypatch):
     assert made[0].reason == "accepted, not run: 0 M parameters"
 
 
+def test_a_dry_run_adapts_and_runs_nothing(monkeypatch):
+    monkeypatch.setattr(family_models, "runnable", None)
+    (made,) = answers(Task("timm", "vision_transformer", "test_vit", ("bitfit",), dry=True))
+    assert (made.status, made.reason) == ("skipped", "accepted, not run: no run was asked for")
+
+
 class _Images(nn.Module):
     """Reads the mean of an image through a linear whose part in the output can be switched off."""
 
@@ -154,6 +160,7 @@ def test_a_model_that_cannot_run_says_why(monkeypatch):
         (["--families", "timm", "--methods", "nothing"], "Unknown method 'nothing'"),
         (["--families", "timm", "--fast"], "--fast"),
         (["--names"], "--families"),
+        (["--dry"], "--families"),
     ],
 )
 def test_flags_that_make_no_sense(flags, message, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from importlib import metadata
 
 from ..tables import format_table
 from .cell import Status
@@ -20,11 +21,12 @@ _WORDS: dict[Status, str] = {
 }  # fmt: skip
 _INTRODUCTION = f"""# On which families of models a method works
 
-Written by `{COMMAND}`; do not edit.
+Written by `{COMMAND}`; with `--dry` nothing is run.
 
 Nothing is named by hand, neither models nor modules. A family is a module file of timm, for which its smallest model
 stands, or a folder of transformers with a model that takes pictures, for which one of its classes stands, built from
-its default config with two layers and few words. Weights are random. *Works* means that two steps on the adapter alone
+its default config with two layers and few words; timm's models from 5 M parameters on have two blocks where they take
+`depth`. Weights are random. *Works* means that two steps on the adapter alone
 move the output by at least 1e-5 of its scale, that `disable_adapter` gives the base model's output to the bit and the
 saved adapter on a fresh base the same output to the bit, and that merging in double precision, where the method can be
 merged, keeps the output to 1e-5. For `linearprobe` it means that a task head was found and trains.
@@ -71,7 +73,7 @@ def counts(results: Results) -> str:
 def to_markdown(results: Results) -> str:
     """The page."""
     reasons: dict[str, int] = {}
-    parts = [_INTRODUCTION, counts(results) + "\n", _LEGEND + "\n"]
+    parts = [_INTRODUCTION, _versions() + "\n", counts(results) + "\n", _LEGEND + "\n"]
     for library in LIBRARIES:
         rows = _rows(results, library)
         items = _items(rows)
@@ -84,6 +86,19 @@ def to_markdown(results: Results) -> str:
     if reasons:
         parts.append("## Reasons\n\n" + "\n".join(f"{number}. {reason}" for reason, number in reasons.items()) + "\n")
     return "\n".join(parts)
+
+
+def _versions() -> str:
+    names = ("timm", "transformers", "peft", "torch")
+    found = {name: version for name in names if (version := _version(name))}
+    return f"Versions: {', '.join(f'{name} {version}' for name, version in found.items())}."
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _shown(result: Result | None, reasons: dict[str, int]) -> str:
