@@ -78,9 +78,9 @@ class BlockReader(BlockRun):
         branches = self.branches()
         if not branches:
             self.why.append("what comes out is no sum of what came in and of what modules add")
-            stream, self.width = self._layout(self.trace.nodes[self.call.outputs[0]].shape, []) or ("tokens", None)
             attention = self._attention_inside()
             used = {path for paths in attention.values() for path in paths}
+            stream, self.width = self._layout(self.trace.nodes[self.call.outputs[0]].shape, []) or ("tokens", None)
             return BlockRoles(
                 operations=tuple(path for path in operations if path not in used),
                 drop_path=self._drop_paths(),
@@ -337,7 +337,6 @@ class BlockReader(BlockRun):
         reader = next(each for each in self.calls if self._relative(each.path) == roles["query"][0])
         read = self.trace.same(reader.stream) if reader.stream is not None else set()
         norms = [each for each in self.calls if is_norm(self.modules[each.path]) and set(each.outputs) & read]
-        norms = [each for each in norms if channels_read(self.modules[each.path]) == [self.width]]
         return {**roles, "norm1": (self._relative(norms[0].path),)} if norms else roles
 
     def _norm(self, branch: Branch) -> tuple[str, bool] | None:
