@@ -676,3 +676,47 @@ def vqt(v: Vit, w: Weights) -> Tensor:
         x = v.plain_block(index, x)
     features = v.norm("norm", x)[:, 0]
     return v.w.linear("head", features / features.norm(dim=1, keepdim=True)) + sum(found)
+
+
+def at_pixels(change: Callable[[Tensor, Weights], Tensor]) -> Callable[[Vit, Weights], Tensor]:
+    """A method at the images; those of methods that see images from 0 to 1 have mean and deviation 0.5."""
+
+    def logits(v: Vit, w: Weights) -> Tensor:
+        v.pixels = change(v.pixels, Weights({name.partition("_pixels.")[2]: value for name, value in w.items()}))
+        return v.logits()
+
+    return logits
+
+
+def framed(x: Tensor, w: Weights) -> Tensor:
+    border = w["frame.top"].shape[1]
+    inside = x.shape[-1] - 2 * border
+    middle = [w["frame.left"], x.new_zeros(x.shape[1], x.shape[2] - 2 * border, inside), w["frame.right"]]
+    return x + torch.cat([w["frame.top"], torch.cat(middle, dim=2), w["frame.bottom"]], dim=1)
+
+
+def shrunk(x: Tensor, inner: int) -> Tensor:
+    """Images from 0 to 1 in the middle of a black canvas of the old size."""
+    rest = (x.shape[-1] - inner) // 2
+    small = F.interpolate((x + 1) / 2, size=(inner, inner), mode="bilinear", antialias=True)
+    return F.pad(small, (rest, x.shape[-1] - inner - rest) * 2)
+
+
+def evp_pixel(x: Tensor, w: Weights) -> Tensor:
+    return 2 * framed(shrunk(x, x.shape[-1] - 2 * w["frame.top"].shape[1]), w) - 1
+
+
+def canvas(inner: int) -> Callable[[Tensor, Weights], Tensor]:
+    def change(x: Tensor, w: Weights) -> Tensor:
+        place, size = torch.arange(x.shape[-1]) - (x.shape[-1] - 1) / 2, w.get("scale", torch.ones(1))
+        outside = place.abs() > size * inner / 2
+        # each pixel of the scaled image from the two of the old one that are next to it, along each axis
+        mix = (1 - ((place / size)[:, None] - place).abs()).clamp(min=0)
+        pixels = mix @ shrunk(x, inner) @ mix.T
+        return 2 * (pixels + w["program"].sigmoid() * (outside[:, None] | outside)) - 1
+
+    return change
+
+
+def low_rank(x: Tensor, w: Weights) -> Tensor:
+    return x + 2 * w["left"] @ w["right"]

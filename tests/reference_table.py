@@ -12,8 +12,9 @@ from typing import Any
 import reference_choices as choices
 import reference_methods as methods
 import reference_side as side
+import torch.nn.functional as F
 from reference_backbone import ROLES, WIDTH, Vit, Weights
-from reference_methods import beside_linears, blockwise
+from reference_methods import at_pixels, beside_linears, blockwise, canvas
 from torch import Tensor
 
 
@@ -58,6 +59,7 @@ METHODS = {
     ),
     "arc": Reference(methods.arc, "DavidYanAnDe/ARC: Model/ARC_ViT.py", {"r": 4}, False),
     "attnscale": Reference(blockwise(methods.attnscale), "the paper"),
+    "autovp": Reference(at_pixels(canvas(16)), "the paper", {"inner_size": 16}, False),
     "bapat": Reference(
         methods.bapat,
         "the paper, and bruceyo/V-PETL: models/video_swin_transformer_patt.py",
@@ -117,6 +119,7 @@ METHODS = {
         "Dongping-Chen/EFFT-EFfective-Factor-Tuning: methods/Set_EFFT.py",
         {"r": 4},
     ),
+    "evppixel": Reference(at_pixels(methods.evp_pixel), "the paper", {"width": 3}, False),
     "fact": Reference(
         beside_linears(ROLES, methods.fact), "JieShibo/PETL-ViT: FacT/fact_tk.py", {"variant": "tk", "r": 4}
     ),
@@ -143,6 +146,7 @@ METHODS = {
         "extremebird/Hydra: vtab1k/hydra.py",
         {"r": 2, "dropout": 0.1},
     ),
+    "ilmvp": Reference(at_pixels(canvas(16)), "the paper", {"inner_size": 16}, False),
     "kadaptation": Reference(
         beside_linears(("query", "value"), methods.kadaptation),
         "eric-ai-lab/PEViT: evaluation/model.py, with factors of the values' own",
@@ -158,6 +162,7 @@ METHODS = {
     "laeprefix": Reference(blockwise(methods.laeprefix), "gqk/LAE", {"num_virtual_tokens": 3, "depth": 2}, False),
     "last": Reference(side.last, "the paper", {"r": 4}),
     "linearprobe": Reference(methods.linearprobe, "the paper"),
+    "lorvp": Reference(at_pixels(methods.low_rank), "the paper", {"r": 2}),
     "lorand": Reference(blockwise(methods.lorand), "DongshuoYin/CoLin: swin_lorand.py", {"r": 8, "rank": 4}, False),
     "lst": Reference(
         side.lst,
@@ -239,6 +244,13 @@ METHODS = {
         blockwise(methods.vfpt),
         "runtsang/VFPT: src/models/vit_prompt/vit_fourier.py",
         {"num_virtual_tokens": 3, "fraction": 0.7, "dropout": 0.1},
+        False,
+    ),
+    "vp": Reference(at_pixels(methods.framed), "the paper", {"width": 3}, False),
+    "vp-patch": Reference(
+        at_pixels(lambda x, w: x + F.pad(w["patch"], (0, x.shape[-1] - 5, 0, x.shape[-2] - 5))),
+        "the paper",
+        {"width": 5, "kind": "patch"},
         False,
     ),
     "vpt": Reference(

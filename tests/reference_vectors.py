@@ -46,7 +46,7 @@ def roles_of(model: nn.Module) -> dict[str, str]:
     """The modules of a transformers model by what they are called here."""
     backbone = find_backbone(model)
     (patch,), (norm,), (head,) = backbone.patch_embedding, backbone.final_norms, backbone.heads
-    roles = {patch: "patch", norm: "norm", head: "head"}
+    roles = {patch: "patch", norm: "norm", head: "head", backbone.path: "images"}
     for block in backbone.blocks:
         roles[block.path] = str(block.index)
         roles |= {block.roles[role][0]: f"{block.index}.{role}" for role in ("norm1", "norm2", *ROLES)}

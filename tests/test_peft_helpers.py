@@ -31,6 +31,7 @@ SIZES = {
     "adaptformer": ({"r": 2}, {"r": 4}),
     "arc": ({"r": 2}, {"r": 4}),
     "biadaptformer": ({"r": 2}, {"r": 4}),
+    "autovp": ({"inner_size": 16}, {"inner_size": 24}),
     "bilora": ({"r": 2}, {"r": 4}),
     "compacter": ({"r": 2, "n": 2}, {"r": 4, "n": 2}),
     "consolidator": ({"groups": 2}, {"groups": 4}),
@@ -40,15 +41,18 @@ SIZES = {
     "e2vpt": ({"num_virtual_tokens": 2, "pieces": 4}, {"num_virtual_tokens": 3, "pieces": 4}),
     "e3va": ({"r": 4, "rank": 2}, {"r": 8, "rank": 1}),
     "efft": ({"r": 2}, {"r": 4}),
+    "evppixel": ({"width": 3}, {"width": 4}),
     "fact": ({"r": 2}, {"r": 4}),
     "gatedprompt": ({"num_virtual_tokens": 2}, {"num_virtual_tokens": 3}),
     "gps": ({"k": 1}, {"k": 2}),
     "houlsby": ({"r": 2}, {"r": 4}),
     "hst": ({"num_virtual_tokens": 1}, {"num_virtual_tokens": 2}),
     "hydra": ({"r": 2}, {"r": 4}),
+    "ilmvp": ({"inner_size": 16}, {"inner_size": 24}),
     "kadaptation": ({"n": 2}, {"n": 4}),
     "last": ({"r": 2}, {"r": 4}),
     "lorand": ({"r": 4, "rank": 2}, {"r": 8, "rank": 1}),
+    "lorvp": ({"r": 2}, {"r": 4}),
     "lst": ({"r": 2}, {"r": 4}),
     "mona": ({"r": 2}, {"r": 4}),
     "mosa": ({"r": 2}, {"r": 4}),
@@ -65,6 +69,7 @@ SIZES = {
     "spt": ({"r": 2}, {"r": 4}),
     "vapt": ({"num_virtual_tokens": 2}, {"num_virtual_tokens": 3}),
     "vfpt": ({"num_virtual_tokens": 2}, {"num_virtual_tokens": 3}),
+    "vp": ({"width": 3}, {"width": 4}),
     "vpt": ({"num_virtual_tokens": 2}, {"num_virtual_tokens": 3}),
     "vqt": ({"num_virtual_tokens": 2}, {"num_virtual_tokens": 3}),
 }
@@ -248,7 +253,7 @@ def test_autocast_adapter_dtype(name, cast, dtype, tmp_path):
 # ------------------------------------------------------------------ targets
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.whole_modules])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.chooses_blocks])
 @pytest.mark.parametrize("excluded", [["layers.0"], r".*layers\.0"])
 def test_exclude_modules(name, excluded):
     everywhere = with_equations(adapted(name))

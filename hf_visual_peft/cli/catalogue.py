@@ -188,7 +188,7 @@ def describe_sites(placements: Iterable[Placement], backbone: VisionBackbone) ->
 
 def _names(backbone: VisionBackbone) -> dict[str, str]:
     """The names of the modules, by their path, in the order of a forward pass."""
-    names = dict.fromkeys(backbone.patch_embedding, "the patch embedding")
+    names = {backbone.path: "the backbone"} | dict.fromkeys(backbone.patch_embedding, "the patch embedding")
     names |= dict.fromkeys(backbone.input_norms, "the norm before the blocks")
     for block in backbone.blocks:
         names[block.path] = _BLOCK

@@ -281,7 +281,11 @@ def _adapted(method: Method | PeftMethod, subject: _Subject, base: nn.Module, al
             model = get_peft_model(copied(base), config)
             freeze_norms(model)
             return model
-        model = get_peft_model(copied(base), _config(method, base, alone))
+        config = _config(method, base, alone)
+        if hasattr(config, "prompt_size"):  # tiny models may say another size than their images have
+            sizes = (t.shape[-2:] for t in subject.arguments(None).values() if isinstance(t, Tensor) and t.ndim > 3)
+            config.prompt_size = next((list(size) for size in sizes), None)
+        model = get_peft_model(copied(base), config)
         if method.calibrated:
             batch = _Subject(subject.tiny, method, batch=4).arguments(None) | {"labels": torch.tensor([0, 1, 0, 1])}
             calibrate(model, [batch], max_batches=1, progress=False)

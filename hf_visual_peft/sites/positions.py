@@ -42,6 +42,7 @@ class Positions:
             for name, parameter in self._owner.named_parameters()
             if not name.startswith(inside) and parameter.is_floating_point()
         }
+        self._prefix = backbone.prefix_tokens
         self._parameter: nn.Parameter | None = None
         self._before: Tensor | None = None
 
@@ -57,25 +58,42 @@ class Positions:
         """
         if self._before is not None:
             self.restore()
-        first, second = torch.randn(2, 1, *addend.shape, device=addend.device)
-        tokens = self._tokens(first)
-        moved = self._tokens(first + addend) - tokens
-        expected = self._tokens(second + addend)
-        prefix = self._layer.backbone.prefix_tokens if tokens.ndim == 3 else 0
-        rows, width = moved.shape[1] - prefix, moved.shape[-1]
-        scale = max(expected.abs().max().item(), 1.0)
+        if self._parameter is None:
+            self._parameter = self._find(_images(addend, 0))
+        first = _images(addend, 1)[None]
+        moved = self._tokens(first + addend) - self._tokens(first)
+        shift = _laid_out(_patches(moved, self._prefix), self._parameter)
+        assert shift is not None  # it was found by that
+        self._before = self._parameter.detach().clone()
+        self._parameter.data = (self._before.float() + shift).to(self._before.dtype)
+
+    def _find(self, addend: Tensor) -> nn.Parameter:
+        """The parameter into which a strong addition to images folds; a weak one would fold into any.
+
+        Raises:
+            ValueError: there is none.
+        """
+        try:
+            first, second = (_images(addend, seed)[None] for seed in (1, 2))
+            moved = self._tokens(first + addend) - self._tokens(first)
+            expected = self._tokens(second + addend)
+        except Exception as error:  # any error of an unknown model, such as one for videos
+            raise self._refusal() from error
         for parameter in self._outside.values():
-            shift = _laid_out(moved[0, prefix:].reshape(rows, -1), parameter, width) if tokens.ndim == 3 else None
+            shift = _laid_out(_patches(moved, self._prefix), parameter) if moved.ndim == 3 else None
             if shift is None:
                 continue
             before = parameter.detach().clone()
             parameter.data = (before.float() + shift).to(before.dtype)
-            limit = _TOLERANCE if before.dtype == torch.float32 else 0.05
-            if (self._tokens(second) - expected).abs().max().item() <= limit * scale or not shift.isfinite().all():
-                self._parameter, self._before = parameter, before
-                return
+            error = (self._tokens(second) - expected).abs().max().item()
             parameter.data = before
-        raise ValueError(
+            limit = _TOLERANCE if before.dtype == torch.float32 else 0.05
+            if error <= limit * min(expected.abs().max().item(), moved.abs().max().item()):
+                return parameter
+        raise self._refusal()
+
+    def _refusal(self) -> ValueError:
+        return ValueError(
             f"Cannot merge an adapter at the images of {type(self._owner).__name__}: it adds no position embeddings "
             "to its tokens, one row a patch, after a linear patch embedding. Keep the adapter beside the backbone."
         )
@@ -84,7 +102,7 @@ class Positions:
         """Put the embeddings back as they were."""
         if self._parameter is not None and self._before is not None:
             self._parameter.data = self._before.to(self._parameter)  # the model may have been moved meanwhile
-        self._parameter = self._before = None
+        self._before = None
 
     def _tokens(self, images: Tensor) -> Tensor:
         """The tokens that the first block, or the norm before it, reads."""
@@ -113,9 +131,20 @@ class Positions:
         return found[0].float()
 
 
-def _laid_out(rows: Tensor, parameter: nn.Parameter, width: int) -> Tensor | None:
+def _images(like: Tensor, seed: int) -> Tensor:
+    """A random image of that size, without a change of the global random state."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(like.shape, generator=generator).to(like.device)
+
+
+def _patches(moved: Tensor, prefix: int) -> Tensor:
+    """What is added to each patch, (patches, width), from what is added to the tokens of one image."""
+    return moved[0, prefix:]
+
+
+def _laid_out(rows: Tensor, parameter: nn.Parameter) -> Tensor | None:
     """An addition to a parameter, from one for each patch, (patches, width); None if the shapes do not fit."""
-    count = len(rows)
+    count, width = rows.shape
     if parameter.ndim < 2:
         return None
     if parameter.shape[-1] == width and parameter.numel() // width >= count:

@@ -1,0 +1,1 @@
+"""Prompts at the pixels: learned images around, on or under those that a backbone reads."""
