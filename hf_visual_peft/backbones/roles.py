@@ -78,7 +78,7 @@ class BlockReader(BlockRun):
         branches = self.branches()
         if not branches:
             self.why.append("what comes out is no sum of what came in and of what modules add")
-            attention = self._attention_inside()
+            attention: dict[str, Any] = dict(self._attention_inside())
             used = {path for paths in attention.values() for path in paths}
             stream, self.width = self._layout(self.trace.nodes[self.call.outputs[0]].shape, []) or ("tokens", None)
             return BlockRoles(
