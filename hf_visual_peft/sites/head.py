@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..backbones.backbone import Block, VisionBackbone
 from .heads import HeadUse
-from .layer import Equation, call_equation
-from .model import ModelAdapters
+from .layer import call_equation
 from .site import ModelSite
 
 
@@ -57,10 +56,9 @@ class HeadSite(ModelSite):
             return ": it has no linear head for the whole image, whose logits could change."
         return ": its heads have logits for positions in the image." if whole.dense else None
 
-    def act(self, layer: ModelAdapters, equation: Equation, logits: Tensor, x: Tensor) -> Tensor:
+    def act(self, layer: Any, equation: Any, x: Tensor, *more: Tensor) -> Tensor:
         """The new logits."""
-        assert equation.module is not None
-        return call_equation(layer, equation.module, logits, *((x,) if self.reads else ()), *equation.shared)
+        return call_equation(layer, equation.module, x, *(more if self.reads else ()), *equation.shared)
 
     def describe(self, names: Mapping[str, str]) -> str:
         """Whose logits."""

@@ -63,10 +63,9 @@ class PixelSite(ModelSite):
         if not layer.handles:
             layer.handles.append(layer.get_base_layer().register_forward_pre_hook(_before, with_kwargs=True))
 
-    def act(self, layer: ModelAdapters, equation: Equation, images: Tensor) -> Tensor:
+    def act(self, layer: Any, equation: Any, x: Tensor, *more: Tensor) -> Tensor:
         """The images as the equation changes them."""
-        assert equation.module is not None
-        flat = images.flatten(0, -4) if images.ndim > 4 else images
+        flat = x.flatten(0, -4) if x.ndim > 4 else x
         if self.mean and hasattr(equation.module, "addend"):  # not to 0 ... 1 and back, which rounds
             scale = 1 / flat.new_tensor(self.std)[:, None, None]
             flat = call_equation(layer, equation.module, flat, *equation.shared, scale)
@@ -75,7 +74,7 @@ class PixelSite(ModelSite):
             flat = (call_equation(layer, equation.module, flat * std + mean, *equation.shared) - mean) / std
         else:
             flat = call_equation(layer, equation.module, flat, *equation.shared)
-        return flat.unflatten(0, images.shape[:-3]) if images.ndim > 4 else flat
+        return flat.unflatten(0, x.shape[:-3]) if x.ndim > 4 else flat
 
     def addend(self, equation: Equation) -> Tensor | None:
         """What it adds to normalised images, whatever they are; None if that depends on them."""

@@ -85,10 +85,10 @@ class Positions:
                 continue
             before = parameter.detach().clone()
             parameter.data = (before.float() + shift).to(before.dtype)
-            error = (self._tokens(second) - expected).abs().max().item()
+            missed = (self._tokens(second) - expected).abs().max().item()
             parameter.data = before
             limit = _TOLERANCE if before.dtype == torch.float32 else 0.05
-            if error <= limit * min(expected.abs().max().item(), moved.abs().max().item()):
+            if missed <= limit * min(expected.abs().max().item(), moved.abs().max().item()):
                 return parameter
         raise self._refusal()
 

@@ -85,7 +85,7 @@ class PixelPromptConfig(VisualPeftConfig):
 
     def _size(self, backbone: VisionBackbone) -> tuple[int, int]:
         given: Any = self.prompt_size
-        found = backbone.image_size if given is None else given if isinstance(given, list) else [given]
+        found: Any = backbone.image_size if given is None else given if isinstance(given, list) else [given]
         if found is None:
             self._fail("prompt_size", f"given for {backbone.class_name}, which was made for no one size of images")
         return found[0], found[-1]
