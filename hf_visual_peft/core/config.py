@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from ..backbones.backbone import VisionBackbone
     from ..sites import Exchange, Placement
-    from .auxiliary import Outcome
     from .calibration import Calibration
+    from .outcome import Outcome
     from .registry import VisualPeftType
 
 

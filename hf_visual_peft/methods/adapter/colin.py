@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...backbones.backbone import VisionBackbone
-from ...core.auxiliary import Outcome
 from ...core.config import VisualPeftConfig
+from ...core.outcome import Outcome
 from ...core.registry import Paper, register
 from ...sites import BranchSite, Placement, TokenLayout, WithLoss
 from ...training.defaults import Training
