@@ -13,11 +13,12 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
-from families import FAMILIES
+from families import FAMILIES, WIDTH
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import hf_visual_peft
+from hf_visual_peft.coverage.sizes import small_fields
 
 
 CONFIGS = Path(image_classification.__file__).parent / "accelerate"
@@ -86,8 +87,7 @@ def test_one_process_alone_has_other_gradients():
 def test_every_buffer_can_be_broadcast(name):
     """DistributedDataParallel sends all buffers; neither gloo nor NCCL carries integers of 16 bits."""
     method = hf_visual_peft.get_method(name)
-    sizes = {"r": 4, "rank": 2, "n": 2} if "rank" in method.config_cls.__dataclass_fields__ else {"r": 4, "n": 2}
-    fields = {key: value for key, value in sizes.items() if key in method.config_cls.__dataclass_fields__}
+    fields = small_fields(method.config_cls, {}, WIDTH)
     model = get_peft_model(FAMILIES["vit"].model(), method.config_cls(**fields))
     assert {buffer.dtype for buffer in model.buffers()} <= CARRIED
 

@@ -1,29 +1,26 @@
 """Images of several sizes in one batch: an adapter makes of an image the same, whatever it is batched with."""
 
-import dataclasses
-
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, WIDTH
 from peft import get_peft_model
 
 import hf_visual_peft
 from hf_visual_peft import LASTConfig
+from hf_visual_peft.coverage.sizes import small_fields
 from hf_visual_peft.sites.masks import seen_tokens
 
 
 FAMILY = FAMILIES["siglip2"]
 REFUSED = {  # they need images, or images of one size
     *("aim", "attnscale", "hst", "sidetuning", "stadapter", "vitadapter"),
+    *("autovp", "evppixel", "ilmvp", "lorvp", "vapt", "vp"),
 }
 METHODS = {name: method.config_cls for name, method in hf_visual_peft.list_methods().items() if name not in REFUSED}
-SMALL = {"r": 4, "n": 4, "channels": 6, "rule_std": 0.01, "groups": 4}
 
 
 def config_of(config_cls):
-    names = {field.name for field in dataclasses.fields(config_cls)}
-    small = {name: value for name, value in SMALL.items() if name in names}
-    return config_cls(**small, init_weights=False, modules_to_save=[])
+    return config_cls(**small_fields(config_cls, {}, WIDTH), init_weights=False, modules_to_save=[])
 
 
 def padded_and_alone(dtype=torch.float64):

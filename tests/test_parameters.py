@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILIES, images, output_of
+from families import FAMILIES, WIDTH, images, output_of
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import hf_visual_peft
 from hf_visual_peft import BitFitConfig, GPSConfig, HydraConfig, SSFConfig, calibrate, parameter_groups
+from hf_visual_peft.coverage.sizes import small_fields
 
 
 class Odd(nn.Module):
@@ -90,8 +91,7 @@ def test_groups_are_complete_and_disjoint(method):
 
 
 def _small(method):
-    names = method.config_cls.__dataclass_fields__
-    return {key: value for key, value in {"r": 8, "n": 4, "channels": 6}.items() if key in names}
+    return small_fields(method.config_cls, {}, WIDTH)
 
 
 @pytest.mark.parametrize("method", hf_visual_peft.list_methods().values(), ids=lambda method: method.name)
