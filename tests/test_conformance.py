@@ -487,6 +487,9 @@ def test_copies(method, fields, family):
 
 @with_layers_on_core_families
 def test_layers_to_transform_and_exclude_modules(method, fields, family):
+    if method.name == "gist":
+        pytest.skip("its token passes through all blocks up to the head: tests/test_gist.py has what it takes")
+
     def touched(**selection):
         model = adapted(method, {**fields, **selection}, family)
         assert run(model, family).isfinite().all()

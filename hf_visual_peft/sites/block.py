@@ -39,7 +39,7 @@ from .grid import Grid, TokenLayout, map_grid, to_tokens, unfolded_grid, unit_gr
 from .layer import CHILD, Equation, call_equation
 from .losses import Left
 from .masks import PositionBias, seen_tokens, widen
-from .mixed import BASE
+from .mixed import BASE, instead_of_forward
 from .site import BlockSite
 from .weights import changed_forward
 
@@ -328,7 +328,10 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         self._changed()
         if self.exchange.instead is not None:
             output = self.exchange.instead(self._block.index, args[0])
-            return (output,) if self._block_returns_tuple else output
+            # transformers collects hidden states by hooks of blocks; nothing that a checkpoint would save is computed
+            returned = (output,) if self._block_returns_tuple else output
+            with instead_of_forward(self._owner[0], lambda *_, **__: returned):
+                return nn.Module.__call__(self._owner[0], *args, **kwargs)
         if not any(True for _ in self._active()):
             return call(*args, **kwargs)
         return self._around(call, *args, **kwargs)
