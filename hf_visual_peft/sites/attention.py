@@ -103,14 +103,14 @@ class Acts:
     change: Callable[[], Callable[[Tensor], Tensor] | None]
     keep: Callable[[Tensor, Tensor], None]
     instead: Callable[[], Pair | None]
-    beside: Callable[[], Sequence[Pair]]
+    beside: Callable[[], Sequence[Pair]] = tuple  # none
 
 
 def _nothing(*args: Any) -> None:
     return None
 
 
-NO_ACTS = Acts(_nothing, _nothing, _nothing, _nothing, tuple)
+NO_ACTS = Acts(_nothing, _nothing, _nothing, _nothing)
 
 
 # ---- which modules -----------------------------------------------------------------------------------------------

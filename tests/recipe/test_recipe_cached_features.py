@@ -32,7 +32,9 @@ def trained(run):
 
 def assert_equal(one, other):
     (results, weights), (others, other_weights) = one, other
-    assert results == pytest.approx(others, abs=1e-6)
+    assert results.keys() == others.keys()
+    for key, value in results.items():
+        assert others[key] == (value if isinstance(value, dict) else pytest.approx(value, abs=1e-6))
     assert weights.keys() == other_weights.keys()
     assert all(weights[name].allclose(other_weights[name], atol=1e-6) for name in weights)
 
