@@ -113,14 +113,18 @@ def collecting(
         last: builds the piece of the very last block, told whether it also collects the stream before its block.
         r: channels of the reduced streams.
         inputs: whether the stream before the very first block is collected.
+
+    Raises:
+        NoTokensError: there is no stream.
     """
+    width = backbone.width  # now, and not when pieces are built: here it is told which methods work instead
     for block in backbone.blocks:
         first = inputs and block is backbone.blocks[0] and backbone.width_before is None
         final = block is backbone.blocks[-1] and backbone.width_after is None
         site = SideSite(reads=("before", "behind") if first else ("behind",), needs_mask=True)
 
         def build(_: nn.Module, first: bool = first, final: bool = final) -> nn.Module:
-            return last(first) if final else Collected(backbone.width, r, first)
+            return last(first) if final else Collected(width, r, first)
 
         yield block, site, build
 
