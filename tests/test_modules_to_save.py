@@ -30,6 +30,7 @@ from hf_visual_peft import (
     ViTAdapterConfig,
     VPTConfig,
 )
+from hf_visual_peft.coverage.sizes import small_fields
 from hf_visual_peft.sites import VisualTunerLayer
 
 
@@ -38,7 +39,9 @@ SIZES |= {"image_size": 32, "patch_size": 8}
 SMALL = {"r": 4, "n": 4, "channels": 6, "rank": 2}
 METHODS = hf_visual_peft.list_methods()
 IMAGE_METHODS = [name for name, m in METHODS.items() if not m.config_cls.video and not m.calibrated]
-OUTSIDE = {"dtl", "e3va", "hst", "last", "lst", "restuning", "sidetuning", "vitadapter", "vqt"}  # read every block
+# these read every block
+OUTSIDE = {"dtl", "e3va", "hst", "last", "lst", "restuning", "sherl", "sidetuning", "unipt", "vitadapter", "vqt"}
+TO_THE_HEAD = {"gist"}  # act on all blocks up to the last
 AT_PATCHES = {"bitfit", "difffit", "rlrr", "ssf"}
 
 
@@ -50,10 +53,7 @@ def vit(cls=ViTForImageClassification, **fields):
 
 def config_of(name, **fields):
     cls = METHODS[name].config_cls
-    small = {key: value for key, value in SMALL.items() if key in cls.__dataclass_fields__}
-    if name == "compacter":
-        small["n"] = 2
-    return cls(**small | fields)
+    return cls(**small_fields(cls, {}) | fields)
 
 
 def images(channels=3):
@@ -110,6 +110,11 @@ def test_every_method_beside_a_whole_block(name, tmp_path):
     before = state_of(base)
     if name in OUTSIDE or name == "partial":
         with pytest.raises(ValueError, match=r"modules_to_save is .*vit\.layers\.2"):
+            get_peft_model(base, config)
+        assert state_of(base) == before
+        return
+    if name in TO_THE_HEAD:
+        with pytest.raises(ValueError, match=r"consecutive up to 2, but they are \[0, 1\]\. .*modules_to_save"):
             get_peft_model(base, config)
         assert state_of(base) == before
         return

@@ -153,7 +153,7 @@ class GISTConfig(VisualPeftConfig):
             raise ValueError(
                 f"{type(self).__name__}: the token passes through all blocks to the head, so the blocks must be "
                 f"consecutive up to {backbone.depth - 1}, but they are {[block.index for block in blocks]}. Choose "
-                "layers_to_transform or exclude_modules so."
+                "layers_to_transform, exclude_modules and modules_to_save so."
             )
         if self.r:
             self._require_integer("r", 0, backbone.width, "the backbone's width")
