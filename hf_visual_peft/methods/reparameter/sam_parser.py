@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from ...backbones.backbone import LINEAR_ROLES, VisionBackbone
@@ -28,7 +29,7 @@ class SingularValues(nn.Module):
     weight, whose singular vectors would be others.
 
     Args:
-        linear: the linear, whose weight is decomposed.
+        linear: the linear, whose weight is decomposed; a quantised one as the floating-point numbers it stands for.
     """
 
     sigma: Tensor
@@ -36,7 +37,7 @@ class SingularValues(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.delta = nn.Parameter(torch.zeros(min(linear.weight.shape)))
+        self.delta = nn.Parameter(torch.zeros(min(linear.out_features, linear.in_features)))
         self.register_buffer("sigma", torch.zeros(len(self.delta)))
         self._linear = (linear,)  # a tuple, so that it is no submodule
         self._vectors: tuple[Tensor, Tensor] | None = None
@@ -50,7 +51,7 @@ class SingularValues(nn.Module):
         Raises:
             ValueError: it has not.
         """
-        weight = self._linear[0].weight.detach().float()
+        weight = dequantize_module_weight(self._linear[0]).detach().float()
         left, sigma, right = torch.linalg.svd(weight, full_matrices=False)
         if not self.sigma.is_meta and self.sigma.any():
             self._compare(self.sigma, sigma)
