@@ -92,6 +92,10 @@ def test_trains_saves_loads_and_merges_or_says_why_not(kind, method, fields, tmp
 
     if method.name == "linearprobe":  # the head has floating-point weights
         assert torch.equal(logits(model.merge_and_unload()), after)
+    elif method.mergeable and method.visual_tuning.startswith("prompt"):  # position embeddings have, too
+        merged = model.merge_and_unload()
+        assert not any(isinstance(module, VisualTunerLayer) for module in merged.modules())
+        torch.testing.assert_close(logits(merged), after, rtol=0, atol=1e-5)
     elif method.mergeable:
         with pytest.raises(ValueError, match=r"Linear\(.*its weight is quantised. Keep the adapter beside"):
             model.merge_adapter()
@@ -113,7 +117,7 @@ def test_copies_of_quantised_modules_do_not_train(kind, method, fields):
 
 
 @in_both
-@pytest.mark.parametrize("name", ["rlrr", "gps", "spt"])
+@pytest.mark.parametrize("name", ["rlrr", "gps", "spt", "samparser"])
 def test_weights_that_change_are_those_that_the_quantised_stand_for(kind, name):
     method = hf_visual_peft.get_method(name)
     quantised, plain = vit(kind), vit(kind)

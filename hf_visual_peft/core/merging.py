@@ -159,6 +159,9 @@ class MergingTuner(OwnConfigs):
                 )
         for module in own:
             module.check_alone(self.prefix)
+        for module in own:  # first what no backbone takes: else the error would advise another one
+            module.check_mergeable()
+        for module in own:
             module.check_merge()
         if not any(layer.merged for layer in layers):
             flow = Flow(self.model)

@@ -299,7 +299,7 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
             "the adapter beside the backbone; `unload()` gives the backbone back without it."
         )
 
-    def check_merge(self) -> None:
+    def check_mergeable(self) -> None:
         """Not possible.
 
         Raises:

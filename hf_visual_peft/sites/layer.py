@@ -259,6 +259,13 @@ class VisualTunerLayer(BaseTunerLayer):
             self.switch(prefix, own[:1], inference_mode=False)
         self._changed()
 
+    def check_mergeable(self) -> None:
+        """Refuse active adapters that cannot be merged into any backbone.
+
+        Raises:
+            ValueError: there is one.
+        """
+
     def check_merge(self) -> None:
         """Check that the active adapters can be merged, before anything is merged.
 

@@ -202,6 +202,16 @@ class ModuleLayer(WrappingLayer, nn.Module):
         found = {module: place_for_shift(flow, name) for name, module in without.items()}
         self.places = {module: place for module, place in found.items() if place is not None}
 
+    def check_mergeable(self) -> None:
+        """Refuse active adapters that are no affine change of any weight.
+
+        Raises:
+            ValueError: there is one.
+        """
+        equations = list(self._active())
+        for module in self._merged_into(equations):
+            _require_affine(module, equations)
+
     def check_merge(self) -> None:
         """Check that the active adapters can be merged, before anything is merged.
 
@@ -296,15 +306,28 @@ def _require_foldable(module: nn.Module, equations: Iterable[Equation]) -> None:
         )
     if not is_linear_in_weight(module):
         raise ValueError(f"Cannot merge an adapter into {module}: it standardises its weight.")
+    _require_affine(module, equations)
     around = any(e.site.around for e in equations)
+    if around and isinstance(module, nn.Linear) and not _does_as_a_linear(module):
+        raise ValueError(f"Cannot merge an adapter into {module}: its class does more than a linear does.")
+
+
+def _require_affine(module: nn.Module, equations: Iterable[Equation]) -> None:
+    """Refuse equations that are no affine change of a weight, whatever module they act on.
+
+    Args:
+        module: that they act on.
+        equations: to be merged.
+
+    Raises:
+        ValueError: there is one.
+    """
     unfolded = next((e.module for e in equations if e.site.around and not _folds(e.module)), None)
     if unfolded is not None:
         raise ValueError(
             f"{type(unfolded).__name__} at {module} cannot be merged: it is no affine change of a weight. Keep "
             "the adapter beside the backbone; `unload()` gives the backbone back without it."
         )
-    if around and isinstance(module, nn.Linear) and not _does_as_a_linear(module):
-        raise ValueError(f"Cannot merge an adapter into {module}: its class does more than a linear does.")
 
 
 def _folds(equation: nn.Module | None) -> bool:
