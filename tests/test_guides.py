@@ -2,6 +2,7 @@
 
 import shlex
 import string
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +26,9 @@ from transformers import (
 )
 
 from hf_visual_peft.cli.main import main
+
+
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def run_commands(example):
@@ -54,7 +58,7 @@ def save_dual_encoder(folder):
     SiglipImageProcessor(size={"height": 28, "width": 28}).save_pretrained(folder)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def workplace(tmp_path_factory):
     """What the guides take for granted: a checkpoint, by the name that it has on the Hub, and folders of pictures."""
     folder = tmp_path_factory.mktemp("guide")
@@ -78,8 +82,14 @@ def workplace(tmp_path_factory):
         yield folder
 
 
-pytest_collect_file = Sybil(
-    parsers=[SkipParser(), PythonCodeBlockParser(), CodeBlockParser("bash", run_commands)],
-    patterns=["index.md", "guides/*.md"],
-    fixtures=["workplace"],
-).pytest()
+PARSERS = [SkipParser(), PythonCodeBlockParser(), CodeBlockParser("bash", run_commands)]
+
+
+@pytest.mark.parametrize("page", [DOCS / "index.md", *sorted(DOCS.glob("guides/*.md"))], ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs(page, workplace):
+    """Block by block, in one test: a block uses what those before it made."""
+    document = Sybil(PARSERS, path=str(DOCS)).parse(page)
+    examples = list(document.examples())
+    assert examples
+    for example in examples:
+        example.evaluate()
