@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from PIL import Image
 from sybil import Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
@@ -26,8 +27,15 @@ from transformers import (
 )
 
 from hf_visual_peft.cli.main import main
+from hf_visual_peft.core import registry
 
 
+REGISTERED = (
+    registry._METHODS,
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+)
 DOCS = Path(__file__).parents[1] / "docs"
 
 
@@ -56,6 +64,16 @@ def save_dual_encoder(folder):
     tokens = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<s>"}
     PreTrainedTokenizerFast(tokenizer_object=letters, **tokens).save_pretrained(folder)
     SiglipImageProcessor(size={"height": 28, "width": 28}).save_pretrained(folder)
+
+
+@pytest.fixture(autouse=True)
+def _methods_as_before():
+    """A guide registers a method; other tests walk over all that there are."""
+    kept = [(known, dict(known)) for known in REGISTERED]
+    yield
+    for known, before in kept:
+        known.clear()
+        known.update(before)
 
 
 @pytest.fixture
