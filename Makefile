@@ -47,7 +47,7 @@ docs: $(VENV)/.docs
 
 # the documentation as pages to open in a browser: build/site/index.html
 site: $(VENV)/.docs
-	$(BIN)/mkdocs build --quiet --config-file docs/site/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --config-file docs/site/mkdocs.yml
 
 # every method on every architecture: about five minutes on two cores
 coverage: $(VENV)/.test
