@@ -1,4 +1,6 @@
 import logging
+import subprocess
+import sys
 
 import pytest
 
@@ -17,3 +19,13 @@ def test_a_notice_that_concerns_no_user_of_ours_is_not_printed_and_others_are(ca
         logging.getLogger("torch.utils._pytree").warning(message)
 
     assert (message in caplog.text) is seen
+
+
+def test_models_that_get_an_adapter_tell_of_no_deprecation():
+    code = (
+        "import hf_visual_peft, peft, transformers\n"
+        "config = transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=32)\n"
+        "peft.get_peft_model(transformers.ViTForImageClassification(config), hf_visual_peft.BitFitConfig())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert "is deprecated" not in done.stderr
