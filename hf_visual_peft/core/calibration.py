@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from ..backbones.backbone import VisionBackbone
 from ..backbones.finding import find_backbone
+from ..backbones.modes import in_eval_mode
 from ..sites import VisualTunerLayer, layers_of
 
 
@@ -183,13 +184,11 @@ def _as_base_model(model: nn.Module, seed: int) -> Iterator[None]:
     """Switch adapters off inside the context, and restore everything afterwards."""
     switches = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     disabled = [module.disable_adapters for module in switches]
-    training = {module: module.training for module in model.modules()}
     gradients = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     random_states = random.getstate(), np.random.get_state()
-    model.eval()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     try:
-        with torch.random.fork_rng(devices=devices):
+        with in_eval_mode(model), torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed % 2**32)
@@ -204,8 +203,6 @@ def _as_base_model(model: nn.Module, seed: int) -> Iterator[None]:
         np.random.set_state(random_states[1])
         for module, was in zip(switches, disabled, strict=True):
             module._disable_adapters = was
-        for module, mode in training.items():
-            module.training = mode
         for parameter, requires_grad, gradient in gradients:
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient

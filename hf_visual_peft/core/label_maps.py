@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..backbones.finding import find_backbone
+from ..backbones.modes import in_eval_mode
 from .calibration import Calibration
 
 
@@ -215,17 +216,15 @@ def _maps(model: nn.Module) -> Iterator[tuple[str, LabelMap]]:
 @contextmanager
 def _own_logits(model: nn.Module) -> Iterator[None]:
     """Let the head's own logits pass inside the context, in eval mode."""
-    maps, modes = [module for _, module in _maps(model)], [(module, module.training) for module in model.modules()]
-    model.eval()
+    maps = [module for _, module in _maps(model)]
     for each in maps:
         each.passes = True
     try:
-        yield
+        with in_eval_mode(model):
+            yield
     finally:
         for each in maps:
             each.passes = False
-        for module, training in modes:
-            module.training = training
 
 
 def _require_enough(source_classes: int, num_classes: int, per_class: int) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
+from ..backbones.modes import in_eval_mode
 from .calls import CallPoint, Forward, replaced
 from .dataset import FEATURES, CachedFeatures
 from .filling import Filler, is_whole
@@ -288,14 +289,9 @@ class FeatureCache:
     @contextmanager
     def _frozen(self) -> Iterator[None]:
         """Keep the model in eval mode inside the context, and restore the state of the random generators after it."""
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        try:
-            with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
-                yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        devices = [self._device] if self._device.type == "cuda" else []
+        with in_eval_mode(self.model), torch.random.fork_rng(devices=devices):
+            yield
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         """The hook that makes the model take features."""

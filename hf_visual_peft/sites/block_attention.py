@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.backbone import unwrapped
+from ..backbones.modes import in_eval_mode
 from .attention import (
     Acts,
     KeyValueSite,
@@ -92,22 +93,16 @@ class AttentionLayer(VisualTunerLayer):
         """
         attention = self._find_attention()
         name = type(self.get_base_layer()).__name__
-        modes = [(module, module.training) for module in attention.modules()]
-        attention.eval()  # a run must neither draw random numbers nor change statistics
         try:
-            with torch.no_grad():
+            with in_eval_mode(attention), torch.no_grad():  # no random numbers are drawn, no statistics changed
                 weight: Any = self._attention[0][0].weight
                 tokens = weight.new_zeros(2, 3, len(weight))  # three tokens fill no square grid
                 shape = self._attend(tokens).shape
         except Exception as error:  # any error of an unknown module
-            said = next(iter(str(error).splitlines()), type(error).__name__)
             raise ValueError(
                 f"The attention of {name} cannot serve other tokens than its own: {type(attention).__name__} does not "
-                f"run on three tokens without a grid ({said})."
+                f"run on three tokens without a grid ({_first_line(error)})."
             ) from error
-        finally:
-            for module, training in modes:  # the outer ones first
-                module.train(training)
         if shape != tokens.shape:
             raise ValueError(
                 f"The attention of {name} cannot serve other tokens than its own: {type(attention).__name__} returns "
@@ -122,10 +117,9 @@ class AttentionLayer(VisualTunerLayer):
         """
         attention = self._find_attention()
         owner = self.get_base_layer()
-        reason, training = "", {module: module.training for module in attention.modules()}
-        attention.eval()  # a run must neither draw random numbers nor change statistics
+        reason = ""
         try:
-            with torch.no_grad():
+            with in_eval_mode(attention), torch.no_grad():  # no random numbers are drawn, no statistics changed
                 weight = next(p for p in owner.parameters() if p.is_floating_point())
                 width = self._block.width or len(weight)
                 tokens = torch.arange(6 * width, device=weight.device).sin().to(weight.dtype).view(2, 3, width)
@@ -135,10 +129,7 @@ class AttentionLayer(VisualTunerLayer):
                     same = (found - expected).abs().max() <= tolerance * expected.abs().max()
                     reason = "" if same else f"{type(attention).__name__} computes another attention than that"
         except Exception as error:  # any error of an unknown module
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-        finally:
-            for module, mode in training.items():
-                module.training = mode
+            reason = _first_line(error)
         if reason:
             raise ValueError(
                 f"The attention of {type(owner).__name__} cannot be that of tokens to others, by its projections "
@@ -276,6 +267,10 @@ class AttentionLayer(VisualTunerLayer):
             yield
         finally:
             self._pass = current
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _of_tokens(norm: nn.Module, tokens: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backbones.modes import in_eval_mode
+
 
 _TOLERANCE = 1e-4  # of the scale of the tokens, in float32
 
@@ -112,22 +114,20 @@ class Positions:
             found.append(next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)))
             raise _Stop
 
-        owner, modes = self._owner, [(module, module.training) for module in self._owner.modules()]
+        owner = self._owner
         own = next(iter(self._outside.values()))
         images = images.to(own)
         named = "pixel_values" in inspect.signature(owner.forward).parameters
         handle = self._entrance.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
         self._layer._off_now = True
-        owner.eval()
         try:
-            owner(pixel_values=images) if named else owner(images)
+            with in_eval_mode(owner):
+                owner(pixel_values=images) if named else owner(images)
         except _Stop:
             pass
         finally:
             self._layer._off_now = False
             handle.remove()
-            for module, training in modes:
-                module.training = training
         return found[0].float()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...backbones.backbone import Block, VisionBackbone
 from ...backbones.finding import find_backbone
+from ...backbones.modes import in_eval_mode
 from ...core.calibration import Calibration
 from ...core.config import VisualPeftConfig
 from ...core.registry import Paper, register
@@ -262,12 +263,10 @@ def _importance(calibration: Calibration, masks: list[Masks]) -> list[tuple[Tens
     """The mean gradients with respect to the masks of tokens and of pieces, of each set of masks."""
     tensors = [mask for m in masks for mask in (m.token_mask, m.piece_mask)]
     totals = [torch.zeros_like(mask, dtype=torch.float32) for mask in tensors]
-    modes = {module: module.training for module in calibration.model.modules()}
-    calibration.model.eval()
     try:
         for mask in tensors:
             mask.requires_grad_(True)
-        with torch.enable_grad():
+        with in_eval_mode(calibration.model), torch.enable_grad():
             for batch in calibration.batches():
                 loss = calibration.loss(batch, "E2VPT measures importance")
                 for total, gradient in zip(totals, torch.autograd.grad(loss, tensors), strict=True):
@@ -275,8 +274,6 @@ def _importance(calibration: Calibration, masks: list[Masks]) -> list[tuple[Tens
     finally:
         for mask in tensors:
             mask.requires_grad_(False)
-        for module, mode in modes.items():
-            module.training = mode
     if not all(total.isfinite().all() for total in totals):
         raise ValueError("E2VPT: a gradient of the loss is not finite, so nothing can be compared.")
     if not any(total.any() for total in totals):
