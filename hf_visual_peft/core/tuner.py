@@ -162,7 +162,7 @@ class VisualTuner(MergingTuner):
     def _looking_away(self, model: nn.Module) -> Iterator[None]:
         """Remove the hooks of adapters at copied modules inside the context."""
         exchange = self._exchange
-        watching = self._copied and (exchange.handles or exchange.pixel_handles)
+        watching = self._copied and (exchange.handles or exchange.pixel_handles or exchange.image_handles)
         layers = [m for m in model.modules() if isinstance(m, BlockAdapters) and m.holds(self._copied)]
         with ExitStack() as stack:
             if watching:

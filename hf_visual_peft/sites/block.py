@@ -34,7 +34,7 @@ from .block_attention import AttentionLayer
 from .block_checks import norms_first, require_stream
 from .block_side import BypassedLayer
 from .block_sites import BranchSite, Pass, Reads, TokenSite, reaches_into
-from .exchange import Exchange
+from .exchange import Exchange, recomputes
 from .grid import Grid, TokenLayout, map_grid, to_tokens, unfolded_grid, unit_grid
 from .layer import CHILD, Equation, call_equation
 from .losses import Left
@@ -392,8 +392,7 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         Raises:
             ValueError: an adapter needs results of other blocks, or images, of the forward pass.
         """
-        # `torch.utils.checkpoint` recognises its backward pass in the same way
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        if torch.compiler.is_compiling() or not recomputes():
             return
         if any(s.takes or s.hands_on or s.needs_pixels for s in sites):
             raise ValueError(

@@ -37,6 +37,7 @@ class Exchange:
         handles: the hooks that update `grid`.
         frame_handles: the hooks that update `frames`.
         pixel_handles: the hook that updates `pixels`.
+        image_handles: the hooks that refuse a pass in which adapters at the images did not act.
         head_handles: the hooks at the heads.
         stages: modules that gradient checkpointing could recompute as a whole, with their blocks; names in the
             backbone.
@@ -63,6 +64,7 @@ class Exchange:
     handles: list[Any] = field(default_factory=list)
     frame_handles: list[Any] = field(default_factory=list)
     pixel_handles: list[Any] = field(default_factory=list)
+    image_handles: list[Any] = field(default_factory=list)
     head_handles: list[Any] = field(default_factory=list)
     stages: dict[str, list[str]] = field(default_factory=dict)
     stage_handles: list[Any] = field(default_factory=list)
@@ -94,6 +96,24 @@ class Exchange:
             for module in versions(model, backbone.reads_images):
                 self.pixel_handles.append(module.register_forward_pre_hook(self._from_pixels))
 
+    def guard_images(self, model: nn.Module, backbone: VisionBackbone) -> None:
+        """Refuse passes from now on in which images reach the backbone without the adapters at the images."""
+        if not self.image_handles and backbone.reads_images:
+            for module in versions(model, backbone.reads_images):
+                self.image_handles.append(module.register_forward_pre_hook(self._require_entered))
+
+    def _require_entered(self, module: nn.Module, args: tuple) -> None:
+        outside = self.outside
+        if outside is None or outside.entered or torch.compiler.is_compiling() or recomputes():
+            return
+        if not outside.acts_at("images") or outside.disable_adapters or outside.merged:
+            return
+        raise ValueError(
+            f"Images reach {type(module).__name__} past the adapter that acts on the images of "
+            f"{type(outside.get_base_layer()).__name__}. Call that model as a whole, or one of its methods that take "
+            "images, or switch the adapter off (disable_adapter())."
+        )
+
     @contextmanager
     def looking_away(self, model: nn.Module, backbone: VisionBackbone | None) -> Iterator[None]:
         """Remove the hooks at the embeddings inside the context, then set them again, also at new copies of these.
@@ -103,7 +123,11 @@ class Exchange:
             backbone: in the model; None if it has no such hooks.
         """
         again = []
-        for handles, watch in ((self.handles, self.watch_grid), (self.pixel_handles, self.watch_pixels)):
+        for handles, watch in (
+            (self.handles, self.watch_grid),
+            (self.pixel_handles, self.watch_pixels),
+            (self.image_handles, self.guard_images),
+        ):
             if handles and backbone is not None:
                 _remove(handles)
                 again.append(watch)
@@ -188,6 +212,7 @@ class Exchange:
         if self.frame_handles:
             return
         self.frame_handles.append(model.register_forward_pre_hook(self._split_frames, with_kwargs=True))
+        self.frame_handles.append(model.register_forward_hook(self._forget_frames, always_call=True))
         norms = backbone.final_norms if before_norms and backbone.heads else ()
         for module in (module for path in (*norms, *backbone.heads) for module in versions(model, path)):
             self.frame_handles.append(module.register_forward_pre_hook(_FrameMean(self)))
@@ -211,7 +236,8 @@ class Exchange:
 
     def unwatch(self) -> None:
         """Remove all hooks, and forget the last pass."""
-        for handles in (self.handles, self.frame_handles, self.pixel_handles, self.stage_handles):
+        hooks = (self.handles, self.frame_handles, self.pixel_handles, self.image_handles, self.stage_handles)
+        for handles in hooks:
             _remove(handles)
         self.unwatch_heads()
         if self.losses is not None:
@@ -230,6 +256,10 @@ class Exchange:
             return args, {**kwargs, "pixel_values": pixels.flatten(0, 1)}
         return (pixels.flatten(0, 1), *args[1:]), kwargs
 
+    def _forget_frames(self, module: nn.Module, args: tuple, output: Any) -> None:
+        # who then calls a part of the model with images shall not have them taken for the frames of these videos
+        self.images, self.frames = 0, None
+
     def _from_pixels(self, module: nn.Module, args: tuple) -> None:
         self.pixels = args[0]
 
@@ -245,6 +275,11 @@ class Exchange:
         token = torch.arange(output.shape[1], device=output.device)
         cells = torch.where(token < rows * columns, token // columns * width + token % columns, height * width)
         self.grid = Grid(height, width, cells)
+
+
+def recomputes() -> bool:
+    """Whether gradient checkpointing computes something again in the backward pass, as torch's own code asks."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _remove(handles: list[Any]) -> None:

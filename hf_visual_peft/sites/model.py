@@ -61,6 +61,7 @@ class ModelAdapters(VisualTunerLayer, nn.Module):
         self._init_layer(exchange)
         self.backbone = backbone
         self.handles: list[Any] = []
+        self.entered = ""  # by which method images have entered the backbone in this pass, as the sites see them
         self._off_now = False
         self._positions: Positions | None = None  # while something is merged
 

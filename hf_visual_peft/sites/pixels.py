@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -34,6 +36,9 @@ class PixelEquation(Protocol):
 class PixelSite(ModelSite):
     """The images that the backbone reads, before it does anything with them.
 
+    It acts wherever images enter the backbone: in its forward, and in other methods that take images as the forward
+    does, such as timm's `forward_features`. A pass that reaches the patch embedding in any other way is refused.
+
     The equation is called with (batch, channels, height, width), and returns images of this or another size. Videos
     are batches of images. Placements are at the path of the backbone.
 
@@ -59,9 +64,17 @@ class PixelSite(ModelSite):
         return whole and f"the method acts at the input of {path!r}, which {whole!r} would replace. Name its parts."
 
     def connect(self, layer: ModelAdapters, model: nn.Module, backbone: VisionBackbone | None) -> None:
-        """Watch the input of the backbone."""
-        if not layer.handles:
-            layer.handles.append(layer.get_base_layer().register_forward_pre_hook(_before, with_kwargs=True))
+        """Act wherever images enter the backbone."""
+        assert backbone is not None
+        layer.exchange.guard_images(model, backbone)
+        if layer.handles:
+            return
+        owner = layer.get_base_layer()
+        layer.handles.append(owner.register_forward_pre_hook(_before, with_kwargs=True))
+        layer.handles.append(owner.register_forward_hook(_after, always_call=True))
+        for name in _entries(owner):
+            layer.handles.append(_EntryHandle(owner, name, vars(owner).get(name)))
+            setattr(owner, name, partial(_enter, owner, name, vars(owner).get(name)))
 
     def act(self, layer: Any, equation: Any, x: Tensor, *more: Tensor) -> Tensor:
         """The images as the equation changes them."""
@@ -92,14 +105,12 @@ class PixelSite(ModelSite):
 def _before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """The hook at the backbone. It finds the layer in the module, so that copies of the model have their own."""
     layer: Any = module._modules.get(CHILD)
-    if layer is None or not layer.acts_at(PixelSite.point):
+    if layer is None or layer.entered:
         return None
-    name = next((name for name in _NAMES if name in kwargs), None)
-    if name is None and args:
-        images = args[0]
-    else:
-        name = name or next((key for key, value in kwargs.items() if _are_images(value)), None)
-        images = None if name is None else kwargs[name]
+    layer.entered = "forward"
+    if not layer.acts_at(PixelSite.point):
+        return None
+    images, put = _images(args, kwargs)
     if images is None:
         return None  # a model that reads something else beside images, without images
     channels = layer.backbone.image_channels
@@ -109,8 +120,87 @@ def _before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tup
             f"{type(module).__name__} gets images of {found}: an adapter at the images is active, which needs a "
             f"floating-point tensor of (batch, {channels}, height, width)."
         )
-    images = layer.run(PixelSite.point, images)
-    return ((images, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: images})
+    return put(layer.run(PixelSite.point, images))
+
+
+def _after(module: nn.Module, args: tuple, output: Any) -> None:
+    layer: Any = module._modules.get(CHILD)
+    if layer is not None and layer.entered == "forward":
+        layer.entered = ""
+
+
+def _enter(module: nn.Module, name: str, own: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    """Replaces another method of the backbone that may take images.
+
+    Args:
+        module: the backbone.
+        name: of the method.
+        own: what the module had in its place before; None for the method of its class.
+        args: of the method.
+        kwargs: of the method.
+    """
+    method = own or partial(getattr(type(module), name), module)
+    layer: Any = module._modules.get(CHILD)
+    if layer is None or layer.entered or not layer.acts_at(PixelSite.point):
+        return method(*args, **kwargs)
+    images, put = _images(args, kwargs)
+    if not _are_images(images) or images.shape[-3] != layer.backbone.image_channels:
+        return method(*args, **kwargs)  # features, as for `forward_head`
+    args, kwargs = put(layer.run(PixelSite.point, images))
+    layer.entered = name
+    try:
+        return method(*args, **kwargs)
+    finally:
+        layer.entered = ""
+
+
+def _entries(owner: nn.Module) -> Iterator[str]:
+    """The methods of a backbone that may take images: whose first argument has the name of the forward's."""
+    first = _first_argument(type(owner).forward)
+    found = {name: getattr(type(owner), name) for name in dir(type(owner)) if not name.startswith("_")}
+    for name, method in found.items():
+        if name != "forward" and not hasattr(nn.Module, name) and first and _first_argument(method) == first:
+            yield name
+
+
+def _first_argument(method: Any) -> str:
+    """The name of a method's argument after `self`; empty if it has none."""
+    if not inspect.isfunction(method):
+        return ""
+    named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = [each.name for each in inspect.signature(method).parameters.values() if each.kind in named]
+    return (*parameters[1:], "")[0]
+
+
+@dataclass
+class _EntryHandle:
+    """Takes the replacement of a method back.
+
+    Attributes:
+        owner: the backbone.
+        name: of the method.
+        own: what the backbone had in its place before; None for the method of its class.
+    """
+
+    owner: nn.Module
+    name: str
+    own: Any
+
+    def remove(self) -> None:
+        """Do it."""
+        if self.own is None:
+            vars(self.owner).pop(self.name, None)
+        else:
+            setattr(self.owner, self.name, self.own)
+
+
+def _images(args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Callable[[Tensor], tuple[tuple, dict[str, Any]]]]:
+    """The images among arguments, and a function that puts others in their place; None if there are none."""
+    name = next((name for name in _NAMES if name in kwargs), None)
+    if name is None and args:
+        return args[0], lambda images: ((images, *args[1:]), kwargs)
+    name = name or next((key for key, value in kwargs.items() if _are_images(value)), "")
+    return kwargs.get(name), lambda images: (args, {**kwargs, name: images})
 
 
 def _are_images(value: Any) -> bool:
