@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import shutil
+import sys
 from collections.abc import Sequence
 
 
@@ -51,3 +54,45 @@ def format_columns(header: Sequence[str], rows: Sequence[Sequence[str]], right: 
         for cells in (header, *rows)
     ]
     return "\n".join(lines)
+
+
+def terminal_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = (), whole: Sequence[str] = ()
+) -> str:
+    """Lay cells out for the terminal: as wide as it is (80 columns where there is none), with cells that wrap.
+
+    Args:
+        header: names of the columns.
+        rows: the cells of each row, one per column.
+        right: columns to align right, e.g. those of numbers.
+        whole: columns whose cells do not wrap, e.g. those of names.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name in header:
+        table.add_column(
+            name,
+            justify="right" if name in right else "left",
+            no_wrap=name in right or name in whole,
+            overflow="fold",
+        )
+    for cells in rows:
+        table.add_row(*map(Text, cells))  # as text: a bracket in a cell is not markup
+    page = io.StringIO()
+    Console(file=page, width=shutil.get_terminal_size((80, 24)).columns, color_system=None).print(table)
+    return "\n".join(line.rstrip() for line in page.getvalue().rstrip().splitlines())
+
+
+def show_markdown(text: str) -> None:
+    """Print Markdown: laid out on a terminal, and as it is where the output goes elsewhere."""
+    if not sys.stdout.isatty():
+        print(text)
+        return
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console().print(Markdown(text))

@@ -53,7 +53,7 @@ def literal(text: str) -> Any:
     return yaml.safe_load(text)
 
 
-def build_parser(description: str | None) -> argparse.ArgumentParser:
+def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         usage=f"{program()} [--config FILE] [flags]",
         description=description,

@@ -61,8 +61,8 @@ TEST_SHARE, VALIDATION_SHARE = 0.2, 0.15
 FEWEST_STEPS, MOST_EPOCHS = 4, 20
 
 
-def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The flags of this command, and words for the flags of data."""
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of this command; it also takes those of the recipe."""
     parser = argparse.ArgumentParser(
         prog="hf-visual-peft compare",
         usage="hf-visual-peft compare PHOTOS [flags]",
@@ -83,6 +83,12 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     add("--output_dir", type=Path, help="default: compare-PHOTOS in this folder")
     add("--overwrite_output_dir", action="store_true", help="delete an earlier comparison there")
     add("--traceback", action="store_true", help="show where in the code an error arose")
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """The flags of this command, and words for the flags of data."""
+    parser = build_parser()
     given, others = parser.parse_known_args(argv)
     for method in given.methods:
         try:

@@ -49,8 +49,8 @@ Program = Callable[[], torch.export.ExportedProgram]
 TOLERANCE = 1e-4  # relative to the largest output
 
 
-def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The flags of this command, and the words for those of the recipe."""
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of this command; it also takes those of the recipe."""
     parser = argparse.ArgumentParser(
         prog="hf-visual-peft merge",
         usage="hf-visual-peft merge MODEL OUTPUT [flags]",
@@ -62,6 +62,12 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder, which must not exist")
     parser.add_argument("--format", nargs="+", choices=list(FORMATS), default=["transformers"])
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """The flags of this command, and the words for those of the recipe."""
+    parser = build_parser()
     given, others = parser.parse_known_args(argv)
     if given.output.exists():
         parser.error(f"{given.output} exists: choose another folder")

@@ -39,8 +39,8 @@ from hf_visual_peft.tables import format_table
 FORMATS = {".csv": "csv", ".jsonl": "jsonl", ".json": "json"}
 
 
-def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The flags of this command, and the words for those of the recipe."""
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of this command; it also takes those of the recipe."""
     parser = argparse.ArgumentParser(
         prog="hf-visual-peft predict",
         usage="hf-visual-peft predict MODEL SOURCE [SOURCE ...] [flags]",
@@ -53,6 +53,12 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     parser.add_argument("--format", choices=["table", *FORMATS.values()], help="default: by --output, else table")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """The flags of this command, and the words for those of the recipe."""
+    parser = build_parser()
     given, others = parser.parse_known_args(argv)
     given.format = given.format or (FORMATS.get(given.output.suffix, "table") if given.output else "table")
     if given.output is not None and not given.output.resolve().parent.is_dir():

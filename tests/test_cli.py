@@ -1,35 +1,127 @@
 """The `hf-visual-peft` command."""
 
+import contextlib
+import io
 import json
+import os
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import hf_visual_peft
-from hf_visual_peft.cli.main import main
+from hf_visual_peft.cli.commands import COMMANDS, answer
+from hf_visual_peft.cli.main import _parser, main
 from hf_visual_peft.peft_methods.methods import PEFT_METHODS
 from hf_visual_peft.tables import format_table
 
 
-def test_methods_table_has_every_method(capsys):
+def _rows(text):
+    """The lines of a terminal's tables by their first word; what wraps joined."""
+    rows, name = {}, None
+    for line in text.splitlines():
+        if line[:1].isalpha():
+            name = line.split()[0]
+            rows[name] = line
+        elif line[:1] == " " and name:
+            rows[name] += line
+    return {name: " ".join(line.split()) for name, line in rows.items()}
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_methods_table_has_every_method_and_fits_the_terminal(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
     assert main(["methods"]) == 0
-    ours, of_peft = (table.splitlines() for table in capsys.readouterr().out.split("\n\n"))
-    for lines in (ours, of_peft):
-        assert len({len(line) for line in lines}) == 1
-    assert [line.split("|")[1].strip() for line in of_peft[2:]] == list(PEFT_METHODS)
-    assert "| dora           | LoraConfig        | use_dora=True |" in of_peft[2 + list(PEFT_METHODS).index("dora")]
-    lines = ours
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= columns
+    rows = _rows(text)
     for name, method in hf_visual_peft.list_methods().items():
-        (line,) = (line for line in lines if line.startswith(f"| {name} "))
-        assert method.category in line
-        assert method.paper.title in line
-        assert (f"arXiv {method.paper.arxiv}" if method.paper.arxiv else method.paper.url) in line
-        assert "None" not in line
-        assert f"{method.counts[0][1]:,}" in line
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        assert cells[-2] == ("yes" if method.mergeable else "no")
-        assert "backbone" in cells[-1]
+        assert f"{method.counts[0][1]:,}" in rows[name]
+        assert f" {'yes' if method.mergeable else 'no'}" in rows[name]
+        if columns == 200:
+            assert method.summary in rows[name]
+        assert method.category.capitalize() in text
+    assert set(PEFT_METHODS) | set(hf_visual_peft.list_language_methods()) <= set(rows)
+    assert "LoraConfig(use_dora=True)" in rows["dora"]
+
+
+def test_every_method_has_a_summary():
+    for method in hf_visual_peft.list_methods().values():
+        assert method.summary, f"{method.name}: give `register` a summary"
+        assert not method.summary.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("vpt", ["## VPTConfig", "460,800 (num_virtual_tokens=50, deep=True)", "`deep` (True)"]),
+        ("VPTConfig", ["## VPTConfig"]),
+        ("coop", ["## CoOpConfig", "For a `ZeroShotClassifier`"]),
+        ("lora", ["## lora", "LoraConfig", "query and value"]),
+    ],
+)
+def test_one_method_whole(name, words, capsys):
+    assert main(["methods", name]) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in words), text
+
+
+def test_one_method_as_json(capsys):
+    assert main(["methods", "ssf", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["config"] == "SSFConfig"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("adaptfromer", "'adaptformer'"), ("zzz", "`hf-visual-peft methods` lists")]
+)
+def test_an_unknown_method_gets_close_names(name, hint, capsys):
+    assert main(["methods", name]) == 1
+    message = capsys.readouterr().err
+    assert f"Unknown method '{name}'" in message
+    assert hint in message
+
+
+def test_help_of_the_launcher_is_that_of_the_package():
+    """The launcher answers without importing the package; its commands and the package's are the same."""
+    package = _parser()
+    (commands,) = (action for action in package._actions if action.dest == "command")
+    assert {choice.dest: choice.help for choice in commands._choices_actions} == COMMANDS
+    with pytest.raises(SystemExit) as stopped, contextlib.redirect_stdout(io.StringIO()) as page:
+        answer(["--help"], "1.0")
+    assert stopped.value.code == 0
+    assert page.getvalue() == package.format_help()
+
+
+def test_help_and_version_import_nothing_heavy():
+    launcher = Path(hf_visual_peft.__file__).parent / "cli" / "launcher"
+    code = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules, 'peft' in sys.modules)); "
+    code += "import hf_visual_peft_command; hf_visual_peft_command.main()"
+    environment = os.environ | {"PYTHONPATH": f"{launcher}{os.pathsep}{launcher.parents[2]}"}
+    for flag, words in (("--help", "compare methods on your images"), ("--version", hf_visual_peft.__version__)):
+        command = [sys.executable, "-c", code, flag]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        assert words in done.stdout
+        assert done.stdout.endswith("False False\n")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_commands_flags_and_choices(shell, capsys):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for word in ("compare", "--train_dir", "--budget", "torch_export", "--model_name_or_path"):
+        assert word in script, word
+
+
+@pytest.mark.slow
+def test_a_reader_that_stops_early_is_no_error():
+    command = (
+        f"{shlex.quote(sys.executable)} -m hf_visual_peft.cli.main methods --json | head -n 1; echo ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout == "[\n0\n"
+    assert done.stderr == ""
 
 
 def test_methods_json_says_what_the_registry_says(capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
 import re
@@ -12,9 +13,10 @@ from typing import Any
 from ..backbones.backbone import BLOCK_ROLES, VisionBackbone
 from ..core.registry import Method, Paper, list_methods
 from ..core.targets import TargetedConfig, default_of, own_fields
-from ..peft_methods.methods import PEFT_METHODS
+from ..language.config import list_language_methods
+from ..peft_methods.methods import PEFT_METHODS, PeftMethod
 from ..sites import Placement
-from ..tables import format_table, listed
+from ..tables import format_table, listed, terminal_table
 
 
 _GRADIENTS = {
@@ -42,64 +44,105 @@ backbone, of a part of it, or none. A method that *merges* folds into the weight
 
 
 def methods_table() -> str:
-    """The methods in one table for a terminal."""
-    header = ("method", "category", "paper", "trainable on ViT-B/16", "with", "mergeable", "gradients")
-    rows = []
+    """All methods for a terminal: by branch of the survey, then those for class names and those of peft."""
+    header = ("method", "what it does", "on ViT-B/16", "merges")
+    branches: dict[str, list[tuple[str, ...]]] = {}
     for method in list_methods().values():
-        paper = f"{method.paper.title} ({method.paper.venue}), {_source(method.paper)}"
-        about = (method.name, method.category, paper)
-        nature = (_yes(method.mergeable), _GRADIENTS[method.gradients])
-        for number, (setting, count) in enumerate(method.counts):
-            first = number == 0
-            row = (_count(method, count), _setting(setting), *(nature if first else ("",) * 2))
-            rows.append((*(about if first else ("",) * 3), *row))
-    return format_table(header, rows, right=("trainable on ViT-B/16",))
-
-
-def peft_methods_table() -> str:
-    """Peft's own methods in one table for a terminal."""
-    header = ("method of peft", "config", "with", "acts on", "convolutions", "mergeable")
-    rows = [
-        (
-            method.name,
-            method.config_cls.__name__,
-            _setting(method.chosen),
-            method.acts_on,
-            _yes(method.convolutional),
-            _yes(method.mergeable),
-        )
+        row = (method.name, method.summary, f"{method.counts[0][1]:,}", _yes(method.mergeable))
+        branches.setdefault(method.category.capitalize(), []).append(row)
+    parts = [
+        f"{branch}\n\n{terminal_table(header, rows, right=header[2:3], whole=header[:1])}"
+        for branch, rows in sorted(branches.items())
+    ]
+    of_peft = [
+        (method.name, f"{method.config_cls.__name__}{_chosen(method)} on {method.acts_on}", _yes(method.mergeable))
         for method in PEFT_METHODS.values()
     ]
-    return format_table(header, rows)
+    named = [
+        (method.name, method.paper.title, f"{method.counts[0][2]:,}" if method.counts else "")
+        for method in list_language_methods().values()
+    ]
+    return "\n\n".join(
+        [
+            *parts,
+            "Classifiers of class names (CLIP and the like)\n",
+            terminal_table(("method", "paper", "on ViT-B/16"), named, right=("on ViT-B/16",), whole=("method",)),
+            "Methods of peft\n",
+            terminal_table(("method", "what it does", "merges"), of_peft, whole=("method",)),
+            "Numbers: trained parameters, without the head.\nOne method whole: `hf-visual-peft methods NAME`.",
+        ]
+    )
+
+
+def describe_method(name: str) -> str:
+    """One method whole, as Markdown.
+
+    Args:
+        name: of a method of this library, for class names, or of peft.
+
+    Raises:
+        ValueError: no such method; the message has the close names.
+    """
+    word = name.lower().removesuffix("config")
+    if word in (ours := list_methods()):
+        return _section(ours[word], _vit_b16())
+    if word in (named := list_language_methods()):
+        method = named[word]
+        items = [
+            f"Paper: {_link(method.paper)}, {method.paper.venue}",
+            f"Equation: `{method.equation}`",
+            f"Fields: {_fields(method.config_cls)}",
+            *(
+                f"Parameters on CLIP ViT-B/16: {count:,} ({_setting(setting)}; {classes} classes)"
+                for setting, classes, count in method.counts
+            ),
+            "For a `ZeroShotClassifier`",
+        ]
+        return _entry(method.config_cls, items)
+    if word in PEFT_METHODS:
+        of_peft = PEFT_METHODS[word]
+        items = [
+            f"Config: `{of_peft.config_cls.__name__}{_chosen(of_peft)}` of peft",
+            f"Acts on: {of_peft.acts_on}",
+            f"Convolutions: {_yes(of_peft.convolutional)}. Merges: {_yes(of_peft.mergeable)}",
+            f"AdamW: learning rate {of_peft.training.learning_rate:g} by default (defaults.md)",
+        ]
+        return "\n".join([f"## {of_peft.name}", "", *(f"- {item}" for item in items)])
+    known = [*ours, *named, *PEFT_METHODS]
+    close = difflib.get_close_matches(word, known, n=3)
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "`hf-visual-peft methods` lists them."
+    raise ValueError(f"Unknown method {name!r}: {hint}")
 
 
 def methods_json() -> str:
-    """The same for scripts, and more."""
-    listing = [
-        {
-            "name": method.name,
-            "config": method.config_cls.__name__,
-            "category": method.category,
-            "visual_tuning": method.visual_tuning,
-            "paper": {
-                "title": method.paper.title,
-                "venue": method.paper.venue,
-                "arxiv": method.paper.arxiv,
-                "url": method.paper.url,
-            },
-            "equation": method.equation,
-            "trainable_on_vit_b16": [{"fields": setting, "parameters": count} for setting, count in method.counts],
-            "further_head_inputs": method.head_inputs,
-            "mergeable": method.mergeable,
-            "gradients_through_backbone": method.gradients,
-            "identity_at_start": method.identity_at_start,
-            "training": asdict(method.training),
-            "calibrated": method.calibrated,
-            "video": method.video,
-        }
-        for method in list_methods().values()
-    ]
-    return json.dumps(listing, indent=2)
+    """The methods of this library for scripts, with all that is declared."""
+    return json.dumps([as_dictionary(method) for method in list_methods().values()], indent=2)
+
+
+def as_dictionary(method: Method) -> dict[str, Any]:
+    """What is declared of a method, in types of JSON."""
+    return {
+        "name": method.name,
+        "config": method.config_cls.__name__,
+        "summary": method.summary,
+        "category": method.category,
+        "visual_tuning": method.visual_tuning,
+        "paper": {
+            "title": method.paper.title,
+            "venue": method.paper.venue,
+            "arxiv": method.paper.arxiv,
+            "url": method.paper.url,
+        },
+        "equation": method.equation,
+        "trainable_on_vit_b16": [{"fields": setting, "parameters": count} for setting, count in method.counts],
+        "further_head_inputs": method.head_inputs,
+        "mergeable": method.mergeable,
+        "gradients_through_backbone": method.gradients,
+        "identity_at_start": method.identity_at_start,
+        "training": asdict(method.training),
+        "calibrated": method.calibrated,
+        "video": method.video,
+    }
 
 
 def methods_markdown() -> str:
@@ -107,7 +150,7 @@ def methods_markdown() -> str:
     methods = sorted(list_methods().values(), key=lambda method: (method.category, method.name))
     backbone = _vit_b16()
     header = (
-        *("config", "category", "visual tuning", "paper"),
+        *("config", "category", "what it does", "paper"),
         *("parameters", "with", "merges", "identity", "activations", "chooses from data"),
     )
     rows = []
@@ -118,7 +161,7 @@ def methods_markdown() -> str:
             (
                 f"[{config}](#{config.lower()})",
                 method.category,
-                method.visual_tuning,
+                method.summary,
                 f"[{_source(method.paper) if method.paper.arxiv else method.paper.venue}]({method.paper.url})",
                 _count(method, count),
                 _setting(setting),
@@ -133,17 +176,15 @@ def methods_markdown() -> str:
 
 
 def _section(method: Method, backbone: VisionBackbone) -> str:
-    paragraphs = inspect.cleandoc(method.config_cls.__doc__ or "").split("\n\n")
     counts = "; ".join(f"{count:,} ({_setting(setting)})" for setting, count in method.counts)
     if method.head_inputs:
         counts += f", and {method.head_inputs:,} extra inputs of the head for each class"
-    settings = [f"`{field.name}` ({default_of(field)!r})" for field in own_fields(method.config_cls)]
     items = [
         f"Paper: {_link(method.paper)}, {method.paper.venue}",
         f"Category: {method.category}; visual tuning: {method.visual_tuning}",
         f"Equation: `{method.equation}`",
         f"Sites: {describe_sites(method.config_cls().placements(backbone), backbone)}",
-        f"Fields: {', '.join(settings) or 'none of its own'}",
+        f"Fields: {_fields(method.config_cls)}",
         f"Parameters: {counts}",
         f"Merges: {_yes(method.mergeable)}. Identity at the start: {_yes(method.identity_at_start)}. "
         f"Activations: {_ACTIVATIONS[method.gradients]}",
@@ -155,9 +196,27 @@ def _section(method: Method, backbone: VisionBackbone) -> str:
         items.append("Chooses from data: `hf_visual_peft.calibrate(model, dataloader)` before training")
     if method.video:
         items.append("Videos: `pixel_values` of (batch, frames, channels, height, width)")
-    listing = "\n".join(f"- {item}" for item in items)
+    return _entry(method.config_cls, items)
+
+
+def _entry(config_cls: type, items: Iterable[str]) -> str:
+    """A section on a method: what its docstring tells, and a list of facts."""
+    paragraphs = inspect.cleandoc(config_cls.__doc__ or "").split("\n\n")
     about = "" if len(paragraphs) < 2 or paragraphs[1].startswith("Args:") else f"{paragraphs[1]}\n\n"
-    return f"## {method.config_cls.__name__}\n\n{about}{listing}\n"
+    listing = "\n".join(f"- {item}" for item in items)
+    return f"## {config_cls.__name__}\n\n{about}{listing}\n"
+
+
+def _fields(config_cls: Any) -> str:
+    """The fields that only this config has, with their defaults."""
+    return (
+        ", ".join(f"`{field.name}` ({default_of(field)!r})" for field in own_fields(config_cls)) or "none of its own"
+    )
+
+
+def _chosen(method: PeftMethod) -> str:
+    """The fields that make a variant of a method of peft, as in a call."""
+    return f"({_setting(method.chosen)})" if method.chosen else ""
 
 
 def describe_sites(placements: Iterable[Placement], backbone: VisionBackbone) -> str:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
+from ..tables import show_markdown
 from ..version import __version__
+from .commands import COMMANDS, main_parser
+from .recipes import SCRIPTS, run_recipe
+
+
+SHELLS = ("bash", "zsh", "tcsh")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,22 +28,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 1 where the work failed, 2 (raised by argparse) where the arguments make no sense.
     """
-    from .recipes import SCRIPTS, run_recipe
-
     words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _run(words)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing it does not fail again
+        return 0
+
+
+def _run(words: list[str]) -> int:
     if words and words[0] in SCRIPTS:  # they have their own flags
         return run_recipe(words[0], words[1:])
     parser = _parser()
     arguments = parser.parse_args(words)
     if arguments.command == "methods":
-        from . import catalogue
-
-        as_text = {"json": catalogue.methods_json, "markdown": catalogue.methods_markdown}
-        if arguments.format in as_text:
-            print(as_text[arguments.format]())
-        else:
-            print(catalogue.methods_table(), catalogue.peft_methods_table(), sep="\n\n")
-        return 0
+        return _methods(arguments)
+    if arguments.command == "completion":
+        return _completion(arguments)
     if arguments.command == "coverage":
         return _coverage(arguments)
     if arguments.command in ("roles", "explain"):
@@ -47,33 +58,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _demo(arguments)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(recipes: Mapping[str, argparse.ArgumentParser] = MappingProxyType({})) -> argparse.ArgumentParser:
+    """The parser of all commands.
+
+    Args:
+        recipes: the parsers of the commands that run a recipe, if these flags are wanted, too.
+    """
     from ..coverage.command import add_arguments as add_coverage_arguments
     from ..demo.options import add_arguments
 
-    parser = argparse.ArgumentParser(
-        prog="hf-visual-peft", description="Parameter-efficient fine-tuning methods for vision models."
-    )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser = main_parser(__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo",
-        help="train a method on real images beside a linear probe, save it, reload it in a new process",
+        help=COMMANDS["demo"],
         description="Train a linear probe and then one or more methods on 1,000 real digits (or any image dataset) "
         "with a real pretrained encoder (or any checkpoint), save each adapter, reload it in a new process, and print "
         "one table.",
     )
-    commands.add_parser("train", help="train on your images with the recipe, by accelerate; own flags: train --help")
-    commands.add_parser("compare", help="compare methods on your images within minutes; own flags: compare --help")
-    commands.add_parser("merge", help="merge an adapter and export the model; own flags: merge --help")
-    commands.add_parser("predict", help="predict images with an adapter or model; own flags: predict --help")
+    for name in SCRIPTS:
+        parents = [recipes[name]] if name in recipes else []
+        commands.add_parser(name, help=COMMANDS[name], parents=parents, add_help=not parents)
     add_arguments(demo)
     demo.add_argument("--traceback", action="store_true", help="show where an error came from")
     listing = commands.add_parser(
         "methods",
-        help="list the methods",
-        description="List the methods of this library and, as a table, those of peft.",
+        help=COMMANDS["methods"],
+        description="List the methods of this library, those for class names, and those of peft; or show one whole.",
     )
+    listing.add_argument("name", nargs="?", metavar="NAME", help="of one method")
     forms = listing.add_mutually_exclusive_group()
     forms.add_argument("--json", action="store_const", const="json", dest="format", help="for scripts")
     forms.add_argument(
@@ -81,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     coverage = commands.add_parser(
         "coverage",
-        help="try every method on a tiny model of every architecture",
+        help=COMMANDS["coverage"],
         description="Run every method on a tiny random model of every architecture: a training step, "
         "disable_adapter, save and load, merging, another image size. Nothing is downloaded. Exit status 1 where a "
         "cell fails.",
@@ -89,20 +102,21 @@ def _parser() -> argparse.ArgumentParser:
     add_coverage_arguments(coverage)
     roles = commands.add_parser(
         "roles",
-        help="show which modules of a model play which part",
+        help=COMMANDS["roles"],
         description="Find the parts of a model, by its role table or by watching a copy of it run, and print them as "
         "a table and as the code that registers them. Weights are random; nothing but a config is downloaded.",
     )
     explain = commands.add_parser(
         "explain",
-        help="show which methods act where on a model, and why others cannot",
+        help=COMMANDS["explain"],
         description="Tell for every method where it acts on a model, or why it cannot.",
     )
     for command in (roles, explain):
         command.add_argument("model", help="Hub id or folder with a config, or the name of a model of timm")
+        command.add_argument("--json", action="store_true", help="for scripts")
     inspect = commands.add_parser(
         "inspect",
-        help="show what saved adapters are, by their headers only",
+        help=COMMANDS["inspect"],
         description="Show what saved adapters are. Only configurations and headers are read: nothing of the files is "
         "imported, unpickled or loaded, so it is safe for files that nobody vouches for.",
     )
@@ -111,13 +125,57 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="for scripts: one object a line")
     report = commands.add_parser(
         "report",
-        help="write a page of runs and comparisons: table, charts, images",
+        help=COMMANDS["report"],
         description="Write one self-contained HTML page of comparisons and runs of the recipe, which must be measured "
         "on the same images. It needs the extra 'report'.",
     )
     report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run or comparison, or one that holds such")
     report.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="default: report.html")
+    completion = commands.add_parser(
+        "completion",
+        help=COMMANDS["completion"],
+        description="Print a script that completes commands, flags and choices in a shell. For bash: "
+        "hf-visual-peft completion bash > ~/.local/share/bash-completion/completions/hf-visual-peft",
+    )
+    completion.add_argument("shell", choices=SHELLS)
     return parser
+
+
+def _methods(arguments: argparse.Namespace) -> int:
+    from . import catalogue
+
+    if arguments.name is not None:
+        return _method(arguments)
+    as_text = {"json": catalogue.methods_json, "markdown": catalogue.methods_markdown, None: catalogue.methods_table}
+    print(as_text[arguments.format]())
+    return 0
+
+
+def _method(arguments: argparse.Namespace) -> int:
+    import json
+
+    from ..core.registry import get_method
+    from . import catalogue
+
+    try:
+        if arguments.format == "json":
+            print(json.dumps(catalogue.as_dictionary(get_method(arguments.name)), indent=2))
+        else:
+            show_markdown(catalogue.describe_method(arguments.name))
+    except ValueError as error:
+        print(f"hf-visual-peft methods: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    import shtab
+
+    from .recipes import SCRIPTS, recipe_parser
+
+    parser = _parser({name: recipe_parser(name) for name in SCRIPTS})
+    print(shtab.complete(parser, shell=arguments.shell))
+    return 0
 
 
 def _report(arguments: argparse.Namespace, words: Sequence[str]) -> int:
@@ -156,11 +214,16 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _look(arguments: argparse.Namespace) -> int:
-    from .roles import describe_roles, explain, load_model
+    import json
 
-    show = describe_roles if arguments.command == "roles" else explain
+    from . import roles
+
     try:
-        print(show(load_model(arguments.model)))
+        model = roles.load_model(arguments.model)
+        if arguments.command == "roles":
+            print(json.dumps(roles.roles_of(model), indent=2) if arguments.json else roles.describe_roles(model))
+        else:
+            print(json.dumps(roles.places_of(model), indent=2) if arguments.json else roles.explain(model))
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
         print(f"hf-visual-peft {arguments.command}: error: {error}", file=sys.stderr)
         return 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import os
 import runpy
 import subprocess
@@ -32,6 +34,21 @@ def recipes_folder() -> Path:
     raise FileNotFoundError(
         f"The recipes are not in {package / 'recipes'}: the installation is incomplete; install the package again."
     )
+
+
+def recipe_parser(command: str) -> argparse.ArgumentParser:
+    """The parser of a command's own flags.
+
+    Args:
+        command: one of `SCRIPTS`.
+    """
+    folder = str(recipes_folder())
+    sys.path.insert(0, folder)  # where the modules of a recipe find each other
+    try:
+        module = "arguments" if command == "train" else Path(SCRIPTS[command]).stem
+        return importlib.import_module(module).build_parser()
+    finally:
+        sys.path.remove(folder)
 
 
 def run_recipe(command: str, words: Sequence[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pprint
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..backbones.finding import find_backbone
 from ..backbones.found import look_at
 from ..core.placing import placements_of
 from ..core.registry import list_methods
-from ..tables import format_table
+from ..tables import terminal_table
 
 
 def load_model(name: str) -> nn.Module:
@@ -66,13 +67,13 @@ def describe_roles(model: nn.Module) -> str:
     place = f" at {backbone.path!r}" if backbone.path else ""
     parts = [
         f"{backbone.class_name}{place}: {backbone.depth} blocks, {source}.",
-        format_table(("role", "modules"), list(_outside(backbone))),
+        terminal_table(("role", "modules"), list(_outside(backbone))),
     ]
     for block, count in _kinds(model, backbone):
         name = type(model.get_submodule(block.path)).__name__
         parts += [
             f"{name}, as {block.path!r} ({count} alike):",
-            format_table(("role", "modules"), list(_inside(block))),
+            terminal_table(("role", "modules"), list(_inside(block))),
         ]
     if not listed:
         seen = look_at(model, backbone.path).seen
@@ -108,6 +109,63 @@ def as_code(table: Architecture) -> str:
     )
 
 
+def roles_of(model: nn.Module) -> dict[str, Any]:
+    """The same in types of JSON.
+
+    Args:
+        model: a backbone, or a model that holds one.
+
+    Raises:
+        BackboneError: none can be found.
+    """
+    backbone = find_backbone(model)
+    whole = ("patch_embedding", "input_norms", "between", "between_norms", "final_norms", "heads")
+    return {
+        "class": backbone.class_name,
+        "path": backbone.path,
+        "listed": choose(model) is not None,
+        **{role: list(getattr(backbone, role)) for role in whole},
+        "stream": backbone.architecture.stream,
+        "prefix_tokens": backbone.prefix_tokens,
+        "grid": backbone.architecture.grid,
+        "blocks": [
+            {
+                "path": block.path,
+                "width": block.width,
+                "sublayers": list(block.sublayers),
+                "roles": {role: list(block.roles[role]) for role in ALL_ROLES if block.roles[role]},
+            }
+            for block in backbone.blocks
+        ],
+    }
+
+
+def places_of(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Where each method acts on a model with its defaults, or why it cannot, by the method's name.
+
+    Args:
+        model: a backbone, or a model that holds one.
+
+    Returns:
+        For each method `works` and either `places`, the number of placements by module, or `reason`.
+
+    Raises:
+        BackboneError: none can be found.
+    """
+    backbone = find_backbone(model)
+    found: dict[str, dict[str, Any]] = {}
+    for name, method in list_methods().items():
+        config: Any = method.config_cls()
+        try:
+            placements = placements_of(config, backbone, backbone)
+        except ValueError as error:
+            found[name] = {"works": False, "reason": _short(str(error))}
+            continue
+        places = Counter(_general(placement.path, backbone) for placement in placements)
+        found[name] = {"works": True, "places": dict(places)}
+    return found
+
+
 def explain(model: nn.Module) -> str:
     """Where each method acts on a model, or why it cannot.
 
@@ -119,21 +177,15 @@ def explain(model: nn.Module) -> str:
     """
     backbone = find_backbone(model)
     rows = []
-    for name, method in list_methods().items():
-        config: Any = method.config_cls()
-        try:
-            placements = placements_of(config, backbone, backbone)
-        except ValueError as error:
-            rows.append((name, "no", _short(str(error))))
-            continue
-        places: dict[str, int] = {}
-        for placement in placements:
-            place = _general(placement.path, backbone)
-            places[place] = places.get(place, 0) + 1
-        counted = (f"{place} ({count})" if count > 1 else place for place, count in places.items())
-        rows.append((name, "yes", ", ".join(counted)))
+    for name, found in places_of(model).items():
+        if found["works"]:
+            counted = (f"{place} ({count})" if count > 1 else place for place, count in found["places"].items())
+            rows.append((name, "yes", ", ".join(counted)))
+        else:
+            rows.append((name, "no", found["reason"]))
     head = f"{backbone.class_name}: {backbone.depth} blocks. Where each method acts, with its defaults:"
-    return f"{head}\n\n{format_table(('method', 'works', 'where, or why not'), rows)}"
+    table = terminal_table(("method", "works", "where, or why not"), rows, whole=("method",))
+    return f"{head}\n\n{table}"
 
 
 def _outside(backbone: VisionBackbone) -> Iterator[tuple[str, str]]:

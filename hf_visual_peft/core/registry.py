@@ -89,6 +89,7 @@ class Method:
             2402.02242), taken from the method's folder.
         visual_tuning: branch of that of "Visual Tuning" (arXiv 2305.06061).
         equation: the method in one line.
+        summary: where it acts and with what, in a few words without a capital, e.g. "a bottleneck beside every MLP".
         counts: trainable parameters on ViT-B/16-224 without the head, by fields of the config: pairs of (fields,
             count). The first is for the paper's usual setting.
         mergeable: whether the adapter folds into the weights of the backbone.
@@ -114,6 +115,7 @@ class Method:
     calibrated: bool
     head_inputs: int = 0
     training: Training = USUAL
+    summary: str = ""
 
     @property
     def video(self) -> bool:
@@ -194,6 +196,7 @@ def register(
     calibrated: bool = False,
     head_inputs: int = 0,
     training: Training = USUAL,
+    summary: str = "",
 ) -> Callable[[ConfigT], ConfigT]:
     """Make a config class a peft method, known to `get_peft_model`, saving, loading and transformers.
 
@@ -221,6 +224,7 @@ def register(
             calibrated=calibrated,
             head_inputs=head_inputs,
             training=training,
+            summary=summary,
         )
         return config_cls
 

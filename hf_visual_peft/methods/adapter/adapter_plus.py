@@ -56,6 +56,7 @@ POSITIONS: dict[str, tuple[BranchSite, ...]] = {
 @register(
     name="adapterplus",
     paper=Paper("Adapters Strike Back", "CVPR 2024", "2406.06820"),
+    summary="a bottleneck after the block with a factor for each channel",
     visual_tuning="adapter: sequential",
     equation="X = X + c * DP(W_up GELU(W_down X)) after the block",
     counts=(({"r": 8}, 165_984), ({"r": 1}, 36_876)),

@@ -59,6 +59,7 @@ class AdaptFormer(nn.Module):
     paper=Paper(
         "AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition", "NeurIPS 2022", "2205.13535"
     ),
+    summary="a bottleneck beside every MLP",
     visual_tuning="adapter: parallel",
     equation="out = z + DP(MLP(LN2 z)) + s (W_up ReLU(W_down z))",
     counts=(({"r": 64}, 1_189_632), ({"r": 8}, 156_768)),

@@ -90,6 +90,7 @@ class Joint(nn.Module):
         "ICLR 2023",
         "2302.03024",
     ),
+    summary="bottlenecks after attention over frames, after attention and beside the MLP",
     visual_tuning="adapter: mix",
     equation="y = x + DP(T(MHSA_frames(LN1 x))); z = y + a + S(a), a = MHSA(LN1 y); "
     "out = z + MLP(LN2 z) + DP(s J(LN2 z))",

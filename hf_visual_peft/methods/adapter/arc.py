@@ -65,6 +65,7 @@ class ARC(nn.Module):
     paper=Paper(
         "Efficient Adaptation of Large Vision Transformer via Adapter Re-Composing", "NeurIPS 2023", "2310.06234"
     ),
+    summary="affine bottlenecks before attention and MLP, whose matrices all blocks share",
     visual_tuning="adapter: sequential",
     equation="x + sublayer(f(LN x)), f(x) = x + x P diag(c) P^T + b, one P for attention and one for the MLP",
     counts=(({"r": 50}, 96_432),),

@@ -60,6 +60,7 @@ class BiAdaptFormer(nn.Module):
         "ICCV 2023",
         "2307.16867",
     ),
+    summary="AdaptFormer with 1, 2 or 4 bits a weight",
     visual_tuning="adapter: parallel",
     equation="out = z + DP(MLP(LN2 z)) + s q(W_up) ReLU(q(W_down) z), q to 2^bits levels",
     counts=(({"r": 32, "bits": 1}, 589_824),),

@@ -94,6 +94,8 @@ class CoLin(nn.Module):
 @register(
     name="colin",
     paper=Paper("CoLin", "arXiv 2026", "2602.10513"),
+    summary="a bottleneck of low-rank projections with a depthwise convolution after attention and MLP; an "
+    "orthogonality loss",
     visual_tuning="adapter: sequential",
     equation="z + f(z) after attention and after the MLP, f: W_1, depthwise 3x3 mixed in, GELU, W_2; W = A diag(g) B",
     counts=(({}, 1_214_496),),

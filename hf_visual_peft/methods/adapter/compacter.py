@@ -84,6 +84,7 @@ SUBLAYERS = ("attention", "mlp")
 @register(
     name="compacter",
     paper=Paper("Compacter: Efficient Low-Rank Hypercomplex Adapter Layers", "NeurIPS 2021", "2106.04647"),
+    summary="bottlenecks after attention and MLP, as sums of Kronecker products",
     visual_tuning="parameter: weight and bias",
     equation="z = x + a + f(a), a = MHSA(LN1 x); f = W_up GELU(W_down .), each W = sum_i R_i kron (s_i t_i), one R",
     counts=(({"r": 24, "n": 4}, 57_088), ({"r": 24, "n": 4, "sublayers": ("mlp",)}, 28_576)),

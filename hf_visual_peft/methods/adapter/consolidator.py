@@ -77,6 +77,7 @@ class Consolidator(nn.Module):
     paper=Paper(
         "Consolidator: Mergeable Adapter with Grouped Connections for Visual Adaptation", "ICLR 2023", "2305.00603"
     ),
+    summary="a grouped linear beside every linear",
     visual_tuning="adapter: parallel",
     equation="y = W x + b + DP(GroupConv1x1_g(shuffle_g(x))) at every linear of the blocks",
     counts=(({}, 304_128), ({"groups": 384}, 304_128)),

@@ -69,6 +69,7 @@ SUBLAYERS = ("attention", "mlp")
 @register(
     name="convpass",
     paper=Paper("Convolutional Bypasses Are Better Vision Transformer Adapters", "arXiv 2022", "2207.07039"),
+    summary="a bottleneck with a 3x3 convolution beside attention and MLP",
     visual_tuning="adapter: parallel",
     equation="x + DP(sublayer(LN x)) + DP(f(LN x)), f = s W_up g(conv3x3(g(W_down .))), g = QuickGELU",
     counts=(({}, 327_552), ({"sublayers": ("attention",)}, 163_776)),

@@ -18,6 +18,7 @@ from .bottleneck import Bottleneck
 @register(
     name="houlsby",
     paper=Paper("Parameter-Efficient Transfer Learning for NLP", "ICML 2019", "1902.00751"),
+    summary="a bottleneck after attention and after the MLP",
     visual_tuning="adapter: sequential",
     equation="z = x + a + f(a), a = DP(MHSA(LN1 x)); out = z + m + f'(m), m = DP(MLP(LN2 z))",
     counts=(({"r": 8}, 313_536),),

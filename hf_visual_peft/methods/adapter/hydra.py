@@ -82,6 +82,7 @@ class Hydra(nn.Module):
         "Neural Networks 2024",
         "2309.06922",
     ),
+    summary="low-rank branches beside and after the last linear of attention and MLP",
     visual_tuning="adapter: mix",
     equation="y = W x + b; y + s A2 B2 x + s A1 B1 y, at the attention's output projection and the last MLP linear",
     counts=(({"r": 2}, 239_712),),

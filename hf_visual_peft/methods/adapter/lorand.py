@@ -83,6 +83,7 @@ class LoRand(nn.Module):
         page="https://openaccess.thecvf.com/content/CVPR2023/html/"
         "Yin_1_VS_100_Parameter-Efficient_Low_Rank_Adapter_for_Dense_Predictions_CVPR_2023_paper.html",
     ),
+    summary="bottlenecks after attention and MLP, as sums of products of small matrices",
     visual_tuning="adapter: sequential",
     equation="z = x + a + f(a), a = MHSA(LN1 x); f = W_up GELU(W_down .), each W = sum_i P_i K_i Q_i, K_i shared",
     counts=(({}, 915_456), ({"share_kernel": False}, 918_528)),

@@ -74,6 +74,7 @@ def at_centre(conv: nn.Module, tokens: Tensor) -> Tensor:
         "CVPR 2025",
         "2408.08345",
     ),
+    summary="a bottleneck with depthwise convolutions of three sizes after attention and MLP",
     visual_tuning="adapter: sequential",
     equation="z + f(z) after attention and after the MLP, f: LN mix, W_1, mean of depthwise 3, 5, 7, 1x1, GELU, W_2",
     counts=(({"r": 64}, 2_684_928),),

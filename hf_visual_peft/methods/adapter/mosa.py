@@ -71,6 +71,7 @@ class MoSA(nn.Module):
 @register(
     name="mosa",
     paper=Paper("MoSA: Mixture of Sparse Adapters for Visual Efficient Tuning", "arXiv 2023", "2312.02923"),
+    summary="a bottleneck beside the MLP, of which each training step uses a random part",
     visual_tuning="adapter: parallel",
     equation="out = z + MLP(LN2 z) + f(z), f = s W_k GELU(W_down LN .), W_k the k-th part of W_up, k random",
     counts=(({"r": 64}, 1_208_064), ({"r": 16}, 322_752)),

@@ -18,6 +18,7 @@ from .bottleneck import Bottleneck
 @register(
     name="pfeiffer",
     paper=Paper("MAD-X: An Adapter-Based Framework for Multi-Task Cross-Lingual Transfer", "EMNLP 2020", "2005.00052"),
+    summary="a bottleneck after the MLP",
     visual_tuning="adapter: sequential",
     equation="out = z + m + f(m), m = DP(MLP(LN2 z))",
     counts=(({"r": 8}, 156_768),),

@@ -75,6 +75,7 @@ class ClassNorms:
     paper=Paper(
         "SCT: A Simple Baseline for Parameter-Efficient Fine-Tuning via Salient Channels", "IJCV 2023", "2309.08513"
     ),
+    summary="a linear of the salient channels after attention",
     visual_tuning="adapter: sequential",
     equation="z[C] = z[C] + W z[C] + b after attention, C the channels with the largest class-mean L2 norm",
     counts=(({"channels": 96}, 111_744),),

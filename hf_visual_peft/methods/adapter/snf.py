@@ -54,6 +54,7 @@ class Flow(nn.Module):
         None,
         page="https://cvpr.thecvf.com/virtual/2023/poster/22667",
     ),
+    summary="a normalizing flow on the shortcuts",
     visual_tuning="adapter: parallel",
     equation="z = flow(x) + MHSA(LN1 x); out = flow'(z) + MLP(LN2 z); flow: affine, T times z + u tanh(w . z + b)",
     counts=(({"num_flows": 6}, 258_192), ({"num_flows": 4}, 184_416)),

@@ -62,6 +62,7 @@ SITES = {
         "NeurIPS 2022",
         "2206.13559",
     ),
+    summary="a convolution over frames in a bottleneck before attention",
     visual_tuning="adapter: sequential",
     equation="x + W_2 DWConv3d(W_1 x) on the patches before attention, the MLP, or both; kernel 3x1x1, over frames",
     counts=(({}, 7_110_144),),

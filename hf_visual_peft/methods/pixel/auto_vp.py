@@ -58,6 +58,7 @@ class ScaledCanvas(nn.Module):
 @register(
     name="autovp",
     paper=Paper("AutoVP: An Automated Visual Prompting Framework and Benchmark", "ICLR 2024", "2310.08381"),
+    summary="as ILM-VP, and the size of the image on the canvas is learned",
     visual_tuning="prompt: vision-driven",
     equation="scale(pad(resize(x)), s) + sigmoid(P) outside the image",
     counts=(({"inner_size": 128}, 150_529),),

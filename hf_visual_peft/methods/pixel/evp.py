@@ -43,6 +43,7 @@ class ShrunkInFrame(nn.Module):
 @register(
     name="evppixel",
     paper=Paper("Unleashing the Power of Visual Prompting At the Pixel Level", "TMLR 2024", "2212.10556"),
+    summary="images shrunk, in a learned frame",
     visual_tuning="prompt: vision-driven",
     equation="pad(resize(x)) + P, P a frame around the shrunk image from 0 to 1",
     counts=(({"width": 30}, 69_840),),

@@ -47,6 +47,7 @@ class Canvas(nn.Module):
     paper=Paper(
         "Understanding and Improving Visual Prompting: A Label-Mapping Perspective", "CVPR 2023", "2211.11635"
     ),
+    summary="small images on a learned canvas; a map of labels, or a trained head",
     visual_tuning="prompt: vision-driven",
     equation="pad(resize(x)) + sigmoid(P) outside the image; logits by a label map",
     counts=(({"inner_size": 128}, 150_528),),

@@ -37,6 +37,7 @@ class LowRankPrompt(Constant):
 @register(
     name="lorvp",
     paper=Paper("LoR-VP: Low-Rank Visual Prompting for Efficient Vision Model Adaptation", "ICLR 2025", "2502.00896"),
+    summary="a low-rank image, added to every image",
     visual_tuning="prompt: vision-driven",
     equation="x + L R for each channel of the image from 0 to 1",
     counts=(({"r": 4}, 5_376),),

@@ -58,6 +58,7 @@ class PatchPrompt(Constant):
 @register(
     name="vp",
     paper=Paper("Exploring Visual Prompts for Adapting Large-Scale Models", "arXiv 2022", "2203.17274"),
+    summary="a frame or a patch, added to every image",
     visual_tuning="prompt: vision-driven",
     equation="x + P, P a frame around the normalised image",
     counts=(({"width": 30}, 69_840), ({"width": 50, "kind": "patch"}, 7_500)),

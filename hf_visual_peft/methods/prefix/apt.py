@@ -80,6 +80,7 @@ def _drawn(tokens: int, width: int, patch_features: int) -> nn.Parameter:
 @register(
     name="apt",
     paper=Paper("Attention Prompt Tuning: Parameter-efficient Adaptation", "FG 2024", "2403.06978"),
+    summary="learned keys and values of one head in every attention, which its heads have in common",
     visual_tuning="prompt: vision-driven",
     equation="softmax(Q_h [K_h; max(s_k, 1) P_k]^T / sqrt(d_head)) [V_h; max(s_v, 1) P_v], one P for all heads h",
     counts=(({"num_virtual_tokens": 100}, 156_000), ({"num_virtual_tokens": 2}, 3_120)),

@@ -105,6 +105,7 @@ class LAEBase(VisualPeftConfig):
 @register(
     name="laeprefix",
     paper=PAPER,
+    summary="keys and values in the first five attentions, with a softmax of their own",
     visual_tuning="prompt: vision-driven",
     equation="A + softmax(Q P_k^T / sqrt(d_head)) P_v, A: of attention to [K; s_k P_k] what falls on V, P <- s P",
     counts=(({}, 76_810),),
@@ -150,6 +151,7 @@ class LAEPrefixConfig(LAEBase):
 @register(
     name="laeadapter",
     paper=PAPER,
+    summary="a scaled bottleneck beside the first five attentions",
     visual_tuning="adapter: parallel",
     equation="z = x + MHSA(n) + s (W_up GELU(W_down n)), n = LN1 x",
     counts=(({}, 42_270),),
@@ -185,6 +187,7 @@ class LAEAdapterConfig(LAEBase):
 @register(
     name="laelora",
     paper=PAPER,
+    summary="scaled low-rank updates of keys and values in the first five blocks",
     visual_tuning="parameter: weight",
     equation="W_m + s_m B_m A_m for m = k, v",
     counts=(({}, 76_810),),

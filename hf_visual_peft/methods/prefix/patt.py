@@ -75,6 +75,7 @@ class Offset(nn.Module):
 @register(
     name="patt",
     paper=PAPER,
+    summary="a bottleneck that adds to keys and values",
     visual_tuning="prompt: vision-driven",
     equation="K + s dK, V + s dV with [dK, dV] = W_2 tanh(W_1 x + b_1) + b_2, x: the input of the projections",
     counts=(({"r": 32}, 903_552), ({"r": 8}, 239_712)),

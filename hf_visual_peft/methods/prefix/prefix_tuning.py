@@ -127,6 +127,7 @@ def _heads(prefix: Tensor, batch_size: int, equation: Prefixes | ProducedPrefixe
 @register(
     name="prefix",
     paper=Paper("Prefix-Tuning: Optimizing Continuous Prompts for Generation", "ACL 2021", "2101.00190"),
+    summary="learned keys and values in every attention, directly or from an MLP (`store_prefixes` drops it)",
     visual_tuning="prompt: vision-driven",
     equation="softmax(Q [K; P_k]^T / sqrt(d_head)) [V; P_v];  [P_k, P_v] of all blocks = MLP(E) with reparam_dim",
     counts=(({}, 184_320), ({"num_virtual_tokens": 30, "reparam_dim": 512}, 9_872_384)),

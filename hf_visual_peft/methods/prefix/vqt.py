@@ -76,6 +76,7 @@ class QueryTokens(nn.Module):
         "CVPR 2023",
         "2212.03220",
     ),
+    summary="queries beside every block, whose outputs the head also reads",
     visual_tuning="prompt: vision-driven",
     equation="z_i = Block_i(Q_i; K, V of x_i); logits = W [x_cls; z_1; ...; z_L] + b",
     counts=(({"num_virtual_tokens": 1}, 9_216),),

@@ -57,6 +57,7 @@ class CrossPrompts(nn.Module):
 @register(
     name="cvpt",
     paper=Paper("CVPT: Cross Visual Prompt Tuning", "ICCV 2025", "2408.14961"),
+    summary="learned tokens to which the stream attends apart, by the projections of the block's own attention",
     visual_tuning="prompt: vision-driven",
     equation="z_i = z_i + W_o softmax(W_q z_i (W_k P_i)^T / sqrt(d_head)) W_v P_i after attention, W the block's own",
     counts=(({"num_virtual_tokens": 10}, 92_160),),

@@ -122,6 +122,7 @@ class TiedPrefixes(Rewindable):
 @register(
     name="e2vpt",
     paper=Paper("E2VPT: An Effective and Efficient Approach for Visual Prompt Tuning", "ICCV 2023", "2307.13770"),
+    summary="as VPT, with learned keys that are values, too; `prune_prompts` cuts off prompts and pieces of them",
     visual_tuning="prompt: vision-driven",
     equation="x_i = [prefix; M P_i; patches] into block i; softmax(Q [K; R_i]^T / sqrt(d_head)) [V; R_i] in it",
     counts=(({"num_virtual_tokens": 10, "num_kv_tokens": 5}, 138_240),),

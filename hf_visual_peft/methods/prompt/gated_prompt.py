@@ -57,6 +57,7 @@ class Temperature(nn.Module):
 @register(
     name="gatedprompt",
     paper=Paper("Improving Visual Prompt Tuning for Self-supervised Vision Transformers", "ICML 2023", "2306.05067"),
+    summary="tokens of which a gate lets a part change in each block, and temperatures of attention",
     visual_tuning="prompt: vision-driven",
     equation="P_{i+1} = g_i O_i + (1 - g_i) P_i, O: outputs of the prompts; softmax(Q K^T / (tau_i sqrt d)) V",
     counts=(({"num_virtual_tokens": 100}, 76_823),),

@@ -41,6 +41,7 @@ class ProgressivePrompts(Prompts):
 @register(
     name="provp",
     paper=Paper("Progressive Visual Prompt Learning with Contrastive Feature Re-formation", "IJCV 2024", "2304.08386"),
+    summary="as VPT, with a small part of what the tokens of the block before became",
     visual_tuning="prompt: vision-driven",
     equation="x_i = [prefix; alpha O_{i-1} + (1 - alpha) P_i; patches] into block i; O: outputs of the prompts",
     counts=(({"num_virtual_tokens": 16}, 147_456),),

@@ -82,6 +82,7 @@ class Projector(nn.Module):
 @register(
     name="vapt",
     paper=Paper("Visual Adaptive Prompt Tuning", "ICLR 2026", "2501.18936"),
+    summary="tokens made of the patches of the stream, before every block but the first",
     visual_tuning="prompt: vision-driven",
     equation="x_i = [prefix; g(M_i (K_i * LN_i(patches_i)) + b_i); patches] into block i > 0; P before the first",
     counts=(({"num_virtual_tokens": 10}, 55_608),),

@@ -50,6 +50,7 @@ class FourierPrompts(Prompts):
 @register(
     name="vfpt",
     paper=Paper("Visual Fourier Prompt Tuning", "NeurIPS 2024", "2411.01327"),
+    summary="as VPT, the first prompts of a block by their Fourier transform",
     visual_tuning="prompt: vision-driven",
     equation="x_i = [prefix; Re FFT2(P_i[:f]); P_i[f:]; patches] into block i (deep), or before the first (shallow)",
     counts=(({"num_virtual_tokens": 10}, 92_160),),

@@ -132,6 +132,8 @@ class Projection(nn.Linear):
 @register(
     name="vpt",
     paper=Paper("Visual Prompt Tuning", "ECCV 2022", "2203.12119"),
+    summary="learned tokens before every block, stage, or the first; may start as tokens of images, and train "
+    "biases, too",
     visual_tuning="prompt: vision-driven",
     equation="x_i = [prefix; P_i; patches] into block i (deep), or P before the first block only (shallow)",
     counts=(

@@ -62,6 +62,7 @@ class Offset(nn.Module):
 @register(
     name="attnscale",
     paper=Paper("Strong Baselines for Parameter Efficient Few-Shot Fine-tuning", "AAAI 2024", "2304.01917"),
+    summary="a factor for each pair of tokens in every attention, an offset after every sub-layer",
     visual_tuning="parameter: weight",
     equation="softmax(A * Q K^T / sqrt(d_head)) V, and e1, e2 added to what attention and MLP add",
     # 12 matrices of 197 x 197; 24 vectors of 768

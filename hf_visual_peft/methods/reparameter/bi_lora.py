@@ -70,6 +70,7 @@ class BiLoRA(nn.Module):
         "ICCV 2023",
         "2307.16867",
     ),
+    summary="low-rank updates of queries and values with 1, 2 or 4 bits a weight",
     visual_tuning="parameter: weight",
     equation="y = W x + b + s q(B) q(A) x at queries and values, q to 2^bits levels",
     counts=(({"r": 32, "bits": 1}, 1_179_648),),

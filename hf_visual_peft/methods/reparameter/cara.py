@@ -126,6 +126,7 @@ class CaRA(nn.Module):
         None,
         page="https://github.com/BonnBytes/CaRA",
     ),
+    summary="all updates as two tensors in canonical-polyadic form",
     visual_tuning="parameter: weight and bias",
     equation="W + s D, D slices of two tensors in canonical-polyadic form: over heads for q, k, v, and for the others",
     counts=(({"r": 32}, 85_440), ({"r": 16}, 45_024), ({"r": 64}, 166_272)),

@@ -78,6 +78,7 @@ ZERO = ("vv", "vu", "uv", "uu")
         "arXiv 2023",
         "2311.06749",
     ),
+    summary="one low-rank update for all blocks, with a core for each linear",
     visual_tuning="parameter: weight",
     equation="W + s (U C_k V)^T in all blocks, k = q, k, v, o with one set of factors, fc1 and fc2^T with another",
     counts=(({"r": 16}, 87_552),),

@@ -109,6 +109,7 @@ def slices(size: int, width: int) -> int:
 @register(
     name="fact",
     paper=Paper("FacT: Factor-Tuning for Lightweight Adaptation on Vision Transformer", "AAAI 2023", "2212.03145"),
+    summary='all updates as one tensor, decomposed (`"tt"` or `"tk"`)',
     visual_tuning="parameter: weight",
     equation="W_k + s V S_k U for every width x width slice k of all linears, S_k free (TT) or C x_3 p_k (TK)",
     counts=(({"variant": "tt", "r": 16}, 61_440), ({"variant": "tk", "r": 32}, 86_528)),

@@ -101,6 +101,7 @@ class KAdaptation(nn.Module):
 @register(
     name="kadaptation",
     paper=Paper("Parameter-efficient Model Adaptation for Vision Transformers", "AAAI 2023", "2203.16329"),
+    summary="updates of queries and values as sums of Kronecker products",
     visual_tuning="parameter: weight",
     equation="W_m + s (sum_i R_i kron (l_i r_i^T))^T for m = q, v, the R_i shared by all blocks",
     counts=(({"n": 32}, 50_176),),

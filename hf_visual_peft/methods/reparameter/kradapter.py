@@ -64,6 +64,7 @@ class KRAdapter(nn.Module):
         None,
         page="https://github.com/PaulAlbert31/KRAdapter",
     ),
+    summary="updates of full rank by Khatri-Rao products",
     visual_tuning="parameter: weight",
     equation="W + s D, row i of D (or column) b_i kron a_i",
     # 27 and 29 for each of 768 rows, at 24 linears; 55 and 56 for each of 768 at the 24 of the MLPs

@@ -57,6 +57,7 @@ class MLAE(nn.Module):
 @register(
     name="mlae",
     paper=Paper("MLAE: Masked LoRA Experts for Visual Parameter-Efficient Fine-Tuning", "arXiv 2024", "2405.18897"),
+    summary="LoRA as weighted experts of rank one, which training masks at random",
     visual_tuning="parameter: weight",
     equation="W + sum_k lambda_k b_k a_k^T, experts of rank one, of which training masks some",
     # queries and values: 24 linears with (768 + 768 + 1) 8; all: 4 with these, 2 with (768 + 3072 + 1) 8 a block

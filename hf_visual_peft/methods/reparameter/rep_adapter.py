@@ -75,6 +75,7 @@ def norms_before(block: Block, sublayer: str) -> Iterator[tuple[str, OutputSite]
 @register(
     name="repadapter",
     paper=Paper("Towards Efficient Visual Adaption via Structural Re-parameterization", "arXiv 2023", "2302.08106"),
+    summary="affine bottlenecks before attention and MLP",
     visual_tuning="adapter: sequential",
     equation="x + sublayer(f(LN x)), f(x) = x + s (GroupedLinear_g(A x + a) + b)",
     counts=(({"r": 8, "groups": 2}, 239_808), ({"r": 8, "groups": 2, "sublayers": ("attention",)}, 119_904)),

@@ -52,6 +52,7 @@ class RLRR(nn.Module):
     paper=Paper(
         "Low-Rank Rescaled Vision Transformer Fine-Tuning: A Residual Design Approach", "CVPR 2024", "2403.19067"
     ),
+    summary="every linear rescaled entry by entry, by a matrix of rank one",
     visual_tuning="parameter: weight",
     equation="W' = W + (c_out c_in^T) * W, b' = b + db at every linear; gamma * x + beta after norms",
     counts=(({}, 288_768),),

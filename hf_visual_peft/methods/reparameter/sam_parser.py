@@ -85,6 +85,7 @@ class SingularValues(nn.Module):
     paper=Paper(
         "SAM-PARSER: Fine-tuning SAM Efficiently by Parameter Space Reconstruction", "AAAI 2024", "2308.14604"
     ),
+    summary="the singular values of every linear train",
     visual_tuning="parameter: weight",
     equation="W + U diag(delta) V^T, W = U diag(sigma) V^T",
     # the smaller size of six linears is 768 in 12 blocks

@@ -51,6 +51,7 @@ class SharedLoRA(nn.Module):
 @register(
     name="sharedlora",
     paper=Paper("Neural Prompt Search", "arXiv 2022", "2206.04673"),
+    summary="low-rank updates of queries, keys and values with one factor in common",
     visual_tuning="parameter: weight",
     equation="W_m + s B_m A for m = q, k, v, one A a block",
     counts=(({"r": 8}, 294_912),),

@@ -111,6 +111,7 @@ class SNELL(nn.Module):
 @register(
     name="snell",
     paper=Paper("Expanding Sparse Tuning for Low Memory Usage", "NeurIPS 2024", "2411.01800"),
+    summary="a sparse update of every linear, from distances of learned vectors",
     visual_tuning="parameter: weight",
     equation="y = W x + DP(S(0.1 dist(u, v) - 0.1 dist(u', v')) dropout(x)), S keeps the largest entries",
     # per block (768 + 768) r for four linears and (768 + 3072) r for two

@@ -122,6 +122,7 @@ def after(module: nn.Module, init_std: float, recover: bool = False) -> SSF:
     paper=Paper(
         "Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning", "NeurIPS 2022", "2210.08823"
     ),
+    summary="a scale and a shift after every operation",
     visual_tuning="parameter: weight and bias",
     equation="y = gamma * op(x) + beta after every linear, norm and convolution",
     counts=(({}, 205_824),),

@@ -61,6 +61,7 @@ class CompactPiece(nn.Module):
 @register(
     name="dtl",
     paper=Paper("DTL: Disentangled Transfer Learning for Visual Recognition", "AAAI 2024", "2312.07856"),
+    summary="low-rank maps of every block's input, added up and given back to the second half of the blocks",
     visual_tuning="adapter: parallel",
     equation="h_i = h_{i-1} + B_i A_i x_i; x_{i+1} = Block_i(x_i) + h_i sigmoid(beta h_i) in the second half",
     counts=(({}, 36_864), ({"plus": True}, 56_064), ({"plus": True, "kernel_size": 3}, 43_776)),

@@ -87,6 +87,7 @@ class HighwayPiece(nn.Module):
         "ACM MM 2023",
         "2306.09729",
     ),
+    summary="bottlenecks of low-rank matrices along a highway beside the blocks",
     visual_tuning="adapter: parallel",
     equation="h_i = h_{i-1} + f(z_i) + f'(y_i), f = V_up U_up GELU(V_down U_down .); out = y_L + h_L",
     counts=(({}, 339_456), ({"r": 32, "rank": 4}, 172_800)),

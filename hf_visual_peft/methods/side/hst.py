@@ -183,6 +183,7 @@ def _rung(*args: Any) -> nn.Module:
 @register(
     name="hst",
     paper=Paper("Hierarchical Side-Tuning for Vision Transformers", "arXiv 2023", "2310.05393"),
+    summary="a pyramid fed with one learned token a block and the blocks' maps",
     visual_tuning="adapter: mix",
     equation="s <- SideBlock(s; [LN W_k m_l; mean f_l], f_l), f_l = W_k resize(x_l), stages k of s as in a pyramid",
     counts=(({"num_virtual_tokens": 1}, 820_904),),

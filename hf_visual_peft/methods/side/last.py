@@ -89,6 +89,7 @@ class SidePiece(nn.Module):
     paper=Paper(
         "Low-rank Attention Side-Tuning for Parameter-Efficient Fine-Tuning", "arXiv preprint 2024", "2402.04009"
     ),
+    summary="low-rank attention blocks beside the backbone",
     visual_tuning="adapter: parallel",
     equation="u_i = u_{i-1} + LSA_i(u_{i-1}) + z_i, u_0 = z_0; out = u_m - sum_{i<m} z_i = z_m + sum_i LSA_i(u_{i-1})",
     counts=(({}, 655_872), ({"r": 16}, 332_544)),

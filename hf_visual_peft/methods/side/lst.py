@@ -130,6 +130,7 @@ class Piece(nn.Module):
     paper=Paper(
         "LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning", "NeurIPS 2022", "2206.06522"
     ),
+    summary="a small transformer beside the backbone",
     visual_tuning="adapter: mix",
     equation="s_i = SideBlock_i(g_i s_{i-1} + (1 - g_i) W_i b_i); out = W_up LN(s_L)",
     counts=(({"r": 8}, 2_376_492),),

@@ -131,6 +131,7 @@ class Bypass(nn.Module):
         "NeurIPS 2023",
         "2310.19859",
     ),
+    summary="bottlenecks along a bypass of the blocks, or inside them",
     visual_tuning="adapter: parallel",
     equation="s_l = lambda_l (x_l + h_l(x_l)) + (1 - lambda_l) (s_{l-1} + v_l(s_{l-1})); or x + OP(x) + f(x)",
     counts=(

@@ -66,6 +66,7 @@ class SHERL(Collected):
         "ECCV 2024",
         "2407.07523",
     ),
+    summary="the states of a token after all blocks, weighed by use and redundancy; replaces the last",
     visual_tuning="adapter: parallel",
     equation="out = LN(W relu(u_L + sum_i a_i u_i)) + tanh(g / 0.1) h_L, a_i: use over redundancy, u_i = LN(W_i h_i)",
     counts=(({"r": 384}, 3_850_370),),

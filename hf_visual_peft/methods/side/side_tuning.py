@@ -76,6 +76,7 @@ class SideTuning(nn.Module):
     paper=Paper(
         "Side-Tuning: A Baseline for Network Adaptation via Additive Side Networks", "ECCV 2020", "1912.13503"
     ),
+    summary="a small convolutional network on the image, mixed with the backbone's result",
     visual_tuning="adapter: mix",
     equation="R = sigmoid(a) B(x) + (1 - sigmoid(a)) S(x)",
     counts=(({}, 161_985), ({"merge": "half"}, 161_984)),

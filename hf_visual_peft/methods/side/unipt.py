@@ -136,6 +136,7 @@ def collecting(
         "CVPR 2024",
         "2308.14316",
     ),
+    summary="the last stream reads those of all blocks, in few channels; replaces it",
     visual_tuning="adapter: parallel",
     equation="out = W_up relu(u_L + LN(W_p sum_i c_i (w_i u_i + u_i))), u_i = LN(W_i h_i), w_i ~ relu(u_L u_i^T)",
     counts=(({"r": 96}, 1_046_305), ({"r": 384}, 4_293_505)),

@@ -59,6 +59,7 @@ def _key(name: str) -> str:
 @register(
     name="vitadapter",
     paper=Paper("Vision Transformer Adapter for Dense Predictions", "ICLR 2023", "2205.08534"),
+    summary="convolutions on the image that exchange with groups of blocks by deformable attention",
     visual_tuning="adapter: mix",
     equation="c = convs(pixels); around each group of blocks: x <- x + gamma MSDA(x; c), c <- ConvFFN(c + MSDA(c; x))",
     counts=(({"interactions": 4}, 8_252_144),),

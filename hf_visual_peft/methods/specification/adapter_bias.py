@@ -50,6 +50,7 @@ class AdapterBias(nn.Module):
         "NAACL 2022 Findings",
         "2205.00305",
     ),
+    summary="a shift of the MLP's output, weighted for each token",
     visual_tuning="parameter: bias",
     equation="y = W2 h + b2 + (w . h + c) v at the last MLP linear",
     counts=(({}, 46_092),),

@@ -56,6 +56,7 @@ class APLA(nn.Module):
 @register(
     name="apla",
     paper=Paper("APLA: A Simple Adaptation Method for Vision Transformers", "CVPR 2025", "2503.11335"),
+    summary="random rows of every attention's output projection train",
     visual_tuning="parameter: weight",
     equation="W_o + dW_o, b_o + db_o at the attention's output, both zero outside r random rows",
     counts=(({"r": 8}, 73_824), ({"r": 768}, 7_087_104)),

@@ -55,6 +55,7 @@ class Shift(nn.Module):
         "ACL 2022",
         "2106.10199",
     ),
+    summary="all biases",
     visual_tuning="parameter: bias",
     equation="every bias trains: y = W x + b + db",
     counts=(({}, 102_912),),

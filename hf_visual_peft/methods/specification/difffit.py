@@ -55,6 +55,7 @@ def norm_deltas(norm: nn.Module) -> Deltas:
         "ICCV 2023",
         "2304.06648",
     ),
+    summary="all biases and norms, and a factor for each channel of what attention and MLP add",
     visual_tuning="parameter: weight and bias",
     equation="biases and norms train; x + gamma1 * attention(LN x), z + gamma2 * mlp(LN z)",
     counts=(({}, 140_544),),

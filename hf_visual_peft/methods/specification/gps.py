@@ -100,6 +100,7 @@ def head_input(calibration: Calibration, inputs: dict[str, Tensor]) -> Tensor:
 @register(
     name="gps",
     paper=Paper("Gradient-based Parameter Selection for Efficient Fine-Tuning", "CVPR 2024", "2312.10136"),
+    summary="the entries of every weight with the largest gradient",
     visual_tuning="parameter: weight",
     equation="W + dW, b + db; dW non-zero at the k entries of each row whose gradient is largest",
     # rows: (4 * 768 + 3072 + 768) * 12 + 768 = 83,712, each with k entries and a bias

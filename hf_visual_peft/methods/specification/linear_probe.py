@@ -25,6 +25,7 @@ class WholeModulesConfig(VisualPeftConfig):
 @register(
     name="linearprobe",
     paper=Paper("Visual Prompt Tuning", "ECCV 2022", "2203.12119"),
+    summary="the head alone",
     visual_tuning="fine-tuning",
     equation="only the head trains",
     counts=(({}, 0),),

@@ -15,6 +15,7 @@ from .linear_probe import WholeModulesConfig
 @register(
     name="partial",
     paper=Paper("Visual Prompt Tuning", "ECCV 2022", "2203.12119"),
+    summary="the last blocks and the norm after them; gradients stop there",
     visual_tuning="fine-tuning",
     equation="the last k blocks, the norm after them and the head train",
     counts=(({"k": 1}, 7_089_408), ({"k": 2}, 14_177_280)),

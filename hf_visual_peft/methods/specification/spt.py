@@ -27,6 +27,7 @@ BATCHES = 16  # as in the authors' code
 @register(
     name="spt",
     paper=Paper("Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning", "ICCV 2023", "2303.08566"),
+    summary="the most sensitive entries, or low-rank updates",
     visual_tuning="parameter: weight and bias",
     equation="W + dW: dW = B A where many entries of W are sensitive, else non-zero at those that are",
     counts=(({}, 0),),  # before calibration; afterwards it depends on the budget and the data

@@ -15,6 +15,7 @@ from .mam import ParallelConfig
 @register(
     name="bapat",
     paper=PAPER,
+    summary="PATT, and a scaled bottleneck beside the MLP",
     visual_tuning="several",
     equation="PATT on keys and values;  out = z + MLP(n) + s W_up ReLU(W_down n), n = LN2 z",
     counts=(({}, 2_093_184),),

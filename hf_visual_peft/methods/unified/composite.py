@@ -28,6 +28,7 @@ _LORA = "lora"
 @register(
     name="composite",
     paper=Paper("Neural Prompt Search", "arXiv 2022", "2206.04673"),
+    summary="several methods as one adapter, such as prompts, LoRA and bottlenecks, with sizes by layer",
     visual_tuning="several",
     equation="the equations of all parts, each at its own place; in the order of the list where they meet",
     counts=(({}, 543_840),),

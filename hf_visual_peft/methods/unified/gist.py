@@ -58,6 +58,7 @@ class SharedBranch(nn.Module):
     paper=Paper(
         "GIST: Improving Parameter Efficient Fine Tuning via Knowledge Interaction", "arXiv 2023", "2312.07255"
     ),
+    summary="a learned token that the head reads, too, in an auxiliary loss; around any method",
     visual_tuning="several",
     equation="loss + 0.5 CE(z_G) + 0.75 (KL(p, p_G) + KL(p_G, p)), z_G: the head on a learned token",
     # the token; and 12 bottlenecks

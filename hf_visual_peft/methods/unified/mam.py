@@ -24,6 +24,7 @@ class ParallelConfig(AdaptFormerConfig):
 @register(
     name="mam",
     paper=Paper("Towards a Unified View of Parameter-Efficient Transfer Learning", "ICLR 2022", "2110.04366"),
+    summary="prefix tuning in attention and a scaled bottleneck beside the MLP",
     visual_tuning="several",
     equation="softmax(Q [K; P_k]^T / sqrt(d_head)) [V; P_v];  out = z + MLP(n) + s W_up ReLU(W_down n), n = LN2 z",
     counts=(({}, 1_742_592),),
