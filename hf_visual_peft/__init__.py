@@ -19,6 +19,7 @@ from .backbones.backbone import BackboneError, VisionBackbone
 from .backbones.finding import find_backbone
 from .backbones.frozen_norms import freeze_norms, norms_with_statistics, thaw_norms
 from .backbones.split_attention import SplitAttention, merge_attention, split_attention
+from .core.adapter_files import teach_files
 from .core.auxiliary import auxiliary_loss
 from .core.calibration import NotCalibratedError, calibrate
 from .core.config import VisualPeftConfig
@@ -47,6 +48,7 @@ from .version import __version__  # noqa: F401
 
 load_methods()
 load_language_methods()
+teach_files()
 teach_peft()
 teach_targets()
 teach_nesting()

@@ -13,6 +13,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 import hf_visual_peft
+from hf_visual_peft.backbones.modes import modes_kept
 
 
 def load_model(args: argparse.Namespace, config: PeftConfig | None, names: list[str], several: bool = False) -> Any:
@@ -81,11 +82,9 @@ def drop_path_options(args: argparse.Namespace, own: dict[str, Any]) -> dict[str
 
 def check_drop_path(model: nn.Module, args: argparse.Namespace) -> None:
     """Raise an error if no stochastic depth of the backbone would act in training."""
-    training = {module: module.training for module in model.modules()}
-    model.train()
-    acts = any(type(m).__name__.endswith("DropPath") and m.training for m in model.modules())
-    for module, mode in training.items():
-        module.training = mode
+    with modes_kept(model):
+        model.train()
+        acts = any(type(m).__name__.endswith("DropPath") and m.training for m in model.modules())
     if not acts:
         raise ValueError(
             f"--drop_path_rate {args.drop_path_rate} has no effect in this model with --method {args.method}."

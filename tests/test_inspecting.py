@@ -118,7 +118,7 @@ def header_of(length, content=b""):
     ("name", "content", "message"),
     [
         ("adapter_config.json", b"{", "not readable JSON"),
-        ("adapter_config.json", b"[1]", "holds list"),
+        ("adapter_config.json", b"[1]", "holds a list, not"),
         ("adapter_config.json", b"[" * 100_000, "not readable JSON"),
         ("adapter_config.json", b"\xff\xfe", "not readable JSON"),
         ("adapter_config.json", b" " * (MAX_JSON + 1), "too many"),

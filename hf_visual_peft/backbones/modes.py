@@ -9,12 +9,19 @@ from torch import nn
 
 
 @contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode inside the context; afterwards each of its modules has the mode that it had."""
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """After the context, give each module of a model the mode that it had before."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
         yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode inside the context; afterwards each of its modules has the mode that it had."""
+    with modes_kept(model):
+        model.eval()
+        yield

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 
 from .fields import CheckedFields
 from .registry import get_method
@@ -131,32 +130,6 @@ class VisualPeftConfig(CheckedFields, PeftConfig):
         if Path(save_directory, SAFETENSORS_WEIGHTS_NAME).is_file():
             for listener in _SAVED:
                 listener(save_directory, self)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> VisualPeftConfig:
-        """Read `adapter_config.json` from a folder or the Hub.
-
-        Args:
-            pretrained_model_name_or_path: folder or repository.
-            subfolder: of it.
-            kwargs: as of `PeftConfig.from_pretrained`.
-
-        Raises:
-            ValueError: the weights file beside the config is damaged.
-        """
-        weights = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
-        if weights.is_file():
-            try:
-                with safe_open(weights, framework="pt"):
-                    pass
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{weights} is truncated or not a safetensors file ({weights.stat().st_size} bytes; {error}). "
-                    "Save or download the adapter again."
-                ) from error
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """The method's equations and their places in this backbone.

@@ -18,6 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, Repositor
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError, safe_open
 
+from ..core.adapter_files import parsed_config
 from ..core.registry import list_methods
 from .card import CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAME, is_repo_id
 
@@ -83,7 +84,7 @@ def inspect_adapter(source: str, *, revision: str | None = None, token: str | No
     names = files.names()
     if CONFIG_NAME not in names:
         raise ValueError(f"{source} has no {CONFIG_NAME}: it is not an adapter.")
-    config = _parsed(files.text(CONFIG_NAME), f"{source}/{CONFIG_NAME}")
+    config = parsed_config(files.text(CONFIG_NAME), f"{source}/{CONFIG_NAME}")
     tensors: dict[str, tuple[str, list[int]]] = {}
     num_bytes = 0
     notes = []
@@ -166,16 +167,6 @@ def _differs(field: dataclasses.Field[Any], value: Any) -> bool:
 
 def _text(value: Any) -> str | None:
     return None if value is None else str(value)
-
-
-def _parsed(content: bytes, where: str) -> dict[str, Any]:
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not readable JSON: {error}.") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{where} holds {type(found).__name__}, not fields of a configuration.")
-    return found
 
 
 class _Folder:
