@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from training_options import (
 )
 
 import hf_visual_peft
+from hf_visual_peft.language.support import SupportConfig
 from hf_visual_peft.peft_methods.methods import PEFT_METHODS, PeftMethod, any_method
 
 
@@ -132,6 +134,11 @@ def method_config(method: str) -> tuple[type[PeftConfig] | None, dict[str, Any]]
     """The config class of a method and the fields that its name sets; no class for `linear` and `full`."""
     if method in ("linear", "full"):
         return None, {}
+    if method in (*hf_visual_peft.list_language_methods(), "clip_lora"):
+        raise ValueError(
+            f"--method {method} adapts a model of images and texts to class names: `hf-visual-peft few-shot`, or "
+            "`accelerate launch recipes/few_shot.py`, takes it."
+        )
     try:
         found = any_method(method)
     except ValueError:
@@ -140,14 +147,34 @@ def method_config(method: str) -> tuple[type[PeftConfig] | None, dict[str, Any]]
     return found.config_cls, dict(found.chosen) if isinstance(found, PeftMethod) else {}
 
 
-def parse_args(argv: list[str], description: str | None = None) -> tuple[argparse.Namespace, PeftConfig | None]:
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What distinguishes the flags of a recipe from those of image classification.
+
+    Attributes:
+        add_flags: adds its own to the parser, or changes defaults.
+        method_config: as the function of that name.
+        check: raises an error for flags that do not work together, and may set some; before the check for all recipes.
+    """
+
+    add_flags: Callable[[argparse.ArgumentParser], None]
+    method_config: Callable[[str], tuple[type[PeftConfig] | None, dict[str, Any]]]
+    check: Callable[[argparse.Namespace], None]
+
+
+def parse_args(
+    argv: list[str], description: str | None = None, recipe: Recipe | None = None
+) -> tuple[argparse.Namespace, PeftConfig | None]:
     """All flags, and the method's config, None for linear and full. Invalid flags end the program with a message.
 
     Args:
         argv: the words of the command line after the script's name.
         description: text of `--help` before the flags.
+        recipe: None for image classification.
     """
+    recipe = recipe or Recipe(lambda parser: None, method_config, lambda args: None)
     parser = build_parser(description)
+    recipe.add_flags(parser)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
     early.add_argument("--method")
@@ -155,10 +182,10 @@ def parse_args(argv: list[str], description: str | None = None) -> tuple[argpars
         if path := early.parse_known_args(argv)[0].config:
             argv = flags_of(path) + argv
         method = early.parse_known_args(argv)[0].method
-        config_cls, given = method_config(method) if method else (None, {})
+        config_cls, given = recipe.method_config(method) if method else (None, {})
     except (ValueError, OSError, yaml.YAMLError) as error:
         parser.error(str(error))
-    inherited = {field.name for field in dataclasses.fields(PeftConfig)}
+    inherited = {field.name for field in dataclasses.fields(SupportConfig)}  # of peft, or filled in by this library
     fields = [f for f in dataclasses.fields(config_cls) if f.init and f.name not in inherited] if config_cls else []
     group = parser.add_argument_group(f"fields of {method}")
     for field in fields:
@@ -182,6 +209,7 @@ def parse_args(argv: list[str], description: str | None = None) -> tuple[argpars
         if not method:
             raise ValueError("the following arguments are required: --method")
         fill_defaults(args)
+        recipe.check(args)
         check(args)
         return args, config_cls(**given) if config_cls else None
     except (ValueError, TypeError) as error:

@@ -218,13 +218,17 @@ class Training:
         if self.mixing.kinds:
             drawn = (self.progress.epoch, number, self.accelerator.process_index)
             batch["pixel_values"], labels = self.mixing(batch["pixel_values"], labels, drawn)
-        logits = self.wrapped(**batch, **self.inputs).logits.float()
-        loss = self.loss(logits, labels)
-        loss = loss + auxiliary_loss(self.wrapped, labels, lambda logits: self.loss(logits.float(), labels))
+        loss = self.loss_of(batch, labels)
         # batches are weighted by their images, because the last one of an epoch may be smaller
         share = count / self.args.per_device_train_batch_size
         self.accelerator.backward(loss * share if share != 1 else loss)
         return loss.detach(), count
+
+    def loss_of(self, batch: dict[str, Any], labels: Tensor) -> Tensor:
+        """The loss of a batch, with that of the method."""
+        logits = self.wrapped(**batch, **self.inputs).logits.float()
+        loss = self.loss(logits, labels)
+        return loss + auxiliary_loss(self.wrapped, labels, lambda logits: self.loss(logits.float(), labels))
 
     def finish_gradients(self, images: int) -> Tensor | None:
         """Average the gradients over the images of a step, clip them, and return their norm if it is shown.

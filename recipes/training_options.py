@@ -15,8 +15,9 @@ from accelerate.utils import LoggerType
 from optimization import OPTIMIZERS
 from transformers.hf_argparser import string_to_bool
 
+import hf_visual_peft
 from hf_visual_peft.peft_methods.methods import any_method
-from hf_visual_peft.training.defaults import ALL_WEIGHTS, HEAD_ALONE
+from hf_visual_peft.training.defaults import ALL_WEIGHTS, CLIP_LORA, HEAD_ALONE
 
 
 TRACKERS = sorted(LoggerType.list())
@@ -114,7 +115,9 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
 
 def training_defaults(args: argparse.Namespace) -> dict[str, Any]:
     """Defaults of flags that are not given, by name: the method's settings for AdamW."""
-    own = {"linear": HEAD_ALONE, "full": ALL_WEIGHTS}
+    own = {"linear": HEAD_ALONE, "full": ALL_WEIGHTS, "clip_lora": CLIP_LORA}
+    for name, method in hf_visual_peft.list_language_methods().items():
+        own[name] = method.training
     training = own[args.method] if args.method in own else any_method(args.method).training
     if args.learning_rate is None and args.optim != "adamw_torch":
         raise ValueError(

@@ -17,6 +17,7 @@ exit status:
 COMMANDS = {
     "demo": "train a method on real images beside a linear probe, save it, reload it in a new process",
     "train": "train on your images with the recipe, by accelerate; own flags: train --help",
+    "few-shot": "adapt CLIP or SigLIP to class names with a few images a class; own flags: few-shot --help",
     "predict": "predict images with an adapter or model; own flags: predict --help",
     "compare": "compare methods on your images within minutes; own flags: compare --help",
     "merge": "merge an adapter and export the model; own flags: merge --help",

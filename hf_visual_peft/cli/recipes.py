@@ -15,6 +15,7 @@ from pathlib import Path
 PROGRAM_VARIABLE = "HF_VISUAL_PEFT_PROGRAM"  # how a recipe is called in its messages, cards and results
 SCRIPTS = {
     "train": "image_classification.py",
+    "few-shot": "few_shot.py",
     "predict": "predict.py",
     "compare": "compare.py",
     "merge": "merge.py",

@@ -28,7 +28,7 @@ from .slot import AdapterSlot
 from .templates import DEFAULT, check_templates
 from .tokens import Position, TextWriter, Tokens, as_text, check_names
 from .towers import Towers, checkpointed, evaluating, replaced_rows, replaced_slots, towers_of, without_checkpoints
-from .view import View, normalised
+from .view import FEATURES, View, normalised
 
 
 _KINDS = ("cpu", "cuda")  # of devices with automatic casts
@@ -376,12 +376,13 @@ class ZeroShotClassifier(PreTrainedModel):
 
     def forward(
         self,
-        pixel_values: Tensor,
+        pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
         return_dict: bool | None = None,
+        image_features: Tensor | None = None,
     ) -> ZeroShotOutput | tuple[Any, ...]:
         """Compare images with the classes.
 
@@ -392,12 +393,20 @@ class ZeroShotClassifier(PreTrainedModel):
             spatial_shapes: of SigLIP 2 for images of any shape.
             interpolate_pos_encoding: for images of another size, in models that take it.
             return_dict: False: a tuple.
+            image_features: features of the images, not normalised, (images, width), instead of the images: what
+                `towers.encode_image` gave for them.
+
+        Raises:
+            ValueError: there are neither images nor features, or both.
         """
+        if (pixel_values is None) == (image_features is None):
+            raise ValueError("Give pixel_values, or image_features in their place: one of them, not both.")
         images = {
             "pixel_values": pixel_values,
             "pixel_attention_mask": pixel_attention_mask,
             "spatial_shapes": spatial_shapes,
             "interpolate_pos_encoding": interpolate_pos_encoding,
+            FEATURES: image_features,
         }
         view = View(self, {name: value for name, value in images.items() if value is not None})
         outcome = self.adapters(view)

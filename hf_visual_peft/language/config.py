@@ -11,6 +11,7 @@ from peft import PeftConfig
 
 from ..core.fields import CheckedFields
 from ..core.registry import Paper, VisualPeftType, enlist
+from ..training.defaults import Training
 from .slot import LanguageEquation
 from .templates import check_templates
 from .tokens import check_names
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .classifier import ZeroShotClassifier
 
 ConfigT = TypeVar("ConfigT", bound=type)
+USUAL = Training(2e-3, train_crop="none")  # features of images are computed once
 
 
 @dataclass
@@ -39,6 +41,7 @@ class LanguageConfig(CheckedFields, PeftConfig):
     method_type: ClassVar[VisualPeftType]
     target_modules: ClassVar[Any] = None
     unknown_fields: ClassVar[list[str]] = []
+    changes_images: ClassVar[bool] = False  # whether features of images depend on what trains
     from_file: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -68,6 +71,7 @@ class LanguageMethod:
         paper: its source.
         equation: the method in one line.
         counts: trainable parameters on CLIP ViT-B/16: fields of the config, number of classes, count.
+        training: settings for AdamW.
     """
 
     name: str
@@ -75,6 +79,7 @@ class LanguageMethod:
     paper: Paper
     equation: str
     counts: tuple[tuple[dict[str, Any], int, int], ...]
+    training: Training
 
 
 _METHODS: dict[str, LanguageMethod] = {}
@@ -86,7 +91,12 @@ def list_language_methods() -> MappingProxyType[str, LanguageMethod]:
 
 
 def register_language(
-    *, name: str, paper: Paper, equation: str, counts: Iterable[tuple[dict[str, Any], int, int]]
+    *,
+    name: str,
+    paper: Paper,
+    equation: str,
+    counts: Iterable[tuple[dict[str, Any], int, int]],
+    training: Training = USUAL,
 ) -> Callable[[ConfigT], ConfigT]:
     """Make a config class a peft method. The arguments are those of `LanguageMethod`.
 
@@ -96,7 +106,7 @@ def register_language(
 
     def decorate(config_cls: Any) -> Any:
         enlist(config_cls, name, LanguageTuner)
-        _METHODS[name] = LanguageMethod(name, config_cls, paper, equation, tuple(counts))
+        _METHODS[name] = LanguageMethod(name, config_cls, paper, equation, tuple(counts), training)
         return config_cls
 
     return decorate

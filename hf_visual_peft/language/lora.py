@@ -7,6 +7,15 @@ from typing import Any
 from peft import LoraConfig
 
 
+CLIP_LORA: dict[str, Any] = {
+    "r": 2,
+    "lora_alpha": 1,
+    "use_rslora": True,
+    "lora_dropout": 0.25,
+    "target_modules": ["q_proj", "k_proj", "v_proj"],
+}
+
+
 def clip_lora(**fields: Any) -> LoraConfig:
     """LoRA as in CLIP-LoRA (arXiv 2405.18541): rank 2 on queries, keys and values of both towers.
 
@@ -17,11 +26,4 @@ def clip_lora(**fields: Any) -> LoraConfig:
         fields: of `LoraConfig`, instead of these; `target_modules` for text towers with other names, such as BERT's
             `["query", "key", "value"]`.
     """
-    own: dict[str, Any] = {
-        "r": 2,
-        "lora_alpha": 1,
-        "use_rslora": True,
-        "lora_dropout": 0.25,
-        "target_modules": ["q_proj", "k_proj", "v_proj"],
-    }
-    return LoraConfig(**{**own, **fields})
+    return LoraConfig(**{**CLIP_LORA, **fields})

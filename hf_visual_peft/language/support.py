@@ -77,7 +77,8 @@ def fit(model: nn.Module, dataloader: Iterable[Mapping[str, Any]]) -> None:
 
     Args:
         model: a `ZeroShotClassifier` with an adapter of Tip-Adapter, LP++, CLAP or ProKeR.
-        dataloader: batches with `labels` and the inputs of the image tower, such as `pixel_values`.
+        dataloader: batches with `labels` and the inputs of the image tower, such as `pixel_values`, or with
+            `image_features`.
 
     Raises:
         ValueError: the adapter takes no images, there are none, or a label does not fit; nothing has changed then.
@@ -100,7 +101,7 @@ def fit(model: nn.Module, dataloader: Iterable[Mapping[str, Any]]) -> None:
     with evaluating([base]):
         for batch in dataloader:
             images = {name: value.to(base.device) for name, value in batch.items() if name != "labels"}
-            features.append(base.towers.encode_image(**images).float())
+            features.append(View(base, images).image.float())
             labels.append(torch.as_tensor(batch["labels"]).to(base.device))
     if not labels:
         raise ValueError("fit: the dataloader has no batch.")

@@ -37,6 +37,9 @@ class TextClassifier(Protocol):
     def kept(self, equation: nn.Module, compute: Callable[[], Tensor]) -> Tensor: ...  # noqa: D102
 
 
+FEATURES = "image_features"  # argument of the classifier, in the place of images
+
+
 @dataclass
 class Outcome:
     """The result of a forward pass before the loss.
@@ -57,7 +60,7 @@ class View:
 
     Args:
         classifier: the classifier.
-        images: arguments of its image tower.
+        images: arguments of its image tower, or the features that it gave for the images.
     """
 
     def __init__(self, classifier: TextClassifier, images: dict[str, Any]) -> None:
@@ -72,6 +75,9 @@ class View:
     @cached_property
     def image(self) -> Tensor:
         """Features of the images, not normalised: (images, width)."""
+        if FEATURES in self.images:
+            features: Tensor = self.images[FEATURES]
+            return features
         return self.classifier.towers.encode_image(**self.images)
 
     @cached_property

@@ -32,3 +32,4 @@ class Training:
 USUAL = Training(3e-3)  # suits most methods, so it is the default
 HEAD_ALONE = Training(1e-2)
 ALL_WEIGHTS = Training(3e-5)  # the learning rates of the methods would destroy a pretrained backbone
+CLIP_LORA = Training(2e-4, num_warmup_steps=0, crop_scale=0.08, horizontal_flip=0.5)  # the authors'

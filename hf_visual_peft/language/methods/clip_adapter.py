@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor, nn
 
 from ...core.registry import Paper
 from ..classifier import ZeroShotClassifier
-from ..config import LanguageConfig, register_language
+from ..config import USUAL, LanguageConfig, register_language
 from ..slot import LanguageEquation
 from ..view import Outcome, View
 
@@ -57,6 +57,7 @@ class FeatureAdapters(LanguageEquation):
     paper=Paper("CLIP-Adapter: Better Vision-Language Models with Feature Adapters", "IJCV 2024", "2110.04544"),
     equation="f' = ratio relu(W2 relu(W1 f)) + (1 - ratio) f on features of images, classes, or both",
     counts=(({}, 100, 131_072), ({"side": "both"}, 100, 262_144)),
+    training=replace(USUAL, learning_rate=1e-3),
 )
 @dataclass
 class CLIPAdapterConfig(LanguageConfig):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...core.registry import Paper
 from ..classifier import ZeroShotClassifier
-from ..config import LanguageConfig, register_language
+from ..config import USUAL, LanguageConfig, register_language
 from ..rows import by_name
 from ..slot import LanguageEquation
 from ..view import Outcome, View, normalised
@@ -57,6 +57,7 @@ class CrossModalLinear(LanguageEquation):
     ),
     equation="a linear from the texts; the texts of the classes are training examples like the images",
     counts=(({}, 100, 51_200),),
+    training=replace(USUAL, learning_rate=1e-3),
 )
 @dataclass
 class CrossModalConfig(LanguageConfig):

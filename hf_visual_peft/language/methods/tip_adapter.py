@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...core.registry import Paper
 from ..classifier import ZeroShotClassifier
-from ..config import register_language
+from ..config import USUAL, register_language
 from ..support import SupportConfig, SupportEquation
 from ..view import Outcome, View, normalised
 
@@ -106,6 +106,7 @@ class ImageCache(SupportEquation):
     paper=Paper("Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification", "ECCV 2022", "2207.09519"),
     equation="logits + alpha scale / 100 exp(-beta (1 - image . F)) onehot(labels)",
     counts=(({"support_size": 1600}, 100, 0), ({"support_size": 1600, "train_keys": True}, 100, 819_200)),
+    training=replace(USUAL, learning_rate=1e-3),
 )
 @dataclass
 class TipAdapterConfig(SupportConfig):
