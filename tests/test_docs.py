@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import yaml
 from families import FAMILIES
 
 import hf_visual_peft
@@ -32,6 +33,12 @@ def backbone():
 def test_page_is_up_to_date(capsys):
     assert main(["methods", "--markdown"]) == 0
     assert PAGE.read_text(encoding="utf-8") == capsys.readouterr().out, "run `make docs`"
+
+
+def test_every_method_has_its_equation_typeset():
+    equations = yaml.safe_load((PAGE.parent / "site" / "equations.yaml").read_text(encoding="utf-8"))
+    assert set(equations) == set(hf_visual_peft.list_methods())
+    assert all(isinstance(line, str) and line for lines in equations.values() for line in lines)
 
 
 def test_page_has_every_method_by_category():

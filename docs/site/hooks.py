@@ -1,17 +1,23 @@
-"""Pages that the site makes from the package: one for each method."""
+"""Pages that the site makes from the package: one for each method, with its equation and a picture."""
 
 import re
 from pathlib import Path
 
+import yaml
+from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
+from pictures import picture
 
 from hf_visual_peft import list_methods
-from hf_visual_peft.cli.catalogue import methods_markdown
+from hf_visual_peft.backbones.backbone import VisionBackbone
+from hf_visual_peft.cli.catalogue import methods_markdown, vit_b16
 from hf_visual_peft.core.registry import Method
 
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
+EQUATIONS = Path(__file__).with_name("equations.yaml")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -28,16 +34,28 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Write the pages of the methods."""
     sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", methods_markdown(), flags=re.DOTALL | re.MULTILINE))
-    for method in list_methods().values():
-        name = method.config_cls.__name__
-        page = File.generated(config, f"methods/{method.name}.md", content=_page(method, sections[name]))
-        files.append(page)
+    equations = yaml.safe_load(EQUATIONS.read_text(encoding="utf-8"))
+    if missing := sorted(set(list_methods()) ^ set(equations)):
+        raise PluginError(f"{EQUATIONS.name} and the registered methods differ by {', '.join(missing)}.")
+    backbone = vit_b16()
+    for name, method in list_methods().items():
+        section = sections[method.config_cls.__name__]
+        page = _page(method, section, equations[name], backbone)
+        files.append(File.generated(config, f"methods/{name}.md", content=page))
     return files
 
 
-def _page(method: Method, section: str) -> str:
+def _page(method: Method, section: str, equations: list[str], backbone: VisionBackbone) -> str:
     path = f"{method.config_cls.__module__}.{method.config_cls.__name__}"
-    text = f"# {method.config_cls.__name__.removesuffix('Config')}\n{section}\n## Reference\n\n::: {path}\n"
+    summary = f"{method.summary[0].upper()}{method.summary[1:]}."
+    lines = "\n".join(f"<p>{convert(line, display='block')}</p>" for line in equations)
+    drawn = picture(method.config_cls().placements(backbone), backbone)
+    section = re.sub(r"^- Equation: .*\n", "", section, flags=re.MULTILINE)
+    text = (
+        f"# {method.config_cls.__name__.removesuffix('Config')}\n\n{summary}\n\n"
+        f'<div class="equation">\n{lines}\n</div>\n\n'
+        f'<div class="places">{drawn}</div>\n\n{section}\n## Reference\n\n::: {path}\n'
+    )
     settings = CONFIGS / f"{method.name}.yaml"
     if settings.exists():
         text += f"\n## Settings of the paper\n\n`hf-visual-peft train --config {method.name}` takes these:\n\n"

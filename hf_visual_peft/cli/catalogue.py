@@ -85,7 +85,7 @@ def describe_method(name: str) -> str:
     """
     word = name.lower().removesuffix("config")
     if word in (ours := list_methods()):
-        return _section(ours[word], _vit_b16())
+        return _section(ours[word], vit_b16())
     if word in (named := list_language_methods()):
         method = named[word]
         items = [
@@ -134,7 +134,7 @@ def as_dictionary(method: Method) -> dict[str, Any]:
             "url": method.paper.url,
         },
         "equation": method.equation,
-        "trainable_on_vit_b16": [{"fields": setting, "parameters": count} for setting, count in method.counts],
+        "trainable_onvit_b16": [{"fields": setting, "parameters": count} for setting, count in method.counts],
         "further_head_inputs": method.head_inputs,
         "mergeable": method.mergeable,
         "gradients_through_backbone": method.gradients,
@@ -148,7 +148,7 @@ def as_dictionary(method: Method) -> dict[str, Any]:
 def methods_markdown() -> str:
     """The page `docs/methods.md`: an overview by category, and a section for each method."""
     methods = sorted(list_methods().values(), key=lambda method: (method.category, method.name))
-    backbone = _vit_b16()
+    backbone = vit_b16()
     header = (
         *("config", "category", "what it does", "paper"),
         *("parameters", "with", "merges", "identity", "activations", "chooses from data"),
@@ -294,7 +294,8 @@ def _shared(placements: Iterable[Placement], backbone: VisionBackbone) -> list[s
     ]
 
 
-def _vit_b16() -> VisionBackbone:
+def vit_b16() -> VisionBackbone:
+    """The backbone that counts and places are told for."""
     import torch
     from transformers import ViTConfig, ViTForImageClassification
 
