@@ -189,7 +189,7 @@ def checksum(weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor | Non
 
 
 def deterministic_training(patch: Callable[[object, str, object], None]) -> None:
-    """Let torch's dropout be `dropped` and its draws of an integer 1.
+    """Let torch's dropout be `dropped`, its draws of an integer 1, and those of a share 0.75.
 
     Args:
         patch: sets an attribute of an object until the test ends.
@@ -207,4 +207,5 @@ def deterministic_training(patch: Callable[[object, str, object], None]) -> None
 
     patch(F, "dropout", dropout)
     patch(F, "scaled_dot_product_attention", attention_with_dropout)
+    patch(torch, "rand_like", lambda x, dtype=None: torch.full_like(x, 0.75, dtype=dtype))
     patch(torch, "randint", lambda *args, device=None, **kwargs: torch.tensor(1, device=device))

@@ -6,6 +6,7 @@ called by their roles; it returns logits, or what `beside_linears` and `blockwis
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -523,6 +524,17 @@ def cvpt(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
     )
     z = z + v.w.linear(f"{index}.output", attend(query, key, value, HEADS))
     return z + v.fed(index, z)
+
+
+def dyt(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
+    own, z = w.of(f"{index}.dyt_"), x + v.attended(index, x)
+    logits = own.linear("dispatcher.linear", z[:, 1:])
+    if v.training:
+        logits = (logits + math.log(0.75 / 0.25)) / 5.0  # a draw of 0.75, as the difference of two Gumbel variables
+    soft = torch.sigmoid(logits)
+    m = (soft > 0.5).float() + soft - soft.detach()
+    m = torch.cat([torch.ones_like(m[:, :1]), m], dim=1)
+    return z + m * v.fed(index, z) + bottleneck(v, own.of("mlp."), z, 0.1, F.relu)
 
 
 def e2vpt(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:

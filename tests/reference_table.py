@@ -107,6 +107,7 @@ METHODS = {
     "difffit": Reference(methods.difffit, "the paper"),
     "dtl": Reference(side.dtl, "heekhero/DTL: models/vision_transformer.py"),
     "dtl-kernel": Reference(side.dtl, "heekhero/DTL: models/vision_transformer.py", {"plus": True, "kernel_size": 3}),
+    "dyt": Reference(blockwise(methods.dyt), "the paper", {"r": 4}, False),
     "e2vpt": Reference(
         blockwise(methods.e2vpt),
         "ChengHan111/E2VPT: src/models/vit_prompt/vit_prompt_VK.py, vit_backbones/vit_changeVK.py",

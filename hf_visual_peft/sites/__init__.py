@@ -33,6 +33,7 @@ from .model import ModelAdapters
 from .module import ModuleLayer, as_linear, as_matrix, output_channels
 from .module_sites import LinearSite, OutputSite, WeightSite
 from .pixels import PixelEquation, PixelSite
+from .selection import ChoiceSite
 from .side import SideSite, Tap, resized
 from .site import Placement, Shared, Site
 from .whole import WholeLayer, WholeSite, whole_module
@@ -41,6 +42,7 @@ from .whole import WholeLayer, WholeSite, whole_module
 __all__ = [
     "BlockAdapters",
     "BranchSite",
+    "ChoiceSite",
     "Equation",
     "Exchange",
     "Grid",

@@ -35,11 +35,12 @@ from .block_checks import norms_first, require_stream
 from .block_side import BypassedLayer
 from .block_sites import BranchSite, Pass, Reads, TokenSite, reaches_into
 from .exchange import Exchange, recomputes
-from .grid import Grid, TokenLayout, map_grid, to_tokens, unfolded_grid, unit_grid
+from .grid import Grid, TokenLayout, from_tokens, map_grid, to_tokens, unfolded_grid, unit_grid
 from .layer import CHILD, Equation, call_equation
 from .losses import Left
 from .masks import PositionBias, seen_tokens, widen
 from .mixed import BASE, instead_of_forward
+from .selection import ChoosingLayer
 from .site import BlockSite
 from .weights import changed_forward
 
@@ -95,7 +96,7 @@ def _new_block(kind: type) -> Any:
     return made.__new__(made)
 
 
-class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
+class BlockAdapters(AttentionLayer, BypassedLayer, ChoosingLayer, nn.Module):
     """Equations inside and around a transformer block, of which this is a child.
 
     The block keeps its place, its class (see `AdaptedBlock`) and its hooks. The hooks (transformers records hidden
@@ -145,6 +146,7 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         )
         self._init_attention()
         self._init_side()
+        self._init_choice()
         self._pass: Pass | None = None
         self._block_returns_tuple = False
         names = list(inspect.signature(type(owner).forward).parameters)[2:]
@@ -236,6 +238,7 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         for module in (module for path in block.rest for module in self._versions(path)):
             handles.append(module.register_forward_pre_hook(self._before_rest))
         handles += norms_first(block, self._versions, self._runs)
+        handles += self._watch_mlp()
 
     def _runs(self) -> bool:
         """Whether the block runs on its own tokens, with adapters."""
@@ -245,6 +248,11 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
         for handle in self._stream_handles:
             handle.remove()
         self._stream_handles.clear()
+
+    def watch_again(self) -> None:
+        """Set the hooks in the block again."""
+        self._look_away()
+        self._watch_sublayers()
 
     @contextmanager
     def looking_away(self) -> Iterator[None]:
@@ -266,8 +274,7 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
                 f"{self.path}: other adapters have come to the block since its last forward pass. Call the model once "
                 "before it is compiled."
             )
-        self._look_away()
-        self._watch_sublayers()
+        self.watch_again()
 
     @property
     def path(self) -> str:
@@ -591,7 +598,9 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
                 yield equation
 
     def _beside(self, sublayer: str, current: Pass, stream: Tensor, normed: Tensor) -> None:
-        """Branches beside a sub-layer, which all read the stream before it."""
+        """Branches beside a sub-layer, which all read the stream before it, as does what chooses tokens for it."""
+        if sublayer == "mlp":
+            self._choose(current, stream)
         for branch in self._branches(sublayer, "normed"):
             self._add(current, branch, normed)
         for branch in self._branches(sublayer, "stream"):
@@ -658,6 +667,9 @@ class BlockAdapters(AttentionLayer, BypassedLayer, nn.Module):
 
     def _finish(self, current: Pass, stream: Tensor) -> Tensor:
         """The stream after the last sub-layer, with all additions of branches."""
+        if current.chosen is not None:
+            chosen = self._chosen_only(current, to_tokens(stream, self._stream))
+            stream = from_tokens(chosen, stream, self._stream)
         for sublayer in self._sublayers[-1:]:
             self._behind(sublayer, current, to_tokens(stream, self._stream))
         current.finished = True

@@ -206,6 +206,10 @@ class Pass:
     ask: Callable[[Tensor], Tensor] | None = None  # runs extra tokens through the block, for side networks
     seen: Tensor | None = None  # which tokens are not padding, for side networks
     added: Tensor | None = None  # by all branches so far
+    chosen: Tensor | None = None  # factors of the tokens that the MLP acts on, (batch, tokens)
+    rows: Tensor | None = None  # which these are, while it runs on them alone
+    like: Tensor | None = None  # and its input before
+    skipped: bool = False  # whether its output is zero for the others
     finished: bool = False  # whether the stream is after the last sub-layer
 
     def with_added(self, x: Tensor, stream: Stream = "tokens") -> Tensor:
