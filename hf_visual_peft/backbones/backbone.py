@@ -19,7 +19,7 @@ LINEAR_ROLES = ("query", "key", "value", "output", "fc1", "fc2")
 NORM_ROLES = ("norm1", "norm2")
 OTHER_ROLES = ("operations", "further_norms")  # linears and convolutions, and norms, without another role
 ALL_ROLES = (*BLOCK_ROLES, *OTHER_ROLES)
-OPTIONAL_BLOCK_ROLES = ("drop_path", "position_bias")
+OPTIONAL_BLOCK_ROLES = ("drop_path", "position_bias", "uncalled")
 SUBLAYER_ROLES = {"attention": ("norm1", "query", "key", "value", "output"), "mlp": ("norm2", "fc1", "fc2")}
 
 
@@ -70,6 +70,19 @@ class Block:
     rest: tuple[str, ...] = ()
     readers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     table: Architecture | None = field(default=None, repr=False)
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Full names of the query, key and value projections of its attention; empty if it has none.
+
+        They include projections whose weight attention reads without calling them. Those have no role, as an adapter
+        at such a module would have no effect.
+        """
+        found = tuple(self.roles[role][0] for role in ("query", "key", "value") if self.roles[role])
+        if len(found) == 3:
+            return found
+        read = self.roles.get("uncalled", ())
+        return read * 3 if len(read) == 1 else read
 
     def modules(self, roles: Sequence[str]) -> list[str]:
         """Full names of the modules in some roles; a module that roles share is listed once."""

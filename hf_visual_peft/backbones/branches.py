@@ -13,6 +13,7 @@ from .watching import Attention, Call, Trace
 
 
 _ADDS = ("add", "addcmul")
+_PRODUCTS_WITH_WEIGHTS = ("mm", "addmm", "linear")
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,31 @@ class BlockRun:
             module = modules[each.path]
             if is_projection(module) and each.outputs and not is_depthwise(module):
                 self.projections[each.outputs[0]] = each.path
+        self.uncalled = self._uncalled()
+        self.projections |= self.uncalled
         self.why: list[str] = []
         self.whole = False  # whether the block adds to its stream from the start
         self._branches: list[Branch] | None = None
+
+    def _uncalled(self) -> dict[int, str]:
+        """Projections whose weight the block reads without calling them, by the node of their product with it."""
+        called = {each.path for each in self.calls}
+        weights = {
+            index: name.removesuffix(".weight")
+            for name, index in self.trace.parameters.items()
+            if name.endswith(".weight") and is_in(name, self.path) and name.removesuffix(".weight") not in called
+        }
+        found = {}
+        for node in self.trace.nodes[self.call.start : self.call.end]:
+            if node.op not in _PRODUCTS_WITH_WEIGHTS:
+                continue
+            for each in node.inputs:
+                while self.trace.nodes[each].moves:
+                    each = self.trace.nodes[each].inputs[0]
+                module = self.modules.get(weights.get(each, ""))
+                if module is not None and is_projection(module):
+                    found[node.index] = weights[each]
+        return found
 
     def branches(self) -> list[Branch]:
         """The branches of the block, in order; none if its output is not such a sum."""

@@ -289,12 +289,12 @@ class _Resolver:
             roles["operations"] = tuple(
                 name for name in self._existing(path, table.operations) if is_operation(self._module(name))
             )
-        num_heads = self._num_heads(roles["query"])
+        num_heads = self._num_heads(roles["query"] or roles["uncalled"])
         # an attention that changes the width also pools tokens: it leads from one stage to the next
         pools = table.pools or bool(widths["norm1"] and widths["norm2"] and widths["norm1"] != widths["norm2"])
-        if pools and (roles["query"] or "attention" in sublayers):
+        if pools and (roles["query"] or roles["uncalled"] or "attention" in sublayers):
             pooling = [path for role in SUBLAYER_ROLES["attention"] for path in roles[role]]
-            roles |= dict.fromkeys(SUBLAYER_ROLES["attention"], ())
+            roles |= dict.fromkeys((*SUBLAYER_ROLES["attention"], "uncalled"), ())
             roles["operations"] = tuple(dict.fromkeys((*pooling, *roles["operations"])))
             sublayers = tuple(part for part in sublayers if part != "attention")
         roles["operations"], roles["further_norms"] = self._apart(roles["operations"])

@@ -39,6 +39,7 @@ class BlockRoles:
     norm2_readers: tuple[str, ...] | None = None
     operations: tuple[str, ...] = ()
     drop_path: tuple[str, ...] = ()
+    uncalled: tuple[str, ...] = ()
     sublayers: tuple[str, ...] = ()
     post_norm: bool = False
     reads_attention: str | None = None
@@ -294,6 +295,8 @@ class BlockReader(BlockRun):
         written = {path for out, path in self.projections.items() if out in self.trace.overwritten}
         if written & {*first, *last}:  # what methods keep of a linear's output would change
             return {}
+        if not set(last).isdisjoint(self.uncalled.values()):  # nothing at that module would have an effect
+            return {}
         fits = len(last) == 1 and 1 <= len(first) <= 2 and not set(first) & set(last) and all(sizes)
         if not fits or sizes[-1][0] != width or any(size[1] != width for size in sizes[:-1]):  # type: ignore[index]
             return {}
@@ -311,6 +314,7 @@ class BlockReader(BlockRun):
         if seen is None:
             last = self.projections_before(branch.added, branch.nodes)
             fits = len(last) == 1 and linear_sizes(self.modules[last[0]]) is not None
+            fits = fits and last[0] not in self.uncalled.values()
             return {"output": (self._relative(last[0]),)} if fits else {}
         wide = self.trace.nodes[seen.query].shape
         parts = {

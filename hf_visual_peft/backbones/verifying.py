@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import BLOCK_ROLES, BackboneError, linear_sizes
-from .operations import channels_read
+from .operations import channels_read, is_norm
 from .roles import BlockReader, BlockRoles
 from .running import Ran
 from .watching import Attention, Trace, valued, watch
@@ -76,9 +76,19 @@ def verified(ran: Ran, path: str, roles: BlockRoles) -> BlockRoles:
     plain = "attention" in roles.sublayers and roles.stream == "tokens" and not roles.post_norm
     if plain and _takes_more(twin, args, kwargs):
         prompts = "sequence"
-    elif not mixes and (equal or _by_head(trace, reader, roles, seen)) and _reads_stream(reader, roles):
+    elif (
+        not mixes
+        and (equal or _by_head(trace, reader, roles, seen))
+        and _reads_stream(reader, roles)
+        and _values_known(trace, reader, roles, seen)
+    ):
         prompts = "keys"  # those that join a cosine attention are normalised as its own are
-    return replace(roles, softmax=softmax, equal_parts=equal, prompts=prompts)
+    roles = replace(roles, softmax=softmax, equal_parts=equal, prompts=prompts)
+    projections = (*roles.query, *roles.key, *roles.value)
+    if set(projections).isdisjoint(reader.uncalled.values()):
+        return roles
+    # only what acts where queries meet keys works there: the modules are never called
+    return replace(roles, query=(), key=(), value=(), uncalled=tuple(dict.fromkeys(projections)))
 
 
 def _reads_stream(reader: BlockReader, roles: BlockRoles) -> bool:
@@ -265,6 +275,25 @@ def _equal_parts(trace: Trace, reader: BlockReader, roles: BlockRoles, seen: Att
         if not torch.allclose(raw.double().square().sum(), piece.double().square().sum(), rtol=1e-9):
             return False
     return True
+
+
+def _values_known(trace: Trace, reader: BlockReader, roles: BlockRoles, seen: Attention) -> bool:
+    """Whether values are what their projection returns, or visibly not, by another number of channels."""
+    output = next(out for out, path in reader.projections.items() if path == roles.value[0])
+    index = seen.value
+    while index != output:
+        node = trace.nodes[index]
+        if not node.selects or not node.inputs:
+            norm = next((call for call in reader.calls if index in call.outputs), None)
+            if norm is None or not is_norm(reader.modules[norm.path]) or norm.stream is None:
+                break
+            index = norm.stream
+        else:
+            index = node.inputs[0]
+    else:
+        return True
+    made, read = (linear_sizes(reader.modules[path]) for path in (roles.value[0], roles.output[0]))
+    return roles.key != roles.value and made is not None and read is not None and made[0] > read[1]
 
 
 def _by_head(trace: Trace, reader: BlockReader, roles: BlockRoles, seen: Attention) -> bool:

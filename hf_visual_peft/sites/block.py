@@ -142,7 +142,8 @@ class BlockAdapters(AttentionLayer, BypassedLayer, ChoosingLayer, nn.Module):
         self._grid_kind, self._prompts, self._group = table.grid, table.prompts, block.group
         self._stream, self._stream_inside = table.stream, table.stream_inside or table.stream
         self._query, self._key, self._value, self._output = (
-            (*block.roles[role], "")[0].removeprefix(f"{block.path}.") for role in SUBLAYER_ROLES["attention"][1:]
+            path.removeprefix(f"{block.path}.")
+            for path in (*(block.projections or ("",) * 3), (*block.roles["output"], "")[0])
         )
         self._init_attention()
         self._init_side()
@@ -220,7 +221,7 @@ class BlockAdapters(AttentionLayer, BypassedLayer, ChoosingLayer, nn.Module):
         self._steps: list[tuple[dict, str, nn.Module | None]] = []  # on the way to the modules with hooks
         # tuples, so that they are no submodules of the layer
         self._attention: tuple[tuple[nn.Module, ...], ...] = tuple(
-            tuple(self._versions(path)[0] for path in roles[role][:1]) for role in SUBLAYER_ROLES["attention"]
+            tuple(self._versions(path)[0] for path in roles[role][:1]) for role in ("norm1", "output")
         )
         self._reads_block: list[str] = []  # sub-layers that read the block's own input
         handles = self._stream_handles

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbones.backbone import unwrapped
+from ..backbones.backbone import linear_sizes, unwrapped
 from ..backbones.modes import in_eval_mode
 from .attention import (
     Acts,
@@ -24,7 +24,7 @@ from .attention import (
     watched,
 )
 from .block_sites import Pass
-from .forms import alone, crossed, head_sizes, project, projections, spread
+from .forms import Projections, alone, crossed, head_sizes, project, project_by_running, projections, spread
 from .grid import TokenLayout
 from .layer import Equation, Site, VisualTunerLayer, call_equation
 from .masks import PositionBias, without_positions
@@ -41,7 +41,7 @@ class AttentionLayer(VisualTunerLayer):
     _output: str
     _prompts: str | None
     _post_norm: bool
-    _attention: tuple[tuple[nn.Module, ...], ...]  # norm, query, key, value, output
+    _attention: tuple[tuple[nn.Module, ...], ...]  # norm and output projection
     _position_biases: list[PositionBias]
     _pass: Pass | None
 
@@ -180,7 +180,7 @@ class AttentionLayer(VisualTunerLayer):
         form = projections(self.get_base_layer(), self._attention_path, self._query, self._key, self._value)
         if current.joining is not None:
             with self._unwatched():
-                pairs.append(project(form, current.joining))
+                pairs.append((project if self._projects_plainly(form) else project_by_running)(form, current.joining))
         assert current.entered is not None
         beside = []
         for each in equations:
@@ -195,6 +195,12 @@ class AttentionLayer(VisualTunerLayer):
         current.beside = tuple(spread((k.to(own.dtype), v.to(own.dtype)), own, heads) for k, v in beside)
         keys, values = (torch.cat([x.to(own.dtype) for x in each], dim=2) for each in zip(*pairs, strict=True))
         return spread((keys, values), own, heads)
+
+    def _projects_plainly(self, form: Projections) -> bool:
+        """Whether the output projection reads as many channels as that of the values gives."""
+        output = linear_sizes(unwrapped(self.get_base_layer().get_submodule(self._output))) if self._output else None
+        heads, _, channels = head_sizes(form)
+        return output is None or self._interface or form.value is form.key or output[1] % (heads * channels) == 0
 
     def _apart(self) -> Sequence[Pair]:
         """The keys and values of this pass with a softmax of their own, once."""
@@ -222,7 +228,7 @@ class AttentionLayer(VisualTunerLayer):
 
     def _attend(self, x: Tensor) -> Tensor:
         """Norm and attention of the block on extra tokens, which have no position."""
-        (norm,), *_ = self._attention
+        (norm,) = self._attention[0]
         weight: Any = norm.weight
         with self._unwatched():
             # an equation may have another precision than the backbone
@@ -231,7 +237,7 @@ class AttentionLayer(VisualTunerLayer):
 
     def _alone(self, x: Tensor) -> Tensor:
         """Attention of the block on extra tokens, which have no position."""
-        *_, (output,) = self._attention
+        (output,) = self._attention[1]
         with without_positions(self._position_biases), self._unwatched():
             mixed = alone(self._attention_module(), x, self._interface)
             inside = self._output.startswith(f"{self._attention_path}.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import NO_ACTS, Pair, own_implementation, watched
+from .attention import NO_ACTS, Acts, Pair, own_implementation, watched
 
 
 _QUERY_NORMS = ("q_norm", "norm_q", "query_norm", "q_layernorm")
@@ -217,13 +218,41 @@ def spread(pair: Pair, like: Tensor, heads: int) -> Pair:
     return keys, values
 
 
-def alone(attention: nn.Module, tokens: Tensor, interface: bool) -> Tensor:
+def project_by_running(form: Projections, tokens: Tensor) -> Pair:
+    """Keys and values as `project` returns them, where a module makes them of more than its projections.
+
+    The module runs on one token at a time: a module that pads or divides a map then has the token in its first row.
+
+    Args:
+        form: of a module that uses no interface of transformers.
+        tokens: (images, tokens, channels), as the module reads its own.
+
+    Raises:
+        ValueError: it lays out heads in an unknown way.
+    """
+    images, count, _ = tokens.shape
+    single = tokens.flatten(0, 1)
+    as_maps = any(isinstance(module, nn.Conv2d) for module in form.key.modules())
+    kept: list[Tensor] = []
+    acts = replace(NO_ACTS, keep=lambda *pair: kept.extend(pair))
+    alone(form.attention, single[:, :, None, None] if as_maps else single[:, None], False, acts)
+    if any(x.numel() // (x.shape[-1] * x.shape[-2]) % len(single) for x in kept):
+        shapes = " and ".join(str(tuple(x.shape)) for x in kept)
+        raise ValueError(f"The layout of heads is not known in keys and values of shapes {shapes}.")
+    # (tokens x heads, rows, channels), with several windows of one token or one
+    first = (x.reshape(images, count, -1, *x.shape[-2:])[..., 0, :] for x in kept)
+    key, value = (x.transpose(1, 2) for x in first)
+    return key, value
+
+
+def alone(attention: nn.Module, tokens: Tensor, interface: bool, acts: Acts = NO_ACTS) -> Tensor:
     """The output of a module for tokens without position: without bias and rotation.
 
     Args:
         attention: the module.
         tokens: (sequences, tokens, channels), as the module reads its own.
         interface: whether it computes attention through transformers' interface.
+        acts: what to do where queries meet keys, in modules without that interface.
     """
     names = list(inspect.signature(type(attention).forward).parameters)
     batch_first = getattr(attention, "batch_first", True)
@@ -243,6 +272,6 @@ def alone(attention: nn.Module, tokens: Tensor, interface: bool) -> Tensor:
     if interface and own_implementation(attention) not in ("eager", "sdpa", None):
         output = forward(*args, **kwargs)
     else:
-        output = watched(attention, NO_ACTS, forward, args, kwargs, placed=False)
+        output = watched(attention, acts, forward, args, kwargs, placed=False)
     output = output[0] if isinstance(output, tuple) else output
     return output if batch_first else output.transpose(0, 1)

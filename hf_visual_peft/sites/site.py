@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..backbones.backbone import SUBLAYER_ROLES, Block, VisionBackbone
+from ..backbones.backbone import Block, VisionBackbone
 
 
 class Site:
@@ -185,8 +185,8 @@ class AttentionSite(BlockSite):
 
     def exists_at(self, block: Block, whole: VisionBackbone) -> bool:
         """Blocks beside those with attention that mix tokens in another way have nothing for it."""
-        if any(other.roles["query"] for other in whole.blocks):
-            return bool(block.roles["query"])
+        if any(other.projections for other in whole.blocks):
+            return bool(block.projections)
         return "attention" in block.sublayers
 
     def reaches(self, block: Block, prompts: str | None) -> Sequence[str]:
@@ -200,7 +200,7 @@ class AttentionSite(BlockSite):
 
 def attention_in(block: Block) -> str:
     """Full name of the module around a block's query projection; empty if there is none."""
-    query = (*block.roles[SUBLAYER_ROLES["attention"][1]], "")[0]
+    query = (*block.projections, "")[0]
     return query.rpartition(".")[0]
 
 

@@ -57,6 +57,8 @@ class ArchitecturePaths:
             patches. `"all"`: all outside the blocks without another role.
         operations: optional; other linears, convolutions and norms of a block. `"all"`: all without another role.
         position_bias: optional; module that computes the block's bias on attention logits.
+        uncalled: optional; query, key and value projections, or the one for all, whose weight attention reads without
+            calling the module. Then they have no other role.
         skipped_blocks: optional; names of classes in the lists, or of modules in the backbone, that are not blocks.
         variants: optional; where blocks differ, the fields of a block that are others there, by the name of their
             class, or by the name of the block in the backbone, which counts before.
@@ -88,6 +90,7 @@ class ArchitecturePaths:
     between: Names | Literal["all"] = ()
     operations: Names | Literal["all"] = ()
     position_bias: Names = ()
+    uncalled: Names = ()
     skipped_blocks: Names = ()
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     remedy: str = ""

@@ -188,9 +188,7 @@ class PrefixConfig(VisualPeftConfig):
 
 def attending(backbone: VisionBackbone) -> list[Block]:
     """The blocks in which keys and values can join those of attention."""
-    roles = ("query", "key", "value")
-    blocks = [block for block in backbone.blocks if all(block.roles[role] for role in roles)]
-    return [block for block in blocks if "attention" in block.sublayers]
+    return [block for block in backbone.blocks if block.projections and "attention" in block.sublayers]
 
 
 def heads_in(block: Block, module: nn.Module) -> tuple[int, int, int]:
@@ -200,13 +198,13 @@ def heads_in(block: Block, module: nn.Module) -> tuple[int, int, int]:
         block: in the backbone.
         module: the block itself.
     """
-    query, key, value = (block.roles[role][0].removeprefix(f"{block.path}.") for role in ("query", "key", "value"))
+    query, key, value = (path.removeprefix(f"{block.path}.") for path in block.projections)
     return head_sizes(projections(module, attention_path(module, query), query, key, value))
 
 
 def _widths(block: Block, backbone: VisionBackbone) -> tuple[int, int]:
     """Channels of a block's keys and values."""
-    query, key, value = (block.roles[role][0] for role in ("query", "key", "value"))
+    query, key, value = block.projections
     out = {path: backbone.linears[path][0] for path in (query, key, value)}
     if key == value:
         return (out[key] // (3 if query == key else 2),) * 2

@@ -138,10 +138,10 @@ class VQTConfig(VisualPeftConfig):
             )
         outputs = tuple((path, sizes[path][0]) for path in backbone.heads)
         prompts, grid = backbone.architecture.prompts, backbone.architecture.grid
-        if not all(block.roles["query"] for block in backbone.blocks):
+        if not all(block.projections for block in backbone.blocks):
             raise ValueError(f"{name}: not all of its blocks have attention that queries could join.")
         for block in backbone.blocks:
-            query = (*block.roles["query"], "")[0].removeprefix(f"{block.path}.")
+            query = (*block.projections, "")[0].removeprefix(f"{block.path}.")
             site = SideSite(ends=False, aligned=False, asks=True, heads=HeadUse(outputs, self.normalize))
             build = partial(self._build, name, query, prompts, grid, width, backbone.patch_features, outputs)
             yield Placement(block.path, "queries", site, build)

@@ -98,8 +98,7 @@ class CVPTConfig(VisualPeftConfig):
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """In every block with attention."""
-        needed = ("query", "key", "value", "output")
-        blocks = [block for block in backbone.blocks if all(block.roles[role] for role in needed)]
+        blocks = [block for block in backbone.blocks if block.projections and block.roles["output"]]
         sublayer, reads = _PLACES[self.place]
         sizes = (self.num_virtual_tokens, backbone.width, len(blocks), self.dropout)
         for block in blocks:

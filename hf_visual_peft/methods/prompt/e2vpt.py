@@ -168,12 +168,12 @@ class E2VPTConfig(VisualPeftConfig):
         masks = Shared("masks", partial(Masks, self.num_virtual_tokens, self.pieces))
         sizes = (self.num_virtual_tokens, backbone.width, backbone.patch_features, self.dropout)
         for block in backbone.blocks:
-            if all(block.roles[role] for role in ("query", "key", "value")) and "attention" in block.sublayers:
+            if block.projections and "attention" in block.sublayers:
                 yield Placement(block.path, "tokens", TokenSite(), lambda _: MaskedPrompts(*sizes), masks)
                 yield Placement(block.path, "heads", KeyValueSite(), partial(self._prefixes, block))
 
     def _prefixes(self, block: Block, module: nn.Module) -> TiedPrefixes:
-        query, key, value = (block.roles[role][0].removeprefix(f"{block.path}.") for role in ("query", "key", "value"))
+        query, key, value = (path.removeprefix(f"{block.path}.") for path in block.projections)
         form = projections(module, attention_path(module, query), query, key, value)
         heads, key_size, value_size = head_sizes(form)
         if key_size != value_size:

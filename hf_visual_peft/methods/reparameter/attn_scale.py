@@ -109,7 +109,7 @@ class AttnScaleConfig(VisualPeftConfig):
 
         def build(block: Block) -> Placement:
             def scale(module: nn.Module) -> nn.Module:
-                attention_of(module, block.roles["query"][0].removeprefix(f"{block.path}."))
+                attention_of(module, block.projections[0].removeprefix(f"{block.path}."))
                 return AttnScale(tokens or block.window**2, heads)
 
             return Placement(block.path, "logits", LogitSite(), scale)
