@@ -25,6 +25,7 @@ from screen import Screen
 from tqdm.auto import tqdm
 
 from hf_visual_peft.sharing import hub
+from hf_visual_peft.training.images import as_rgb
 
 
 CROPS = {
@@ -51,15 +52,7 @@ class CorruptImageError(ValueError):
 def decode(value: dict[str, Any] | None, where: str) -> Image.Image:
     """The image of `{"path": ..., "bytes": ...}` in RGB, upright; 16 bits are scaled to 8."""
     try:
-        image = datasets.Image().decode_example(value)
-        if image.mode == "I" or image.mode.startswith("I;16"):
-            pixels = np.asarray(image)
-            if pixels.min() < 0 or pixels.max() > 65535:
-                raise ValueError(f"32-bit pixels from {pixels.min()} to {pixels.max()}; save them as 8 or 16 bits")
-            image = Image.fromarray((pixels >> 8).astype(np.uint8))
-        elif image.mode == "F":
-            raise ValueError("floating-point pixels with an unknown range; save them as 8 or 16 bits")
-        return image.convert("RGB")
+        return as_rgb(datasets.Image().decode_example(value))
     except Exception as error:  # decoders raise all kinds of errors for a damaged file
         name = (value or {}).get("path") or "an image without file name"
         raise CorruptImageError(f"Cannot decode {name} ({where}): {error}. See --skip_corrupt_images.") from error

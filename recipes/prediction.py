@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import inspect
 import io
 import json
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from tqdm.auto import tqdm
 from training_options import SWITCH
 from transformers.utils import cached_file, find_adapter_config_file
 
+from hf_visual_peft.backbones.input_size import size_to_tell
 from hf_visual_peft.metrics import (
     Accuracy,
     CalibrationError,
@@ -156,9 +156,9 @@ def load_saved(args: argparse.Namespace) -> Saved:
         raise ValueError(f"{flag} takes {wanted}.")
     names = [str(model.config.id2label[index]) for index in range(len(model.config.id2label))]
     several = getattr(model.config, "problem_type", None) == "multi_label_classification"
-    inputs = (
-        {"interpolate_pos_encoding": True} if args.interpolate_pos_encoding or _other_size(model, processor) else {}
-    )
+    size = size_to_tell(model)
+    other = args.interpolate_pos_encoding or (size is not None and input_size(processor) != size)
+    inputs = {"interpolate_pos_encoding": True} if other else {}
     return Saved(model, processor, names, several, inputs)
 
 
@@ -201,15 +201,6 @@ def _load_adapter(
     copied = tuple(f"{name}." for name, module in model.get_base_model().named_modules() if isinstance(module, kinds))
     missing = [key for key in sorted(loading["missing_keys"]) if not key.startswith(copied)]
     return model, missing, (base, revision)
-
-
-def _other_size(model: Any, processor: Any) -> bool:
-    """Whether images differ in size from pretraining and the model needs an argument for that."""
-    takers = (m for m in model.modules() if "interpolate_pos_encoding" in inspect.signature(m.forward).parameters)
-    size = getattr(model.config, "image_size", None)
-    if size is None or next(takers, None) is None:
-        return False
-    return input_size(processor) != ((size, size) if isinstance(size, int) else tuple(size))
 
 
 # ----------------------------------------------------------------------------------------------------------- results

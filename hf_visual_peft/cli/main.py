@@ -55,6 +55,8 @@ def _run(words: list[str]) -> int:
         return _inspect(arguments)
     if arguments.command == "report":
         return _report(arguments, words)
+    if arguments.command == "serve":
+        return _serve(arguments)
     return _demo(arguments)
 
 
@@ -66,6 +68,7 @@ def _parser(recipes: Mapping[str, argparse.ArgumentParser] = MappingProxyType({}
     """
     from ..coverage.command import add_arguments as add_coverage_arguments
     from ..demo.options import add_arguments
+    from ..serving.options import add_arguments as add_serve_arguments
 
     parser = main_parser(__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -138,6 +141,13 @@ def _parser(recipes: Mapping[str, argparse.ArgumentParser] = MappingProxyType({}
         "hf-visual-peft completion bash > ~/.local/share/bash-completion/completions/hf-visual-peft",
     )
     completion.add_argument("shell", choices=SHELLS)
+    serve = commands.add_parser(
+        "serve",
+        help=COMMANDS["serve"],
+        description="Serve one backbone with many adapters over HTTP: POST /v1/predict?adapter=NAME with an image. "
+        "/ is a page to try it, /docs describes all requests. It needs the extra 'serve'.",
+    )
+    add_serve_arguments(serve)
     return parser
 
 
@@ -176,6 +186,17 @@ def _completion(arguments: argparse.Namespace) -> int:
     parser = _parser({name: recipe_parser(name) for name in SCRIPTS})
     print(shtab.complete(parser, shell=arguments.shell))
     return 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from ..serving.command import run
+    from ..serving.options import ServeOptions
+
+    try:
+        return run(ServeOptions.from_arguments(arguments))
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"hf-visual-peft serve: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
 
 
 def _report(arguments: argparse.Namespace, words: Sequence[str]) -> int:
