@@ -94,7 +94,8 @@ class Server:
     def stop(self) -> int:
         """Its exit status."""
         self.process.terminate()
-        return self.process.wait(ALIVE)
+        status = self.process.wait(ALIVE)
+        return 128 - status if status < 0 else status
 
 
 async def load(url: str, names: Sequence[str], content: bytes, at_a_time: int) -> tuple[float, list[float]]:

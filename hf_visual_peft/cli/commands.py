@@ -27,8 +27,8 @@ COMMANDS = {
     "explain": "show which methods act where on a model, and why others cannot",
     "inspect": "show what saved adapters are, by their headers only",
     "report": "write a page of runs and comparisons: table, charts, images",
-    "serve": "answer requests with many adapters on one backbone",
     "completion": "print a script that completes these commands in a shell",
+    "serve": "answer requests with many adapters on one backbone",
 }
 
 

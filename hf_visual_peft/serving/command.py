@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
+import types
 
 from .options import TOKEN_VARIABLE, ServeOptions
 
 
 BACKLOG = 200  # connections beyond those of the queue, which get to know that it is full
 
-SLOW_START = 300  # seconds that a worker may take for its imports, before it answers uvicorn
+HUNG = 30  # seconds without an answer to uvicorn, after which a worker is replaced
 
 
 def run(options: ServeOptions) -> int:
@@ -49,10 +51,13 @@ def run(options: ServeOptions) -> int:
         server = uvicorn.Server(uvicorn.Config(create_app(service), **settings))  # type: ignore[arg-type]
         server.run()
         return 0 if server.started else 1
-    settings["timeout_worker_healthcheck"] = SLOW_START
+    settings["timeout_worker_healthcheck"] = HUNG
     os.environ[OPTIONS_VARIABLE] = options.as_json()
     if token := options.token():
         os.environ[TOKEN_VARIABLE] = token
+    main = sys.modules["__main__"]
+    # a worker would import it with all of torch before it answers uvicorn, and seem to hang
+    sys.modules["__main__"] = types.ModuleType("__main__")
     try:
         uvicorn.run(
             "hf_visual_peft.serving.app:from_environment",
@@ -61,6 +66,7 @@ def run(options: ServeOptions) -> int:
             **settings,  # type: ignore[arg-type]
         )
     finally:
+        sys.modules["__main__"] = main
         del os.environ[OPTIONS_VARIABLE]
         if shared is not None:
             shared.cleanup()
