@@ -131,6 +131,17 @@ def test_weights_that_are_no_safetensors_file(adapter, damage):
         assert "\n" not in told
 
 
+@both
+def test_weights_that_are_missing(adapter):
+    (adapter / "adapter_model.safetensors").unlink()
+    model = FAMILIES["vit"].model()
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=r"has adapter_config.json, but no adapter_model.safetensors: the"):
+        PeftModel.from_pretrained(model, adapter)
+    assert [name for name, _ in model.named_modules()] == names
+    assert PeftConfig.from_pretrained(adapter).peft_type in ("VPT", "LORA")  # the configuration alone can be read
+
+
 @pytest.mark.parametrize("adapter", ["vpt"], indirect=True)
 def test_weights_of_something_else(adapter):
     (adapter / "adapter_model.safetensors").write_bytes(save({"embeddings.weight": torch.zeros(2, 2)}))

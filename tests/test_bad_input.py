@@ -46,9 +46,19 @@ def test_fields_out_of_range(config, fields, message):
         config(**fields)
 
 
-def test_misspelt_fields():
-    with pytest.raises(TypeError, match="num_tokens"):
-        VPTConfig(num_tokens=3)
+@pytest.mark.parametrize(
+    ("config", "field", "advice"),
+    [
+        (VPTConfig, "num_tokens", "Did you mean 'num_virtual_tokens'"),
+        (VPTConfig, "virtual", "Did you mean 'num_virtual_tokens'"),
+        (AdaptFormerConfig, "layer_norms", "Did you mean 'layer_norm'"),
+        (SSFConfig, "module_to_save", "Did you mean 'modules_to_save'"),
+        (ConvpassConfig, "xyz", "Its fields are .*conv_init.*sublayers"),
+    ],
+)
+def test_misspelt_fields(config, field, advice):
+    with pytest.raises(TypeError, match=rf"{config.__name__}.* unexpected keyword argument '{field}'. {advice}"):
+        config(**{field: 3})
 
 
 @pytest.mark.parametrize(
@@ -117,6 +127,17 @@ def test_checkpoint_of_another_backbone(saved):
     change(saved, r=6)
     with pytest.raises(ValueError, match=r"has shape \(4, 16\) in the file and \(6, 16\) in the model"):
         PeftModel.from_pretrained(FAMILIES["vit"].model(), saved)
+
+
+def test_a_head_of_another_size_without_names_of_classes(saved):
+    """With names the number of classes is taken from them."""
+    change(saved, auto_mapping=None)
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=9))
+    modules = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=r"classifier.weight has shape \(\d, 16\) in the file and \(9, 16\) in the"):
+        PeftModel.from_pretrained(model, saved)
+    assert modules == [name for name, _ in model.named_modules()]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "zip"])

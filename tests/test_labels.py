@@ -235,6 +235,17 @@ def test_made_up_names_give_the_number_and_replace_no_real_ones(checkpoints, tmp
     assert names_of(PeftModel.from_pretrained(base, tmp_path)) == NAMES
 
 
+@pytest.mark.parametrize("names", [["猫", "Ä ö", "a\nb"], ["", "1", "0"], ["same", "same", "other"]])
+@pytest.mark.parametrize("keys", [int, str])
+def test_odd_names_and_keys_come_back(checkpoints, tmp_path, names, keys):
+    """Keys are texts where somebody read them from JSON."""
+    base = named(checkpoints / "vit" / "bare", NAMES)
+    base.config.id2label = {keys(index): name for index, name in enumerate(names)}
+    get_peft_model(base, hf_visual_peft.VPTConfig()).save_pretrained(tmp_path)
+    other = AutoModelForImageClassification.from_pretrained(checkpoints / "vit" / "bare")
+    assert names_of(PeftModel.from_pretrained(other, tmp_path)) == names
+
+
 @pytest.mark.parametrize("damaged", [["blue"], {"0": "blue", "2": "red"}, {"0": 1}, {}, "blue"])
 @pytest.mark.parametrize("method", ["vpt", "lora"])
 def test_damaged_names_are_refused_and_the_base_stays(checkpoints, tmp_path, method, damaged):

@@ -52,6 +52,22 @@ def test_feature_layer_of_a_multimodal_model(layer, tower, read):
     assert backbone.final_norms == ()  # of what is returned beside the features
 
 
+@pytest.mark.parametrize("layer", [0, [0], -4, [-4]])
+def test_a_model_that_reads_no_block_is_refused(layer):
+    """-4 is the state before the first of three blocks."""
+    model = llava(layer)
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=r"LlavaForCond.* reads none of the 3 blocks of CLIPVision.*vision_feature_l"):
+        get_peft_model(model, hvp.VPTConfig())
+    assert [name for name, _ in model.named_modules()] == names
+
+
+@pytest.mark.parametrize("layer", [-5, [1, 9]])
+def test_a_feature_layer_that_is_not_there(layer):
+    with pytest.raises(ValueError, match=r"vision_feature_layer is .* has 3 blocks: must be from -4 to 3"):
+        get_peft_model(llava(layer), hvp.VPTConfig())
+
+
 def _methods(*without):
     methods = [m for name, m in hvp.list_methods().items() if name not in without]
     return [method for method in methods if not method.video and not method.calibrated]

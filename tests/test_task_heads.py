@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
+import timm
 import torch
 import transformers as tf
 from families import FAMILIES, images
@@ -209,6 +212,16 @@ def test_a_name_that_peft_cannot_tell_from_others_is_said_to_stay_frozen():
     lists = Own()
     lists.heads = nn.ModuleList([nn.Linear(16, 3), nn.Linear(16, 2)])
     assert hvp.find_backbone(lists).heads == ("heads.0", "heads.1")
+
+
+def test_numbered_heads_of_a_sequence_are_said_to_stay_frozen():
+    """Every name that ends in 1, as blocks.1, would be copied, too."""
+    tower = timm.create_model("test_vit", num_classes=0)
+    model = nn.Sequential(tower, nn.Linear(tower.num_features, 3))
+    with pytest.warns(UserWarning, match=r"No task head .* Sequential.*'1': frozen, as names .* by an OrderedDict"):
+        get_peft_model(model, hvp.VPTConfig())
+    named = nn.Sequential(OrderedDict(tower=tower, answer=nn.Linear(tower.num_features, 3)))
+    assert hvp.find_backbone(named).heads == ("answer",)
 
 
 @pytest.mark.usefixtures("_tables")

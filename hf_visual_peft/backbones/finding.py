@@ -172,8 +172,8 @@ class _Resolver:
             )
             paths = tuple(dict.fromkeys(called))
         count = max((index + 1 for index, name in enumerate(names) if name in seen.read), default=0)
-        if not count:  # for example if a model runs its backbone without gradients
-            return set(), paths
+        if not count:  # a model that reads no block, or runs its backbone without gradients: only its config may tell
+            return set() if _last_told(self.model, len(blocks)) != 0 else set(names), paths
         return {*names[count:], *(path for path in outside if path not in seen.read)}, paths
 
     def _patch_embedding(self) -> tuple[str, ...]:
@@ -415,8 +415,14 @@ def _last_told(model: nn.Module, depth: int) -> int | None:
     layers = next((layers for layers in told if layers is not None), None)
     if layers is None:
         return None
-    # of the states before the first block and after each block
-    return max(range(depth + 1)[layer] for layer in ([layers] if isinstance(layers, int) else layers))
+    states = range(depth + 1)  # before the first block and after each block
+    chosen = [layers] if isinstance(layers, int) else list(layers)
+    if not all(-len(states) <= layer < len(states) for layer in chosen):
+        raise BackboneError(
+            f"{type(model).__name__}: vision_feature_layer is {layers}, but the backbone has {depth} blocks: must be "
+            f"from {-len(states)} to {depth}."
+        )
+    return max(states[layer] for layer in chosen)
 
 
 def _weight(model: nn.Module, path: str) -> Tensor:

@@ -65,6 +65,7 @@ def heads_around(model: nn.Module, path: str, table: Architecture) -> TaskHeads:
     """
     own = _own_heads(model, path, table)
     searched: list[nn.Module] = []
+    unnamed = ""
     holders = list(_holders(path))
     for index, outer in enumerate(holders):
         module = model.get_submodule(outer)
@@ -82,11 +83,12 @@ def heads_around(model: nn.Module, path: str, table: Architecture) -> TaskHeads:
                 found = ()
             searched.append(module)
         parts, found = found, _nameable(model, found)
+        unnamed = _unnamed(model, parts, found)
         if found:
             beside = type(model.get_submodule(path)).__name__
             note = (
                 f"No table names the task head of {type(module).__name__}. {_listed(found)}: trained with the "
-                f"adapter, as what is new beside {beside}; {_OTHERWISE}.{_unnamed(model, parts, found)}"
+                f"adapter, as what is new beside {beside}; {_OTHERWISE}.{unnamed}"
             )
             return TaskHeads(found, _is_dense(model, module, found), known=False, note="" if of_labels else note)
         if known:
@@ -101,7 +103,7 @@ def heads_around(model: nn.Module, path: str, table: Architecture) -> TaskHeads:
     name = type(searched[-1]).__name__
     note = (
         f"No task head was found in {name}: nothing but the adapter trains. Name modules that shall train, too, in "
-        f"modules_to_save (for all adapters: hf_visual_peft.register_heads({name!r}, ...)), or set it to []."
+        f"modules_to_save (for all adapters: hf_visual_peft.register_heads({name!r}, ...)), or set it to [].{unnamed}"
     )
     return TaskHeads(known=False, missing_in=name, note=note)
 
@@ -136,9 +138,10 @@ def _unnamed(model: nn.Module, parts: Sequence[str], found: Sequence[str]) -> st
     """A sentence on parts that peft cannot tell from others, empty where there are none but norms."""
     left = [part for part in parts if not any(is_in(path, part) for path in found)]
     left = [part for part in left if "Norm" not in type(original(model.get_submodule(part))).__name__]
-    return (
-        f" {_listed(left)}: frozen, as names of other modules end in the same; rename to train them." if left else ""
-    )
+    if not left:
+        return ""
+    why = f"{_listed(left)}: frozen, as names of other modules end in the same"
+    return f" {why}; to train them, give them names of their own (in nn.Sequential by an OrderedDict)."
 
 
 def _left_out(model: nn.Module, path: str, outside: Iterable[str], heads: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from typing import Any, Literal, Union
 from peft import PeftConfig
 from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from .config import VisualPeftConfig
@@ -34,8 +34,8 @@ _EVERY = frozenset(_KINDS.values())
 
 
 def teach_files() -> None:
-    """Make peft check the files of an adapter when it reads its configuration."""
-    read = PeftConfigMixin.from_json_file.__func__
+    """Make peft check the files of an adapter when it reads its configuration, and whether its weights are there."""
+    read, tell = PeftConfigMixin.from_json_file.__func__, PeftConfigMixin._get_peft_type.__func__
 
     @functools.wraps(read)
     def from_json_file(cls: type, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
@@ -44,7 +44,19 @@ def teach_files() -> None:
         check_weights(path.parent / SAFETENSORS_WEIGHTS_NAME)
         return read(cls, path_json_file, **kwargs)
 
+    @functools.wraps(tell)  # peft asks this first if it will load weights, too
+    def get_peft_type(cls: type, model_id: str, **kwargs: Any) -> Any:
+        folder = Path(model_id, kwargs.get("subfolder") or "")
+        weights = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+        if (folder / CONFIG_NAME).is_file() and not any((folder / name).is_file() for name in weights):
+            raise ValueError(
+                f"{folder} has {CONFIG_NAME}, but no {SAFETENSORS_WEIGHTS_NAME}: the adapter was not saved or copied "
+                "completely. Save or download it again."
+            )
+        return tell(cls, model_id, **kwargs)
+
     PeftConfigMixin.from_json_file = classmethod(from_json_file)
+    PeftConfigMixin._get_peft_type = classmethod(get_peft_type)
 
 
 def parsed_config(content: bytes, where: str) -> dict[str, Any]:

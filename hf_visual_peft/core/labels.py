@@ -52,11 +52,19 @@ class Labels:
     @classmethod
     def of_model(cls, model: nn.Module) -> Labels | None:
         """The classes in the config of a transformers model; `None` if there are none."""
-        config = getattr(model, "config", None)
+        return cls.of_config(getattr(model, "config", None))
+
+    @classmethod
+    def of_config(cls, config: Any) -> Labels | None:
+        """The classes in the config of a transformers model; `None` if there are none."""
         names = getattr(config, NAMES, None)
-        if not isinstance(names, dict) or sorted(names) != list(range(len(names))):
+        if not isinstance(names, dict):
             return None
-        return cls(tuple(str(names[index]) for index in range(len(names))), getattr(config, PROBLEM, None))
+        # keys may be texts, as JSON has them
+        by_index = {int(key) if str(key).isdecimal() else key: name for key, name in names.items()}
+        if set(by_index) != set(range(len(names))):
+            return None
+        return cls(tuple(str(by_index[index]) for index in range(len(names))), getattr(config, PROBLEM, None))
 
     @classmethod
     def of_mapping(cls, mapping: Mapping[str, Any] | None) -> Labels | None:
@@ -133,9 +141,8 @@ class _Owners:
 
     def keep(self) -> None:
         """Keep changes that a user made in the model's config since."""
-        names = tuple(self.config.id2label[index] for index in sorted(self.config.id2label))
-        now = Labels(names, getattr(self.config, PROBLEM, None))
-        if now == self.of(self.owner):
+        now = Labels.of_config(self.config)
+        if now is None or now == self.of(self.owner):
             return
         if self.owner is None:
             self.base = now

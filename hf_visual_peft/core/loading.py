@@ -87,20 +87,23 @@ def with_copies(
     Returns:
         The weights, and the errors of those of copies.
     """
-    weights = dict(weights)
+    weights, present = dict(weights), model.state_dict()
     wrong = []
     for path, keys in copies_of(model, adapter_name).items():
         missing = [key for key in keys.values() if key not in weights]
         name = path.removeprefix(PEFT_PREFIX)
         if missing and len(missing) == len(keys) and name in config.heads_added:
-            weights |= {key: value for key, value in model.state_dict().items() if key in keys}
+            weights |= {key: value for key, value in present.items() if key in keys}
             warnings.warn(
                 f"The adapter was trained without this task head. {name!r} keeps the weights that it has in the base "
                 "model, in a copy that belongs to the adapter. Train it, or take a base model whose head is trained.",
                 stacklevel=2,
             )
             continue
-        for key in missing:
-            wrong.append(f"{key} is missing")
+        wrong += [f"{key} is missing" for key in missing]
+        for key, saved in keys.items():
+            if saved in weights and weights[saved].shape != present[key].shape:
+                shapes = f"{tuple(weights[saved].shape)} in the file and {tuple(present[key].shape)}"
+                wrong.append(f"{saved} has shape {shapes} in the model")
         weights |= {key: weights.pop(saved) for key, saved in keys.items() if saved in weights}
     return weights, wrong

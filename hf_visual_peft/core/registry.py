@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import sys
@@ -11,6 +12,7 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
+from peft import PeftConfig
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -18,6 +20,9 @@ from peft.mapping import (
 )
 
 from ..training.defaults import USUAL, Training
+
+
+_OF_PEFT = frozenset(field.name for field in fields(PeftConfig))
 
 
 class VisualPeftType(str):
@@ -270,14 +275,19 @@ def _accept_saved_fields(config_cls: type) -> None:
 
     peft drops such fields with a warning, whichever class loads the file, and a model built from the remaining fields
     may compute something other than what was trained. So the config keeps their names and refuses to be applied to a
-    model. Only files contain `peft_type`: a call with a misspelt field still raises a `TypeError`.
+    model. Only files contain `peft_type`: a call with a misspelt field raises a `TypeError` with the close names.
     """
     init = config_cls.__init__  # type: ignore[misc]
     known = {field.name for field in fields(config_cls) if field.init}
 
     @functools.wraps(init)
     def from_call_or_file(self: Any, *args: Any, **kwargs: Any) -> None:
-        unknown = sorted(set(kwargs) - known) if "peft_type" in kwargs else []
+        unknown = sorted(set(kwargs) - known)
+        if unknown and "peft_type" not in kwargs:
+            raise TypeError(
+                f"{config_cls.__name__}.__init__() got an unexpected keyword argument {unknown[0]!r}. "
+                + _advice(unknown[0], known)
+            )
         if unknown:
             warnings.warn(
                 f"Unexpected keyword arguments {unknown} for class {config_cls.__name__}, these are ignored. The "
@@ -290,3 +300,11 @@ def _accept_saved_fields(config_cls: type) -> None:
 
     from_call_or_file.__signature__ = inspect.signature(init)  # type: ignore[attr-defined]
     config_cls.__init__ = from_call_or_file  # type: ignore[misc]
+
+
+def _advice(name: str, known: Iterable[str]) -> str:
+    """The fields of a config that a misspelt name may mean, or all that there are."""
+    close = difflib.get_close_matches(name, sorted(known), 3) or sorted(field for field in known if name in field)
+    if close:
+        return f"Did you mean {' or '.join(map(repr, close))}?"
+    return f"Its fields are {', '.join(sorted(set(known) - _OF_PEFT))}."

@@ -254,6 +254,12 @@ class VisualTuner(MergingTuner):
                 config.modules_to_save = config.filled_heads = list(backbone.heads)  # type: ignore[misc]
         self._copied = find_copied(model, config, backbone.heads)
         selected = self._without_excluded(backbone.select(config.layers), config)
+        if not backbone.blocks:
+            raise ValueError(
+                f"{type(config).__name__}: {type(model).__name__} reads none of the {backbone.unread} blocks of "
+                f"{backbone.class_name} ({backbone.path!r}), so that nothing there would train. Its config chooses "
+                "what it reads, for example in vision_feature_layer or out_features."
+            )
         if not selected.blocks:
             fields = f"exclude_modules is {config.exclude_modules!r}"
             fields += f", modules_to_save {config.modules_to_save!r}" if self._left_out else ""
@@ -626,19 +632,20 @@ class VisualTuner(MergingTuner):
         state_dict = without_layers(state_dict, copied)
         state_dict = to_present_keys(model, state_dict, saved_as | copied, cls.prefix)
         state_dict = across_heads(model, state_dict, saved_as | copied)
-        state_dict, wrong = with_copies(model, config, adapter_name, state_dict)
+        state_dict, wrong_copies = with_copies(model, config, adapter_name, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         # A file's tensors may have any alignment in memory, and sums round differently depending on it. Copies of the
         # weights give the same outputs as when they were saved, also if loading would only refer to them.
         remapped = {key: value.clone() for key, value in remapped.items()}
         remapped = with_all_names(remapped, model)
-        wrong += [f"{key} is missing" for key in own if key not in remapped]
+        wrong = [f"{key} is missing" for key in own if key not in remapped]
         wrong += [f"{key} is not expected" for key in remapped if f".{cls.prefix}" in key and key not in own]
         wrong += [
             f"{key} has shape {tuple(remapped[key].shape)} in the file and {tuple(value.shape)} in the model"
             for key, value in own.items()
             if key in remapped and remapped[key].shape != value.shape
         ]
+        wrong += wrong_copies
         whole: Any = model
         base = whole.get_base_model() if isinstance(model, PeftModel) else model
         tuner = whole.base_model if isinstance(model, PeftModel) else None

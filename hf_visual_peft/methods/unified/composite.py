@@ -107,7 +107,7 @@ class CompositeConfig(PartedConfig):
             try:
                 config = config_cls(**given)
             except TypeError as error:
-                self._refuse(index, f"{config_cls.__name__} {str(error).rpartition('() ')[2]}.")
+                self._refuse(index, f"{config_cls.__name__} {str(error).rpartition('() ')[2].rstrip('.')}.")
         if type(config) is LoraConfig:
             LoraPart.from_lora(config)
             return copy.copy(config)
