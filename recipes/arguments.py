@@ -42,9 +42,9 @@ from hf_visual_peft.peft_methods.methods import PEFT_METHODS, PeftMethod, any_me
 CONFIGS = Path(__file__).parent / "configs"
 
 
-def program() -> str:
+def program(script: str = "image_classification.py") -> str:
     """How the recipe was called: `hf-visual-peft train` sets the variable."""
-    return os.environ.get("HF_VISUAL_PEFT_PROGRAM", "accelerate launch recipes/image_classification.py")
+    return os.environ.get("HF_VISUAL_PEFT_PROGRAM", f"accelerate launch recipes/{script}")
 
 
 def literal(text: str) -> Any:
@@ -281,11 +281,11 @@ def data_title(args: argparse.Namespace) -> str:
     return path.parent.name if path.stem in SPLITS else path.stem
 
 
-def shown(argv: list[str]) -> str:
+def shown(argv: list[str], script: str = "image_classification.py") -> str:
     """The command for the card and the results, without secrets and local folders."""
     command = shlex.join(map(without_folders, argv))
     words = re.sub(r"--(hub_|data_)?token[ =]\S+ ?", "", command).strip()
-    return f"{program()} {words}"
+    return f"{program(script)} {words}"
 
 
 def without_folders(word: str) -> str:

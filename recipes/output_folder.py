@@ -19,6 +19,7 @@ CARD = "README.md"
 WRITTEN = (
     *("checkpoint-[0-9]*", "adapter_config.json", "adapter_model.*", "config.json", "model.safetensors"),
     *("model-*-of-*.safetensors", "model.safetensors.index.json", "all_results.json"),
+    *("search-[0-9]*.json", "subnet.yaml"),
 )
 
 
