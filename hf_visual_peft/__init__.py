@@ -27,6 +27,7 @@ from .core.labels import teach_peft
 from .core.registry import get_method, list_methods
 from .features import CachedFeatures, FeatureCache
 from .features.pyramid import feature_pyramid
+from .language.averaging import GaussianAverage
 from .language.classifier import ZeroShotClassifier, ZeroShotConfig
 from .language.config import list_language_methods
 from .language.loading import load_classifier
@@ -78,6 +79,7 @@ __all__ = [
     "get_method",
     "hub",
     "interpolate",
+    "GaussianAverage",
     "list_language_methods",
     "list_methods",
     "load_classifier",

@@ -104,8 +104,21 @@ class Part(Dataset[dict[str, Any]]):
         return {"image_features": self.images[self.epoch % len(self.images), row], "labels": label}
 
 
+@dataclass
 class FewShotTraining(Training):
-    """The loop of the recipes, where the model computes the loss: methods for class texts add to it there."""
+    """The loop of the recipes, where the model computes the loss: methods for class texts add to it there.
+
+    Attributes:
+        epochs: mean of the weights of all epochs, to keep; None: the last weights.
+    """
+
+    epochs: hf_visual_peft.GaussianAverage | None = None
+
+    def epoch(self) -> None:
+        """The rest of an epoch."""
+        super().epoch()
+        if self.epochs is not None:
+            self.epochs.update()
 
     def loss_of(self, batch: dict[str, Any], labels: Tensor) -> Tensor:
         """The loss of a batch, with that of the method."""
@@ -415,7 +428,11 @@ def train(job: Job, args: argparse.Namespace, model: Any, part: Part, shots: int
         evaluate=None, checkpoints=Checkpoints(accelerator, model, args.output_dir, 1, {}), screen=job.screen,
         max_steps=steps, loss=Loss(), inputs=job.inputs, mixing=Mixing(args, len(job.seen)), average=None,
     )  # fmt: skip
+    if args.epoch_average:
+        training.epochs = hf_visual_peft.GaussianAverage(model, math.ceil(steps / per_epoch), *args.epoch_average)
     training.run()
+    if training.epochs is not None:
+        training.epochs.apply()
     training.check_result()
 
 

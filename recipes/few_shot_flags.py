@@ -8,7 +8,7 @@ from typing import Any
 from arguments import Recipe, method_config
 from augmentation import BATCH_FLAGS
 from peft import LoraConfig, PeftConfig
-from training_options import positive
+from training_options import positive, real
 
 import hf_visual_peft
 from hf_visual_peft.language.lora import CLIP_LORA
@@ -56,6 +56,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--class_chunk", type=positive, default=256, help="texts that are encoded at once")
     add("--steps_per_shot", type=positive, help="optimizer steps for each image of a class, instead of epochs")
     add("--epochs_by_shots", nargs="+", metavar="SHOTS=EPOCHS", help="epochs for each of --shots")
+    add("--epoch_average", type=real, nargs=2, metavar=("MEAN", "STD"), help="keep the mean of the weights of all "
+        "epochs, with the weights of a normal distribution (PromptSRC: 15 1); default: the last")  # fmt: skip
     parser.set_defaults(
         select="last", checkpointing_steps="no", logging_steps=100, train_val_split=0.3, num_train_epochs=50
     )
@@ -77,7 +79,7 @@ def few_shot_method(method: str) -> tuple[type[PeftConfig] | None, dict[str, Any
 def frozen_images(method: str) -> bool:
     """Whether the image tower stays as it is, so that features of images are computed once."""
     own = hf_visual_peft.list_language_methods().get(method)
-    return own is not None and not own.config_cls.changes_images
+    return own is not None and not own.config_cls.needs_images
 
 
 def epochs_by_shots(given: list[str] | None, shots: list[int]) -> dict[int, int]:
@@ -115,6 +117,8 @@ def check(args: argparse.Namespace) -> None:
         if len(set(values)) < len(values):
             raise ValueError(f"--{name} {' '.join(map(str, values))}: one of them is there twice.")
     args.epochs_by_shots = epochs_by_shots(args.epochs_by_shots, args.shots)
+    if args.epoch_average and not args.epoch_average[1]:
+        raise ValueError(f"--epoch_average {args.epoch_average[0]:g} 0: the deviation must be above 0.")
     if args.steps_per_shot and (args.epochs_by_shots or args.max_train_steps):
         raise ValueError("Give one of --steps_per_shot, --epochs_by_shots and --max_train_steps.")
     if args.cache_features and not frozen_images(args.method):

@@ -495,6 +495,8 @@ METHODS = list(hf_visual_peft.list_language_methods())
 
 @pytest.mark.parametrize("name", METHODS)
 def test_trains_saves_and_loads(base, family, folders, tmp_path, name):
+    if (name, family) == ("plot", "siglip"):
+        pytest.skip("its patches have no features")
     config = hf_visual_peft.list_language_methods()[name].config_cls()
     zero_shot = base.eval()(**images(family)).logits
     model = prepared(base, family, config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -252,24 +252,24 @@ class ZeroShotClassifier(PreTrainedModel):
         texts = [template.replace("{}", as_text(name)) for template in templates for name in names]
         return self.writer.plain(texts, list(names) * len(templates))
 
-    def texts_with_slots(self, count: int, position: Position, ending: str = ".") -> Tokens:
+    def texts_with_slots(self, count: int, position: Position, before: str = "") -> Tokens:
         """A text for each class with places for learned vectors, made once for a set of names.
 
         Args:
             count: of places.
             position: of the class name among them.
-            ending: of each text.
+            before: words in front of each name, after the places there.
 
         Raises:
             ValueError: a text is too long; the message names its class.
         """
-        key = count, position, ending
+        key = count, position, before
         if key not in self._slots:
-            self._slots[key] = self.writer.with_slots(self.class_names, count, position, ending)
+            self._slots[key] = self.writer.with_slots(self.class_names, count, position, before)
         return self._slots[key]
 
     def encode_tokens(
-        self, tokens: Tokens, rows: Tensor | None = None, deep: tuple[int, Tensor] | None = None
+        self, tokens: Tokens, rows: Tensor | None = None, deep: Mapping[int, Tensor] | None = None
     ) -> Tensor:
         """Features of texts, not normalised, `class_chunk` at a time.
 
@@ -278,7 +278,7 @@ class ZeroShotClassifier(PreTrainedModel):
         Args:
             tokens: the texts.
             rows: vectors for their slots, (texts or 1, slots, width).
-            deep: index of a block, and vectors for the slots at its input, (texts, slots, width).
+            deep: by block: vectors for the slots at its input, (texts or 1, slots, width).
         """
         device = self.towers.embedding.weight.device
         chunk = self.config.class_chunk
@@ -287,27 +287,28 @@ class ZeroShotClassifier(PreTrainedModel):
         for start in range(0, len(tokens), chunk):
             part = tokens.part(start, start + chunk, device)
             own = rows if rows is None or len(rows) == 1 else rows[start : start + chunk]
-            new = None if deep is None else deep[1][start : start + chunk]
-            run = partial(self._encode_part, part, block=None if deep is None else deep[0])
+            new = {
+                block: each if len(each) == 1 else each[start : start + chunk] for block, each in (deep or {}).items()
+            }
+            run = partial(self._encode_part, part)
             parts.append(checkpoint(run, own, new, use_reentrant=False) if several else run(own, new))
         return torch.cat(parts)
 
-    def _encode_part(
-        self, tokens: Tokens, rows: Tensor | None, vectors: Tensor | None = None, block: int | None = None
-    ) -> Tensor:
-        run = partial(self._run_text, tokens, block=block)
-        inside = vectors is not None and checkpointed(self.towers.model.text_model)
+    def _encode_part(self, tokens: Tokens, rows: Tensor | None, deep: Mapping[int, Tensor] | None = None) -> Tensor:
+        run = partial(self._run_text, tokens)
+        inside = deep and checkpointed(self.towers.model.text_model)
         if inside and torch.is_grad_enabled():  # the whole run again, instead of its blocks without what acts in them
-            return checkpoint(run, rows, vectors, use_reentrant=False)
-        return run(rows, vectors)
+            return checkpoint(run, rows, deep, use_reentrant=False)
+        return run(rows, deep)
 
-    def _run_text(self, tokens: Tokens, rows: Tensor | None, vectors: Tensor | None, block: int | None) -> Tensor:
+    def _run_text(self, tokens: Tokens, rows: Tensor | None, deep: Mapping[int, Tensor] | None) -> Tensor:
         towers = self.towers
         with ExitStack() as stack:
             if rows is not None:
                 stack.enter_context(replaced_rows(towers.embedding, tokens.slots, rows))
-            if vectors is not None and block is not None:
+            if deep:
                 stack.enter_context(without_checkpoints(towers.model.text_model))
+            for block, vectors in (deep or {}).items():
                 stack.enter_context(replaced_slots(towers.text_blocks[block], tokens.slots, vectors))
             return towers.encode_text(tokens.ids, tokens.mask)
 

@@ -41,7 +41,7 @@ class LanguageConfig(CheckedFields, PeftConfig):
     method_type: ClassVar[VisualPeftType]
     target_modules: ClassVar[Any] = None
     unknown_fields: ClassVar[list[str]] = []
-    changes_images: ClassVar[bool] = False  # whether features of images depend on what trains
+    needs_images: ClassVar[bool] = False  # whether features of images are not enough
     from_file: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -95,14 +95,14 @@ class TextWriter:
         """The token ids of a text alone, without those that start and end it."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def with_slots(self, names: Sequence[str], count: int, position: Position, ending: str = ".") -> Tokens:
-        """Texts of a class name and some places for learned vectors, which hold another token meanwhile.
+    def with_slots(self, names: Sequence[str], count: int, position: Position, before: str = "") -> Tokens:
+        """Texts of a class name, a full stop and some places for learned vectors, which hold another token meanwhile.
 
         Args:
             names: of the classes.
             count: of places in a text.
             position: of the name: before, between or after them.
-            ending: of each text.
+            before: words in front of each name.
 
         Raises:
             ValueError: a text is too long.
@@ -110,12 +110,12 @@ class TextWriter:
         placeholder = self.words("x")[0]
         rows, slots = [], []
         for name in names:
-            text = as_text(name)
-            full, own = self._ids(text + ending), self.words(text + ending)
+            text = f"{before} {as_text(name)}".strip()
+            full, own = self._ids(f"{text}."), self.words(f"{text}.")
             start = next(at for at in range(len(full) + 1) if full[at : at + len(own)] == own)
-            before = {"end": 0, "front": count, "middle": count - count // 2}[position]  # slots after the name
+            later = {"end": 0, "front": count, "middle": count - count // 2}[position]  # slots after the name
             split = start + len(self.words(text))
-            first, last = count - before, before
+            first, last = count - later, later
             rows.append(
                 [*full[:start], *[placeholder] * first, *full[start:split], *[placeholder] * last, *full[split:]]
             )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 _LAST_TOKEN = ("siglip", "siglip2")  # trained on texts of one length, without a mask, pooled at the last position
 _UNMASKED = ("clip", "metaclip_2")  # causal and pooled at the end token: what comes after it has no effect
+_STREAMS = ("clip", "metaclip_2", "siglip", "chinese_clip", "altclip")  # vision models that are plain transformers
 _POSITIONS_AFTER_PADDING = ("xlm-roberta", "roberta", "camembert", "altclip_text_model")
 
 
@@ -88,6 +90,67 @@ class Towers:
         return self.model.vision_model.get_input_embeddings()
 
     @property
+    def image_blocks(self) -> nn.ModuleList:
+        """The blocks of the image tower.
+
+        Raises:
+            ValueError: it is no plain transformer, or one for images of any shape, whose tokens have a mask.
+        """
+        vision = self.model.vision_model
+        kind = vision.config.model_type.removesuffix("_vision_model")
+        if kind not in (*_STREAMS, "vit", "deit", "dinov2"):
+            raise ValueError(
+                f"{type(vision).__name__} takes no learned tokens: it is no plain transformer whose tokens all images "
+                f"have. Image towers that do: those of {', '.join(_STREAMS)}, and ViT, DeiT and DINOv2."
+            )
+        return next(module for module in vision.modules() if isinstance(module, nn.ModuleList))
+
+    @property
+    def image_width(self) -> int:
+        """Channels of the image tower's tokens."""
+        return int(self.model.vision_model.config.hidden_size)
+
+    def encode_image_with(self, tokens: Mapping[int, Tensor], **images: Any) -> Tensor:
+        """Features of images whose sequence has learned tokens at its end.
+
+        Args:
+            tokens: by block: tokens before it, (tokens, width). Those of block 0 join the sequence, before a norm in
+                front of the blocks; those of others replace them.
+            images: arguments of the image tower.
+        """
+
+        def run(*values: Tensor) -> Tensor:
+            given = dict(zip(tokens, values, strict=True))
+            with without_checkpoints(self.model.vision_model), _joined(self, given):
+                return self.encode_image(**images)
+
+        if checkpointed(self.model.vision_model) and torch.is_grad_enabled():
+            features: Tensor = checkpoint(run, *tokens.values(), use_reentrant=False)
+            return features
+        return run(*tokens.values())
+
+    def require_patches(self) -> None:
+        """Check that patches have features like those of images.
+
+        Raises:
+            ValueError: they have not.
+        """
+        vision = self.model.vision_model
+        if not (hasattr(self.model, "visual_projection") and hasattr(vision, "post_layernorm")):
+            raise ValueError(
+                f"{type(self.model).__name__}: the features of its images are not one projected token, so that "
+                "patches have no features to compare with texts. Take a CLIP, MetaCLIP 2, ChineseCLIP or AltCLIP, or "
+                "another method, such as CoOpConfig."
+            )
+
+    def encode_patches(self, **images: Any) -> tuple[Tensor, Tensor]:
+        """Features of images, (images, width), and of their patches, (images, patches, width), not normalised."""
+        output = self.model.vision_model(**images)
+        patches = self.model.vision_model.post_layernorm(output.last_hidden_state[:, 1:])
+        projection = self.model.visual_projection
+        return projection(output.pooler_output), projection(patches)
+
+    @property
     def padding_token(self) -> int | None:
         """The id that the text model takes for padding by itself; None if the tokenizer decides."""
         return None
@@ -149,6 +212,18 @@ class OpenClipTowers(Towers):
         return next(module for module in self.model.vision_model.modules() if isinstance(module, nn.Conv2d))
 
     @property
+    def image_blocks(self) -> nn.ModuleList:
+        """Refused.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "OpenCLIP's image tower takes no learned tokens here. Take the checkpoint in the form of transformers, or "
+            "a method for texts, such as CoOpConfig."
+        )
+
+    @property
     def padding_token(self) -> int | None:
         """The id that the text model masks, where it does."""
         text = self.model.text_model
@@ -198,13 +273,13 @@ def replaced_slots(block: nn.Module, slots: Tensor, vectors: Tensor) -> Iterator
     Args:
         block: of the text model.
         slots: positions to fill, (texts, slots).
-        vectors: (texts, slots, width).
+        vectors: (texts or 1, slots, width).
     """
 
     def replace(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         index = torch.arange(len(hidden), device=hidden.device)[:, None]
-        hidden = hidden.index_put((index, slots), vectors.to(hidden))
+        hidden = hidden.index_put((index, slots), vectors.to(hidden).expand(len(hidden), -1, -1))
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     handle = block.register_forward_pre_hook(replace, with_kwargs=True)
@@ -212,6 +287,39 @@ def replaced_slots(block: nn.Module, slots: Tensor, vectors: Tensor) -> Iterator
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def _joined(towers: Towers, tokens: Mapping[int, Tensor]) -> Iterator[None]:
+    """Let tokens take part in the image tower, inside the context; its outputs are those of its own tokens."""
+    blocks = towers.image_blocks
+    count = len(tokens[0])
+    entry = getattr(towers.model.vision_model, "pre_layrnorm", blocks[0])
+
+    def change(keep: int | None, new: Tensor) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            rows = new.to(hidden).expand(len(hidden), -1, -1)
+            hidden = torch.cat([hidden[:, :keep], rows], 1)
+            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+        return hook
+
+    def leave(module: nn.Module, args: Any, output: Any) -> Any:
+        return (output[0][:, :-count], *output[1:]) if isinstance(output, tuple) else output[:, :-count]
+
+    handles = [entry.register_forward_pre_hook(change(None, tokens[0]), with_kwargs=True)]
+    handles += [
+        blocks[index].register_forward_pre_hook(change(-count, new), with_kwargs=True)
+        for index, new in tokens.items()
+        if index
+    ]
+    handles.append(blocks[-1].register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def checkpointed(model: nn.Module) -> list[Any]:

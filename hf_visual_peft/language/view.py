@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -28,10 +28,10 @@ class TextClassifier(Protocol):
 
     def class_features(self, raw: bool = False) -> Tensor: ...  # noqa: D102
 
-    def texts_with_slots(self, count: int, position: Position, ending: str = ".") -> Tokens: ...  # noqa: D102
+    def texts_with_slots(self, count: int, position: Position, before: str = "") -> Tokens: ...  # noqa: D102
 
     def encode_tokens(  # noqa: D102
-        self, tokens: Tokens, rows: Tensor | None = None, deep: tuple[int, Tensor] | None = None
+        self, tokens: Tokens, rows: Tensor | None = None, deep: Mapping[int, Tensor] | None = None
     ) -> Tensor: ...
 
     def kept(self, equation: nn.Module, compute: Callable[[], Tensor]) -> Tensor: ...  # noqa: D102
@@ -80,6 +80,30 @@ class View:
             return features
         return self.classifier.towers.encode_image(**self.images)
 
+    def encode_image(self, tokens: Mapping[int, Tensor]) -> Tensor:
+        """Features of the images with learned tokens among theirs.
+
+        Args:
+            tokens: by block: tokens before it, (tokens, width).
+
+        Raises:
+            ValueError: there are features in the place of images.
+        """
+        return self.classifier.towers.encode_image_with(tokens, **self.pixels())
+
+    def pixels(self) -> dict[str, Any]:
+        """The arguments of the image tower, for a method that acts inside.
+
+        Raises:
+            ValueError: there are features in the place of images.
+        """
+        if FEATURES in self.images:
+            raise ValueError(
+                f"{FEATURES}: the adapter acts inside the image tower, whose outputs are not known before. Give "
+                "pixel_values."
+            )
+        return self.images
+
     @cached_property
     def text(self) -> Tensor:
         """Features of the classes by the templates: (classes, width)."""
@@ -95,13 +119,13 @@ class View:
         """The factor of the cosine in the logits."""
         return self.classifier.towers.scale()[0]
 
-    def encode(self, tokens: Tokens, rows: Tensor, deep: tuple[int, Tensor] | None = None) -> Tensor:
+    def encode(self, tokens: Tokens, rows: Tensor, deep: Mapping[int, Tensor] | None = None) -> Tensor:
         """Features of texts with learned vectors in them.
 
         Args:
             tokens: the texts.
             rows: the vectors, (texts or 1, slots, width).
-            deep: index of a block, and vectors for the slots at its input, (texts, slots, width).
+            deep: by block: vectors for the slots at its input, (texts or 1, slots, width).
         """
         return self.classifier.encode_tokens(tokens, rows, deep)
 

@@ -50,7 +50,7 @@ class ClassAwareContext(GuidedContext):
         """Features of the classes."""
         tokens = view.classifier.texts_with_slots(len(self.vectors), self.position)
         own = self.meta(normalised(view.text).to(self.vectors.dtype)).unflatten(-1, self.vectors.shape)
-        return view.encode(tokens, self.rows(view), (self.block, own))
+        return view.encode(tokens, self.rows(view), {self.block: own})
 
 
 @register_language(
