@@ -29,7 +29,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import evaluate
@@ -132,8 +132,15 @@ def evaluate_split(
     return {**metrics.figures.compute(), "loss": torch.cat(losses).mean().item()}
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Train, evaluate and save as the flags say; return the content of `all_results.json`, or the predictions."""
+def main(
+    argv: Sequence[str] | None = None, evaluated: Callable[[dict[str, float]], None] = lambda found: None
+) -> dict[str, Any]:
+    """Train, evaluate and save as the flags say; return the content of `all_results.json`, or the predictions.
+
+    Args:
+        argv: the flags; those of the process when `None`.
+        evaluated: called with the figures of each evaluation on validation.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     args, config = parse_args(argv, __doc__)
     if args.do_predict or args.eval_only:
@@ -259,7 +266,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     }
 
     def validate() -> dict[str, float]:
-        return evaluate_split(accelerator, wrapped, loaders["validation"], metrics, inputs, "validation")
+        found = evaluate_split(accelerator, wrapped, loaders["validation"], metrics, inputs, "validation")
+        evaluated(found)
+        return found
 
     training = Training(
         accelerator, args, model, wrapped, optimizer, scheduler, loaders["train"], data["train"],
