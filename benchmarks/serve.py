@@ -49,7 +49,7 @@ SIZE = 96
 FIELDS: dict[str, dict[str, Any]] = {
     "adaptformer": {"r": 8}, "vpt": {"num_virtual_tokens": 10}, "lora": {"r": 8, "modules_to_save": ["classifier"]}
 }  # fmt: skip
-ALIVE = 60  # seconds that a server may take to stop
+ALIVE = 300  # seconds that a server may take to stop
 
 
 def make(folder: Path, methods: Sequence[str], count: int) -> Path:
@@ -102,7 +102,7 @@ async def load(url: str, names: Sequence[str], content: bytes, at_a_time: int) -
     """Images a second, and the seconds of each request."""
     limits = httpx.Limits(max_connections=at_a_time)
     waiting, taken = list(names), []
-    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=120) as client:
+    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=900) as client:
 
         async def work() -> None:
             while waiting:
@@ -122,7 +122,7 @@ async def ask_nonsense(url: str, names: Sequence[str], count: int) -> dict[str, 
     generator = random.Random(0)
     statuses: Counter[int] = Counter()
     silent = 0
-    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=900) as client:
         for start in range(0, count, 8):
             calls = []
             for _ in range(min(8, count - start)):

@@ -1,9 +1,9 @@
 """A Hub on 127.0.0.1 for the tests: repositories, branches, commits, LFS, private repositories, injected faults.
 
 It speaks the JSON that an unmodified `huggingface_hub` client sends, keeps everything in memory and is made of the
-standard library alone. A client finds it through `HF_ENDPOINT`, which must be set before any Hugging Face library is
-imported; see `LoopbackHub.environment`. A request that it does not know is answered with 501 and kept in
-`LoopbackHub.unknown`, so that a test can assert that there was none.
+standard library and a reader of YAML. A client finds it through `HF_ENDPOINT`, which must be set before any Hugging
+Face library is imported; see `LoopbackHub.environment`. A request that it does not know is answered with 501 and kept
+in `LoopbackHub.unknown`, so that a test can assert that there was none.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
 
 
 LFS_SUFFIXES = (".safetensors", ".parquet", ".bin", ".arrow")
@@ -175,6 +177,7 @@ ROUTES = [
     ("GET", r"/api/whoami-v2", "whoami"),
     ("POST", r"/api/repos/create", "create_repo"),
     ("POST", r"/api/validate-yaml", "validate_yaml"),
+    ("GET", r"/api/models", "list_models"),
     ("GET", API, "info"),
     ("GET", rf"{API}/revision/(?P<rev>[^/]+)", "info"),
     ("GET", rf"{API}/tree/(?P<rev>[^/]+)(?:/(?P<path>.+))?", "tree"),
@@ -301,6 +304,24 @@ class _Handler(BaseHTTPRequestHandler):
         ]
         about = {"id": id, "private": repo.private, "tags": [], "downloads": 0, "likes": 0, "gated": False}
         self._reply({**about, "sha": commit.oid, "siblings": siblings})
+
+    def _tags(self, repo: Repo) -> list[str]:
+        """The tags of a card, with the base models that the Hub derives from it."""
+        card = repo.at("main").files.get("README.md")
+        found = re.match(r"---\n(.*?)\n---", card.data.decode(), flags=re.DOTALL) if card else None
+        data = yaml.safe_load(found[1]) if found else {}
+        return [*(data.get("tags") or []), *filter(None, [data.get("library_name")])]
+
+    def list_models(self) -> None:
+        """Public repositories of all whose name has the words and whose card the tags."""
+        words = self.query.get("search", [""])[0].lower()
+        wanted = {tag for text in self.query.get("filter", []) for tag in text.split(",")}
+        found = []
+        for (kind, id), repo in sorted(self.hub.repos.items()):
+            tags = self._tags(repo) if kind == "models" else []
+            if kind == "models" and not repo.private and words in id.lower() and wanted <= set(tags):
+                found.append({"id": id, "modelId": id, "tags": tags, "downloads": 3, "likes": 1, "private": False})
+        self._reply(found[: int(self.query.get("limit", ["100"])[0])])
 
     def _entries(self, commit: Commit) -> dict[str, dict[str, Any]]:
         """Every file and folder of a commit by its path."""

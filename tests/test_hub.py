@@ -8,6 +8,9 @@ process; they return plain values, and the tests look at these and at what the H
 from __future__ import annotations
 
 import ast
+import asyncio
+import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -25,7 +28,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from huggingface_hub import ModelCard, hf_hub_download, scan_cache_dir, snapshot_download
-from loopback_hub import LoopbackHub, set_environment
+from loopback_hub import Blob, LoopbackHub, set_environment
 from peft import AutoPeftModel, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from PIL import Image, ImageOps
 from transformers import (
@@ -37,6 +40,9 @@ from transformers import (
 )
 
 import hf_visual_peft
+from hf_visual_peft.cli.main import main
+from hf_visual_peft.serving.options import ServeOptions
+from hf_visual_peft.serving.service import Service
 from hf_visual_peft.sharing.hub import push
 from hf_visual_peft.sharing.inspecting import inspect_adapter
 
@@ -528,3 +534,129 @@ def client_dataset_round_trip(repo):
     loaded = load_dataset(repo)
     streamed = load_dataset(repo, split="train", streaming=True)
     return {split: list(data["n"]) for split, data in loaded.items()}, [row["n"] for row in streamed.take(2)]
+
+
+# Commands: several adapters in a repository, with an index.
+
+
+def client_save(folder, methods, base=None):
+    found = {}
+    for seed, method in enumerate(methods):
+        model = _adapted(method, seed)
+        if base is not None:
+            model.peft_config["default"].base_model_name_or_path = base
+        model.save_pretrained(Path(folder, method))
+        found[method] = _logits(model).tolist()
+    return found
+
+
+def client_command(*words):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(list(map(str, words)))
+    return status, out.getvalue(), err.getvalue()
+
+
+def client_served(adapters, content):
+    """The class that a server sees in an image with each adapter."""
+    service = Service(ServeOptions(model=BASE, adapters=adapters, device="cpu"))
+
+    async def ask():
+        await service.start()
+        try:
+            entries = list(service.entries.values())
+            return await service.predict(entries, content, 3)
+        finally:
+            await service.stop()
+
+    return asyncio.run(ask())
+
+
+def test_many_adapters_of_one_repository(hub, client, tmp_path):
+    repo, shelf = "tester/shelf", tmp_path / "shelf"
+    expected = client(client_save, shelf, ["vpt", "ssf", "lora"])
+    status, out, err = client(client_command, "push", repo, shelf / "vpt", f"scales={shelf / 'ssf'}")
+    assert (status, err) == (0, "")
+    assert hub.model(repo).history()[0].oid in out
+    files = set(hub.model(repo).history()[0].files)
+    assert files - {".gitattributes"} == {
+        "adapters.json", "README.md", *(f"{name}/{file}" for name in ("vpt", "scales") for file in FILES)
+    }  # fmt: skip
+    card, text, _ = client(client_card, repo)
+    assert card["base_model"] == [BASE]
+    assert {"hf_visual_peft", "vpt", "ssf", f"base_model:adapter:{BASE}"} <= set(card["tags"])
+    assert "[scales](scales)" in text
+
+    # a third one joins the others, and the text that somebody wrote around the list stays
+    edited = (
+        hub.model(repo).history()[0].files["README.md"].data.decode().replace("Adapters made with", "My adapters, by")
+    )
+    state = hub.model(repo).history()[0].files | {"README.md": Blob(edited.encode())}
+    hub.model(repo).commit("main", "edited", state)
+    assert client(client_command, "push", repo, shelf / "lora", "--subfolder")[0] == 0
+    index = json.loads(hub.model(repo).history()[0].files["adapters.json"].data)["adapters"]
+    assert {name: row["method"] for name, row in index.items()} == {"lora": "lora", "scales": "ssf", "vpt": "vpt"}
+    text = hub.model(repo).history()[0].files["README.md"].data.decode()
+    assert "My adapters, by" in text
+    assert text.count("[lora](lora)") == 1
+
+    status, out, _ = client(client_command, "pull", repo, "scales", "lora", "--output_dir", tmp_path / "pulled")
+    assert status == 0
+    assert sorted(path.name for path in (tmp_path / "pulled").iterdir() if path.name[0] != ".") == ["lora", "scales"]
+    assert client(client_load, str(tmp_path / "pulled" / "scales")) == expected["ssf"]
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(picture, "PNG")
+    served = client(client_served, [repo], picture.getvalue())
+    assert [one["adapter"] for one in served] == ["lora", "scales", "vpt"]
+    assert client(client_served, [str(tmp_path / "pulled")], picture.getvalue()) == served[:2]
+
+
+def test_search(hub, client, tmp_path):
+    client(client_save, tmp_path, ["vpt", "ssf"])
+    assert client(client_command, "push", "tester/search-one", tmp_path / "vpt")[0] == 0
+    assert client(client_command, "push", "tester/search-two", tmp_path / "ssf")[0] == 0
+
+    def names(*words):
+        status, out, err = client(client_command, "search-hub", "search-", *words, "--json")
+        assert status == 0, err
+        return [row["repo_id"] for row in json.loads(out)]
+
+    assert names() == ["tester/search-one", "tester/search-two"]
+    assert names("--method", "vpt") == ["tester/search-one"]
+    assert names("--base_model", BASE) == ["tester/search-one", "tester/search-two"]
+    assert names("--base_model", "tester/other") == []
+    assert names("--limit", "1") == ["tester/search-one"]
+    status, out, _ = client(client_command, "search-hub", "search-two")
+    assert (status, BASE in out, "search-two" in out) == (0, True, True)
+    assert "Nothing was found" in client(client_command, "search-hub", "no-such-name")[1]
+
+
+def test_commands_refuse_before_anything_is_sent(hub, client, tmp_path):
+    client(client_save, tmp_path / "local", ["vpt"], base=str(tmp_path / "somewhere"))
+    (tmp_path / "somewhere").mkdir()
+    client(client_save, tmp_path / "fine", ["ssf"])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    before = set(hub.repos)
+    ours, same = tmp_path / "fine" / "ssf", f"ssf={tmp_path / 'local' / 'vpt'}"
+    for words, told in (
+        (["push", "tester/refused", tmp_path / "local" / "vpt"], "which is not on the Hub"),
+        (["push", "tester/refused", tmp_path / "full"], "no adapter_config.json"),
+        (["push", "tester/refused", f"../x={tmp_path / 'fine' / 'ssf'}"], "no name of a sub-folder"),
+        (["push", "tester/refused", f"a b={tmp_path / 'fine' / 'ssf'}"], "no name of a sub-folder"),
+        (["push", "tester/refused", ours, same], "both named 'ssf'"),
+        (["push", "tester/refused", tmp_path / "fine" / "ssf", "--base_model", "/a/b"], "no model id"),
+        (["pull", "tester/missing", "--output_dir", tmp_path / "new"], "no repository tester/missing"),
+        (["pull", BASE, "--output_dir", tmp_path / "new"], "holds no adapter"),
+        (["pull", BASE, "birds", "--output_dir", tmp_path / "new"], "no adapter birds"),
+        (["pull", BASE, "--output_dir", tmp_path / "full"], "not empty"),
+    ):
+        status, _, err = client(client_command, *words)
+        assert status == 1, words
+        assert told in err, words
+    assert set(hub.repos) == before
+    assert not (tmp_path / "new").exists()
+    assert client(client_command, "push", "tester/renamed", tmp_path / "local" / "vpt", "--base_model", BASE)[0] == 0
+    files = hub.model("tester/renamed").history()[0].files
+    assert json.loads(files["adapter_config.json"].data)["base_model_name_or_path"] == BASE
+    assert client(client_card, "tester/renamed")[0]["base_model"] == BASE

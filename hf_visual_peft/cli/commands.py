@@ -28,6 +28,9 @@ COMMANDS = {
     "inspect": "show what saved adapters are, by their headers only",
     "report": "write a page of runs and comparisons: table, charts, images",
     "completion": "print a script that completes these commands in a shell",
+    "push": "upload saved adapters to the Hub, one or many in a repository",
+    "pull": "download adapters from the Hub",
+    "search-hub": "find adapters on the Hub",
     "serve": "answer requests with many adapters on one backbone",
 }
 

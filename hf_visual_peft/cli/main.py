@@ -14,6 +14,9 @@ from ..tables import show_markdown
 from ..version import __version__
 from .commands import COMMANDS, main_parser
 from .recipes import SCRIPTS, run_recipe
+from .sharing import SHARING
+from .sharing import add_parsers as add_sharing_parsers
+from .sharing import run as run_sharing
 
 
 SHELLS = ("bash", "zsh", "tcsh")
@@ -55,6 +58,8 @@ def _run(words: list[str]) -> int:
         return _inspect(arguments)
     if arguments.command == "report":
         return _report(arguments, words)
+    if arguments.command in SHARING:
+        return run_sharing(arguments)
     if arguments.command == "serve":
         return _serve(arguments)
     return _demo(arguments)
@@ -141,6 +146,7 @@ def _parser(recipes: Mapping[str, argparse.ArgumentParser] = MappingProxyType({}
         "hf-visual-peft completion bash > ~/.local/share/bash-completion/completions/hf-visual-peft",
     )
     completion.add_argument("shell", choices=SHELLS)
+    add_sharing_parsers(commands)
     serve = commands.add_parser(
         "serve",
         help=COMMANDS["serve"],

@@ -18,6 +18,7 @@ from .pool import AdapterError, Loaded, Pool
 
 
 log = logging.getLogger("hf_visual_peft.serving")
+LOADING = 0.2  # seconds after which a batch starts with the adapters that are loaded
 
 
 @dataclass(eq=False)
@@ -78,7 +79,10 @@ class Batcher:
         oldest = list(self.waiting)[: self.max_batch]
         entries = {item.entry.name: item for item in oldest}
         names = list(entries)[: self.pool.most]
+        before = loop.time()
         for name in names:
+            if loop.time() - before > LOADING:  # the first one is there; the others wait for the next batch
+                break
             try:
                 await loop.run_in_executor(
                     self.thread, self.pool.get, entries[name].entry, entries[name].pixels.shape, names
