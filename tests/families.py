@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,9 +40,15 @@ class Family:
 
     def model(self) -> nn.Module:
         """With its head where the family has one; the same weights every time."""
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return liven((self.classifier or self.backbone)())
+        return copy.deepcopy(_made(self.classifier or self.backbone, tuple(PATCHED.items())))
+
+
+@functools.cache
+def _made(build: Callable[[], nn.Module], sizes: tuple) -> nn.Module:
+    """A model with random weights, made once for the sizes of the moment: a copy costs half."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return liven(build())
 
 
 def images(batch: int, height: int = SIZE, width: int = SIZE) -> dict[str, Tensor]:
