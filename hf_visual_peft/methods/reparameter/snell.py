@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ...backbones.backbone import LINEAR_ROLES, VisionBackbone
 from ...core.registry import Paper, register
@@ -33,6 +32,49 @@ def threshold(magnitudes: Tensor, sparsity: float) -> Tensor:
     return magnitudes.flatten().kthvalue(rank + 1).values
 
 
+class _Sparse(torch.autograd.Function):
+    """x D^T, where D is computed again in the backward pass: only which of its entries are kept is saved."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, rows: Tensor, columns: Tensor, gate: Tensor | None, kept: Tensor, magnitude: bool
+    ) -> Tensor:
+        """The product; `kept` marks the entries of D."""
+        delta = _kept_entries(_differences(torch.cdist(rows, columns)), kept, magnitude)
+        delta = delta if gate is None else gate * delta
+        ctx.save_for_backward(x, rows, columns, gate, kept)
+        ctx.magnitude = magnitude
+        return F.linear(x, delta.to(x.dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """|d| passes no gradient, and neither does a distance of zero, as in `torch.cdist`."""
+        x, rows, columns, gate, kept = ctx.saved_tensors
+        distances = torch.cdist(rows, columns)
+        dense = _differences(distances)
+        delta = _kept_entries(dense, kept, ctx.magnitude)
+        gated = delta if gate is None else gate * delta
+        grad_x = (grad @ gated.to(grad.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
+        to_delta = (grad.flatten(0, -2).T @ x.flatten(0, -2).to(grad.dtype)).to(delta.dtype)
+        grad_gate = None if gate is None else (to_delta * delta).sum().view_as(gate)
+        to_dense = to_delta * (dense.abs() * kept if ctx.magnitude else kept)
+        to_dense = to_dense if gate is None else gate * to_dense
+        share = to_dense * torch.where(distances == 0, 0.0, distances.reciprocal())
+        share *= torch.tensor(COEFFICIENTS, device=share.device, dtype=share.dtype)[:, None, None]
+        to_rows = share.sum(dim=2, keepdim=True) * rows - share @ columns
+        to_columns = share.sum(dim=1).unsqueeze(-1) * columns - share.mT @ rows
+        return grad_x, to_rows, to_columns, grad_gate, None, None
+
+
+def _differences(distances: Tensor) -> Tensor:
+    return COEFFICIENTS[0] * distances[0] + COEFFICIENTS[1] * distances[1]
+
+
+def _kept_entries(dense: Tensor, kept: Tensor, magnitude: bool) -> Tensor:
+    return dense * (dense.abs() * kept if magnitude else kept)
+
+
 class SNELL(nn.Module):
     """An update of distances between the rows of two factors; only its largest entries are kept.
 
@@ -40,7 +82,8 @@ class SNELL(nn.Module):
         D_ij = S(0.1 ||u_i - v_j|| - 0.1 ||u'_i - v'_j||),  S(d) = d |d| or d where |d| is above the quantile, else 0
 
     Each side has a factor of two halves, (2, features, r / 2), drawn as in `nn.Linear`, with a fan-in of features x r
-    / 2. |d| in S passes no gradient. D is recomputed in the backward pass, which saves its memory.
+    / 2. |d| in S passes no gradient. D is recomputed in the backward pass, which saves its memory; only which of its
+    entries are kept is saved.
 
     No gradient passes where D is zero. Where the start must be the identity, a gate g that starts at zero multiplies
     D, and the factors are drawn from N(0, 1). The gate does not widen the set of possible updates: factors c times as
@@ -83,23 +126,23 @@ class SNELL(nn.Module):
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """The new output (..., out_features), from the linear's output and its input (..., in_features)."""
         x = self.dropout(x)
-        if torch.is_grad_enabled():
-            branch = checkpoint(self._branch, x, use_reentrant=False, preserve_rng_state=False)
-        else:
-            branch = self._branch(x)
+        with torch.autocast(self.rows.device.type, enabled=False):
+            rows, columns = self.rows.float(), self.columns.float()
+            gate = None if self.gate is None else self.gate.float()
+            kept = self._kept(_differences(torch.cdist(rows.detach(), columns.detach())))
+        branch: Tensor = _Sparse.apply(x, rows, columns, gate, kept, self.weighting == "magnitude")
         return y + drop_path(branch, self.drop_path, self.training)
 
-    def _branch(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.delta().to(x.dtype))
+    def _kept(self, dense: Tensor) -> Tensor:
+        """Which entries are above the quantile."""
+        magnitudes = dense.detach().abs()
+        return magnitudes > threshold(magnitudes, self.sparsity) if self.sparsity else torch.ones_like(dense).bool()
 
     def delta(self) -> Tensor:
         """D, or g D, (out_features, in_features), in float32, because differences of distances are small."""
         with torch.autocast(self.rows.device.type, enabled=False):
-            distances = torch.cdist(self.rows.float(), self.columns.float())
-            dense = COEFFICIENTS[0] * distances[0] + COEFFICIENTS[1] * distances[1]
-        magnitudes = dense.detach().abs()
-        kept = magnitudes > threshold(magnitudes, self.sparsity) if self.sparsity else torch.ones_like(dense).bool()
-        delta = dense * (magnitudes * kept if self.weighting == "magnitude" else kept)
+            dense = _differences(torch.cdist(self.rows.float(), self.columns.float()))
+        delta = _kept_entries(dense, self._kept(dense), self.weighting == "magnitude")
         return delta if self.gate is None else self.gate.float() * delta
 
     @torch.no_grad()
