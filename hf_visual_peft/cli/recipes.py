@@ -19,6 +19,7 @@ SCRIPTS = {
     "predict": "predict.py",
     "compare": "compare.py",
     "merge": "merge.py",
+    "benchmark": "benchmark.py",
 }
 
 
