@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_visual_peft.coverage.models import MODELS
-from hf_visual_peft.sites.attention import Acts, attention_path, watched
+from hf_visual_peft.sites.attention import Acts, attention_path
 from hf_visual_peft.sites.forms import Projections, alone, head_sizes, project, spread
+from hf_visual_peft.sites.interception import intercepted
 
 
 COUNT = 3
@@ -140,7 +141,7 @@ def test_keys_that_nobody_sees_change_nothing(name, fused):
     expected = module(*args)
     kept = []
     forward = partial(type(module).forward, module)
-    found = watched(module, Acts(nothing, nothing, lambda *pair: kept.extend(pair), nothing), forward, args, {})
+    found = intercepted(module, Acts(nothing, nothing, lambda *pair: kept.extend(pair), nothing), forward, args, {})
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
     def join(key):
@@ -150,9 +151,9 @@ def test_keys_that_nobody_sees_change_nothing(name, fused):
         assert logits.shape[-1] == kept[0].shape[-2] + COUNT
         return torch.cat([logits[..., :-COUNT], logits[..., -COUNT:] - 1e4], dim=-1)
 
-    found = watched(module, Acts(join, lambda: hide, nothing, nothing), forward, args, {})
+    found = intercepted(module, Acts(join, lambda: hide, nothing, nothing), forward, args, {})
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
-    seen = watched(module, Acts(join, nothing, nothing, nothing), forward, args, {})
+    seen = intercepted(module, Acts(join, nothing, nothing, nothing), forward, args, {})
     assert not torch.allclose(seen, expected, atol=1e-3)
 
 
@@ -179,7 +180,7 @@ def without_queries(module, form):
 def test_logits_are_those_without_biases(name, fused):
     module, form, args = made(name, fused)
     forward = partial(type(module).forward, module)
-    found = watched(module, Acts(nothing, lambda: torch.zeros_like, nothing, nothing), forward, args, {})
+    found = intercepted(module, Acts(nothing, lambda: torch.zeros_like, nothing, nothing), forward, args, {})
     expected = without_queries(module, form)(*args)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
@@ -194,7 +195,7 @@ def test_fused_and_written_out_attention_give_the_same(name):
         pair = (tokens(2, heads, COUNT, key_width), tokens(2, heads, COUNT, value_width))
         join = partial(lambda pair, heads, own: spread(pair, own, heads), pair, heads)
         forward = partial(type(module).forward, module)
-        outputs.append(watched(module, Acts(join, nothing, nothing, nothing), forward, args, {}))
+        outputs.append(intercepted(module, Acts(join, nothing, nothing, nothing), forward, args, {}))
     torch.testing.assert_close(*outputs, rtol=0, atol=1e-5 * outputs[0].abs().max().item())
 
 
@@ -206,7 +207,7 @@ def test_tokens_are_projected_as_the_module_does(name):
     read, kept = [], []
     hook = form.key.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     forward = partial(type(module).forward, module)
-    watched(module, Acts(nothing, nothing, lambda *pair: kept.extend(pair), nothing), forward, args, {})
+    intercepted(module, Acts(nothing, nothing, lambda *pair: kept.extend(pair), nothing), forward, args, {})
     hook.remove()
     x = read[0] if read else args[0]  # BEiT's and EVA's read the weight only
     if any(isinstance(part, nn.Conv2d) for part in form.key.modules()):
@@ -230,7 +231,7 @@ def test_dropout_is_for_weights_of_all_keys():
     pair = tokens(2, 2, COUNT, 8), tokens(2, 2, COUNT, 8)
     forward = partial(type(module).forward, module)
     torch.manual_seed(0)
-    found = watched(module.train(), Acts(lambda own: pair, nothing, nothing, nothing), forward, (x,), {})
+    found = intercepted(module.train(), Acts(lambda own: pair, nothing, nothing, nothing), forward, (x,), {})
     q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in module.qkv(x).chunk(3, dim=-1))
     q, k = module.q_norm(q), module.k_norm(k)
     torch.manual_seed(0)
@@ -242,9 +243,9 @@ def test_dropout_is_for_weights_of_all_keys():
 @pytest.mark.parametrize(
     ("name", "args", "message"),
     [
-        ("models.cait.TalkingHeadAttn", (16, 2), "TalkingHeadAttn .* no softmax of the products"),
-        ("models.convit.GPSA", (16, 4), "GPSA .* no softmax of the products"),
-        ("layers.diff_attention.DiffAttention", (16, 2), "DiffAttention .* 2 of them"),
+        ("models.cait.TalkingHeadAttn", (16, 2), "attention of TalkingHeadAttn.* nowhere"),
+        ("models.convit.GPSA", (16, 4), "attention of GPSA.* nowhere"),
+        ("layers.diff_attention.DiffAttention", (16, 2), "attention of DiffAttention.* twice"),
     ],
     ids=lambda value: value.rpartition(".")[2] if isinstance(value, str) else "",
 )
@@ -253,7 +254,7 @@ def test_other_attention_is_refused(name, args, message):
     module = of_timm(name, *args)
     x = tokens(2, 16, 16)
     with pytest.raises(ValueError, match=message):
-        watched(module, Acts(nothing, nothing, nothing, nothing), partial(type(module).forward, module), (x,), {})
+        intercepted(module, Acts(nothing, nothing, nothing, nothing), partial(type(module).forward, module), (x,), {})
 
 
 @torch.no_grad()
@@ -262,8 +263,8 @@ def test_positions_beside_the_softmax_are_refused_where_keys_join():
     module = of_timm("models.convit.GPSA", 16, 4)
     join = partial(torch.randn, 2, 4, COUNT, 4)
     acts = Acts(lambda own: (join(), join()), nothing, nothing, nothing)
-    with pytest.raises(ValueError, match="GPSA .* no softmax of the products"):
-        watched(module, acts, partial(type(module).forward, module), (tokens(2, 16, 16),), {})
+    with pytest.raises(ValueError, match="attention of GPSA.* nowhere"):
+        intercepted(module, acts, partial(type(module).forward, module), (tokens(2, 16, 16),), {})
 
 
 @torch.no_grad()
@@ -273,7 +274,7 @@ def test_values_of_another_width_are_refused():
         module.fused_attn = fused
         acts = Acts(lambda own: (tokens(2, 2, COUNT, 8), tokens(2, 2, COUNT, 4)), nothing, nothing, nothing)
         with pytest.raises(ValueError, match=r"shape \(2, 2, 3, 4\) cannot join an attention's own of shape"):
-            watched(module, acts, partial(type(module).forward, module), args, {})
+            intercepted(module, acts, partial(type(module).forward, module), args, {})
 
 
 def test_keys_that_lie_in_another_way_are_refused():

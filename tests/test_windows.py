@@ -22,7 +22,8 @@ from transformers import PreTrainedModel, SamVisionConfig, SamVisionModel
 from hf_visual_peft import VPTConfig, find_backbone
 from hf_visual_peft.coverage.cell import tensors_of
 from hf_visual_peft.coverage.models import MODELS
-from hf_visual_peft.sites.attention import Acts, attention_of, has_interface, watched
+from hf_visual_peft.sites.attention import Acts, attention_of, has_interface
+from hf_visual_peft.sites.interception import intercepted
 
 
 COUNT = 3
@@ -402,7 +403,7 @@ def check_unseen_tokens(model: nn.Module, call: Callable[[nn.Module], Any]) -> N
 
         forward = partial(type(module).forward, module)
         for acts in (Acts(nothing, nothing, keep, nothing), Acts(join, lambda: hide, nothing, nothing)):
-            found = watched(module, acts, forward, args, kwargs)
+            found = intercepted(module, acts, forward, args, kwargs)
             assert type(found) is type(output)
             shown = tensors_of(found)
             shown[1:] = [x[..., : y.shape[-1]] for x, y in zip(shown[1:], tensors_of(output)[1:], strict=True)]

@@ -3,53 +3,43 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer, _check_adapters_not_merged, _ExcludedModule
-from peft.utils.other import ModulesToSaveWrapper
+from peft.tuners.tuners_utils import _check_adapters_not_merged, _ExcludedModule
 from torch import Tensor, nn
 
-from ..backbones.backbone import VisionBackbone, own_children, unwrapped
+from ..backbones.backbone import unwrapped
 from ..backbones.finding import find_backbone
 from ..backbones.frozen_norms import (
-    NormStatistics,
     freeze_norms,
     keeps_statistics,
     move_statistics,
     norms_with_statistics,
 )
-from ..backbones.key_renames import to_present_keys, to_present_names
+from ..backbones.key_renames import to_present_keys
 from ..backbones.paths import within
-from ..backbones.task_heads import announce
-from ..sites import BlockAdapters, Exchange, Placement, VisualTunerLayer, layer_for, layers_of
-from ..sites.block_sites import reaches_into
+from ..sites import BlockAdapters, VisualTunerLayer, layer_for, layers_of
 from ..sites.layer import CHILD
-from ..sites.mixed import BASE, check_samples_first, count_rows, instead_of_forward, run_parts
 from .auxiliary import AuxiliaryLosses
 from .calibration import Calibration
 from .config import VisualPeftConfig
-from .copies import activate_copies, copy_modules, find_copied, replace_lost_heads
-from .labels import check_mixed, fitted, forget, record
+from .copies import activate_copies, copy_modules
+from .labels import fitted, forget, record
 from .loading import across_heads, copies_of, with_copies, without_layers
-from .merging import MergingTuner
-from .parts import unknown_fields_of
-from .placing import check_layers, is_excluded, placements_of
+from .mixing import MixingTuner
+from .planning import PlanningTuner, refuse_together
 from .registry import tuner_base
-from .shapes import shapes_only
-from .shared_modules import holders_of, names_of_modules, share_copies, with_all_names
-from .switching import concerned, switch
-from .targets import TargetedConfig, find_targets, names_target
+from .shared_modules import holders_of, share_copies, with_all_names
+from .switching import switch
+from .targets import names_target
 from .undoing import Structure
 
 
 @tuner_base
-class VisualTuner(MergingTuner):
+class VisualTuner(PlanningTuner, MixingTuner):
     """Base of the tuners; the registry makes one for each method.
 
     A method gives the places of its equations (`VisualPeftConfig.placements`); this class finds the backbone, checks
@@ -58,9 +48,6 @@ class VisualTuner(MergingTuner):
 
     tuner_layer_cls = VisualTunerLayer
     target_module_mapping: dict[str, list[str]] = {}
-    _exchange: Exchange
-    _crossing: bool
-    _holders: dict[int, list[tuple[nn.Module, str]]]
     _before: dict[str, Structure] = {}  # the model before an adapter whose weights come from a file
 
     def inject_adapter(
@@ -180,7 +167,7 @@ class VisualTuner(MergingTuner):
         for layer in [m for m in model.modules() if isinstance(m, BlockAdapters) and m.holds(self._copied)]:
             for path in self._copied:
                 if layer.holds([path]) and layer.reaches_into(path):
-                    _refuse_together(config, path, layer.path)
+                    refuse_together(config, path, layer.path)
 
     def _watch_heads(self, model: nn.Module) -> None:
         layers = [module for module in model.modules() if isinstance(module, VisualTunerLayer)]
@@ -205,219 +192,6 @@ class VisualTuner(MergingTuner):
             for name, buffer in norm.named_buffers(recurse=False):
                 if buffer.is_floating_point():
                     setattr(norm, name, buffer.to(next(norm.parameters(), buffer).dtype))
-
-    def _forget_plan(self) -> None:
-        self._placements: dict[str, list[Placement]] = {}
-        self._excluded: set[str] = set()
-        self._holders = {}
-        self._names: dict[str, list[str]] = {}
-        self._copied: list[str] = []  # by modules_to_save
-        self._left_out: list[str] = []  # of these, the ones in which the method would act
-        self._crossing = False
-        self._backbone: VisionBackbone | None = None
-        layers = (module for module in self.model.modules() if isinstance(module, VisualTunerLayer))
-        self._exchange = next((layer.exchange for layer in layers), None) or Exchange()
-
-    def _plan(self, model: nn.Module, config: VisualPeftConfig) -> None:
-        if unknown := unknown_fields_of(config):
-            raise ValueError(
-                f"The configuration has fields that {type(config).__name__} does not know: "
-                f"{', '.join(unknown)}. Install the version of hf_visual_peft that wrote it, or remove "
-                "the fields if they are a mistake."
-            )
-        self._forget_plan()
-        self._holders, self._names = holders_of(model), names_of_modules(model)
-        for field in ("exclude_modules", "modules_to_save", "target_modules"):
-            if getattr(config, field) is not None:
-                setattr(config, field, to_present_names(model, getattr(config, field)))
-        if isinstance(config, TargetedConfig) and config.target_modules is not None:
-            self._copied = find_copied(model, config)
-            targets = find_targets(model, config)
-            trained = 0
-            for path, module in targets.items():
-                if within(path, self._copied):
-                    self._excluded.add(path)
-                else:
-                    trained += self._place(model, config.placement_at(path, module))
-            self._check_trained(trained, config, type(model).__name__)
-            return
-        if config.backbone:
-            config.backbone = next(iter(to_present_names(model, [config.backbone]) or ()))
-        backbone = find_backbone(model, config.backbone)
-        self._check_one_backbone(model, config, backbone)
-        check_layers(config, backbone)
-        replace_lost_heads(model, config, backbone.heads)
-        note = ""
-        if config.modules_to_save is None:
-            note = backbone.head_note
-            if backbone.heads and not config.copied_head:
-                config.modules_to_save = config.filled_heads = list(backbone.heads)  # type: ignore[misc]
-        self._copied = find_copied(model, config, backbone.heads)
-        selected = self._without_excluded(backbone.select(config.layers), config)
-        if not backbone.blocks:
-            raise ValueError(
-                f"{type(config).__name__}: {type(model).__name__} reads none of the {backbone.unread} blocks of "
-                f"{backbone.class_name} ({backbone.path!r}), so that nothing there would train. Its config chooses "
-                "what it reads, for example in vision_feature_layer or out_features."
-            )
-        if not selected.blocks:
-            fields = f"exclude_modules is {config.exclude_modules!r}"
-            fields += f", modules_to_save {config.modules_to_save!r}" if self._left_out else ""
-            raise ValueError(
-                f"{type(config).__name__}.{fields}: no block is left to adapt in {backbone.class_name} "
-                f"({backbone.path!r}), and methods by role act on vision backbones only. For other parts of the model "
-                "name target_modules, in methods that take them."
-            )
-        trained = 0
-        for placement in placements_of(config, selected, backbone):
-            self._check_beside_copies(placement, config, backbone)
-            passage = placement.site.passes_on and placement.build is None
-            if passage and placement.path in self._excluded:  # all but the way through it
-                self._excluded.remove(placement.path)
-                children = own_children(model.get_submodule(placement.path))
-                self._excluded.update(f"{placement.path}.{name}" for name, _ in children)
-            if copied := within(placement.path, self._copied):
-                self._excluded.add(placement.path)
-                self._left_out.append(copied)
-            elif not passage and is_excluded(config, placement.path):
-                self._excluded.add(placement.path)
-            else:
-                trained += self._place(model, placement)
-        self._check_trained(trained, config, backbone.class_name)
-        announce(note)
-        self._backbone = backbone
-        self._tell_of_copies(config, backbone)
-
-    def _check_one_backbone(self, model: nn.Module, config: VisualPeftConfig, backbone: VisionBackbone) -> None:
-        """Refuse an adapter on another backbone than the adapters that the model has: they tell each other its grid.
-
-        Raises:
-            ValueError: there is one.
-        """
-        for name, other in self.peft_config.items():
-            by_role = isinstance(other, VisualPeftConfig) and other.target_modules is None and other is not config
-            if not by_role or other.backbone == config.backbone:
-                continue
-            path = find_backbone(model, other.backbone).path
-            if path != backbone.path:
-                raise ValueError(
-                    f"{type(config).__name__}.backbone: the adapter {name!r} acts on {path!r}, and this one would act "
-                    f"on {backbone.path!r}. All adapters of one model act on the same backbone: use one model for "
-                    "each, or, in methods that take them, name target_modules."
-                )
-
-    def _check_beside_copies(self, placement: Placement, config: VisualPeftConfig, backbone: VisionBackbone) -> None:
-        """Refuse copies of modules that the method needs unchanged, or trains as a whole itself.
-
-        Raises:
-            ValueError: there is one.
-        """
-        path = placement.path
-        if why := placement.site.why_not_beside(path, self._copied):
-            raise ValueError(f"{type(config).__name__}.modules_to_save is {config.modules_to_save!r}: {why}")
-        for block in [block for block in backbone.blocks if block.path == path]:
-            for part in [p for p in self._copied if p.startswith(f"{path}.")]:
-                if reaches_into([placement.site], block, backbone.architecture.prompts, part):
-                    _refuse_together(config, part, path)
-
-    def _tell_of_copies(self, config: VisualPeftConfig, backbone: VisionBackbone) -> None:
-        """Warn how copies of modules affect the method."""
-        sites = [placement.site for placements in self._placements.values() for placement in placements]
-        ahead = (*backbone.patch_embedding, *backbone.embeddings, *backbone.input_norms, *backbone.between)
-        ahead += tuple(block.path for block in backbone.blocks)
-        frozen = any(site.frozen for site in sites)
-        inside = [p for p in self._copied if within(p, ahead) or any(within(path, [p]) for path in ahead)]
-        self._crossing = frozen and bool(inside)
-        if config.inference_mode:
-            return
-        name = type(config).__name__
-        if self._left_out:
-            paths = [path for path in self._copied if path in self._left_out]
-            them = "it" if len(paths) == 1 else "them"
-            warnings.warn(
-                f"{name} leaves out {', '.join(paths)}: modules_to_save trains {them} as a whole.", stacklevel=2
-            )
-        if self._crossing:
-            warnings.warn(
-                f"{name}: gradients cross the backbone, because modules_to_save trains {', '.join(inside)} in it. "
-                "That takes memory that the method saves otherwise.",
-                stacklevel=2,
-            )
-
-    def _place(self, model: nn.Module, placement: Placement) -> int:
-        """Plan an equation that fits its free module, and return the number of its trained parameters.
-
-        Raises:
-            ValueError: it does not fit, or its block is several of a list.
-        """
-        kind = layer_for(placement.site)
-        if kind.stands_in:
-            holders = self._holders.get(id(model.get_submodule(placement.path)), [])
-            if len({id(holder) for holder, _ in holders}) < len(holders):
-                raise ValueError(
-                    f"{', '.join(self._names[placement.path])} are one module, and the method acts on each block by "
-                    "itself. Methods on single modules, as SSFConfig and LoraConfig, work there."
-                )
-        kind.require_room(model.get_submodule(placement.path))
-        self._check_free(model, placement.path, kind)
-        built = []
-        if placement.build is not None:  # a module that does not fit must be an error now, before any change
-            with shapes_only():
-                built.append(placement.build(kind.made_from(unwrapped(model.get_submodule(placement.path)))))
-                if placement.shared is not None:
-                    built.append(placement.shared.build())
-        self._placements.setdefault(placement.path, []).append(placement)
-        return sum(parameter.numel() for equation in built for parameter in equation.parameters())
-
-    def _check_trained(self, trained: int, config: VisualPeftConfig, class_name: str) -> None:
-        if trained == 0 and self._placements and type(config).choose is VisualPeftConfig.choose:
-            raise ValueError(
-                f"{type(config).__name__}: nothing of {class_name} would train, as its modules have no such "
-                "parameters."
-            )
-
-    def _without_excluded(self, backbone: VisionBackbone, config: VisualPeftConfig) -> VisionBackbone:
-        paths = {b.index: b.path for b in backbone.blocks} if config.chooses_blocks else {}
-        copied = {index: within(path, self._copied) for index, path in paths.items()}
-        excluded = {b.index for b in backbone.blocks if is_excluded(config, b.path)}
-        self._left_out += [path for index, path in copied.items() if path and index not in excluded]
-        excluded |= {index for index, path in copied.items() if path}
-        if not excluded:
-            return backbone
-        self._excluded.update(block.path for block in backbone.blocks if block.index in excluded)
-        kept = tuple(block for block in backbone.blocks if block.index not in excluded)
-        return replace(backbone, blocks=kept)
-
-    def _check_free(self, model: nn.Module, path: str, kind: type[VisualTunerLayer]) -> None:
-        """Refuse what an adapter of another kind replaces, or what lies in it.
-
-        Layers on single modules go around those of other methods; adapters in a block let all others stand there.
-
-        Raises:
-            ValueError: an adapter that is there already, or another of this one, does not let the method act there.
-        """
-        parts = path.split(".")
-        planned = {layer_for(other.site) for other in self._placements.get(path, ())}
-        if planned - {kind}:
-            raise ValueError(
-                f"{type(self).__name__} puts equations on the weights or the output of {path!r} and others into it as "
-                "a block: one module can have one of these kinds."
-            )
-        for end in range(1, len(parts) + 1):
-            name = ".".join(parts[:end])
-            module = model.get_submodule(name)
-            around = end < len(parts)
-            taken = (module if isinstance(module, BaseTunerLayer) else None) if around else kind.in_the_way(module)
-            if taken is not None:
-                raise ValueError(
-                    f"{type(self).__name__} cannot act on {path!r}: {name!r} already belongs to another adapter "
-                    f"({type(taken).__name__}), which works on it in another way. Use one model for each."
-                )
-            if isinstance(module, ModulesToSaveWrapper) and not isinstance(module, NormStatistics):
-                raise ValueError(
-                    f"{type(self).__name__} cannot act on {path!r}: another adapter trains a copy of {name!r} "
-                    f"(modules_to_save). Use one model for each, or leave it out by exclude_modules=[{name!r}]."
-                )
 
     def _prepare_adapter_config(self, peft_config: VisualPeftConfig, model_config: dict) -> VisualPeftConfig:
         return peft_config  # targets are found by role, from the model itself
@@ -521,79 +295,6 @@ class VisualTuner(MergingTuner):
         forget(self.model)
         return super().unload()
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Send each sample of the batch through its adapter in `adapter_names`.
-
-        Raises:
-            TypeError: `adapter_names` is not a list of names.
-            ValueError: it does not fit the model or the batch, or the model cannot mix adapters.
-        """
-        self._before = {}  # who uses an adapter keeps it
-        names = kwargs.get("adapter_names")
-        if names is None:
-            yield
-            return
-        self._check_mixed(names, args, kwargs)
-        wrappers = [module for module in concerned(self.model, names) if isinstance(module, ModulesToSaveWrapper)]
-        with ExitStack() as stack:
-            stack.enter_context(self._exchange.mixing(names))
-            for wrapper in wrappers:
-                stack.enter_context(instead_of_forward(wrapper, partial(self._run_copies, wrapper)))
-            yield
-
-    def _check_mixed(self, names: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-            raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        unknown = sorted(set(names) - {BASE} - set(self.peft_config))
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        check_mixed(self.model, names)
-        given = (kwargs[key] for key in ("pixel_values", *kwargs) if key in kwargs)
-        samples = next((value for value in (*args[:1], *given) if isinstance(value, Tensor)), None)
-        if samples is None:
-            raise ValueError("adapter_names: no tensor among the model's arguments tells the number of inputs.")
-        _check_length(names, len(samples))
-        layers = [module for module in concerned(self.model, names) if isinstance(module, VisualTunerLayer)]
-        if any(layer.merged for layer in layers):
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-        if self._exchange.frame_handles:
-            raise ValueError("adapter_names: methods for videos cannot mix adapters in a batch. Use set_adapter.")
-        config = getattr(self.model, "config", None)
-        attentions = kwargs.get("output_attentions")
-        if attentions is None:
-            attentions = getattr(config, "output_attentions", False)
-        in_parts = any(not layer.mixes_by_itself and any(layer.get_base_layer().children()) for layer in layers)
-        if attentions and in_parts:
-            raise ValueError(
-                "output_attentions: a batch that mixes adapters goes through the blocks in parts, whose attentions "
-                "are not put together. Leave it False, or use set_adapter and one batch for each adapter."
-            )
-
-    def _run_copies(self, wrapper: ModulesToSaveWrapper, *args: Any, **kwargs: Any) -> Any:
-        """The forward of a module with copies of adapters, in a mixed batch.
-
-        peft's own code for mixed batches supports only linears and convolutions, and one tensor.
-        """
-        mixed, original = self._exchange.mixed, wrapper.original_module
-        assert mixed is not None
-        check_samples_first(original, *args[:1])
-        count = count_rows(original, args)
-        if len(mixed.names) > 1:  # else it is a part of the batch, for one adapter
-            _check_length(mixed.names, count)
-        parts: dict[str, list[int]] = {}
-        for row, name in enumerate(mixed.of_rows(count, original)):
-            parts.setdefault(name if name in wrapper.modules_to_save else BASE, []).append(row)
-
-        def run(name: str, index: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return (original if name == BASE else wrapper.modules_to_save[name])(*args, **kwargs)
-
-        return run_parts(original, parts, run, args, kwargs)
-
     @classmethod
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: VisualPeftConfig, adapter_name: str, *args: Any, **kwargs: Any
@@ -662,19 +363,3 @@ class VisualTuner(MergingTuner):
                 + " Load it into a model of the class and size that it was trained in."
             )
         return remapped
-
-
-def _refuse_together(config: VisualPeftConfig, path: str, block: str) -> None:
-    raise ValueError(
-        f"{type(config).__name__} and a trained copy of {path!r} (modules_to_save) do not go together: an adapter "
-        "changes how the block works there. Name other modules in modules_to_save, or the whole block, or leave the "
-        f"block to one of them by exclude_modules=[{block!r}]."
-    )
-
-
-def _check_length(names: Sequence[str], inputs: int) -> None:
-    if len(names) != inputs:
-        raise ValueError(
-            "Length of `adapter_names` should be the same as the number of inputs, but got "
-            f"{len(names)} and {inputs} respectively."
-        )

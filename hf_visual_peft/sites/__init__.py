@@ -20,8 +20,10 @@ them: `ModuleLayer` around a linear, norm or convolution, `BlockAdapters` in a t
 any module that trains as a whole.
 """
 
-from .attention import KeyValueSite, LogitSite, attention_of, attention_path
-from .block import BlockAdapters, drop_path
+from .attention import attention_of, attention_path
+from .attention_sites import KeyValueSite, LogitSite
+from .block import BlockAdapters
+from .block_branches import drop_path
 from .block_sites import BranchSite, TokenSite
 from .exchange import Exchange
 from .forms import head_sizes, projections

@@ -14,18 +14,17 @@ from ..backbones.backbone import linear_sizes, unwrapped
 from ..backbones.modes import in_eval_mode
 from .attention import (
     Acts,
-    KeyValueSite,
-    LogitSite,
     Pair,
     attention_path,
     change_attention,
     has_interface,
     leave_attention,
-    watched,
 )
+from .attention_sites import KeyValueSite, LogitSite
 from .block_sites import Pass
 from .forms import Projections, alone, crossed, head_sizes, project, project_by_running, projections, spread
 from .grid import TokenLayout
+from .interception import intercepted
 from .layer import Equation, Site, VisualTunerLayer, call_equation
 from .masks import PositionBias, without_positions
 from .module import channel_dim
@@ -154,7 +153,7 @@ class AttentionLayer(VisualTunerLayer):
         kept = self._queries is not None and self._queries.kept is not None
         joined = self._pass is not None and self._pass.joining is not None
         if asked or kept or joined or any(self._equations(KeyValueSite, LogitSite)):
-            return watched(attention, self._acts(), forward, args, kwargs, placed=not asked)
+            return intercepted(attention, self._acts(), forward, args, kwargs, placed=not asked)
         return forward(*args, **kwargs)
 
     def _acts(self) -> Acts:

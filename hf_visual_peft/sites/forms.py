@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import NO_ACTS, Acts, Pair, own_implementation, watched
+from .attention import NO_ACTS, Acts, Pair, own_implementation
+from .interception import intercepted
 
 
 _QUERY_NORMS = ("q_norm", "norm_q", "query_norm", "q_layernorm")
@@ -272,6 +273,6 @@ def alone(attention: nn.Module, tokens: Tensor, interface: bool, acts: Acts = NO
     if interface and own_implementation(attention) not in ("eager", "sdpa", None):
         output = forward(*args, **kwargs)
     else:
-        output = watched(attention, acts, forward, args, kwargs, placed=False)
+        output = intercepted(attention, acts, forward, args, kwargs, placed=False)
     output = output[0] if isinstance(output, tuple) else output
     return output if batch_first else output.transpose(0, 1)
