@@ -14,7 +14,7 @@ from torch import nn
 
 from hf_visual_peft import DTLConfig
 from hf_visual_peft.methods.side.dtl import CompactPiece
-from hf_visual_peft.sites import BlockAdapters, Tap
+from hf_visual_peft.sites import BlockAdapters, BlockView
 
 
 def swish(h, beta):
@@ -116,7 +116,7 @@ def test_initialisation():
     piece = CompactPiece(400, 2, 100.0, begins=True, adds=True)
     assert not piece.up.any()
     assert 0.045 < piece.down.abs().max() <= 1 / 400**0.5
-    h, added = piece(None, Tap(before=torch.randn(2, 5, 400)))
+    h, added = piece(None, BlockView(before=torch.randn(2, 5, 400)))
     assert not h.any()
     assert not added.any()
 

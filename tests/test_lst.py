@@ -16,7 +16,7 @@ from hf_visual_peft import LSTConfig, NotCalibratedError, calibrate, find_backbo
 from hf_visual_peft.coverage.models import MODELS
 from hf_visual_peft.methods.side.lst import Piece, SideBlock
 from hf_visual_peft.methods.side.pruning import parts_of
-from hf_visual_peft.sites import Tap
+from hf_visual_peft.sites import BlockView
 
 
 def linear(x, w, name):
@@ -106,9 +106,9 @@ def test_stages_of_swin():
 
 def test_equation_works_without_peft():
     piece = Piece(12, SideBlock(6, 2, 9), 6, 0.1, enters_from=12, ends=True)
-    from hf_visual_peft.sites import Tap
+    from hf_visual_peft.sites import BlockView
 
-    state, added = piece(None, Tap(before=torch.randn(2, 5, 12), behind=torch.randn(2, 5, 12)))
+    state, added = piece(None, BlockView(before=torch.randn(2, 5, 12), after=torch.randn(2, 5, 12)))
     assert state.shape == (2, 5, 12)
     assert added is None
 
@@ -136,7 +136,7 @@ def test_dropout_stands_where_the_authors_have_it(monkeypatch):
     )
     piece = Piece(12, block, 6, 0.1, enters_from=12, ends=True).train()
     stream = torch.randn(2, 5, 12)
-    actual, _ = piece(None, Tap(before=stream, behind=stream))
+    actual, _ = piece(None, BlockView(before=stream, after=stream))
     assert places == [(12, 0.3), (6, 0.3), (9, 0.3), (6, 0.3), (6, 0.3)]
     assert weights == [0.3]
     w = dict(piece.named_parameters())
@@ -146,7 +146,7 @@ def test_dropout_stands_where_the_authors_have_it(monkeypatch):
     hidden = 0.5 * F.gelu(linear(norm(s, w, "block.norm2"), w, "block.fc1"))
     s = s + 0.5 * linear(hidden, w, "block.fc2")
     assert_equal(actual, linear(0.5 * norm(s, w, "norm"), w, "up"))
-    piece.eval()(None, Tap(before=stream, behind=stream))
+    piece.eval()(None, BlockView(before=stream, after=stream))
     assert weights == [0.3, 0.0]
 
 

@@ -436,7 +436,7 @@ def test_adapters_put_in_by_peft_itself():
 
 
 @pytest.mark.parametrize("config_cls", [VPTConfig, SSFConfig, LSTConfig, ConvpassConfig, PartialConfig])
-@pytest.mark.parametrize("where", ["_create_and_replace", "_watch_heads", "_mark_only_adapters_as_trainable"])
+@pytest.mark.parametrize("where", ["_create_and_replace", "_hook_heads", "_mark_only_adapters_as_trainable"])
 def test_what_fails_half_way_leaves_the_model_as_it_was(config_cls, where, monkeypatch):
     config, base, x = config_cls(), vit(), images()
     before, expected = state_of(base), base(x).logits

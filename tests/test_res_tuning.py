@@ -67,7 +67,7 @@ def test_bypass_crosses_stages():
     seen, inputs = [], []
     layers = [module for module in model.modules() if isinstance(module, BlockAdapters)]
     for layer in layers:
-        layer.restuning_bypass["default"].register_forward_pre_hook(lambda module, args: seen.append(args[1].behind))
+        layer.restuning_bypass["default"].register_forward_pre_hook(lambda module, args: seen.append(args[1].after))
     layers[0].get_base_layer().register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     logits = model(**images(2)).logits
     s = inputs[0]

@@ -15,7 +15,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from hf_visual_peft import SideTuningConfig
 from hf_visual_peft.coverage.models import MODELS
 from hf_visual_peft.methods.side.side_tuning import SideTuning
-from hf_visual_peft.sites import Grid, Tap, TokenLayout
+from hf_visual_peft.sites import BlockView, Grid, TokenLayout
 
 
 def side(pixels, w, depth, rows, columns, prefix):
@@ -111,15 +111,15 @@ def test_videos_and_images_in_several_sequences():
     piece = SideTuning(3, 4, 2, 6, learned=True)
     video = torch.randn(2, 3, 4, 8, 8)
     tokens = torch.randn(2, 1 + 2 * 4, 6)
-    tap = Tap(behind=tokens, layout=TokenLayout(1, Grid(2, 2, times=2)), pixels=video)
+    view = BlockView(after=tokens, layout=TokenLayout(1, Grid(2, 2, times=2)), pixels=video)
     w = dict(piece.named_parameters())
     halves = [side(video[:, :, i : i + 2].mean(dim=2), w, 2, 2, 2, 0) for i in (0, 2)]
     expected = torch.cat(halves, dim=1)
-    assert_equal(piece.side(tap), torch.cat([expected.mean(dim=1, keepdim=True), expected], dim=1))
+    assert_equal(piece.side(view), torch.cat([expected.mean(dim=1, keepdim=True), expected], dim=1))
 
     pixels = torch.randn(2, 3, 8, 8)
-    tap = Tap(behind=torch.randn(6, 4, 6), layout=TokenLayout(0, Grid(2, 2)), pixels=pixels)
-    assert_equal(piece.side(tap), side(pixels, w, 2, 2, 2, 0).repeat_interleave(3, dim=0))
+    view = BlockView(after=torch.randn(6, 4, 6), layout=TokenLayout(0, Grid(2, 2)), pixels=pixels)
+    assert_equal(piece.side(view), side(pixels, w, 2, 2, 2, 0).repeat_interleave(3, dim=0))
 
 
 def test_kept_activations_do_not_depend_on_the_backbone():

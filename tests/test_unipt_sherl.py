@@ -12,7 +12,7 @@ from hf_visual_peft import SHERLConfig, UniPTConfig, find_backbone
 from hf_visual_peft.coverage.models import MODELS
 from hf_visual_peft.methods.side.sherl import SHERL
 from hf_visual_peft.methods.side.unipt import UniPT
-from hf_visual_peft.sites import Tap
+from hf_visual_peft.sites import BlockView
 
 
 def norm(w, name, x, eps=1e-5):
@@ -67,7 +67,7 @@ def test_equation_on_dinov2(method):
             states.append(reduced(w, "before", x))
         x = x + block.attention(block.norm(1, x))
         x = x + block.mlp(block.norm(2, x))
-        states.append(reduced(w, "behind", x))
+        states.append(reduced(w, "after", x))
     assert len(states) == len(blocks) + (method == "unipt")
     assert_equal(actual, final(equation(w, states, x)))
 
@@ -98,7 +98,7 @@ def test_equation_on_swin(method):
     last = seen[-1][1].shape[1]
     for path, (before, behind) in zip(paths, seen, strict=True):
         w = next(w for name, w in pieces.items() if name.startswith(path))
-        parts = [("before", before)] * ("before.down.weight" in w) + [("behind", behind)]
+        parts = [("before", before)] * ("before.down.weight" in w) + [("after", behind)]
         for part, x in parts:
             state = reduced(w, part, x)
             side, to = (int(count**0.5) for count in (state.shape[1], last))
@@ -114,15 +114,15 @@ def test_padding_changes_nothing():
     equation = UniPT(8, 4, first=False).eval()
     state, stream = torch.randn(2, 6, 8), torch.randn(2, 6, 8)
     seen = torch.arange(6) < 4
-    whole, _ = equation(state, Tap(behind=stream, seen=seen.expand(2, -1)))
-    cut, _ = equation(state[:, :4], Tap(behind=stream[:, :4]))
+    whole, _ = equation(state, BlockView(after=stream, seen=seen.expand(2, -1)))
+    cut, _ = equation(state[:, :4], BlockView(after=stream[:, :4]))
     torch.testing.assert_close(whole[:, :4], cut)
 
 
 def test_the_gate_of_sherl_starts_closed():
     equation = SHERL(8, 4, 0.0, first=False)
     state = torch.randn(2, 3, 4)
-    outputs = [equation(state, Tap(behind=torch.randn(2, 3, 8)))[0] for _ in range(2)]
+    outputs = [equation(state, BlockView(after=torch.randn(2, 3, 8)))[0] for _ in range(2)]
     assert equation.gate.item() == 0
     assert not torch.equal(*outputs)
 

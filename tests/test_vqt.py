@@ -109,7 +109,7 @@ def test_a_query_like_a_token_becomes_what_the_token_becomes(name):
     prefix = hf_visual_peft.find_backbone(model.get_base_model()).prefix_tokens
     taps = []
     for piece in pieces_of(model):
-        piece.register_forward_pre_hook(lambda module, args: taps.append((args[1].behind, args[1].ask)))
+        piece.register_forward_pre_hook(lambda module, args: taps.append((args[1].after, args[1].ask)))
     arguments = tiny.arguments(2, None)
     with torch.no_grad():
         tiny.call(model, {k: v.double() if v.is_floating_point() else v for k, v in arguments.items()})
@@ -128,7 +128,7 @@ def test_queries_have_no_position_bias():
     block = model.get_base_model().beit.layers[1]
     taps = []
     for piece in pieces_of(model):
-        piece.register_forward_pre_hook(lambda module, args: taps.append((args[1].behind, args[1].ask)))
+        piece.register_forward_pre_hook(lambda module, args: taps.append((args[1].after, args[1].ask)))
     with torch.no_grad():
         model(images(2)["pixel_values"].double())
         x, ask = taps[0][0], taps[1][1]
@@ -320,10 +320,10 @@ def test_refusals(name, reason):
 
 
 def test_equation_works_without_the_library():
-    from hf_visual_peft.sites import Tap
+    from hf_visual_peft.sites import BlockView
 
     piece = QueryTokens(2, 4, 12, (3,), 0.0, normalize=False)
-    tap = Tap(behind=torch.zeros(5, 7, 4), ask=nn.Identity())
+    tap = BlockView(after=torch.zeros(5, 7, 4), ask=nn.Identity())
     logits, added = piece(None, tap)
     assert added is None
     torch.testing.assert_close(logits, piece.head_columns[0](piece.queries.flatten()).expand(5, -1))

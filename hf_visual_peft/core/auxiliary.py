@@ -48,7 +48,7 @@ class AuxiliaryLosses:
     told: bool = False
     handles: list[Any] = field(default_factory=list)
 
-    def watch(self, model: nn.Module) -> None:
+    def hook(self, model: nn.Module) -> None:
         """Set the hooks."""
         if not self.handles:
             self.handles.append(model.register_forward_pre_hook(self.before))

@@ -128,7 +128,7 @@ class MergingTuner(OwnConfigs):
             else:
                 self._put_back(layer, layer.base_layer)
         if exchange is not None and not any(isinstance(m, VisualTunerLayer) for m in self.model.modules()):
-            exchange.unwatch()
+            exchange.remove_hooks()
         shared = getattr(self.model, "peft_config", {})
         for name, config in self.peft_config.items():
             if shared.get(name) is config:

@@ -103,10 +103,10 @@ class VisualTuner(PlanningTuner, MixingTuner):
         state_dict: dict[str, Tensor] | None,
     ) -> None:
         active = adapter_name in self.active_adapters
-        self._exchange.unwatch_heads()
+        self._exchange.unhook_heads()
         if self._crossing:
             self._exchange.crossing.add(f"{self.prefix}{adapter_name}")
-        with self._looking_away(model):  # copies shall not have the hooks
+        with self._without_hooks(model):  # copies shall not have the hooks
             copy_modules(model, self._copied, adapter_name, active)
             share_copies(model, adapter_name)
             self._check_layers_around(model, config)
@@ -118,7 +118,7 @@ class VisualTuner(PlanningTuner, MixingTuner):
             share_copies(model, adapter_name)
         self._holders = holders_of(model)
         if self._backbone is not None and config.video:
-            self._exchange.watch_frames(model, self._backbone, config.frames_meet_before_norms)
+            self._exchange.split_videos(model, self._backbone, config.frames_meet_before_norms)
         names, config.modules_to_save = config.modules_to_save, None  # peft has nothing left to do for them
         try:
             super().inject_adapter(
@@ -137,25 +137,25 @@ class VisualTuner(PlanningTuner, MixingTuner):
                 layer.follow()
                 layer._changed()  # what trains is known now
         freeze_norms(self)
-        self._watch_heads(model)
+        self._hook_heads(model)
         if config.has_auxiliary_loss:
             losses = self._exchange.losses = self._exchange.losses or AuxiliaryLosses(self._exchange)
-            losses.watch(model)
+            losses.hook(model)
             losses.configs[f"{self.prefix}{adapter_name}"] = (adapter_name, config)
         if config.init_weights and self._backbone is not None:
             config.initialise(self._opened(model, adapter_name))
 
     @contextmanager
-    def _looking_away(self, model: nn.Module) -> Iterator[None]:
+    def _without_hooks(self, model: nn.Module) -> Iterator[None]:
         """Remove the hooks of adapters at copied modules inside the context."""
         exchange = self._exchange
-        watching = self._copied and (exchange.handles or exchange.pixel_handles or exchange.image_handles)
+        hooked = self._copied and (exchange.handles or exchange.pixel_handles or exchange.image_handles)
         layers = [m for m in model.modules() if isinstance(m, BlockAdapters) and m.holds(self._copied)]
         with ExitStack() as stack:
-            if watching:
-                stack.enter_context(exchange.looking_away(model, self._backbone or find_backbone(model)))
+            if hooked:
+                stack.enter_context(exchange.without_hooks(model, self._backbone or find_backbone(model)))
             for layer in layers:
-                stack.enter_context(layer.looking_away())
+                stack.enter_context(layer.without_hooks())
             yield
 
     def _check_layers_around(self, model: nn.Module, config: VisualPeftConfig) -> None:
@@ -169,11 +169,11 @@ class VisualTuner(PlanningTuner, MixingTuner):
                 if layer.holds([path]) and layer.reaches_into(path):
                     refuse_together(config, path, layer.path)
 
-    def _watch_heads(self, model: nn.Module) -> None:
+    def _hook_heads(self, model: nn.Module) -> None:
         layers = [module for module in model.modules() if isinstance(module, VisualTunerLayer)]
         sites = [planned.site for layer in layers for plan in layer.plans.values() for planned in plan]
         uses = [site.heads for site in sites if site.heads is not None]
-        self._exchange.watch_heads(model, list(dict.fromkeys(path for use in uses for path, _ in use.outputs)))
+        self._exchange.hook_heads(model, list(dict.fromkeys(path for use in uses for path, _ in use.outputs)))
 
     def _opened(self, model: nn.Module, adapter_name: str) -> Calibration:
         """An adapter for its method to inspect, without data."""

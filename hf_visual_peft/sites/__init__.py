@@ -12,8 +12,8 @@ Words that mean one thing throughout this library:
 - site: a place where an equation acts, and what it reads and changes there.
 - equation: the module of an adapter that computes its change at one site.
 - slot: the name of an equation in its layer; it is a part of the names of the adapter's weights.
-- tap: what a side network can read at a block: streams, layout, images.
 - piece: the part of a side network that stands at one block.
+- view: what a piece can read at its block: streams, layout, images.
 
 A *site* says where an equation acts, a *placement* puts one equation at one site of one module. Three layers carry
 them: `ModuleLayer` around a linear, norm or convolution, `BlockAdapters` in a transformer block, `WholeLayer` around
@@ -36,13 +36,14 @@ from .module import ModuleLayer, as_linear, as_matrix, output_channels
 from .module_sites import LinearSite, OutputSite, WeightSite
 from .pixels import PixelEquation, PixelSite
 from .selection import ChoiceSite
-from .side import SideSite, Tap, resized
+from .side import BlockView, SideSite, resized
 from .site import Placement, Shared, Site
 from .whole import WholeLayer, WholeSite, whole_module
 
 
 __all__ = [
     "BlockAdapters",
+    "BlockView",
     "BranchSite",
     "ChoiceSite",
     "Equation",
@@ -63,7 +64,6 @@ __all__ = [
     "Shared",
     "SideSite",
     "Site",
-    "Tap",
     "TokenLayout",
     "TokenSite",
     "VisualTunerLayer",

@@ -115,7 +115,7 @@ class BlockAdapters(BranchLayer, nn.Module):
         self._holder: tuple[nn.Module, ...] = (
             (model.get_submodule(holder_of_lists(backbone)),) if table.grid == "units" else ()
         )
-        self._watch_sublayers()
+        self._set_hooks()
         rates = (getattr(module, "drop_prob", None) for module in modules["drop_path"])
         self.drop_path_rate = next((rate for rate in rates if rate), 0.0)
         self._position_biases = [
@@ -151,7 +151,7 @@ class BlockAdapters(BranchLayer, nn.Module):
             del owner.forward
         owner.__class__ = kind
         delattr(owner, CHILD)
-        self._look_away()
+        self._remove_hooks()
         for bias in self._position_biases:
             bias.remove()
         self._detach_attention()
@@ -232,14 +232,14 @@ class BlockAdapters(BranchLayer, nn.Module):
         checkpoint = self.training and getattr(base, "gradient_checkpointing", False) and not self.bypassed
         # Tokens, grid and frames of this pass are arguments: before the function runs again in the backward pass, the
         # model may have seen other images.
-        behind = dict(layouts)
+        after = dict(layouts)
         new_pass = partial(
             Pass,
             exchange.grid,
             exchange.frames,
             images=exchange.images,
             layouts=layouts,
-            layouts_behind=behind,
+            layouts_after=after,
             pixels=exchange.pixels,
         )
         # Terms of auxiliary losses are outputs of the checkpointed function, so that gradients reach them. When it
@@ -256,7 +256,7 @@ class BlockAdapters(BranchLayer, nn.Module):
             exchange.left += [each._replace(value=value) for each, value in zip(left, values, strict=True)]
             if not onward and not self._block_returns_tuple:
                 output = output[0]
-        exchange.layouts.update((name, behind[name]) for name in onward if name in behind)
+        exchange.layouts.update((name, after[name]) for name in onward if name in after)
         if onward:
             exchange.handed_on.update(zip(onward, output[-len(onward) :], strict=True))
             for e in self._active():

@@ -45,7 +45,7 @@ class AttentionLayer(VisualTunerLayer):
     _pass: Pass | None
 
     def _init_attention(self) -> None:
-        self._watched = False  # whether an adapter acts in the block's attention module
+        self._acts_in_attention = False  # whether an adapter acts in the block's attention module
         self._attention_path = ""  # its name in the block, once it is needed
         self._interface = False  # whether it computes attention through transformers' interface
         self._attention_forward: Callable[..., Any] | None = None  # set on the module before
@@ -61,28 +61,28 @@ class AttentionLayer(VisualTunerLayer):
     def _attention_module(self) -> nn.Module:
         return self.get_base_layer().get_submodule(self._attention_path)
 
-    def watch_attention(self) -> None:
+    def hook_attention(self) -> None:
         """Make equations act in the block's attention from now on."""
-        if self._watched:
+        if self._acts_in_attention:
             return
         attention = self._find_attention()
-        self._watched = True
+        self._acts_in_attention = True
         if self._interface:
             change_attention(attention, self._acts())
         else:
             self._attention_forward = attention.__dict__.get("forward")
-            attention.forward = self._watched_forward
+            attention.forward = self._forward_with_acts
 
-    def watch_tokens(self) -> None:
+    def let_tokens_join(self) -> None:
         """Make tokens join the block's attention as extra keys and values, if they are not in the sequence."""
         if self._prompts == "keys":
-            self.watch_attention()
+            self.hook_attention()
 
-    def watch_queries(self) -> None:
+    def let_queries_attend(self) -> None:
         """Run extra tokens through the block from now on, to which its own do not attend."""
         if self._queries is None:
             self._queries = QueryPath(self.get_base_layer(), self._position_biases)
-            self.watch_attention()
+            self.hook_attention()
 
     def require_alone(self) -> None:
         """Check that the block's attention can be called with other tokens than the block's own, by a short run.
@@ -136,7 +136,7 @@ class AttentionLayer(VisualTunerLayer):
             )
 
     def _detach_attention(self) -> None:
-        if not self._watched:
+        if not self._acts_in_attention:
             return
         attention = self._attention_module()
         leave_attention(attention)
@@ -145,7 +145,7 @@ class AttentionLayer(VisualTunerLayer):
             if self._attention_forward is not None:
                 attention.forward = self._attention_forward
 
-    def _watched_forward(self, *args: Any, **kwargs: Any) -> Any:
+    def _forward_with_acts(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of an attention module that does not use transformers' interface, with adapters."""
         attention = self._attention_module()
         forward = self._attention_forward or partial(type(attention).forward, attention)
@@ -178,7 +178,7 @@ class AttentionLayer(VisualTunerLayer):
             return None
         form = projections(self.get_base_layer(), self._attention_path, self._query, self._key, self._value)
         if current.joining is not None:
-            with self._unwatched():
+            with self._on_extra_tokens():
                 pairs.append((project if self._projects_plainly(form) else project_by_running)(form, current.joining))
         assert current.entered is not None
         beside = []
@@ -229,7 +229,7 @@ class AttentionLayer(VisualTunerLayer):
         """Norm and attention of the block on extra tokens, which have no position."""
         (norm,) = self._attention[0]
         weight: Any = norm.weight
-        with self._unwatched():
+        with self._on_extra_tokens():
             # an equation may have another precision than the backbone
             normed = _of_tokens(norm, x.to(weight.dtype))
         return self._alone(normed).to(x.dtype)
@@ -237,7 +237,7 @@ class AttentionLayer(VisualTunerLayer):
     def _alone(self, x: Tensor) -> Tensor:
         """Attention of the block on extra tokens, which have no position."""
         (output,) = self._attention[1]
-        with without_positions(self._position_biases), self._unwatched():
+        with without_positions(self._position_biases), self._on_extra_tokens():
             mixed = alone(self._attention_module(), x, self._interface)
             inside = self._output.startswith(f"{self._attention_path}.")
             return mixed if inside else output(mixed)
@@ -249,11 +249,11 @@ class AttentionLayer(VisualTunerLayer):
         form = form._replace(**{name: unwrapped(getattr(form, name)) for name in ("query", "key", "value")})
         output = unwrapped(block.get_submodule(self._output))
         dtype = next(p.dtype for p in block.parameters() if p.is_floating_point())
-        with self._unwatched():
+        with self._on_extra_tokens():
             return output(crossed(form, x.to(dtype), others.to(dtype))).to(x.dtype)
 
     def _ask(self, ask: Callable[[Tensor], Tensor], queries: Tensor) -> Tensor:
-        with self._unwatched():
+        with self._on_extra_tokens():
             return ask(queries)
 
     def _normed(self, sublayer: str, stream: Tensor) -> Tensor:
@@ -261,11 +261,11 @@ class AttentionLayer(VisualTunerLayer):
         norm = self._attention[0] if sublayer == "attention" else ()
         if self._post_norm or len(norm) == 0:
             return stream
-        with self._unwatched():
+        with self._on_extra_tokens():
             return _of_tokens(norm[0], stream)
 
     @contextmanager
-    def _unwatched(self) -> Iterator[None]:
+    def _on_extra_tokens(self) -> Iterator[None]:
         """Disable the hooks inside the context, while modules of the block run on extra tokens."""
         current, self._pass = self._pass, None
         try:

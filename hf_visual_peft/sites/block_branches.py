@@ -48,7 +48,7 @@ class BranchLayer(AttentionLayer, BypassedLayer, ChoosingLayer):
                         self._steps.append((holder._modules, name, holder._modules[name]))
         return versions(owner, inside)
 
-    def _watch_sublayers(self) -> None:
+    def _set_hooks(self) -> None:
         """Set the hooks that see the block's stream."""
         block, roles = self._block, self._block.roles
         self._steps: list[tuple[dict, str, nn.Module | None]] = []  # on the way to the modules with hooks
@@ -72,28 +72,28 @@ class BranchLayer(AttentionLayer, BypassedLayer, ChoosingLayer):
         for module in (module for path in block.rest for module in self._versions(path)):
             handles.append(module.register_forward_pre_hook(self._before_rest))
         handles += norms_first(block, self._versions, self._runs)
-        handles += self._watch_mlp()
+        handles += self._hook_mlp()
 
     def _runs(self) -> bool:
         """Whether the block runs on its own tokens, with adapters."""
         return self._pass is not None
 
-    def _look_away(self) -> None:
+    def _remove_hooks(self) -> None:
         for handle in self._stream_handles:
             handle.remove()
         self._stream_handles.clear()
 
     @contextmanager
-    def looking_away(self) -> Iterator[None]:
+    def without_hooks(self) -> Iterator[None]:
         """Remove the hooks in the block inside the context, then set them again, also at new copies of its modules."""
-        self._look_away()
+        self._remove_hooks()
         yield
-        self._watch_sublayers()
+        self._set_hooks()
 
-    def watch_again(self) -> None:
+    def set_hooks_again(self) -> None:
         """Set the hooks in the block again."""
-        self._look_away()
-        self._watch_sublayers()
+        self._remove_hooks()
+        self._set_hooks()
 
     def follow(self) -> None:
         """Set the hooks again: layers of other adapters may have been added or removed.
@@ -108,7 +108,7 @@ class BranchLayer(AttentionLayer, BypassedLayer, ChoosingLayer):
                 f"{self.path}: other adapters have come to the block since its last forward pass. Call the model once "
                 "before it is compiled."
             )
-        self.watch_again()
+        self.set_hooks_again()
 
     def _layout(self, current: Pass, tokens: Tensor) -> TokenLayout:
         """The layout of these tokens in the image.
@@ -141,7 +141,7 @@ class BranchLayer(AttentionLayer, BypassedLayer, ChoosingLayer):
         for branch in self._branches(sublayer, "stream"):
             self._add(current, branch, stream)
 
-    def _behind(self, sublayer: str, current: Pass, stream: Tensor) -> None:
+    def _after_sublayer(self, sublayer: str, current: Pass, stream: Tensor) -> None:
         """Branches after a sub-layer; `stream` is the block's own, without the additions of branches."""
         for branch in self._branches(sublayer, "output"):
             assert current.before is not None
@@ -190,7 +190,7 @@ class BranchLayer(AttentionLayer, BypassedLayer, ChoosingLayer):
             return None
         stream = self._seen(args[0])
         if "attention" in self._sublayers:
-            self._behind("attention", current, stream)
+            self._after_sublayer("attention", current, stream)
             current.between = current.with_added(stream)
         current.before = stream
         return None if current.added is None else (current.with_added(args[0], self._stream_inside), *args[1:])
@@ -206,7 +206,7 @@ class BranchLayer(AttentionLayer, BypassedLayer, ChoosingLayer):
             chosen = self._chosen_only(current, to_tokens(stream, self._stream))
             stream = from_tokens(chosen, stream, self._stream)
         for sublayer in self._sublayers[-1:]:
-            self._behind(sublayer, current, to_tokens(stream, self._stream))
+            self._after_sublayer(sublayer, current, to_tokens(stream, self._stream))
         current.finished = True
         return current.with_added(stream, self._stream)
 

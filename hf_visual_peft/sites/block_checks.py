@@ -34,18 +34,18 @@ class NormFirst:
     Attributes:
         norm: its name in the model.
         reader: name of the first module of the sub-layer.
-        watching: whether the block runs on its own tokens; else a call does not count.
+        running: whether the block runs on its own tokens; else a call does not count.
         called: whether the norm was called.
         handles: of both hooks.
     """
 
     norm: str
     reader: str
-    watching: Callable[[], bool]
+    running: Callable[[], bool]
     called: bool = False
     handles: list[Any] = field(default_factory=list)
 
-    def watch(self, find: Callable[[str], list[nn.Module]]) -> None:
+    def hook(self, find: Callable[[str], list[nn.Module]]) -> None:
         """Set the hooks."""
         self.handles = [
             *(module.register_forward_pre_hook(self._at_norm) for module in find(self.norm)),
@@ -58,11 +58,11 @@ class NormFirst:
             self.handles.pop().remove()
 
     def _at_norm(self, module: nn.Module, args: tuple) -> None:
-        if not torch.compiler.is_compiling() and self.watching():
+        if not torch.compiler.is_compiling() and self.running():
             self.called = True
 
     def _at_reader(self, module: nn.Module, args: tuple) -> None:
-        if torch.compiler.is_compiling() or not self.watching():
+        if torch.compiler.is_compiling() or not self.running():
             return
         if not self.called:
             raise ValueError(
@@ -72,18 +72,18 @@ class NormFirst:
         self.remove()
 
 
-def norms_first(block: Block, find: Callable[[str], list[nn.Module]], watching: Callable[[], bool]) -> list[NormFirst]:
+def norms_first(block: Block, find: Callable[[str], list[nn.Module]], running: Callable[[], bool]) -> list[NormFirst]:
     """Check that the norms of a block precede their sub-layers, as the table says.
 
     Args:
         block: whose norms do not follow its sub-layers.
         find: returns the modules with a name in the model.
-        watching: whether the block runs on its own tokens.
+        running: whether the block runs on its own tokens.
     """
-    watches = []
+    checks = []
     for sublayer in block.sublayers:
         norm, reader, *_ = (block.roles[role] for role in SUBLAYER_ROLES[sublayer])
         if norm and reader and block.entrances[sublayer] == norm[0]:
-            watches.append(NormFirst(norm[0], reader[0], watching))
-            watches[-1].watch(find)
-    return watches
+            checks.append(NormFirst(norm[0], reader[0], running))
+            checks[-1].hook(find)
+    return checks

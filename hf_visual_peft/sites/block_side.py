@@ -13,7 +13,7 @@ from ..backbones.backbone import Block
 from .block_sites import Pass
 from .grid import TokenLayout, from_tokens, map_grid, to_tokens
 from .layer import VisualTunerLayer
-from .side import SideSite, Tap, call_piece, resized
+from .side import BlockView, SideSite, call_piece, resized
 
 
 class BypassedLayer(VisualTunerLayer):
@@ -78,7 +78,7 @@ class BypassedLayer(VisualTunerLayer):
         for module in (*self._own_modules(), *self._before_blocks):
             module.train(mode)
 
-    def watch_side(self, before_blocks: Sequence[nn.Module]) -> None:
+    def keep_in_eval_mode(self, before_blocks: Sequence[nn.Module]) -> None:
         """Also keep modules before the blocks in eval mode while this block is bypassed."""
         self._before_blocks = tuple(before_blocks)
 
@@ -91,8 +91,8 @@ class BypassedLayer(VisualTunerLayer):
             if not site.enters or piece.module is None:
                 continue
             layout = self._layout(current, stream) if site.needs_layout else None
-            tap = Tap(before=stream, layout=layout, pixels=current.pixels if site.needs_pixels else None)
-            state, added = call_piece(self, piece, current.tokens.get(piece.key), tap, enter=True)
+            view = BlockView(before=stream, layout=layout, pixels=current.pixels if site.needs_pixels else None)
+            state, added = call_piece(self, piece, current.tokens.get(piece.key), view, enter=True)
             current.tokens[piece.key] = state
             changed = changed if added is None else changed + added
         return x if changed is stream else from_tokens(changed, x, self._stream)
@@ -113,24 +113,25 @@ class BypassedLayer(VisualTunerLayer):
             key, site = piece.key, piece.site
             state = current.tokens.get(key)
             if site.needs_layout or (site.aligned and state is not None and state.shape[1] != y.shape[1]):
-                layout = layout or self._layout_behind(current, stream, y)
+                layout = layout or self._layout_after(current, stream, y)
             if layout is not None and site.aligned and state is not None and state.shape[1] != y.shape[1]:
                 state = resized(state, current.layouts[key], layout)
             if piece.module is not None:
                 x = to_tokens(before, self._stream) if "before" in site.reads else None
                 between = current.between if "between" in site.reads else None
-                behind = y if "behind" in site.reads else None
+                after = y if "after" in site.reads else None
                 pixels = current.pixels if site.needs_pixels else None
                 tokens = current.tokens.get(piece.site.tokens_key(piece.owner))
                 seen = current.seen if site.needs_mask else None
-                tap = Tap(x, between, behind, layout if site.needs_layout else None, pixels, tokens, current.ask, seen)
-                state, added = call_piece(self, piece, state, tap)
+                laid = layout if site.needs_layout else None
+                view = BlockView(x, between, after, laid, pixels, tokens, current.ask, seen)
+                state, added = call_piece(self, piece, state, view)
                 additions += [] if added is None else [added]
             if state is not None:
                 current.tokens[key] = state
             if site.needs_layout:
                 assert layout is not None
-                current.layouts_behind[key] = layout
+                current.layouts_after[key] = layout
             if site.exits:
                 assert state is not None
                 (additions if site.adds else results).append(state.to(y.dtype))
@@ -139,7 +140,7 @@ class BypassedLayer(VisualTunerLayer):
             result = result + added
         return stream if result is y else from_tokens(result, stream, self._stream)
 
-    def _layout_behind(self, current: Pass, stream: Tensor, tokens: Tensor) -> TokenLayout:
+    def _layout_after(self, current: Pass, stream: Tensor, tokens: Tensor) -> TokenLayout:
         """The layout of the block's output tokens in the image."""
         if self._grid_kind == "map":
             current.grid = map_grid(stream, self._stream)

@@ -110,7 +110,7 @@ class BranchSite(BlockSite):
     def connect(self, layer: Any, model: nn.Module, backbone: VisionBackbone | None) -> None:
         """Watch the grid, and try the attention on other tokens."""
         if self.needs_layout:
-            layer.exchange.watch_grid(model, backbone)
+            layer.exchange.record_grid(model, backbone)
         if self.attends:
             layer.require_alone()
         if self.crosses:
@@ -175,9 +175,9 @@ class TokenSite(AttentionSite):
     def connect(self, layer: Any, model: nn.Module, backbone: VisionBackbone | None) -> None:
         """Let tokens pass from block to block, and join; watch the grid, if the equation reads it."""
         if self.reads:
-            layer.exchange.watch_grid(model, backbone)
-        layer.exchange.watch_stages(model, backbone)
-        layer.watch_tokens()
+            layer.exchange.record_grid(model, backbone)
+        layer.exchange.checkpoint_blocks(model, backbone)
+        layer.let_tokens_join()
 
     def describe(self, names: Mapping[str, str]) -> str:
         """Where they stand."""
@@ -201,7 +201,7 @@ class Pass:
     beside: tuple[tuple[Tensor, Tensor], ...] = ()  # keys and values with a softmax of their own
     joining: Tensor | None = None  # tokens that are not in the sequence, as attention reads them
     layouts: dict[str, TokenLayout] = field(default_factory=dict)  # of the states of side networks before the block
-    layouts_behind: dict[str, TokenLayout] = field(default_factory=dict)  # and after it
+    layouts_after: dict[str, TokenLayout] = field(default_factory=dict)  # and after it
     pixels: Tensor | None = None
     ask: Callable[[Tensor], Tensor] | None = None  # runs extra tokens through the block, for side networks
     seen: Tensor | None = None  # which tokens are not padding, for side networks

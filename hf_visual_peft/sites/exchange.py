@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..backbones.backbone import VisionBackbone, versions
 from .grid import Grid, TokenLayout
-from .heads import HeadPart, HeadUse, HeadWatch
+from .heads import HeadHooks, HeadPart, HeadUse
 from .losses import Left
 from .mixed import MixedBatch
 
@@ -75,7 +75,7 @@ class Exchange:
     instead: Callable[[int, Tensor], Tensor] | None = None
     outside: Any = None
 
-    def watch_grid(self, model: nn.Module, backbone: VisionBackbone) -> None:
+    def record_grid(self, model: nn.Module, backbone: VisionBackbone) -> None:
         """Record the grid at the embeddings in every forward from now on."""
         if self.handles:
             return
@@ -90,7 +90,7 @@ class Exchange:
             hook = _RestoreIds(self, backbone.prefix_tokens)
             self.handles += [module.register_forward_hook(hook) for module in embeddings]
 
-    def watch_pixels(self, model: nn.Module, backbone: VisionBackbone) -> None:
+    def record_pixels(self, model: nn.Module, backbone: VisionBackbone) -> None:
         """Record the backbone's input images from now on, (batch, channels, height, width)."""
         if not self.pixel_handles:
             for module in versions(model, backbone.reads_images):
@@ -115,7 +115,7 @@ class Exchange:
         )
 
     @contextmanager
-    def looking_away(self, model: nn.Module, backbone: VisionBackbone | None) -> Iterator[None]:
+    def without_hooks(self, model: nn.Module, backbone: VisionBackbone | None) -> Iterator[None]:
         """Remove the hooks at the embeddings inside the context, then set them again, also at new copies of these.
 
         Args:
@@ -124,8 +124,8 @@ class Exchange:
         """
         again = []
         for handles, watch in (
-            (self.handles, self.watch_grid),
-            (self.pixel_handles, self.watch_pixels),
+            (self.handles, self.record_grid),
+            (self.pixel_handles, self.record_pixels),
             (self.image_handles, self.guard_images),
         ):
             if handles and backbone is not None:
@@ -136,7 +136,7 @@ class Exchange:
             assert backbone is not None
             watch(model, backbone)
 
-    def watch_stages(self, model: nn.Module, backbone: VisionBackbone) -> None:
+    def checkpoint_blocks(self, model: nn.Module, backbone: VisionBackbone) -> None:
         """Make gradient checkpointing recompute single blocks from now on, and not stages of several blocks.
 
         Values that pass from block to block are gone in the backward pass.
@@ -163,7 +163,7 @@ class Exchange:
                 block.gradient_checkpointing = True
                 block._gradient_checkpointing_func = stage._gradient_checkpointing_func
 
-    def watch_heads(self, model: nn.Module, heads: Sequence[str]) -> None:
+    def hook_heads(self, model: nn.Module, heads: Sequence[str]) -> None:
         """Let side networks add to the output of heads from now on.
 
         Args:
@@ -171,11 +171,11 @@ class Exchange:
             heads: their names.
         """
         for path in heads:
-            head, watch = model.get_submodule(path), HeadWatch(self, path)
+            head, watch = model.get_submodule(path), HeadHooks(self, path)
             self.head_handles.append(head.register_forward_pre_hook(watch.before))
             self.head_handles.append(head.register_forward_hook(watch.after))
 
-    def unwatch_heads(self) -> None:
+    def unhook_heads(self) -> None:
         """Undo it."""
         _remove(self.head_handles)
 
@@ -201,7 +201,7 @@ class Exchange:
         finally:
             self.collected = None
 
-    def watch_frames(self, model: nn.Module, backbone: VisionBackbone, before_norms: bool) -> None:
+    def split_videos(self, model: nn.Module, backbone: VisionBackbone, before_norms: bool) -> None:
         """Make the model take videos from now on: their frames go through it as images, and the head reads their mean.
 
         Args:
@@ -234,12 +234,12 @@ class Exchange:
         """State for copies and files: nothing of a pass, neither images nor tensors with a graph."""
         return vars(self) | {name: value for name, value in vars(Exchange()).items() if name in _OF_A_PASS}
 
-    def unwatch(self) -> None:
+    def remove_hooks(self) -> None:
         """Remove all hooks, and forget the last pass."""
         hooks = (self.handles, self.frame_handles, self.pixel_handles, self.image_handles, self.stage_handles)
         for handles in hooks:
             _remove(handles)
-        self.unwatch_heads()
+        self.unhook_heads()
         if self.losses is not None:
             self.losses.remove()
         vars(self).update(self.__getstate__())

@@ -50,7 +50,7 @@ class HeadPart:
 
 
 @dataclass
-class HeadWatch:
+class HeadHooks:
     """The hooks at a head, around all copies of it.
 
     Attributes:
@@ -97,6 +97,6 @@ class HeadWatch:
         names = self.exchange.mixed.of_rows(len(x), module)
         return index_of([row for row, owner in enumerate(names) if owner == name], x.device)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> HeadWatch:
+    def __deepcopy__(self, memo: dict[int, Any]) -> HeadHooks:
         # peft copies a head to train it: the copy belongs to the same model, as for `_FrameMean`
-        return HeadWatch(memo.get(id(self.exchange), self.exchange), self.path)
+        return HeadHooks(memo.get(id(self.exchange), self.exchange), self.path)

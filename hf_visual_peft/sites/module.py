@@ -237,11 +237,9 @@ class ModuleLayer(WrappingLayer, nn.Module):
     @torch.no_grad()
     def _fold(self, weights: _Weights, equations: list[Equation]) -> _Weights:
         if weights.module is not self.get_base_layer():
-            behind = [e for e in equations if e.site.followers]
+            after = [e for e in equations if e.site.followers]
             weight, bias = _matrix(weights), weights.bias
-            for _, equation, _, shared, _ in reversed(
-                behind
-            ):  # the last to act on the input is the next to the linear
+            for _, equation, _, shared, _ in reversed(after):  # the last on the input is the next to the linear
                 fold: Any = equation.fold_input
                 weight, bias = _fold_input(fold, weight, bias, shared)
             return _Weights(weights.module, _laid_as_in(weights.module, weight, weights.weight), bias)

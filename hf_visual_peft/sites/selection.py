@@ -49,7 +49,7 @@ class ChoiceSite(BlockSite):
 
     def connect(self, layer: Any, model: nn.Module, backbone: VisionBackbone | None) -> None:
         """Let the layer's MLP run on some tokens."""
-        layer.watch_choice()
+        layer.let_mlp_skip()
 
     def describe(self, names: Mapping[str, str]) -> str:
         """What it chooses."""
@@ -70,23 +70,23 @@ class ChoosingLayer(VisualTunerLayer):
         self._chooses = False  # whether an equation chooses tokens here
         self._skips: bool | None = None  # whether the MLP can run on some tokens alone, once it was tried
 
-    def watch_choice(self) -> None:
+    def let_mlp_skip(self) -> None:
         """Let the MLP run on the chosen tokens alone from now on."""
         if not self._chooses:
             self._chooses = True
-            self.watch_again()
+            self.set_hooks_again()
 
-    def watch_again(self) -> None:
+    def set_hooks_again(self) -> None:
         """Set the hooks in the block again."""
         raise NotImplementedError
 
     def _versions(self, path: str) -> list[nn.Module]:
         raise NotImplementedError
 
-    def _unwatched(self) -> Any:
+    def _on_extra_tokens(self) -> Any:
         raise NotImplementedError
 
-    def _watch_mlp(self) -> Iterator[Any]:
+    def _hook_mlp(self) -> Iterator[Any]:
         """Set the hooks at the MLP, of which these are the handles."""
         ends, entrance = _mlp_of(self._block), self._block.entrances.get("mlp", "")
         if not self._chooses or not ends:
@@ -181,7 +181,7 @@ class ChoosingLayer(VisualTunerLayer):
         ndim = 3 if self._grid_kind != "map" else 4
         mixed, self.exchange.mixed = self.exchange.mixed, None
         try:
-            with in_eval_mode(mlp), torch.no_grad(), self._unwatched():
+            with in_eval_mode(mlp), torch.no_grad(), self._on_extra_tokens():
                 every, some = (mlp(self._row(each, ndim)) for each in (tokens, tokens[1::2]))
             every, some = (to_tokens(each, self._stream_inside)[0] for each in (every, some))
             tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 5e-2

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class SideEquation(Protocol):
     """What a piece of a side network is called with."""
 
-    def __call__(self, state: Tensor | None, tap: Tap, *shared: nn.Module) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, state: Tensor | None, view: BlockView, *shared: nn.Module) -> tuple[Tensor, Tensor | None]:
         """The new state, and an addition to the block's output or None."""
         ...
 
@@ -33,24 +33,24 @@ class SideEquation(Protocol):
 class SideSite(BlockSite):
     """A piece of a side network, after a block.
 
-    The equation is called with the state from the piece before (None in the first piece), and a `Tap` of the block. It
-    returns the new state and an addition to the block's output, or None. Blocks without a piece only pass the state
-    on.
+    The equation is called with the state from the piece before (None in the first piece), and a `BlockView` of the
+    block. It returns the new state and an addition to the block's output, or None. Blocks without a piece only pass
+    the state on.
 
     Attributes:
-        reads: the streams in the tap: before the block, between its attention and its MLP, and after (behind) it.
+        reads: the streams in the view: before the block, between its attention and its MLP, and after it.
         frozen: whether no gradient crosses the block. It then runs without autograd and in eval mode.
         ends: whether the state after the last piece, (batch, tokens, width), replaces the output of the backbone's
             last block.
         adds: whether, if it `ends`, that state is added to the output of the last block instead.
         aligned: whether the state has one row for each token, (batch, tokens, channels). Before blocks with fewer
             tokens it is averaged over the cells that are merged.
-        needs_layout: whether the tap has the layout of the tokens in the image.
-        needs_pixels: whether the tap has the images.
-        needs_mask: whether the tap says which tokens are padding.
-        asks: whether the tap has a function that runs extra tokens through the block.
+        needs_layout: whether the view has the layout of the tokens in the image.
+        needs_pixels: whether the view has the images.
+        needs_mask: whether the view says which tokens are padding.
+        asks: whether the view has a function that runs extra tokens through the block.
         enters: whether the equation also has a method `enter`, which is called before the block in the same way: with
-            the state, and a tap with the stream before the block. Its addition is added to that stream.
+            the state, and a view with the stream before the block. Its addition is added to that stream.
         keeps: whether the state after the last block is kept for `Exchange.collecting`.
         heads: how the state after the last block reaches the task heads, if it does.
         takes: whether there is an earlier state; the core sets this and the next two.
@@ -59,7 +59,7 @@ class SideSite(BlockSite):
         part: tells several networks of one adapter apart.
     """
 
-    reads: tuple[Literal["before", "between", "behind"], ...] = ("behind",)
+    reads: tuple[Literal["before", "between", "after"], ...] = ("after",)
     frozen: bool = True
     ends: bool = True
     adds: bool = False
@@ -104,17 +104,17 @@ class SideSite(BlockSite):
         return (*block.roles["position_bias"], attention_in(block)) if self.asks else ()
 
     def connect(self, layer: Any, model: nn.Module, backbone: VisionBackbone | None) -> None:
-        """Watch what the tap needs, and let the state pass from block to block."""
+        """Watch what the view needs, and let the state pass from block to block."""
         assert backbone is not None
         exchange = layer.exchange
         if self.needs_layout:
-            exchange.watch_grid(model, backbone)
-        exchange.watch_stages(model, backbone)
+            exchange.record_grid(model, backbone)
+        exchange.checkpoint_blocks(model, backbone)
         if self.needs_pixels:
-            exchange.watch_pixels(model, backbone)
+            exchange.record_pixels(model, backbone)
         if self.asks:
-            layer.watch_queries()
-        layer.watch_side(modules_before(model, backbone) if layer.path == backbone.blocks[0].path else ())
+            layer.let_queries_attend()
+        layer.keep_in_eval_mode(modules_before(model, backbone) if layer.path == backbone.blocks[0].path else ())
 
     @classmethod
     def arrange(cls, placements: list[Placement], whole: VisionBackbone, name: str, selects: str) -> list[Placement]:
@@ -181,13 +181,13 @@ def _side(placement: Placement) -> SideSite:
 
 
 @dataclass(frozen=True)
-class Tap:
+class BlockView:
     """What a side network can read at a block.
 
     Attributes:
         before: the stream before the block, (batch, tokens, width), if the site reads it.
         between: the stream between attention and MLP.
-        behind: the stream after the block.
+        after: the stream after the block.
         layout: of the tokens after the block, if the site needs it.
         pixels: the images, (batch, channels, height, width), if the site needs them.
         tokens: the block's output for the adapter's own tokens (`TokenSite`), (batch, tokens, width).
@@ -199,7 +199,7 @@ class Tap:
 
     before: Tensor | None = None
     between: Tensor | None = None
-    behind: Tensor | None = None
+    after: Tensor | None = None
     layout: TokenLayout | None = None
     pixels: Tensor | None = None
     tokens: Tensor | None = None
@@ -225,7 +225,7 @@ def resized(state: Tensor, before: TokenLayout, now: TokenLayout) -> Tensor:
 
 
 def call_piece(
-    layer: VisualTunerLayer, equation: Equation, state: Tensor | None, tap: Tap, enter: bool = False
+    layer: VisualTunerLayer, equation: Equation, state: Tensor | None, view: BlockView, enter: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Evaluate a piece in its own dtype.
 
@@ -233,14 +233,14 @@ def call_piece(
         layer: whose `cast_input_dtype_enabled` says whether the input is cast.
         equation: the piece.
         state: of the side network.
-        tap: of the block.
+        view: of the block.
         enter: whether it is at the entrance of the block.
 
     Returns:
         The new state, in the piece's dtype, and the addition to the block's output, in the dtype of the stream.
     """
     module: Any = equation.module
-    streams = [x for x in (tap.behind, tap.before) if x is not None]
+    streams = [x for x in (view.after, view.before) if x is not None]
     if not torch.is_autocast_enabled(streams[0].device.type):
         modules = (module, *(part for part in equation.shared if isinstance(part, nn.Module)))
         dtype = next((p.dtype for each in modules for p in each.parameters()), streams[0].dtype)
@@ -249,9 +249,9 @@ def call_piece(
             return None if x is None else layer._cast_input_dtype(x, dtype)
 
         state = cast(state)
-        tap = replace(tap, before=cast(tap.before), between=cast(tap.between), behind=cast(tap.behind))
-        tap = replace(tap, pixels=cast(tap.pixels), tokens=cast(tap.tokens))
-    state, added = (module.enter if enter else module)(state, tap, *equation.shared)
+        view = replace(view, before=cast(view.before), between=cast(view.between), after=cast(view.after))
+        view = replace(view, pixels=cast(view.pixels), tokens=cast(view.tokens))
+    state, added = (module.enter if enter else module)(state, view, *equation.shared)
     assert state is not None
     return state, None if added is None else added.to(streams[0].dtype)
 

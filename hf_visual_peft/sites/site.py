@@ -195,7 +195,7 @@ class AttentionSite(BlockSite):
 
     def connect(self, layer: Any, model: nn.Module, backbone: VisionBackbone | None) -> None:
         """Let equations act where queries meet keys."""
-        layer.watch_attention()
+        layer.hook_attention()
 
 
 def attention_in(block: Block) -> str:

@@ -104,7 +104,7 @@ _BLIP2 = replace(
 _DPT = replace(
     _DATA2VEC,
     backbones=("DPTModel",),
-    patch_embedding=("embeddings.patch_embeddings.projection", "embeddings.projection"),  # the latter behind a BiT
+    patch_embedding=("embeddings.patch_embeddings.projection", "embeddings.projection"),  # the latter after a BiT
     norms=("layernorm",),
     position_bias=(),
 )

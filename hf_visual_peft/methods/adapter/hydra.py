@@ -58,11 +58,11 @@ class Hydra(nn.Module):
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """The new output (..., out_features), from the linear's output and its input (..., in_features)."""
-        beside, behind = self.parallel, self.sequential
+        beside, after = self.parallel, self.sequential
         # both branches in one product, with s on the small matrices: separate sums would each pass over the output
-        hidden = torch.cat([beside.hidden(x), behind.hidden(y)], dim=-1)
-        weight = self.scale * torch.cat([beside.up.weight, behind.up.weight], dim=1)
-        return y + F.linear(hidden, weight, self.scale * (beside.up.bias + behind.up.bias))
+        hidden = torch.cat([beside.hidden(x), after.hidden(y)], dim=-1)
+        weight = self.scale * torch.cat([beside.up.weight, after.up.weight], dim=1)
+        return y + F.linear(hidden, weight, self.scale * (beside.up.bias + after.up.bias))
 
     @torch.no_grad()
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...backbones.backbone import VisionBackbone
 from ...core.config import VisualPeftConfig
 from ...core.registry import Paper, register
-from ...sites import Placement, SideSite, Tap
+from ...sites import BlockView, Placement, SideSite
 from ...sites.heads import HeadUse
 from ...sites.queries import takes_queries
 from ...training.defaults import Training
@@ -57,11 +57,11 @@ class QueryTokens(nn.Module):
         for linear in self.head_columns.parameters():
             nn.init.kaiming_normal_(linear, mode="fan_out")
 
-    def forward(self, logits: Tensor | None, tap: Tap) -> tuple[Tensor, None]:
+    def forward(self, logits: Tensor | None, view: BlockView) -> tuple[Tensor, None]:
         """Add this block's part to the logits of the blocks before, (batch, classes of all heads) or None."""
-        assert tap.behind is not None
-        assert tap.ask is not None
-        features = tap.ask(self.dropout(self.queries.expand(len(tap.behind), -1, -1))).flatten(1)
+        assert view.after is not None
+        assert view.ask is not None
+        features = view.ask(self.dropout(self.queries.expand(len(view.after), -1, -1))).flatten(1)
         if self.normalize:
             features = F.normalize(features, dim=1)
         new = torch.cat([linear(features) for linear in self.head_columns], dim=1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...backbones.backbone import Block, VisionBackbone
 from ...core.config import VisualPeftConfig
 from ...core.registry import Paper, register
-from ...sites import Placement, Shared, SideSite, Tap
+from ...sites import BlockView, Placement, Shared, SideSite
 from ...training.defaults import Training
 
 
@@ -41,9 +41,11 @@ class CompactPiece(nn.Module):
         self.up = nn.Parameter(torch.zeros(width, r))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
 
-    def forward(self, h: Tensor | None, tap: Tap, conv: nn.Module | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, h: Tensor | None, view: BlockView, conv: nn.Module | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Map h (batch, tokens, width) to the new h, and h' or None."""
-        x = tap.behind if tap.before is None else tap.before
+        x = view.after if view.before is None else view.before
         assert x is not None
         change = F.linear(F.linear(x, self.down), self.up)
         h = change if h is None or self.begins else h + change
@@ -52,9 +54,9 @@ class CompactPiece(nn.Module):
         # = h sigmoid(beta h); silu keeps one tensor for the backward pass, the product would keep two
         active = F.silu(h * self.beta) / self.beta
         if conv is not None:
-            assert tap.layout is not None
-            prefix, maps = tap.layout.split(active)
-            active = tap.layout.join(prefix, conv(maps))
+            assert view.layout is not None
+            prefix, maps = view.layout.split(active)
+            active = view.layout.join(prefix, conv(maps))
         return h, active
 
 
@@ -137,6 +139,6 @@ class DTLConfig(VisualPeftConfig):
 
         for block in backbone.blocks:
             adds = block.index >= add_from
-            reads: tuple[Literal["before", "behind"]] = ("behind",) if block.pools else ("before",)
+            reads: tuple[Literal["before", "after"]] = ("after",) if block.pools else ("before",)
             site = SideSite(reads, frozen=block.index <= add_from, ends=False, needs_layout=self.plus and adds)
             yield Placement(block.path, "piece", site, piece(block), shared if adds else None)

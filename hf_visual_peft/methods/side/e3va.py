@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...backbones.backbone import Block, VisionBackbone
 from ...core.config import VisualPeftConfig
 from ...core.registry import Paper, register
-from ...sites import Placement, SideSite, Tap
+from ...sites import BlockView, Placement, SideSite
 from ...training.defaults import Training
 
 
@@ -67,13 +67,13 @@ class HighwayPiece(nn.Module):
         self.attention = DualLowRankAdapter(width, r, rank) if between else None
         self.mlp = DualLowRankAdapter(width, r, rank)
 
-    def forward(self, h: Tensor | None, tap: Tap) -> tuple[Tensor, None]:
+    def forward(self, h: Tensor | None, view: BlockView) -> tuple[Tensor, None]:
         """Map h (batch, tokens, width or `enters_from`), None at the start, to (batch, tokens, width)."""
-        assert tap.behind is not None
-        taken = self.mlp(tap.behind)
+        assert view.after is not None
+        taken = self.mlp(view.after)
         if self.attention is not None:
-            assert tap.between is not None
-            taken = taken + self.attention(tap.between)
+            assert view.between is not None
+            taken = taken + self.attention(view.between)
         if h is None:
             return taken, None
         return taken + (h if self.enter is None else self.enter(h)), None
@@ -139,5 +139,5 @@ class E3VAConfig(VisualPeftConfig):
 
         for block in backbone.blocks:
             between = len(block.sublayers) == 2 and block.entrances["mlp"] != block.path
-            site = SideSite(reads=("between", "behind") if between else ("behind",), adds=True)
+            site = SideSite(reads=("between", "after") if between else ("after",), adds=True)
             yield Placement(block.path, "piece", site, piece(block, between))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...backbones.backbone import NORM_ROLES, Block, VisionBackbone
 from ...core.config import VisualPeftConfig
 from ...core.registry import Paper, register
-from ...sites import Placement, Shared, SideSite, Tap, TokenSite, WeightSite, drop_path
+from ...sites import BlockView, Placement, Shared, SideSite, TokenSite, WeightSite, drop_path
 from ...training.defaults import Training
 from ..specification.difffit import norm_deltas
 
@@ -89,7 +89,7 @@ class SideBlock(nn.Module):
         return s + drop_path(self.fc2(F.gelu(self.fc1(self.norm2(s)))), self.drop_path, self.training)
 
 
-class Rung(nn.Module):
+class SidePiece(nn.Module):
     """One piece of the side network, beside one block.
 
     It gets the maps of the piece before; where a stage starts, they come from the stem or through a convolution of
@@ -133,14 +133,14 @@ class Rung(nn.Module):
         self.up = nn.Linear(dim, width) if ends else None
         self.apply(init_weights)
 
-    def forward(self, maps: Tensor | None, tap: Tap, bridge: nn.Module) -> tuple[Tensor, None]:
+    def forward(self, maps: Tensor | None, view: BlockView, bridge: nn.Module) -> tuple[Tensor, None]:
         """Turn maps (batch, channels, height, width), None at the start, into new ones or (batch, tokens, width)."""
-        x, layout, tokens = tap.behind, tap.layout, tap.tokens
+        x, layout, tokens = view.after, view.layout, view.tokens
         assert x is not None
         assert layout is not None
         assert tokens is not None
         if self.enter is not None:
-            maps = self.enter(tap.pixels if maps is None else maps)
+            maps = self.enter(view.pixels if maps is None else maps)
         assert maps is not None
         size = maps.shape[2:]
         s = maps.flatten(2).transpose(1, 2)
@@ -177,7 +177,7 @@ def init_weights(module: nn.Module) -> None:
 
 def _rung(*args: Any) -> nn.Module:
     """Build a piece; the last argument, the block, is not needed."""
-    return Rung(*args[:-1])
+    return SidePiece(*args[:-1])
 
 
 @register(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...features.pyramid import as_maps, level_sizes
-from ...sites import Tap, TokenLayout, drop_path
+from ...sites import BlockView, TokenLayout, drop_path
 from .deformable import DeformableAttention, Sizes, centres
 from .spatial_prior import Pyramid, SpatialPrior, start_convolutions, to_rows
 
@@ -128,33 +128,33 @@ class Interaction(nn.Module):
         self.extractors = nn.ModuleList(extractors)
         self.gathers = gathers
 
-    def enter(self, state: Tensor | None, tap: Tap) -> tuple[Tensor, Tensor]:
+    def enter(self, state: Tensor | None, view: BlockView) -> tuple[Tensor, Tensor]:
         """Before the block: c, and the addition to the stream."""
-        assert tap.pixels is not None
-        assert tap.before is not None
-        assert tap.layout is not None
+        assert view.pixels is not None
+        assert view.before is not None
+        assert view.layout is not None
         assert self.injector is not None
         if self.prior is not None:
-            state = self.prior(tap.pixels)
+            state = self.prior(view.pixels)
         assert state is not None
-        sizes = level_sizes(tap.pixels)[1:]
-        return state, self.injector(tap.before, tap.layout, state[:, : _count(sizes)], sizes)
+        sizes = level_sizes(view.pixels)[1:]
+        return state, self.injector(view.before, view.layout, state[:, : _count(sizes)], sizes)
 
-    def forward(self, state: Tensor, tap: Tap) -> tuple[Tensor, None]:
+    def forward(self, state: Tensor, view: BlockView) -> tuple[Tensor, None]:
         """After the block: the new c, followed by the streams kept for the pyramid; or the pyramid."""
-        assert tap.pixels is not None
-        assert tap.behind is not None
-        assert tap.layout is not None
-        sizes = level_sizes(tap.pixels)[1:]
+        assert view.pixels is not None
+        assert view.after is not None
+        assert view.layout is not None
+        sizes = level_sizes(view.pixels)[1:]
         c, *kept = state.split([_count(sizes), state.shape[1] - _count(sizes)], dim=1)
         for extractor in self.extractors:
-            c = extractor(c, sizes, tap.behind, tap.layout)
+            c = extractor(c, sizes, view.after, view.layout)
         if not self.gathers:
             return (torch.cat([c, *kept], dim=1) if kept[0].shape[1] else c), None
-        maps = tap.layout.split(tap.behind)[1]
+        maps = view.layout.split(view.after)[1]
         state = torch.cat([c, *kept, to_rows(maps)], dim=1)
         if self.pyramid is not None:
-            state = self.pyramid(state, tap.pixels, (maps.shape[2], maps.shape[3]))
+            state = self.pyramid(state, view.pixels, (maps.shape[2], maps.shape[3]))
         return state, None
 
 

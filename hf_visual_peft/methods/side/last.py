@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...backbones.backbone import Block, VisionBackbone
 from ...core.config import VisualPeftConfig
 from ...core.registry import Paper, register
-from ...sites import Placement, SideSite, Tap
+from ...sites import BlockView, Placement, SideSite
 from ...training.defaults import Training
 
 
@@ -67,9 +67,9 @@ class SidePiece(nn.Module):
         self.enter = nn.Linear(enters_from, width, bias=False) if enters_from else None
         self.attention = LowRankAttention(width, r)
 
-    def forward(self, state: Tensor | None, tap: Tap) -> tuple[Tensor, None]:
+    def forward(self, state: Tensor | None, view: BlockView) -> tuple[Tensor, None]:
         """Map the state, (batch, tokens, 2 width or `enters_from`), None at the start, to the new one."""
-        z = tap.behind if tap.before is None else tap.before
+        z = view.after if view.before is None else view.before
         assert z is not None
         s, c = None, torch.zeros_like(z)
         if state is not None and self.enter is not None:
@@ -78,10 +78,10 @@ class SidePiece(nn.Module):
             s, c = state.chunk(2, dim=-1)
             c = c.detach()  # it has no gradient, so autograd need not compute zeros for it
         read = c + z
-        added = self.attention(read if s is None else s + read, tap.seen)
+        added = self.attention(read if s is None else s + read, view.seen)
         s = added if s is None else s + added
         # a block's output is the next one's input, and is counted there
-        return (s if self.ends else torch.cat([s, c if tap.before is None else read], dim=-1)), None
+        return (s if self.ends else torch.cat([s, c if view.before is None else read], dim=-1)), None
 
 
 @register(
@@ -137,5 +137,5 @@ class LASTConfig(VisualPeftConfig):
             return lambda _: SidePiece(backbone.width, self.r, enters_from, block is last)
 
         for block in backbone.blocks:
-            site = SideSite(reads=("behind",) if block.pools else ("before",), adds=True, needs_mask=True)
+            site = SideSite(reads=("after",) if block.pools else ("before",), adds=True, needs_mask=True)
             yield Placement(block.path, "piece", site, piece(block))

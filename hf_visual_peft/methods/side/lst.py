@@ -14,7 +14,7 @@ from ...backbones.backbone import VisionBackbone
 from ...core.calibration import Calibration
 from ...core.config import VisualPeftConfig
 from ...core.registry import Paper, register
-from ...sites import Placement, SideSite, Tap
+from ...sites import BlockView, Placement, SideSite
 from ...sites.module import is_quantised_weight
 from ...training.defaults import Training
 from ..specification.deltas import Chosen, summed_gradients
@@ -98,7 +98,7 @@ class Piece(nn.Module):
         self.up = nn.Linear(side_width, width) if ends else None
         self.stream = Chosen(side_width, width, "LST") if chooses else None
 
-    def forward(self, s: Tensor | None, tap: Tap) -> tuple[Tensor, None]:
+    def forward(self, s: Tensor | None, view: BlockView) -> tuple[Tensor, None]:
         """Map s (batch, tokens, side_width or `enters_from`), None at the start, to s or (batch, tokens, width).
 
         Raises:
@@ -107,18 +107,18 @@ class Piece(nn.Module):
         if self.stream is not None:
             self.stream()
         if s is None:
-            assert tap.before is not None
-            s = self.block.dropout(tap.before)
-        assert tap.behind is not None
+            assert view.before is not None
+            s = self.block.dropout(view.before)
+        assert view.after is not None
         if self.enter is not None:
             s = self.enter(s)
-        down = self.down(tap.behind)
+        down = self.down(view.after)
         if self.gate is None:
             s = s + down
         else:
             gate = torch.sigmoid(self.gate / self.temperature).to(down.dtype)  # autocast leaves it in float32
             s = torch.lerp(down, s, gate)
-        s = self.block(s, tap.seen)
+        s = self.block(s, view.seen)
         if self.up is not None:
             assert self.norm is not None
             s = self.up(self.block.dropout(self.norm(s)))
@@ -225,7 +225,7 @@ class LSTConfig(VisualPeftConfig):
             build = partial(
                 self._build, width, side_width, num_heads, hidden, enters_from, ends=ends and block is last
             )
-            site = SideSite(reads=("before", "behind") if starts and block is first else ("behind",), needs_mask=True)
+            site = SideSite(reads=("before", "after") if starts and block is first else ("after",), needs_mask=True)
             yield Placement(block.path, "rung", site, build)
 
     def _build(

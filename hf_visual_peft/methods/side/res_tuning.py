@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...backbones.backbone import VisionBackbone
 from ...core.config import VisualPeftConfig
 from ...core.registry import Paper, register
-from ...sites import BranchSite, Placement, SideSite, Tap
+from ...sites import BlockView, BranchSite, Placement, SideSite
 from ...training.defaults import Training
 
 
@@ -106,10 +106,10 @@ class Bypass(nn.Module):
         self.vertical = ResAdapter(width, r)
         self.gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, s: Tensor | None, tap: Tap) -> tuple[Tensor, None]:
+    def forward(self, s: Tensor | None, view: BlockView) -> tuple[Tensor, None]:
         """Map s (batch, tokens, width or `enters_from`), None at the start, to (batch, tokens, width)."""
-        s = tap.before if s is None else s
-        x = tap.behind
+        s = view.before if s is None else s
+        x = view.after
         assert s is not None
         assert x is not None
         if self.enter is not None:
@@ -224,7 +224,7 @@ class ResTuningConfig(VisualPeftConfig):
             def build(_: nn.Module, enters_from: int | None = enters_from) -> nn.Module:
                 return Bypass(backbone.width, self.r, enters_from)
 
-            site = SideSite(reads=("before", "behind") if starts and block is first else ("behind",))
+            site = SideSite(reads=("before", "after") if starts and block is first else ("after",))
             yield Placement(block.path, "bypass", site, build)
 
     def _branches(self, backbone: VisionBackbone) -> Iterator[Placement]:

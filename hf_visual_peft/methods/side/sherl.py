@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...backbones.backbone import VisionBackbone
 from ...core.config import VisualPeftConfig
 from ...core.registry import Paper, register
-from ...sites import Placement, Tap
+from ...sites import BlockView, Placement
 from ...training.defaults import Training
 from .unipt import EPS, Collected, collecting
 
@@ -45,10 +45,10 @@ class SHERL(Collected):
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, state: Tensor | None, tap: Tap) -> tuple[Tensor, None]:
+    def forward(self, state: Tensor | None, view: BlockView) -> tuple[Tensor, None]:
         """Map the state to what replaces the block's output, (batch, tokens, width)."""
-        assert tap.behind is not None
-        states = self.collect(state, tap).unflatten(-1, (-1, self.r))
+        assert view.after is not None
+        states = self.collect(state, view).unflatten(-1, (-1, self.r))
         others, guide = states[..., :-1, :], states[..., -1:, :]
         normed = others / (others.square().sum(dim=-1, keepdim=True).sqrt() + EPS)
         redundancy = F.relu(normed @ normed.mT).sum(dim=-1, keepdim=True)
@@ -56,7 +56,7 @@ class SHERL(Collected):
         shares = shares / (shares.sum(dim=-2, keepdim=True) + EPS)
         mixed = ((shares * others).sum(dim=-2, keepdim=True) + guide).squeeze(-2)
         out = self.dropout(self.norm(self.up(F.relu(mixed))))
-        return out + torch.tanh(self.gate / TEMPERATURE) * tap.behind, None
+        return out + torch.tanh(self.gate / TEMPERATURE) * view.after, None
 
 
 @register(

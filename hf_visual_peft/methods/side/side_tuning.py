@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...backbones.backbone import VisionBackbone
 from ...core.config import VisualPeftConfig
 from ...core.registry import Paper, register
-from ...sites import Placement, SideSite, Tap
+from ...sites import BlockView, Placement, SideSite
 from ...training.defaults import Training
 
 
@@ -45,30 +45,30 @@ class SideTuning(nn.Module):
         self.proj = nn.Conv2d(channels, width, 1, bias=False)
         self.alpha = nn.Parameter(torch.zeros(1)) if learned else None
 
-    def side(self, tap: Tap) -> Tensor:
+    def side(self, view: BlockView) -> Tensor:
         """S(x), (batch, tokens, width)."""
-        assert tap.behind is not None
-        assert tap.pixels is not None
-        assert tap.layout is not None
-        pixels, grid = tap.pixels, tap.layout.grid
+        assert view.after is not None
+        assert view.pixels is not None
+        assert view.layout is not None
+        pixels, grid = view.pixels, view.layout.grid
         if grid is None:
             raise ValueError("The patch grid is not known: call the whole model, not a block of it.")
         if pixels.ndim == 5:  # a video, (batch, channels, frames, height, width): the mean over the frames of one grid
             pixels = pixels.unflatten(2, (grid.times, -1)).mean(dim=3).transpose(1, 2).flatten(0, 1)
         maps = self.proj(F.adaptive_avg_pool2d(self.features(pixels), (grid.height, grid.width)))
-        sequences = tap.behind.shape[0] * grid.times // maps.shape[0]
+        sequences = view.after.shape[0] * grid.times // maps.shape[0]
         if sequences > 1:  # several per image, one after the other, each with a token of every cell
             maps = maps.repeat_interleave(sequences, dim=0)
         mean = maps.mean(dim=(2, 3)).unflatten(0, (-1, grid.times)).mean(dim=1, keepdim=True)
-        return tap.layout.join(mean.expand(-1, tap.layout.prefix, -1), maps)
+        return view.layout.join(mean.expand(-1, view.layout.prefix, -1), maps)
 
-    def forward(self, state: Tensor | None, tap: Tap) -> tuple[Tensor, None]:
+    def forward(self, state: Tensor | None, view: BlockView) -> tuple[Tensor, None]:
         """R, (batch, tokens, width); there is no earlier state."""
-        assert tap.behind is not None
-        side = self.side(tap).to(tap.behind.dtype)  # autocast leaves the stream in float32
+        assert view.after is not None
+        side = self.side(view).to(view.after.dtype)  # autocast leaves the stream in float32
         if self.alpha is None:
-            return (tap.behind + side) / 2, None
-        return torch.lerp(side, tap.behind, torch.sigmoid(self.alpha).to(side.dtype)), None
+            return (view.after + side) / 2, None
+        return torch.lerp(side, view.after, torch.sigmoid(self.alpha).to(side.dtype)), None
 
 
 @register(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...backbones.backbone import Block, VisionBackbone
 from ...core.config import VisualPeftConfig
 from ...core.registry import Paper, register
-from ...sites import Placement, SideSite, Tap
+from ...sites import BlockView, Placement, SideSite
 from ...training.defaults import Training
 
 
@@ -51,18 +51,18 @@ class Collected(nn.Module):
         self.before = Reduced(width, r) if first else None
         self.behind = Reduced(width, r)
 
-    def collect(self, state: Tensor | None, tap: Tap) -> Tensor:
+    def collect(self, state: Tensor | None, view: BlockView) -> Tensor:
         """The reduced streams so far, (batch, tokens, count r)."""
-        assert tap.behind is not None
+        assert view.after is not None
         parts = [] if state is None else [state]
         if self.before is not None:
-            assert tap.before is not None
-            parts.append(self.before(tap.before))
-        return torch.cat([*parts, self.behind(tap.behind)], dim=-1)
+            assert view.before is not None
+            parts.append(self.before(view.before))
+        return torch.cat([*parts, self.behind(view.after)], dim=-1)
 
-    def forward(self, state: Tensor | None, tap: Tap) -> tuple[Tensor, None]:
+    def forward(self, state: Tensor | None, view: BlockView) -> tuple[Tensor, None]:
         """Map the state to that with one stream more."""
-        return self.collect(state, tap), None
+        return self.collect(state, view), None
 
 
 class UniPT(Collected):
@@ -86,10 +86,10 @@ class UniPT(Collected):
         self.up = nn.Linear(r, width)
         self.gate = nn.Linear(r, 1)
 
-    def forward(self, state: Tensor | None, tap: Tap) -> tuple[Tensor, None]:
+    def forward(self, state: Tensor | None, view: BlockView) -> tuple[Tensor, None]:
         """Map the state to what replaces the block's output, (batch, tokens, width)."""
-        *others, anchor = self.collect(state, tap).split(self.r, dim=-1)
-        seen = None if tap.seen is None else tap.seen[..., None].to(anchor.dtype)
+        *others, anchor = self.collect(state, view).split(self.r, dim=-1)
+        seen = None if view.seen is None else view.seen[..., None].to(anchor.dtype)
 
         def mean(u: Tensor) -> Tensor:
             return u.mean(dim=1) if seen is None else (u * seen).sum(dim=1) / seen.sum(dim=1)
@@ -121,7 +121,7 @@ def collecting(
     for block in backbone.blocks:
         first = inputs and block is backbone.blocks[0] and backbone.width_before is None
         final = block is backbone.blocks[-1] and backbone.width_after is None
-        site = SideSite(reads=("before", "behind") if first else ("behind",), needs_mask=True)
+        site = SideSite(reads=("before", "after") if first else ("after",), needs_mask=True)
 
         def build(_: nn.Module, first: bool = first, final: bool = final) -> nn.Module:
             return last(first) if final else Collected(width, r, first)
