@@ -286,7 +286,7 @@ def test_order_matters_where_parts_meet():
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ([SSFConfig(), RLRRConfig()], r"SSFConfig \(ssf\) acts on the output of .*RLRRConfig \(rlrr\) on its weight"),
+        ([SSFConfig(), RLRRConfig()], r"SSFConfig \(ssf\) acts on the output of .* after RLRRConfig \(rlrr\)"),
         (
             [MonaConfig(r=2), AdaptFormerConfig(r=2)],
             r"MonaConfig \(mona\) reads the stream after the MLP .* after AdaptFormer",

@@ -22,6 +22,7 @@ from ..backbones.backbone import VisionBackbone
 from ..backbones.finding import find_backbone
 from ..backbones.modes import in_eval_mode
 from ..sites import VisualTunerLayer, layers_of
+from .outcome import logits_of
 
 
 class NotCalibratedError(RuntimeError):
@@ -112,12 +113,10 @@ class Calibration:
         if not self.backbone.heads:
             raise ValueError(f"{purpose} by a classifier's loss: {name} has no head.")
         labels = batch.pop("labels")
-        output = self.output(batch)
-        logits = getattr(output, "logits", output)
-        several = isinstance(logits, Tensor) and logits.shape == labels.shape and labels.is_floating_point()
-        if several:
+        logits = logits_of(self.output(batch))
+        if logits is not None and logits.shape == labels.shape and labels.is_floating_point():
             return F.binary_cross_entropy_with_logits(logits.float(), labels)
-        if not isinstance(logits, Tensor) or logits.shape[:-1] != labels.shape:
+        if logits is None or logits.shape[:-1] != labels.shape:
             raise ValueError(f"{purpose} by a classifier's loss: {name} does not return (batch, classes) logits.")
         if not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[-1]:
             raise ValueError(f"dataloader: labels must be from 0 to {logits.shape[-1] - 1}.")

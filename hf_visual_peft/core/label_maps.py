@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 from ..backbones.finding import find_backbone
 from ..backbones.modes import in_eval_mode
 from .calibration import Calibration
+from .outcome import logits_of
 
 
 LabelMapping = list[list[int]]
@@ -96,9 +97,8 @@ def frequent_label_map(
     with _own_logits(base), torch.no_grad():
         for batch in reader.batches():
             labels = batch.pop("labels")
-            output = reader.output(batch)
-            logits = getattr(output, "logits", output)
-            if not isinstance(logits, Tensor) or logits.shape[:-1] != labels.shape or not logits.isfinite().all():
+            logits = logits_of(reader.output(batch))
+            if logits is None or logits.shape[:-1] != labels.shape or not logits.isfinite().all():
                 raise ValueError(f"{type(base).__name__} does not return finite (batch, classes) logits.")
             if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
                 raise ValueError(f"dataloader: labels must be from 0 to {num_classes - 1} (num_classes).")

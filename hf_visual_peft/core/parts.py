@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import Literal
 
 from ..backbones.backbone import VisionBackbone
-from ..sites import BranchSite, LinearSite, OutputSite, Placement, SideSite, TokenSite, WeightSite
+from ..sites import Placement
 from .calibration import Calibration
 from .config import VisualPeftConfig
 from .registry import get_method
@@ -32,11 +32,9 @@ class Part:
         Args:
             placement: with the slot that the method alone would give it.
         """
-        shared, site = placement.shared, placement.site
+        shared, site = placement.shared, placement.site.in_part(self.label)
         if shared is not None:
             shared = replace(shared, name=f"{self.label}_{shared.name}")
-        if isinstance(site, TokenSite | SideSite):
-            site = replace(site, part="/".join(filter(None, (self.label, site.part))))
         return replace(placement, slot=f"{self.label}_{placement.slot}", site=site, shared=shared)
 
 
@@ -93,32 +91,17 @@ def check_order(config: VisualPeftConfig, placed: Sequence[tuple[Part, Placement
     Raises:
         ValueError: a part acts before another that is listed before it, whatever the order of the list.
     """
-    meeting: dict[tuple[str, str], list[tuple[Part, Placement]]] = {}
+    meeting: dict[tuple[str, str], list[tuple[Part, Placement, int]]] = {}
     for part, placement in placed:
-        site = placement.site
-        if isinstance(site, WeightSite | OutputSite | LinearSite):
-            meeting.setdefault((placement.path, ""), []).append((part, placement))
-        elif isinstance(site, BranchSite):
-            meeting.setdefault((placement.path, site.sublayer), []).append((part, placement))
-    for (path, sublayer), those in meeting.items():
-        for (first, one), (second, other) in combinations(those, 2):
-            if first is second or _rank(one) <= _rank(other):
-                continue
-            if sublayer:
-                place = "MLP" if sublayer == "mlp" else sublayer
-                reason = f"reads the stream after the {place} of {path!r} with all that other branches add there"
-            else:
-                reason = f"acts on the output of {path!r}, and {_named(second)} on its weight or bias"
-            raise ValueError(
-                f"{type(config).__name__}: {_named(first)} {reason}, so it comes after {_named(second)}, which is "
-                "listed later. List them in the order in which they act."
-            )
-
-
-def _rank(placement: Placement) -> int:
-    """Where an equation comes among those at its module or sub-layer, by the kind of its site."""
-    site = placement.site
-    return int(site.reads == "sum" if isinstance(site, BranchSite) else not isinstance(site, WeightSite))
+        if (turn := placement.site.turn()) is not None:
+            meeting.setdefault((placement.path, turn[0]), []).append((part, placement, turn[1]))
+    for those in meeting.values():
+        for (first, one, when), (second, _, other) in combinations(those, 2):
+            if first is not second and when > other:
+                raise ValueError(
+                    f"{type(config).__name__}: {_named(first)} {one.site.why_late(one.path)}, so it comes after "
+                    f"{_named(second)}, which is listed later. List them in the order in which they act."
+                )
 
 
 def _named(part: Part) -> str:

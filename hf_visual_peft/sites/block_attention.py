@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from ..backbones.backbone import linear_sizes, unwrapped
+from ..backbones.backbone import Block, linear_sizes, unwrapped
 from ..backbones.modes import in_eval_mode
 from .attention import (
     Acts,
@@ -43,6 +43,7 @@ class AttentionLayer(VisualTunerLayer):
     _attention: tuple[tuple[nn.Module, ...], ...]  # norm and output projection
     _position_biases: list[PositionBias]
     _pass: Pass | None
+    _block: Block
 
     def _init_attention(self) -> None:
         self._acts_in_attention = False  # whether an adapter acts in the block's attention module
@@ -90,23 +91,15 @@ class AttentionLayer(VisualTunerLayer):
         Raises:
             ValueError: it cannot.
         """
-        attention = self._find_attention()
-        name = type(self.get_base_layer()).__name__
+        name = type(self._find_attention()).__name__
         try:
-            with in_eval_mode(attention), torch.no_grad():  # no random numbers are drawn, no statistics changed
-                weight: Any = self._attention[0][0].weight
-                tokens = weight.new_zeros(2, 3, len(weight))  # three tokens fill no square grid
+            with self._trial() as tokens:  # three tokens fill no square grid
                 shape = self._attend(tokens).shape
         except Exception as error:  # any error of an unknown module
-            raise ValueError(
-                f"The attention of {name} cannot serve other tokens than its own: {type(attention).__name__} does not "
-                f"run on three tokens without a grid ({_first_line(error)})."
-            ) from error
+            self._fail("serve other tokens than its own", f"{name} does not run on three tokens", error)
         if shape != tokens.shape:
-            raise ValueError(
-                f"The attention of {name} cannot serve other tokens than its own: {type(attention).__name__} returns "
-                f"{tuple(shape)} for tokens of {tuple(tokens.shape)}."
-            )
+            found = f"{name} returns {tuple(shape)} for tokens of {tuple(tokens.shape)}"
+            self._fail("serve other tokens than its own", found)
 
     def require_cross(self) -> None:
         """Check that attention from tokens to others is that of the block, by a short run on a few tokens.
@@ -114,26 +107,33 @@ class AttentionLayer(VisualTunerLayer):
         Raises:
             ValueError: to themselves, its module computes another.
         """
-        attention = self._find_attention()
-        owner = self.get_base_layer()
-        reason = ""
+        name = type(self._find_attention()).__name__
         try:
-            with in_eval_mode(attention), torch.no_grad():  # no random numbers are drawn, no statistics changed
-                weight = next(p for p in owner.parameters() if p.is_floating_point())
-                width = self._block.width or len(weight)
-                tokens = torch.arange(6 * width, device=weight.device).sin().to(weight.dtype).view(2, 3, width)
+            with self._trial() as tokens:
                 found, expected = self._cross(tokens, tokens), self._alone(tokens)
-                if not found.is_meta:
-                    tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 5e-2
-                    same = (found - expected).abs().max() <= tolerance * expected.abs().max()
-                    reason = "" if same else f"{type(attention).__name__} computes another attention than that"
         except Exception as error:  # any error of an unknown module
-            reason = _first_line(error)
-        if reason:
-            raise ValueError(
-                f"The attention of {type(owner).__name__} cannot be that of tokens to others, by its projections "
-                f"alone: {reason}. Leave these blocks out by exclude_modules."
-            )
+            self._fail("be that of tokens to others, by its projections alone", f"{name} does not run", error)
+        tolerance = 1e-4 if found.dtype in (torch.float32, torch.float64) else 5e-2
+        if not found.is_meta and not (found - expected).abs().max() <= tolerance * expected.abs().max():
+            why = f"{name} computes another attention than that"
+            self._fail("be that of tokens to others, by its projections alone", why)
+
+    @contextmanager
+    def _trial(self) -> Iterator[Tensor]:
+        """Two images of three tokens to run the attention on; no random numbers are drawn, no statistics changed."""
+        owner = self.get_base_layer()
+        weight = next(p for p in owner.parameters() if p.is_floating_point())
+        width = self._block.width or len(weight)
+        with in_eval_mode(self._attention_module()), torch.no_grad():
+            yield torch.arange(6 * width, device=weight.device).sin().to(weight.dtype).view(2, 3, width)
+
+    def _fail(self, purpose: str, why: str, error: Exception | None = None) -> NoReturn:
+        if error is not None:
+            why += f" ({next(iter(str(error).splitlines()), type(error).__name__)})"
+        raise ValueError(
+            f"The attention of {type(self.get_base_layer()).__name__} cannot {purpose}: {why}. Leave these blocks out "
+            "by exclude_modules."
+        ) from error
 
     def _detach_attention(self) -> None:
         if not self._acts_in_attention:
@@ -272,10 +272,6 @@ class AttentionLayer(VisualTunerLayer):
             yield
         finally:
             self._pass = current
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _of_tokens(norm: nn.Module, tokens: Tensor) -> Tensor:

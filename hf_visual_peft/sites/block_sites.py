@@ -103,6 +103,15 @@ class BranchSite(BlockSite):
             return ": its attention is not the softmax attention of projected tokens."
         return None
 
+    def turn(self) -> tuple[str, int]:
+        """Those on the stream after the sub-layer come last."""
+        return self.sublayer, int(self.reads == "sum")
+
+    def why_late(self, path: str) -> str:
+        """It reads what the others add."""
+        place = "MLP" if self.sublayer == "mlp" else self.sublayer
+        return f"reads the stream after the {place} of {path!r} with all that other branches add there"
+
     def reaches(self, block: Block, prompts: str | None) -> Sequence[str]:
         """The attention, if the equation calls it."""
         return (attention_in(block),) if self.attends or self.crosses else ()

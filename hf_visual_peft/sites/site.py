@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -80,6 +80,26 @@ class Site:
             backbone: in it; None if the config names target modules.
         """
 
+    def in_part(self, label: str) -> Site:
+        """The same site for one of several parts of an adapter, which are told apart.
+
+        Args:
+            label: of the part.
+        """
+        return self
+
+    def turn(self) -> tuple[str, int] | None:
+        """The point of a module where equations act in turn, and when, lower numbers first; None if there is none."""
+        return None
+
+    def why_late(self, path: str) -> str:
+        """Why its equation acts after others at a point, whatever their order: how a sentence about it goes on.
+
+        Args:
+            path: name of the module.
+        """
+        return f"acts last at {path!r}"
+
     def describe(self, names: Mapping[str, str]) -> str:
         """What an equation acts on, in words; `{}` stands for the modules or sub-layers.
 
@@ -119,6 +139,14 @@ class ModuleSite(Site):
     reads_input = False
     followers: Any = None
     channelwise: Any = False
+
+    def turn(self) -> tuple[str, int]:
+        """Changes of weight and bias come before those of the output."""
+        return "", int(self.around)
+
+    def why_late(self, path: str) -> str:
+        """Its output is that of the changed weights."""
+        return f"acts on the output of {path!r}, which comes of its weight and bias"
 
 
 class ModelSite(Site):
@@ -178,6 +206,13 @@ class BlockSite(Site):
             owner: the adapter with its method.
         """
         return f"{owner}:{self.part}" if self.part else owner
+
+    def in_part(self, label: str) -> BlockSite:
+        """What passes from block to block has the label in its name."""
+        if "part" not in vars(self):
+            return self
+        site: Any = self
+        return replace(site, part="/".join(filter(None, (label, self.part))))
 
 
 class AttentionSite(BlockSite):
