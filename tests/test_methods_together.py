@@ -185,7 +185,7 @@ def test_each_is_merged_by_itself():
     assert models["scales"].merge_and_unload() is base
     assert not any(isinstance(module, ModuleLayer) for module in base.modules())
     torch.testing.assert_close(run(base), expected, rtol=0, atol=2e-6)
-    with pytest.raises(ValueError, match="cannot be merged: it is no affine change"):
+    with pytest.raises(ValueError, match="cannot be merged: it is not an affine change"):
         models["prompts"].merge_and_unload()
     torch.testing.assert_close(run(base), expected, rtol=0, atol=2e-6)
     models["branches"].unload()

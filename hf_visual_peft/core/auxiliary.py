@@ -211,7 +211,7 @@ def auxiliary_loss(model: nn.Module, labels: Tensor | None = None, task_loss: Ta
         task_loss: the loss of the task, a function of logits, for losses that hold it a second time.
 
     Returns:
-        A number; zero if no active adapter has such a loss, or the pass recorded no gradients.
+        A number; zero if no active adapter has such a loss, or if the pass recorded no gradients.
 
     Raises:
         ValueError: a loss is not finite, the model has added it already, or it needs labels.

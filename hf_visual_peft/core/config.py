@@ -116,7 +116,7 @@ class VisualPeftConfig(CheckedFields, PeftConfig):
                 self._fail(name, f"None: {type(self).__name__} itself decides which modules it changes")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as they stand in `adapter_config.json`, which has no tuples."""
+        """The fields as in `adapter_config.json`, which has no tuples."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in super().to_dict().items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -6,7 +6,7 @@
     found = frequent_label_map(model, dataloader, num_classes=10)
     model = get_peft_model(model, hf_visual_peft.ILMVPConfig(label_map=found))
 
-`IterativeLabelMap` finds the map anew in every epoch of a `Trainer`.
+`IterativeLabelMap` finds the map again in every epoch of a `Trainer`.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def set_label_map(model: Any, label_map: LabelMapping, adapter_name: str = "defa
 
 
 class IterativeLabelMap(TrainerCallback):
-    """Finds the label map of an adapter anew at the start of every epoch, with the prompt as it is by then.
+    """Finds the label map of an adapter again at the start of every epoch, with the current prompt.
 
     Args:
         dataloader: gives mappings with `pixel_values` and `labels`.

@@ -3,7 +3,7 @@
 An adapter with a copy of the head for image classification belongs to the classes it was trained on. They are saved in
 its `adapter_config.json`, under `auto_mapping`, a dictionary that peft does not change. `PeftModel.from_pretrained`,
 `AutoModelForImageClassification.from_pretrained` and `pipeline` then load the adapter with a head of that many classes
-and put their names into `model.config`, whatever head the base has. Each adapter of a model keeps its own names, and
+and put their names into `model.config`, with any head of the base. Each adapter of a model keeps its own names, and
 so does the base: switching or disabling adapters also switches the names.
 
 With methods of this library all that happens automatically. Adapters of peft's own methods have the names in their

@@ -89,7 +89,7 @@ def check_order(config: VisualPeftConfig, placed: Sequence[tuple[Part, Placement
         placed: each part with each of its placements, in the order of the parts.
 
     Raises:
-        ValueError: a part acts before another that is listed before it, whatever the order of the list.
+        ValueError: a part acts before another that is listed before it.
     """
     meeting: dict[tuple[str, str], list[tuple[Part, Placement, int]]] = {}
     for part, placement in placed:

@@ -120,7 +120,7 @@ def _advice(config: VisualPeftConfig, whole: VisionBackbone) -> str:
     for name, method in list_methods().items():
         try:
             other = method.config_cls()
-            # all blocks: the last one may also refuse; of methods in one adapter each is named by itself
+            # all blocks: the last one may also refuse; the parts of an adapter are listed by themselves
             found = type(other) is not type(config) and not other.adapter_parts()
             found = found and bool(_all_placements(other, whole, whole))
         except ValueError:

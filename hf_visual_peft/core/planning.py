@@ -103,7 +103,7 @@ class PlanningTuner(MergingTuner):
         for placement in placements_of(config, selected, backbone):
             self._check_beside_copies(placement, config, backbone)
             passage = placement.site.passes_on and placement.build is None
-            if passage and placement.path in self._excluded:  # all but the way through it
+            if passage and placement.path in self._excluded:  # keep only what passes through it
                 self._excluded.remove(placement.path)
                 children = own_children(model.get_submodule(placement.path))
                 self._excluded.update(f"{placement.path}.{name}" for name, _ in children)
@@ -220,12 +220,12 @@ class PlanningTuner(MergingTuner):
         return replace(backbone, blocks=kept)
 
     def _check_free(self, model: nn.Module, path: str, kind: type[VisualTunerLayer]) -> None:
-        """Refuse what an adapter of another kind replaces, or what lies in it.
+        """Refuse a module that an adapter of another kind replaces or contains.
 
         Layers on single modules go around those of other methods; adapters in a block let all others stand there.
 
         Raises:
-            ValueError: an adapter that is there already, or another of this one, does not let the method act there.
+            ValueError: an existing adapter, or another equation of this one, prevents the method from acting there.
         """
         parts = path.split(".")
         planned = {layer_for(other.site) for other in self._placements.get(path, ())}

@@ -139,7 +139,7 @@ class Method:
 
     @property
     def peft_type(self) -> VisualPeftType:
-        """The type as it stands in `adapter_config.json`."""
+        """The type as in `adapter_config.json`."""
         return VisualPeftType(self.name.upper())
 
 
@@ -273,7 +273,7 @@ def enlist(config_cls: Any, name: str, base: type) -> type:
 def _accept_saved_fields(config_cls: type) -> None:
     """Let a config be built from a file with unknown fields, and record these.
 
-    peft drops such fields with a warning, whichever class loads the file, and a model built from the remaining fields
+    peft drops such fields with a warning and a model built from the remaining fields
     may compute something other than what was trained. So the config keeps their names and refuses to be applied to a
     model. Only files contain `peft_type`: a call with a misspelt field raises a `TypeError` with the close names.
     """

@@ -106,7 +106,7 @@ class VisualTuner(PlanningTuner, MixingTuner):
         self._exchange.unhook_heads()
         if self._crossing:
             self._exchange.crossing.add(f"{self.prefix}{adapter_name}")
-        with self._without_hooks(model):  # copies shall not have the hooks
+        with self._without_hooks(model):  # copies must not have the hooks
             copy_modules(model, self._copied, adapter_name, active)
             share_copies(model, adapter_name)
             self._check_layers_around(model, config)

@@ -89,7 +89,7 @@ class BlockAdapters(BranchLayer, nn.Module):
                 f"{type(owner).__name__} has an attribute {CHILD!r} of its own, where methods at blocks put theirs. "
                 "Methods on single modules, as SSFConfig and LoraConfig, work there."
             )
-        self._owner = (owner,)  # a tuple, so that it is no submodule
+        self._owner = (owner,)  # a tuple, so that it is not a submodule
         self._init_layer(exchange)
         table = block.table or backbone.architecture
         self.prefix_tokens = block.prefix_tokens
@@ -143,7 +143,7 @@ class BlockAdapters(BranchLayer, nn.Module):
         """Undo all changes of the block."""
         owner: Any = self.get_base_layer()
         own, kind = vars(owner), plain_class(type(owner))
-        # accelerate may have put its own forward around this one meanwhile
+        # accelerate may have put its own forward around this one since
         name = "_old_forward" if own.get("_old_forward") == self.inside else "forward"
         if self._forward_before is not None or name == "_old_forward":
             setattr(owner, name, self._forward_before or MethodType(kind.forward, owner))  # type: ignore[attr-defined]
@@ -179,8 +179,8 @@ class BlockAdapters(BranchLayer, nn.Module):
         """
         slots = {planned.attribute for plan in self.plans.values() for planned in plan}
         raise ValueError(
-            f"{', '.join(sorted(slots))} cannot be merged: it is no affine change of a weight of the backbone. Keep "
-            "the adapter beside the backbone; `unload()` gives the backbone back without it."
+            f"{', '.join(sorted(slots))} cannot be merged: it is not an affine change of a weight of the backbone. "
+            "Keep the adapter beside the backbone; `unload()` gives the backbone back without it."
         )
 
     def check_mergeable(self) -> None:
@@ -362,7 +362,7 @@ class BlockAdapters(BranchLayer, nn.Module):
             current.prefix += inserted
         for branch in self._branches("attention", "input"):
             self._add(current, branch, to_tokens(hidden_states, self._stream))
-        # Only here an addition reaches all later parts of the block by itself.
+        # An addition here reaches all later parts of the block.
         hidden_states, current.added = current.with_added(hidden_states, self._stream), None
         current.entered = to_tokens(hidden_states, self._stream)
         for sublayer in self._reads_block:

@@ -52,7 +52,7 @@ class BranchLayer(AttentionLayer, BypassedLayer, ChoosingLayer):
         """Set the hooks that see the block's stream."""
         block, roles = self._block, self._block.roles
         self._steps: list[tuple[dict, str, nn.Module | None]] = []  # on the way to the modules with hooks
-        # tuples, so that they are no submodules of the layer
+        # tuples, so that they are not submodules of the layer
         self._attention: tuple[tuple[nn.Module, ...], ...] = tuple(
             tuple(self._versions(path)[0] for path in roles[role][:1]) for role in ("norm1", "output")
         )
@@ -105,7 +105,7 @@ class BranchLayer(AttentionLayer, BypassedLayer, ChoosingLayer):
             return
         if torch.compiler.is_compiling():
             raise ValueError(
-                f"{self.path}: other adapters have come to the block since its last forward pass. Call the model once "
+                f"{self.path}: adapters were added to the block after its last forward pass. Call the model once "
                 "before it is compiled."
             )
         self.set_hooks_again()

@@ -90,7 +90,7 @@ class BranchSite(BlockSite):
         return self.sublayer
 
     def exists_at(self, block: Block, whole: VisionBackbone) -> bool:
-        """Not at a sub-layer that the block lacks, nor, if it needs a layout, at tokens that are no patches."""
+        """Not at a sub-layer that the block lacks, nor, if it needs a layout, at tokens that are not patches."""
         unlaid = whole.architecture.grid is not None and (block.table or whole.architecture).grid is None
         return self.sublayer in block.sublayers and not (self.needs_layout and unlaid)
 

@@ -257,7 +257,7 @@ class Exchange:
         return (pixels.flatten(0, 1), *args[1:]), kwargs
 
     def _forget_frames(self, module: nn.Module, args: tuple, output: Any) -> None:
-        # who then calls a part of the model with images shall not have them taken for the frames of these videos
+        # images that a part of the model gets later are not frames of these videos
         self.images, self.frames = 0, None
 
     def _from_pixels(self, module: nn.Module, args: tuple) -> None:

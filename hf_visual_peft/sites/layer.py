@@ -252,7 +252,7 @@ class VisualTunerLayer(BaseTunerLayer):
                     del slot[adapter_name]
             self.plans[adapter_name] = kept
         else:
-            if prefix:  # peft's would choose another one to be active, whatever its method is
+            if prefix:  # peft's would activate another one, of any method
                 self._active_adapter = [name for name in self.active_adapters if name != adapter_name]
             super().delete_adapter(adapter_name)
         if prefix and adapter_name in active and own and not active.intersection(own):
@@ -434,7 +434,7 @@ class WrappingLayer(VisualTunerLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """What a tuner of peft's own puts in this place when it is unloaded: the layer, without that tuner's in it."""
+        """What peft's own tuner leaves here when it is unloaded: this layer, without its own."""
         inside: Any = self.base_layer
         if isinstance(inside, BaseTunerLayer):
             if merge:

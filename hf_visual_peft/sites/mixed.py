@@ -82,7 +82,7 @@ def check_samples_first(module: nn.Module, x: Any) -> None:
         x: its input.
 
     Raises:
-        ValueError: it is such a linear.
+        ValueError: it is one.
     """
     first = next(part for part in module.modules() if not any(part.children()))
     if isinstance(first, nn.Linear) and isinstance(x, Tensor) and x.ndim > 3:

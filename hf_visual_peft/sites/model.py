@@ -57,7 +57,7 @@ class ModelAdapters(VisualTunerLayer, nn.Module):
 
     def __init__(self, owner: nn.Module, model: nn.Module, backbone: VisionBackbone, exchange: Exchange) -> None:
         super().__init__()
-        self._owner = (owner,)  # a tuple, so that it is no submodule
+        self._owner = (owner,)  # a tuple, so that it is not a submodule
         self._init_layer(exchange)
         self.backbone = backbone
         self.handles: list[Any] = []
@@ -126,7 +126,7 @@ class ModelAdapters(VisualTunerLayer, nn.Module):
         return x
 
     def check_merge(self) -> None:
-        """Refuse what is no constant addition to the images, and backbones without a place for it.
+        """Refuse what is not a constant addition to the images, and backbones without a place for it.
 
         Raises:
             ValueError: it is such an adapter or backbone.
@@ -172,7 +172,7 @@ class ModelAdapters(VisualTunerLayer, nn.Module):
         if not equations or any(each is None for each in constants):
             slots = sorted({planned.attribute for plan in self.plans.values() for planned in plan})
             raise ValueError(
-                f"{', '.join(slots)} cannot be merged: it is no constant addition to the images. Keep the adapter "
+                f"{', '.join(slots)} cannot be merged: it is not a constant addition to the images. Keep the adapter "
                 "beside the backbone; `unload()` gives the backbone back without it."
             )
         return torch.stack([each.float() for each in constants if each is not None]).sum(dim=0)

@@ -203,7 +203,7 @@ class ModuleLayer(WrappingLayer, nn.Module):
         self.places = {module: place for module, place in found.items() if place is not None}
 
     def check_mergeable(self) -> None:
-        """Refuse active adapters that are no affine change of any weight.
+        """Refuse active adapters that are not affine changes of a weight.
 
         Raises:
             ValueError: there is one.
@@ -261,7 +261,7 @@ class ModuleLayer(WrappingLayer, nn.Module):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         for module, name, original in self._originals:
-            if original is not None:  # the model may have been moved meanwhile
+            if original is not None:  # the model may have been moved since
                 original.data = original.to(getattr(module, name))
             put(module, name, original)
         for place in self.places.values():
@@ -311,7 +311,7 @@ def _require_foldable(module: nn.Module, equations: Iterable[Equation]) -> None:
 
 
 def _require_affine(module: nn.Module, equations: Iterable[Equation]) -> None:
-    """Refuse equations that are no affine change of a weight, whatever module they act on.
+    """Refuse equations that are not affine changes of a weight, on any module.
 
     Args:
         module: that they act on.
@@ -323,7 +323,7 @@ def _require_affine(module: nn.Module, equations: Iterable[Equation]) -> None:
     unfolded = next((e.module for e in equations if e.site.around and not _folds(e.module)), None)
     if unfolded is not None:
         raise ValueError(
-            f"{type(unfolded).__name__} at {module} cannot be merged: it is no affine change of a weight. Keep "
+            f"{type(unfolded).__name__} at {module} cannot be merged: it is not an affine change of a weight. Keep "
             "the adapter beside the backbone; `unload()` gives the backbone back without it."
         )
 
@@ -334,7 +334,7 @@ def _folds(equation: nn.Module | None) -> bool:
 
 @torch.no_grad()
 def _does_as_a_linear(module: nn.Linear) -> bool:
-    """Whether a linear computes what `nn.Linear` does, though its class may have a forward of its own."""
+    """Whether a linear computes what `nn.Linear` does, even if its class has its own forward."""
     if type(module).forward is nn.Linear.forward:
         return True
     x = torch.linspace(-1, 1, module.in_features).to(module.weight)[None]

@@ -56,7 +56,7 @@ class PixelSite(ModelSite):
         """The input may be no images."""
         if whole.image_channels and whole.architecture.grid != "spatial_shapes":
             return None
-        return ": its input is no images of (batch, channels, height, width), so prompts at pixels have no place."
+        return ": its input is not images of (batch, channels, height, width), which prompts at the pixels need."
 
     def why_not_beside(self, path: str, copied: Sequence[str]) -> str | None:
         """A copy of the whole backbone would have its own input."""
@@ -90,7 +90,7 @@ class PixelSite(ModelSite):
         return flat.unflatten(0, x.shape[:-3]) if x.ndim > 4 else flat
 
     def addend(self, equation: Equation) -> Tensor | None:
-        """What it adds to normalised images, whatever they are; None if that depends on them."""
+        """What it adds to any normalised images; None if that depends on the images."""
         constant: Any = getattr(equation.module, "addend", None)
         if constant is None:
             return None

@@ -103,7 +103,7 @@ class Positions:
     def restore(self) -> None:
         """Put the embeddings back as they were."""
         if self._parameter is not None and self._before is not None:
-            self._parameter.data = self._before.to(self._parameter)  # the model may have been moved meanwhile
+            self._parameter.data = self._before.to(self._parameter)  # the model may have been moved since
         self._before = None
 
     def _tokens(self, images: Tensor) -> Tensor:

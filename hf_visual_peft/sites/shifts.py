@@ -66,7 +66,7 @@ class Place:
             weight: of the module whose output it is.
         """
         now = getattr(self.module, self.name)
-        if now is not self._put:  # another merge has replaced it meanwhile
+        if now is not self._put:  # another merge has replaced it since
             self._under = now
         new = self.moved(self._under.detach(), shift, weight)
         if new is None:

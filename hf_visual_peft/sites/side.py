@@ -95,7 +95,7 @@ class SideSite(BlockSite):
         whole = within(path, copied)
         return whole and (
             f"the method's network reads the block {path!r} from outside, so {whole!r} cannot be copied as a whole. "
-            "Name the parts of the block that shall train, such as its attention or its MLP, or choose a method that "
+            "Name the parts of the block to train, such as its attention or its MLP, or choose a method that "
             "has no network beside the backbone."
         )
 

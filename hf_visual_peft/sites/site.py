@@ -29,7 +29,7 @@ class Site:
         classes: number of classes of the model's output, if the site changes it.
         trains_copy: whether the equation is a copy of the module.
         passes_on: whether a placement without an equation only passes something on to later blocks.
-        own_layer: the layer that serves it better than the general one of its kind, if there is such a layer.
+        own_layer: a special layer for it, if there is one.
     """
 
     at: Any = None
@@ -45,10 +45,10 @@ class Site:
         return True
 
     def why_not(self, block: Block | None, whole: VisionBackbone) -> str | None:
-        """Why it cannot stand there: how the sentence goes on that a config does not fit a backbone; None if it can.
+        """Why it cannot stand there, as the second half of "... does not fit ..."; None if it can.
 
         Args:
-            block: of the placement; None if it is no block.
+            block: of the placement; None if it is not a block.
             whole: the backbone.
         """
         return None
@@ -93,7 +93,7 @@ class Site:
         return None
 
     def why_late(self, path: str) -> str:
-        """Why its equation acts after others at a point, whatever their order: how a sentence about it goes on.
+        """Why its equation acts after others at a point, as the second half of a sentence.
 
         Args:
             path: name of the module.
@@ -146,7 +146,7 @@ class ModuleSite(Site):
 
     def why_late(self, path: str) -> str:
         """Its output is that of the changed weights."""
-        return f"acts on the output of {path!r}, which comes of its weight and bias"
+        return f"acts on the output of {path!r}, which its weight and bias determine"
 
 
 class ModelSite(Site):
@@ -170,7 +170,7 @@ class ModelSite(Site):
         raise NotImplementedError(f"{type(self).__name__} does not act.")
 
     def addend(self, equation: Any) -> Tensor | None:
-        """What an equation adds to normalised images, whatever they are; None if it does anything else."""
+        """What an equation adds to any normalised images; None if it does anything else."""
         return None
 
 

@@ -236,7 +236,7 @@ class WholeLayer(WrappingLayer, nn.Module):
             return
         for name, tensor in _state_of(self.base_layer).items():
             original = self._before_merge[name]
-            original.data = original.to(tensor)  # the model may have been moved meanwhile
+            original.data = original.to(tensor)  # the model may have been moved since
             _put(self.base_layer, name, original)
         _count_outputs(self.base_layer)
         self._before_merge.clear()
