@@ -67,7 +67,7 @@ def test_equation_on_dinov2(method):
             states.append(reduced(w, "before", x))
         x = x + block.attention(block.norm(1, x))
         x = x + block.mlp(block.norm(2, x))
-        states.append(reduced(w, "after", x))
+        states.append(reduced(w, "behind", x))
     assert len(states) == len(blocks) + (method == "unipt")
     assert_equal(actual, final(equation(w, states, x)))
 
@@ -98,7 +98,7 @@ def test_equation_on_swin(method):
     last = seen[-1][1].shape[1]
     for path, (before, behind) in zip(paths, seen, strict=True):
         w = next(w for name, w in pieces.items() if name.startswith(path))
-        parts = [("before", before)] * ("before.down.weight" in w) + [("after", behind)]
+        parts = [("before", before)] * ("before.down.weight" in w) + [("behind", behind)]
         for part, x in parts:
             state = reduced(w, part, x)
             side, to = (int(count**0.5) for count in (state.shape[1], last))
