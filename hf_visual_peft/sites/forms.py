@@ -269,7 +269,7 @@ def alone(attention: nn.Module, tokens: Tensor, interface: bool, acts: Acts = NO
     args = (x, x, x) if {"key", "value"} <= set(names) else (x,)
     # without its hooks, which are for its own tokens
     forward: Callable[..., Any] = partial(type(attention).forward, attention)
-    # kernels that cannot be watched take no biases either
+    # kernels that cannot be intercepted take no biases either
     if interface and own_implementation(attention) not in ("eager", "sdpa", None):
         output = forward(*args, **kwargs)
     else:

@@ -47,7 +47,7 @@ class HeadSite(ModelSite):
 
     @property
     def heads(self) -> HeadUse:
-        """The heads, to be watched."""
+        """The heads that need hooks."""
         return HeadUse(self.outputs, normalised=False)
 
     def why_not(self, block: Block | None, whole: VisionBackbone) -> str | None:
