@@ -134,7 +134,7 @@ def as_dictionary(method: Method) -> dict[str, Any]:
             "url": method.paper.url,
         },
         "equation": method.equation,
-        "trainable_onvit_b16": [{"fields": setting, "parameters": count} for setting, count in method.counts],
+        "trainable_on_vit_b16": [{"fields": setting, "parameters": count} for setting, count in method.counts],
         "further_head_inputs": method.head_inputs,
         "mergeable": method.mergeable,
         "gradients_through_backbone": method.gradients,
