@@ -103,7 +103,10 @@ def workplace(tmp_path_factory):
 PARSERS = [SkipParser(), PythonCodeBlockParser(), CodeBlockParser("bash", run_commands)]
 
 
-@pytest.mark.parametrize("page", [DOCS / "index.md", *sorted(DOCS.glob("guides/*.md"))], ids=lambda page: page.stem)
+PAGES = [DOCS / "index.md", DOCS / "command-line.md", *sorted(DOCS.glob("guides/*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs(page, workplace):
     """Block by block, in one test: a block uses what those before it made."""
     document = Sybil(PARSERS, path=str(DOCS)).parse(page)
