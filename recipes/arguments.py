@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import json
 import os
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +144,25 @@ def method_config(method: str) -> tuple[type[PeftConfig] | None, dict[str, Any]]
         found = any_method(method)
     except ValueError:
         ours, peft = ", ".join(hf_visual_peft.list_methods()), ", ".join(PEFT_METHODS)
-        raise ValueError(f"--method {method}: choose one of {ours}, linear, full, or of peft's: {peft}.") from None
+        meant = did_you_mean(method, [*hf_visual_peft.list_methods(), "linear", "full", *PEFT_METHODS])
+        told = f"{meant}Choose" if meant else "choose"
+        raise ValueError(f"--method {method}: {told} one of {ours}, linear, full, or of peft's: {peft}.") from None
     return found.config_cls, dict(found.chosen) if isinstance(found, PeftMethod) else {}
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The beginning of a message about a word that is not known; empty if no known one is close."""
+    close = difflib.get_close_matches(word, list(known), 2)
+    return f"Did you mean {' or '.join(close)}? " if close else ""
+
+
+def field_value(field: dataclasses.Field[Any], words: list[Any]) -> Any:
+    """The value of a field from the words after its flag: one word is a list only where nothing else is allowed."""
+    (first, *more) = words
+    alone = re.fullmatch(r"(Optional\[)?list\[\w+\]\]?( \| None)?", str(field.type)) is not None
+    if more or str(field.type).startswith("tuple") or (alone and first is not None and not isinstance(first, list)):
+        return words
+    return first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,11 +214,14 @@ def parse_args(
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         names = ", ".join(f"--{field.name}" for field in fields) or "none"
-        parser.error(f"unknown: {' '.join(unknown)}. --help lists the flags; those of --method {method} are: {names}")
+        meant = did_you_mean(unknown[0].partition("=")[0], parser._option_string_actions)
+        parser.error(
+            f"unknown: {' '.join(unknown)}. {meant}--help lists the flags; those of --method {method} are: {names}"
+        )
     for field in fields:
         values = vars(args).pop(f"={field.name}")
         if values is not None:
-            given[field.name] = values if len(values) > 1 or str(field.type).startswith("tuple") else values[0]
+            given[field.name] = field_value(field, values)
     try:
         refuse_code(args)
         if args.do_predict or args.eval_only:

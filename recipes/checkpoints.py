@@ -163,10 +163,13 @@ class Checkpoints:
         try:
             content = json.loads((path / "progress.json").read_text(encoding="utf-8"))
         except OSError as error:
-            raise ValueError(f"--resume_from_checkpoint {name}: {path} is not a checkpoint of this recipe.") from error
+            raise ValueError(
+                f"--resume_from_checkpoint {name}: {path} is not a checkpoint of this recipe. Give latest, auto, or "
+                f"{self.folder}/checkpoint-STEP."
+            ) from error
         now = json.loads(json.dumps(self.run, default=sorted))  # sets, as in peft's configs, as lists
         before = content["run"]
-        changed = [f"{k} {before.get(k)} (now {v})" for k, v in now.items() if before.get(k) != v and k != "max_steps"]
+        changed = [f"{k} {old} (now {new})" for k, old, new in differences(before, now) if k != "max_steps"]
         if changed:
             raise ValueError(
                 f"{path} comes from a run with {', '.join(changed)}: it cannot continue with other settings."
@@ -180,3 +183,18 @@ class Checkpoints:
         self.steps_before = before["max_steps"]
         best = path / "best.safetensors"
         return Progress(**content["progress"]), load_file(best) if best.exists() else None
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Names and values of what differs; of the fields of one method each by itself."""
+    found: list[tuple[str, Any, Any]] = []
+    for key, new in now.items():
+        old: Any = before.get(key)
+        kinds = [value.get("peft_type") if isinstance(value, dict) else None for value in (old, new)]
+        if kinds[0] is not None and kinds[0] == kinds[1]:
+            found += differences(old, new)
+        elif kinds[0] != kinds[1]:
+            found.append((f"{key} of", kinds[0], kinds[1]))
+        elif old != new:
+            found.append((key, old, new))
+    return found

@@ -46,9 +46,10 @@ from huggingface_hub import HfApi
 from image_data import load_processor, prepare_data, save_processor
 from image_sources import load_splits
 from labels import BalancedSampler, Loss, check_flags, class_weights
-from model import load_model
+from model import load_model, refuse_adapter
 from optimization import MovingAverage, build_optimizer, build_schedule
-from output_folder import CARD, clear, is_own_readme, publish
+from output_folder import CARD, clear, is_own_readme, make, publish, unless_it_fails
+from peft import PeftConfig
 from prediction import predict
 from screen import Screen, progress_kind
 from stopping import DivergedError, run_readably
@@ -143,8 +144,24 @@ def main(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     args, config = parse_args(argv, __doc__)
-    if args.do_predict or args.eval_only:
-        return predict(args)
+    with unless_it_fails(args.output_dir):
+        return predict(args) if args.do_predict or args.eval_only else train(args, config, argv, evaluated)
+
+
+def train(
+    args: argparse.Namespace,
+    config: PeftConfig | None,
+    argv: list[str],
+    evaluated: Callable[[dict[str, float]], None],
+) -> dict[str, Any]:
+    """As `main`, for a run that trains.
+
+    Args:
+        args: the flags.
+        config: of the method.
+        argv: the words of the command line, which the results show.
+        evaluated: called with the figures of each evaluation on validation.
+    """
     trackers = [name for name in args.report_to if name != "none"]
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -164,8 +181,9 @@ def main(
     if main_process:
         if args.push_to_hub:
             HfApi(token=args.hub_token).whoami()  # missing access is an error now, not after training
-        args.output_dir.mkdir(parents=True, exist_ok=True)
+        make(args.output_dir)
 
+    refuse_adapter(args)
     set_seed(args.seed)
     processor = load_processor(args)
     with accelerator.main_process_first():  # the others then read its cache

@@ -11,6 +11,7 @@ import torch
 import transformers
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers.utils.peft_utils import find_adapter_config_file
 
 import hf_visual_peft
 from hf_visual_peft.backbones.modes import modes_kept
@@ -66,6 +67,22 @@ def load_model(args: argparse.Namespace, config: PeftConfig | None, names: list[
         inner = model.get_base_model() if isinstance(model, PeftModel) else model
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def refuse_adapter(args: argparse.Namespace) -> None:
+    """Raise an error if the pretrained model is an adapter.
+
+    transformers would load it with its base, and what is saved after training would lack it.
+    """
+    where = args.model_name_or_path
+    access = {"revision": args.model_revision, "cache_dir": args.cache_dir, "token": args.token}
+    if find_adapter_config_file(where, **access) is None:
+        return
+    base = PeftConfig.from_pretrained(where, **access).base_model_name_or_path
+    raise ValueError(
+        f"--model_name_or_path {where} holds an adapter, and training starts from a whole model: give its base, "
+        f"{base}, or merge the adapter into it (hf-visual-peft merge). --resume_from_checkpoint continues a run."
+    )
 
 
 def drop_path_options(args: argparse.Namespace, own: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import yaml
@@ -21,6 +21,36 @@ WRITTEN = (
     *("model-*-of-*.safetensors", "model.safetensors.index.json", "all_results.json"),
     *("search-[0-9]*.json", "subnet.yaml"),
 )
+
+
+@contextlib.contextmanager
+def unless_it_fails(folder: Path) -> Iterator[None]:
+    """After an error in the context, delete the folder and those around it that did not exist before, if empty."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in new:
+            with contextlib.suppress(OSError):  # something is in it
+                path.rmdir()
+        raise
+
+
+def make(folder: Path) -> None:
+    """Make a folder for output.
+
+    Raises:
+        ValueError: that is not possible, or no file can be written into it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--output_dir {folder}: no file can be written there ({error.strerror}: {error.filename}). Give a folder "
+            "that you may write to; it is made if it does not exist."
+        ) from error
 
 
 def earlier_output(folder: Path) -> list[Path]:

@@ -23,6 +23,7 @@ import transformers
 from accelerate import Accelerator
 from image_data import Images, input_size, load_processor
 from image_folders import some
+from output_folder import make
 from peft import PeftConfig, PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from prediction_sources import Samples, read_samples
@@ -195,7 +196,7 @@ def _load_adapter(
             raise
         raise ValueError(
             f"--base_model_name_or_path {base}: the adapter was trained on {config.base_model_name_or_path} and does "
-            f"not fit. {str(error).splitlines()[0]}"
+            f"not fit. {' '.join(line.strip() for line in str(error).splitlines()[:2])}"
         ) from error
     kinds = ModulesToSaveWrapper | WholeLayer
     copied = tuple(f"{name}." for name, module in model.get_base_model().named_modules() if isinstance(module, kinds))
@@ -327,9 +328,10 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
     """Predict, evaluate if there are labels, and write both; return the content of `evaluation.json`."""
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     Screen(accelerator, progress_kind(args.progress))
+    if accelerator.is_main_process:
+        make(args.output_dir)
     saved, rows, found = run_prediction(accelerator, args)
     if accelerator.is_main_process:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
         for name in WRITTEN:
             (args.output_dir / name).unlink(missing_ok=True)
         write_aside(args.output_dir / "predictions.csv", as_csv(rows, saved))

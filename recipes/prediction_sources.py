@@ -108,7 +108,14 @@ def _read_source(args: argparse.Namespace) -> tuple[Path | None, datasets.Datase
                 tell(f"{flag}: skipped files: {told(listing.left_out)}.")
             labels = [image.parts[0] if len(image.parts) > 1 else None for image in listing.images]
             return path, _images_of([path.resolve() / image for image in listing.images], labels)
-    sources = named_sources(argparse.Namespace(**vars(args) | {"dataset_name": source}))
+    try:
+        sources = named_sources(argparse.Namespace(**vars(args) | {"dataset_name": source}))
+    except (ConnectionError, FileNotFoundError) as error:
+        if path.exists():
+            raise
+        raise ValueError(
+            f"{flag}: there is no such file or folder here, and no such data set can be read from the Hub ({error})."
+        ) from error
     split = args.test_split or ("test" if "test" in sources else next(iter(sources)) if len(sources) == 1 else None)
     if split is None:
         raise ValueError(f"{flag} has the splits {', '.join(sources)}: choose one with --test_split.")

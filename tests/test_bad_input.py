@@ -38,7 +38,7 @@ from hf_visual_peft import AdaptFormerConfig, ConvpassConfig, SSFConfig, VPTConf
         (VPTConfig, {"layers_to_transform": []}, r"layers_to_transform is \[\]"),
         (VPTConfig, {"layers_to_transform": [-1]}, r"layers_to_transform is \[-1\]: must be indices from 0"),
         (VPTConfig, {"layers_to_transform": "all"}, r"layers_to_transform is 'all'"),
-        (VPTConfig, {"modules_to_save": "classifier"}, r"modules_to_save is 'classifier': must be None or a list"),
+        (VPTConfig, {"modules_to_save": "classifier"}, r"is 'classifier': must be None or a list of names, as \['cl"),
     ],
 )
 def test_fields_out_of_range(config, fields, message):

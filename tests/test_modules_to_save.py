@@ -594,3 +594,22 @@ def test_final_norm_and_patches_are_left_out(config_cls):
     left_out = "vit.embeddings.patch_embeddings, vit.layernorm"
     assert messages == [f"{config_cls.__name__} leaves out {left_out}: modules_to_save trains them as a whole."]
     assert train(model, images()) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ["clasifier"],
+            r"LoraConfig.modules_to_save has 'clasifier': .* no module of that name. Did you mean 'classif",
+        ),
+        (["classifier", "cls_token"], "modules_to_save has 'cls_token', which is a parameter, not a module"),
+        ("classifier", r"modules_to_save is 'classifier': must be None or a list of names, as \['classifier'\]"),
+    ],
+)
+def test_methods_of_peft_refuse_names_that_fit_no_module(names, message):
+    model = FAMILIES["vit"].model()
+    with pytest.raises(ValueError, match=message):
+        hf_visual_peft.with_visual_targets(LoraConfig(modules_to_save=names), model)
+    kept = hf_visual_peft.with_visual_targets(LoraConfig(modules_to_save=["classifier", "layers.2.mlp"]), model)
+    assert kept.modules_to_save == ["classifier", "layers.2.mlp"]

@@ -105,7 +105,8 @@ class VisualPeftConfig(CheckedFields, PeftConfig):
         names: Any = self.modules_to_save
         if names is not None:
             if not isinstance(names, list | tuple | set) or not all(isinstance(n, str) and n for n in names):
-                self._fail("modules_to_save", "None or a list of names")
+                example = f", as [{names!r}]" if isinstance(names, str) and names else ""
+                self._fail("modules_to_save", f"None or a list of names{example}")
             self.modules_to_save = sorted(names) if isinstance(names, set) else list(names)
         if self.backbone is not None and type(self.backbone) is not str:
             self._fail("backbone", "None or the path of a module")

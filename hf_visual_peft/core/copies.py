@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
@@ -118,11 +119,32 @@ def find_copied(model: nn.Module, config: VisualPeftConfig, heads: Iterable[str]
     return outermost
 
 
-def _reject(name: str, modules: Mapping[str, nn.Module], class_name: str, config: VisualPeftConfig) -> None:
+def require_named(model: nn.Module, config: PeftConfig) -> None:
+    """Check the names in `modules_to_save` of a config of peft, which passes over those that fit no module.
+
+    Args:
+        model: to be adapted.
+        config: of a method of peft.
+
+    Raises:
+        ValueError: a name fits no module.
+    """
+    names = getattr(config, "modules_to_save", None) or ()
+    if isinstance(names, str):
+        raise ValueError(
+            f"{type(config).__name__}.modules_to_save is {names!r}: must be None or a list of names, as [{names!r}]."
+        )
+    modules = base_modules(model)
+    for name in names:
+        if not any(path.endswith(name) for path in modules if path):
+            _reject(name, modules, type(model).__name__, config)
+
+
+def _reject(name: str, modules: Mapping[str, nn.Module], class_name: str, config: PeftConfig) -> None:
     """Report a name that fits no module."""
     if config.task_type is not None and name in _NAMES_OF_PEFT:
         return
-    if config.from_file:  # it was right where the adapter was trained
+    if getattr(config, "from_file", False):  # it was right where the adapter was trained
         _tell_lost(name, class_name)
         return
     start = f"{type(config).__name__}.modules_to_save has {name!r}"

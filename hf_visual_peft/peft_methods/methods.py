@@ -19,6 +19,7 @@ from torch import nn
 from ..backbones.finding import find_backbone
 from ..backbones.task_heads import announce
 from ..core.config import VisualPeftConfig
+from ..core.copies import require_named
 from ..core.labels import name_classes
 from ..core.registry import Method, get_method, list_methods
 from ..training.defaults import Training
@@ -144,7 +145,8 @@ def with_visual_targets(config: ConfigT, model: nn.Module, backbone: str | None 
         A copy.
 
     Raises:
-        ValueError: the method is not for linears or norms, or has nothing to act on in this backbone.
+        ValueError: the method is not for linears or norms, or has nothing to act on in this backbone; or
+            `modules_to_save` names no module.
         BackboneError: the model holds no backbone that a role table describes.
     """
     if isinstance(config, VisualPeftConfig):
@@ -160,6 +162,8 @@ def with_visual_targets(config: ConfigT, model: nn.Module, backbone: str | None 
     if filled.modules_to_save is None:
         announce(found.head_note)
         filled.modules_to_save = list(found.heads) or None
+    else:
+        require_named(base, filled)
     fill_targets(filled, base, found)
     name_classes(filled, base)
     return filled

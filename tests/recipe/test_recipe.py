@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from recipe_runs import LABELS, RECIPES, SIZE, accuracy_by_hand, fails, weights
 from safetensors.torch import load_file
 from transformers import (
@@ -213,15 +213,44 @@ def test_hold_out_takes_the_same_share_of_each_class():
 
 
 @pytest.mark.parametrize(
+    ("field", "words", "value"),
+    [
+        ("modules_to_save", ["classifier"], ["classifier"]),
+        ("modules_to_save", ["classifier", "layernorm"], ["classifier", "layernorm"]),
+        ("modules_to_save", [[]], []),
+        ("modules_to_save", [None], None),
+        ("layers_to_transform", [3], 3),
+        ("exclude_modules", [r".*fc1"], r".*fc1"),
+        ("sublayers", ["mlp"], ["mlp"]),
+    ],
+)
+def test_one_word_is_a_list_where_only_lists_are_allowed(field, words, value):
+    found = {each.name: each for each in dataclasses.fields(hf_visual_peft.ConvpassConfig)}[field]
+    assert arguments.field_value(found, words) == value
+
+
+def test_one_word_is_a_list_for_methods_of_peft():
+    fields = {each.name: each for each in dataclasses.fields(LoraConfig)}
+    assert arguments.field_value(fields["modules_to_save"], ["classifier"]) == ["classifier"]
+    assert arguments.field_value(fields["target_modules"], [".*query"]) == ".*query"
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--method", "vpd"], f"--method vpd: choose one of {', '.join(hf_visual_peft.list_methods())}, linear, full"),
-        (["--method", "adalora"], "--method adalora: choose one of "),
+        (
+            ["--method", "vpd"],
+            f"--method vpd: Did you mean vp or vpt? Choose one of {', '.join(hf_visual_peft.list_methods())}, linear",
+        ),
+        (["--method", "adalora"], "--method adalora: Did you mean "),
+        (["--method", "xyz"], "--method xyz: choose one of "),
         (["--method", "aim"], "--method aim takes videos: give --clip_frames"),
         (["--method", "STAdapter"], "--method STAdapter takes videos: give --clip_frames"),
         (["--clip_frames", "4"], "--method vpt takes single images: remove --clip_frames"),
         (["--num_virtual_tokens", "0"], "num_virtual_tokens"),
         (["--r", "4"], "unknown: --r 4. --help lists the flags; those of --method vpt are: --"),
+        (["--num_virtual_token", "4"], "unknown: --num_virtual_token 4. Did you mean --num_virtual_tokens or "),
+        (["--learning_rte=1"], "unknown: --learning_rte=1. Did you mean --learning_rate"),
         (["--train_file", "x.parquet"], "one of --dataset_name, --train_dir and --train_file is needed, got 2"),
         (["--learning_rate", "-1"], "argument --learning_rate: must be 0 or greater, got -1"),
         (["--learning_rate", "fast"], "argument --learning_rate: invalid float value: 'fast'"),

@@ -214,3 +214,13 @@ def test_what_cannot_be_resumed_says_why(run, tmp_path, capsys):
     assert "--overwrite_output_dir" in message
     run("--max_train_steps", 1, "--checkpointing_steps", "no", "--overwrite_output_dir")
     assert not list(done.output.glob("checkpoint-*"))
+
+
+def test_only_what_differs_between_runs_is_named():
+    vpt = {"peft_type": "VPT", "num_virtual_tokens": 10, "deep": True}
+    before = {"method": "vpt", "seed": 0, "fields": vpt}
+    other = before | {"fields": vpt | {"num_virtual_tokens": 4}}
+    assert checkpoints.differences(before, other) == [("num_virtual_tokens", 10, 4)]
+    ssf = {"method": "ssf", "seed": 0, "fields": {"peft_type": "SSF"}}
+    assert checkpoints.differences(before, ssf) == [("method", "vpt", "ssf"), ("fields of", "VPT", "SSF")]
+    assert checkpoints.differences(before, {**before, "seed": 1, "new": None}) == [("seed", 0, 1)]

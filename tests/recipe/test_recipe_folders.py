@@ -8,6 +8,7 @@ from pathlib import Path
 import image_folders
 import numpy as np
 import pytest
+from fingerprints import fingerprint
 from PIL import Image
 from recipe_runs import load, paint
 
@@ -175,10 +176,15 @@ def test_zip_files_of_class_folders(tmp_path, flag, top):
     assert names == ["cat", "dög"]
     assert [names[label] for label in data["label"][:]] == ["cat", "dög", "dög"]
     assert np.array_equal(data[1]["image"], Image.open(tmp_path / "p" / "dög" / "[2].png"))
-    fingerprint = data._fingerprint
+    raw = data.select_columns("image").cast_column("image", image_folders.datasets.Image(decode=False))
+    folder = load(train_dir=tmp_path / "p")["train"]
+    unpacked = folder.select_columns("image").cast_column("image", image_folders.datasets.Image(decode=False))
+    ids = np.array([0, 1, 1])
+    assert fingerprint(raw, ids, names) == fingerprint(unpacked, ids, names)
+    key = data._fingerprint
     stat = (tmp_path / "p [1].zip").stat()
     os.utime(tmp_path / "p [1].zip", ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
-    assert load(**{flag: tmp_path / "p [1].zip"})["train"]._fingerprint != fingerprint, "another file, other features"
+    assert load(**{flag: tmp_path / "p [1].zip"})["train"]._fingerprint != key, "another file, other features"
 
 
 def test_bad_zip_files(tmp_path):

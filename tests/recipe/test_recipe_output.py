@@ -16,8 +16,11 @@ import screen
 import torch
 from accelerate import Accelerator
 from accelerate.utils import LoggerType
+from peft import get_peft_model
 from recipe_runs import RECIPES, fails
 from transformers import AutoModelForImageClassification
+
+import hf_visual_peft
 
 
 QUICK = ["--max_train_steps", 1, "--select", "last", "--checkpointing_steps", "no"]
@@ -82,6 +85,38 @@ def test_a_wrong_data_folder_costs_no_earlier_run(run, tmp_path):
     with pytest.raises(Exception, match="absent"):
         run(*QUICK, "--overwrite_output_dir", data=["--train_dir", str(tmp_path / "absent")])
     assert {path: path.read_bytes() for path in done.output.iterdir()} == before
+
+
+def test_an_error_leaves_no_empty_folder(run, tmp_path):
+    with pytest.raises(ValueError, match="absent"):
+        run(*QUICK, "--output_dir", tmp_path / "new" / "run", data=["--train_dir", str(tmp_path / "absent")])
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "new").mkdir()
+    with pytest.raises(ValueError, match="absent"):
+        run(*QUICK, "--output_dir", tmp_path / "new", data=["--train_dir", str(tmp_path / "absent")])
+    assert (tmp_path / "new").exists(), "it was there before"
+
+
+@pytest.mark.parametrize("method", ["ssf", "lora", "full", "linear"])
+def test_training_does_not_start_from_an_adapter(run, tmp_path, vit, method):
+    """Its weights would be in the model, and not in what is saved."""
+    model = AutoModelForImageClassification.from_pretrained(vit)
+    get_peft_model(model, hf_visual_peft.BitFitConfig()).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=rf"adapter holds an adapter, .* give its base, {re.escape(vit)}, or merge"):
+        run(*QUICK, "--model_name_or_path", tmp_path / "adapter", method=method)
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below", "/proc/nothing"])
+def test_a_folder_that_cannot_be_written_is_named_first(run, tmp_path, folder):
+    """Before data and models are looked for."""
+    (tmp_path / "file").write_text("text")
+    told = r"--output_dir \S*(file|nothing|below): no file can be written there \("
+    with pytest.raises(ValueError, match=told):
+        run(*QUICK, "--output_dir", tmp_path / folder, data=["--train_dir", str(tmp_path / "absent")])
+    flags = ["--eval_only", "--model_name_or_path", "absent", "--test_dir", "absent"]
+    with pytest.raises(ValueError, match=told):
+        image_classification.main([*flags, "--output_dir", str(tmp_path / folder)])
+    assert (tmp_path / "file").read_text() == "text"
 
 
 def test_the_folder_of_the_model_is_not_deleted(run, capsys, vit):
