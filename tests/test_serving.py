@@ -118,8 +118,8 @@ def post(client, content=None, query="adapter=birds", kind="image/png", **header
     return client.post(f"/v1/predict?{query}", content=content, headers={"Content-Type": kind, **headers})
 
 
-async def together(service, calls):
-    """The answers to requests that all wait before the first of them is worked on."""
+def hold(service):
+    """Let nothing be worked on until the event is set."""
     gate, step = asyncio.Event(), service.batcher._step
 
     async def held():
@@ -127,9 +127,19 @@ async def together(service, calls):
         await step()
 
     service.batcher._step = held
-    tasks = [asyncio.create_task(call) for call in calls]
-    while len(service.batcher.waiting) < len(tasks):
+    return gate
+
+
+async def waiting(service, count):
+    while len(service.batcher.waiting) < count:
         await asyncio.sleep(0.01)
+
+
+async def together(service, calls):
+    """The answers to requests that all wait before the first of them is worked on."""
+    gate = hold(service)
+    tasks = [asyncio.create_task(call) for call in calls]
+    await waiting(service, len(tasks))
     gate.set()
     return await asyncio.gather(*tasks)
 
@@ -377,16 +387,16 @@ def test_token(base, shelf, tmp_path, monkeypatch):
 
 
 def test_a_full_queue_and_a_slow_model(base, shelf):
-    service = service_of(base, shelf, max_queue=4, max_adapters_per_request=3, timeout=0.6, max_wait_ms=0.0)
-    run = service.pool.run
+    service = service_of(base, shelf, max_queue=4, max_adapters_per_request=3, max_wait_ms=0.0)
+    patience = service.options.timeout
 
     async def conversation(client):
         assert (await post(client)).status_code == 200  # loaded
-        service.pool.run = lambda *given: time.sleep(1.0) or run(*given)
-        calls = [asyncio.create_task(post(client)) for _ in range(9)]
-        answers = await asyncio.gather(*calls)
-        service.pool.run = run
-        await asyncio.sleep(1.2)
+        gate = hold(service)
+        object.__setattr__(service.options, "timeout", 2.0)
+        answers = await asyncio.gather(*[post(client) for _ in range(9)])
+        object.__setattr__(service.options, "timeout", patience)
+        gate.set()
         assert service.active == 0
         assert (await post(client)).status_code == 200
         return answers
@@ -444,16 +454,18 @@ def test_an_adapter_that_fails_takes_no_other_with_it(base, shelf):
 
 
 def test_what_waits_is_finished_before_the_end(base, shelf):
-    service = service_of(base, shelf, max_wait_ms=300.0)
+    service = service_of(base, shelf)
 
     async def conversation():
         async with talking(service) as client:
+            gate = hold(service)
             calls = [asyncio.create_task(post(client, query=f"adapter={name}")) for name in ("birds", "cars")]
-            while len(service.batcher.waiting) < 2:
-                await asyncio.sleep(0.01)
+            await waiting(service, 2)
             stopping = asyncio.create_task(service.stop())
-            late = asyncio.create_task(post(client))
-            answers = await asyncio.gather(*calls, late)
+            await asyncio.sleep(0)
+            late = await post(client)
+            gate.set()
+            answers = [*await asyncio.gather(*calls), late]
             await stopping
             service.stop = lambda: asyncio.sleep(0)
             assert (await client.get("/health")).status_code == 503
