@@ -17,6 +17,7 @@ from .architectures import Architecture
 BLOCK_ROLES = ("norm1", "query", "key", "value", "output", "norm2", "fc1", "fc2")
 LINEAR_ROLES = ("query", "key", "value", "output", "fc1", "fc2")
 NORM_ROLES = ("norm1", "norm2")
+WIDTH_ROLES = ("norm2", "norm1", "fc2", "output")  # that tell the channels of a block's stream, the first that exists
 OTHER_ROLES = ("operations", "further_norms")  # linears and convolutions, and norms, without another role
 ALL_ROLES = (*BLOCK_ROLES, *OTHER_ROLES)
 OPTIONAL_BLOCK_ROLES = ("drop_path", "position_bias", "uncalled")
@@ -25,6 +26,10 @@ SUBLAYER_ROLES = {"attention": ("norm1", "query", "key", "value", "output"), "ml
 
 class BackboneError(ValueError):
     """The model has no vision backbone that a role table describes."""
+
+
+class NotRunError(BackboneError):
+    """The model has no role table, and cannot be run to see what its modules do."""
 
 
 class NoTokensError(BackboneError):

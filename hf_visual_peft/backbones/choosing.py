@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -131,29 +131,33 @@ def tower_in(model: nn.Module) -> str:
     modules = dict(model.named_modules())
     pixels = [path for path, module in modules.items() if _embeds_pixels(module)]
     blocks = [path for path, module in modules.items() if _is_list_of_blocks(module)]
+    told = vision_parts(model)
     around = [
         path
         for path, module in modules.items()
         if not isinstance(module, _LISTS)
-        and (_takes_pixels(module) or any(is_in(each, path) for each in pixels))
+        and (path in told or _takes_pixels(module) or any(is_in(each, path) for each in pixels))
         and any(is_in(each, path) for each in blocks)
     ]
     smallest = [path for path in around if not any(is_in(other, path) and other != path for other in around)]
-    told = [path for path in smallest if _is_told(modules, path)]
-    path = max(told or smallest, key=lambda path: path.count(".") + bool(path), default="")
-    alike = [other for other in told or smallest if type(modules[other]) is type(modules[path])]
+    parts = [path for path in smallest if any(is_in(path, part) for part in told)]
+    path = max(parts or smallest, key=lambda path: path.count(".") + bool(path), default="")
+    alike = [other for other in parts or smallest if type(modules[other]) is type(modules[path])]
     if len(alike) > 1:
         names = ", ".join(f"{other!r} ({type(modules[other]).__name__})" for other in alike)
         raise BackboneError(_SEVERAL.format(outer=type(model).__name__, names=names, first=alike[0]))
     return path
 
 
-def _is_told(modules: Mapping[str, nn.Module], path: str) -> bool:
-    """Whether the config of the model around calls a part its vision part; parts that generate images do not count."""
-    configs: Any = [getattr(module, "config", None) for module in modules.values()]
-    kinds = {type(vision) for config in configs if (vision := getattr(config, "vision_config", None)) is not None}
-    around = (module for outer, module in modules.items() if outer and is_in(path, outer))
-    return any(type(getattr(module, "config", None)) in kinds for module in around)
+def vision_parts(model: nn.Module) -> list[str]:
+    """The outermost pretrained models within a model that its config calls the vision part."""
+    models = [(path, module) for path, module in model.named_modules() if isinstance(module, PreTrainedModel)]
+    kinds = {type(getattr(module.config, "vision_config", None)) for _, module in models} - {type(None)}
+    found: list[str] = []
+    for path, module in models:
+        if path and type(module.config) in kinds and not any(is_in(path, outer) for outer in found):
+            found.append(path)
+    return found
 
 
 def takes_images(model: nn.Module) -> bool:
@@ -172,6 +176,8 @@ def _is_list_of_blocks(module: nn.Module) -> bool:
 
 
 def _takes_pixels(module: nn.Module) -> bool:
-    name = str(getattr(module, "main_input_name", "")) if isinstance(module, PreTrainedModel) else ""
+    if not isinstance(module, PreTrainedModel):
+        return False
+    name, names = str(module.main_input_name), list(inspect.signature(module.forward).parameters)
     # encoders within have the name of their classes' base, and take hidden states
-    return name.startswith("pixel_values") and name in inspect.signature(module.forward).parameters
+    return any(each.startswith("pixel_values") for each in (*({name} & set(names)), *names[:1]))

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from .architectures import Architecture, is_own
 from .backbone import (
     BLOCK_ROLES,
-    NORM_ROLES,
     OPTIONAL_BLOCK_ROLES,
     SUBLAYER_ROLES,
+    WIDTH_ROLES,
     BackboneError,
     Block,
     VisionBackbone,
@@ -282,7 +282,7 @@ class _Resolver:
             )
         post_norm = getattr(block, table.post_norm) if isinstance(table.post_norm, str) else table.post_norm
         post_norm = post_norm or type(block).__name__ in table.post_norm_blocks
-        widths = {role: self._out_features(roles[role]) for role in (*NORM_ROLES, "fc2", "output")}
+        widths = {role: self._out_features(roles[role]) for role in WIDTH_ROLES}
         if table.operations == "all":
             roles["operations"] = self._operations(path, {p for paths in roles.values() for p in paths})
         else:
@@ -303,7 +303,7 @@ class _Resolver:
             path=path,
             roles=roles,
             group=group,
-            width=next((widths[role] for role in ("norm2", "norm1", "fc2", "output") if widths[role]), table.width),
+            width=table.width or next((widths[role] for role in WIDTH_ROLES if widths[role]), None),
             num_heads=num_heads,
             prefix_tokens=table.prefix_tokens if isinstance(table.prefix_tokens, int) else prefix_tokens,
             sublayers=sublayers,

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .backbone import BackboneError
-from .choosing import Choice, tower_in, unknown
+from .choosing import Choice, takes_images, tower_in, unknown, vision_parts
 from .paths import is_in
 from .reading import Found, read_backbone
 
@@ -65,7 +65,7 @@ def look_at(model: nn.Module, path: str, example_inputs: Any = None) -> Found:
     try:
         found = read_backbone(backbone, example_inputs)
     except BackboneError as error:
-        raise BackboneError(f"{_sentence(error)} {unknown(model, path)}") from error
+        raise type(error)(f"{_sentence(error)} {unknown(model, path)}") from error
     _found[backbone] = (kind, found)
     return found
 
@@ -98,6 +98,11 @@ def backbone_path(model: nn.Module) -> str:
     if timm:
         return timm[0]
     path = tower_in(model)
+    part = next((each for each in vision_parts(model) if is_in(path, each)), None)
+    if part is not None:
+        return part
+    if not path and isinstance(model, PreTrainedModel) and not takes_images(model):
+        raise BackboneError(f"{type(model).__name__} has no vision backbone: none of its parts takes images alone.")
     around = [path]
     while around[-1]:
         around.append(around[-1].rpartition(".")[0])
@@ -108,8 +113,11 @@ def backbone_path(model: nn.Module) -> str:
 
 def _takes_its_input(model: Any) -> bool:
     """Whether a pretrained model takes pixels or what its class says, and not what another part has made of it."""
-    names = inspect.signature(model.forward).parameters
-    return model.main_input_name in names or any(name.startswith("pixel_values") for name in names)
+    return model.main_input_name in inspect.signature(model.forward).parameters or _takes_pixels(model)
+
+
+def _takes_pixels(model: nn.Module) -> bool:
+    return any(name.startswith("pixel_values") for name in inspect.signature(model.forward).parameters)
 
 
 def _require_plain(model: nn.Module, backbone: nn.Module) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +14,9 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .backbone import unwrapped
+from .examples import image_of, named_for
 
 
-_SIZE = 224  # of images, if not known
 _SMALL = 50_000_000  # parameters up to which a model runs faster than its copy on the meta device
 _ON_THE_WAY = ("hidden_states", "hidden_state", "attentions", "model_output")
 
@@ -69,7 +67,7 @@ def _run(model: nn.Module, paths: list[str], tower: str, on_meta: bool) -> Seen 
         # any error: an unknown model may not run on an image alone, which proves nothing
         try:
             twin = _copy(model, on_meta)
-            images = _images(twin.get_submodule(tower))
+            images = image_of(twin.get_submodule(tower))
         except Exception:
             return None
         for call, whole in _calls(twin, tower, images):
@@ -96,49 +94,17 @@ def _copy(model: nn.Module, on_meta: bool) -> nn.Module:
     return twin.requires_grad_(False)
 
 
-def _images(tower: nn.Module) -> dict[str, Tensor]:
-    """One image or video of the tower's size, or patches if it takes these."""
-    config: Any = getattr(tower, "config", None)
-    weight = next(p for p in tower.parameters() if p.is_floating_point())
-    made: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
-    convolutions = (m for m in tower.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
-    first = next(convolutions, None)
-    if first is None and getattr(config, "num_patches", None):
-        side = int(config.num_patches**0.5)
-        features = config.num_channels * config.patch_size**2
-        return {
-            "pixel_values": torch.rand(1, side * side, features, **made),
-            "pixel_attention_mask": torch.ones(1, side * side, dtype=torch.long, device=weight.device),
-            "spatial_shapes": torch.tensor([[side, side]], device=weight.device),
-        }
-    if "grid_thw" in inspect.signature(tower.forward).parameters and isinstance(first, nn.Conv3d):
-        side = 4 * getattr(config, "spatial_merge_size", 1)
-        features = first.in_channels * math.prod(first.kernel_size)
-        return {
-            "hidden_states": torch.rand(side * side, features, **made),
-            "grid_thw": torch.tensor([[1, side, side]], device=weight.device),
-        }
-    channels = first.in_channels if first is not None else getattr(config, "num_channels", 3)
-    size = getattr(config, "image_size", None) or getattr(getattr(tower, "patch_embed", None), "img_size", None)
-    size = size or getattr(tower, "default_cfg", {}).get("input_size", (_SIZE,))[-1]
-    height, width = size if isinstance(size, tuple | list) else (size, size)
-    frames = (config.num_frames,) if isinstance(getattr(config, "num_frames", None), int) else ()
-    return {"pixel_values": torch.rand(1, *frames, channels, height, width, **made)}
-
-
 def _calls(twin: nn.Module, tower: str, images: Mapping[str, Tensor]) -> Iterator[tuple[Callable[[], Any], bool]]:
     """Ways to run a model on images, and whether they run the whole model."""
     if hasattr(twin, "main_input_name"):  # of transformers
         yield lambda: twin(**images), True
     else:
         yield lambda: twin(*images.values()), True
-    if "grid_thw" in images:  # of packed patches, whose names the models around change
-        images = {"pixel_values": images["hidden_states"], "image_grid_thw": images["grid_thw"]}
     names = tower.split(".") if tower else []
     for depth in range(len(names) + 1):
         features = getattr(twin.get_submodule(".".join(names[:depth])), "get_image_features", None)
         if features is not None:
-            yield partial(features, **images), False
+            yield partial(features, **named_for(features, images)), False
 
 
 def _look(twin: nn.Module, paths: list[str], call: Callable[[], Any], whole: bool) -> Seen | None:

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from .backbone import linear_sizes
+from .backbone import WIDTH_ROLES, linear_sizes
 from .branches import BlockRun, Branch
 from .operations import channels_read, is_norm, is_operation
-from .paths import is_in
+from .paths import is_in, join
 from .watching import Call
 
 
@@ -180,6 +180,9 @@ class BlockReader(BlockRun):
             if norm is not None:
                 norms[name] = norm
                 roles["norm1" if name == "attention" else "norm2"] = (self._relative(norm[0]),)
+            if not self._is_wide(branch, width):
+                self.why.append(f"{name}: its stream has other channels than what comes out")
+                continue
             entered = self._entrance(branch, branches)
             if isinstance(entered, str):
                 self.why.append(f"{name}: {entered}")
@@ -258,9 +261,23 @@ class BlockReader(BlockRun):
             softmax=bool(roles.get("query")),
             pools=self._pools(),
             patches=self._reads_patches(branches),
-            width=None if any(roles.get(role) for role in ("norm1", "norm2", "fc2", "output")) else width,
+            width=None if self._told_width(roles) == width else width,
             seen=self._seen(),
         )
+
+    def _is_wide(self, branch: Branch, width: int) -> bool:
+        """Whether the stream after a branch has these channels, in either layout."""
+        shape = self.trace.nodes[branch.sum].shape
+        return width == shape[-1] or (len(shape) == 4 and width == shape[1])
+
+    def _told_width(self, roles: Mapping[str, tuple[str, ...]]) -> int | None:
+        """The channels that the first module in a role writes, by which a table without a width tells them."""
+        first = next((roles[role][0] for role in WIDTH_ROLES if roles.get(role)), None)
+        if first is None:
+            return None
+        module = self.modules[join(self.path, first)]
+        sizes = linear_sizes(module)
+        return sizes[0] if sizes else len(module.weight)  # type: ignore[arg-type]
 
     def _which(self, branches: list[Branch]) -> tuple[Branch | None, Branch | None]:
         """The branches of attention (or another mixer of tokens) and of the MLP."""

@@ -1,28 +1,27 @@
-"""Make inputs for a backbone, and run a copy of it in which repeated blocks are skipped."""
+"""Run a copy of a backbone in which repeated blocks are skipped."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
-from .backbone import BackboneError
+from .backbone import NotRunError
+from .examples import inputs_for
 from .paths import is_in
-from .probing import _images
 from .watching import Call, Trace, shared_copy, watch
 
 
 _LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
-_SMALL = 128  # pixels, for models without a fixed size
 _MANY = 20_000_000  # parameters from which repeated blocks are skipped
 
 
+_SHOWN = 6  # arguments in a message
 _NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -80,11 +79,11 @@ def run_shallow(backbone: nn.Module, example_inputs: Any = None) -> Ran:
     """Run a copy and record it.
 
     Raises:
-        BackboneError: it does not run on any of the inputs that could be made.
+        NotRunError: it does not run on any of the inputs that could be made.
     """
     twin = shared_copy(backbone)
     reasons = []
-    for args, kwargs in _inputs(twin, example_inputs):
+    for args, kwargs in inputs_for(twin, example_inputs):
         kinds = _kinds(twin)
         given: dict[str, tuple[tuple, dict]] = {}
         skipped: dict[str, str] = {}
@@ -101,16 +100,13 @@ def run_shallow(backbone: nn.Module, example_inputs: Any = None) -> Ran:
                 undo()
         pretrained = hasattr(twin, "pretrained_cfg") or hasattr(twin, "base_model_prefix")
         return Ran(twin, args, kwargs, trace, kinds, skipped, given, pretrained)
-    raise BackboneError(_not_run(backbone, reasons))
+    raise NotRunError(_not_run(backbone, reasons))
 
 
 def _not_run(backbone: nn.Module, reasons: list[tuple[str, Exception]]) -> str:
     name = type(backbone).__name__
-    wanted = [
-        parameter.name
-        for parameter in inspect.signature(backbone.forward).parameters.values()
-        if parameter.default is parameter.empty and parameter.kind in _NAMED
-    ]
+    named = [each for each in inspect.signature(backbone.forward).parameters.values() if each.kind in _NAMED]
+    wanted = [each.name for each in named if each.default is each.empty] or [each.name for each in named][:_SHOWN]
     tried = "; ".join(f"{what}: {_said(error)}" for what, error in reasons[-2:])
     return (
         f"{name} could not be run to see what its modules do. Its forward takes {', '.join(wanted) or 'nothing'}. "
@@ -128,61 +124,6 @@ def _described(args: tuple, kwargs: Mapping[str, Any]) -> str:
     parts = [str(tuple(each.shape)) for each in args if isinstance(each, Tensor)]
     parts += [f"{name} {tuple(each.shape)}" for name, each in kwargs.items() if isinstance(each, Tensor)]
     return ", ".join(parts)
-
-
-def _inputs(twin: nn.Module, example: Any) -> Iterator[tuple[tuple, dict[str, Any]]]:
-    """Arguments to try, the most likely first."""
-    if example is not None:
-        if isinstance(example, Mapping):
-            yield (), dict(example)
-        else:
-            yield (tuple(example) if isinstance(example, list | tuple) else (example,)), {}
-        return
-    config: Any = getattr(twin, "config", None)
-    if {"spatial_shapes", "pixel_attention_mask", "grid_thw"} & set(inspect.signature(twin.forward).parameters):
-        yield (), _images(twin)
-        return
-    told: Any = getattr(twin, "default_cfg", None) or {}
-    weight = next((p for p in twin.parameters() if p.is_floating_point()), None)
-    made: dict[str, Any] = {} if weight is None else {"dtype": weight.dtype, "device": weight.device}
-    first = next((m.in_channels for m in twin.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)), None)
-    channels = dict.fromkeys((first, getattr(config, "num_channels", None), *told.get("input_size", ())[:1], 3))
-    sizes = list(_sizes(twin, config, told))
-    name = getattr(twin, "main_input_name", None)
-    names = list(inspect.signature(twin.forward).parameters)
-    if name not in names:
-        name = next((each for each in ("pixel_values", "pixel_values_videos", "x", "images") if each in names), None)
-    frames = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", None)
-    generator = torch.Generator().manual_seed(0)
-    if "grid_thw" in names:  # patches of several images in one row, as language models with images have them
-        yield (), {names[0]: _patches(twin, made), "grid_thw": torch.tensor([[1, 8, 8]], device=made.get("device"))}
-        return
-    shapes: list[tuple[int, ...]] = [(1, count, *size) for count in channels if count for size in sizes]
-    if isinstance(frames, int):
-        shapes = [(1, frames, *shape[1:]) for shape in shapes] + shapes
-    for shape in shapes:
-        pixels = torch.randn(shape, generator=generator).to(**made)
-        yield ((), {name: pixels}) if name and hasattr(twin, "main_input_name") else ((pixels,), {})
-
-
-def _patches(twin: nn.Module, made: Mapping[str, Any]) -> Tensor:
-    """Patches, one a row, as wide as the first linear or convolution reads them."""
-    first = next(m for m in twin.modules() if isinstance(m, nn.Conv2d | nn.Conv3d | nn.Linear))
-    width = first.weight[0].numel()
-    return torch.randn(64, width, generator=torch.Generator().manual_seed(0)).to(**made)
-
-
-def _sizes(twin: nn.Module, config: Any, told: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
-    size = getattr(config, "image_size", None) or getattr(getattr(twin, "patch_embed", None), "img_size", None)
-    size = size or getattr(twin, "img_size", None) or getattr(twin, "image_size", None)
-    full = size or told.get("input_size", (224,))[1:] or (224, 224)
-    if isinstance(full, Mapping):
-        full = (full.get("height"), full.get("width"))
-    height, width = (full, full) if isinstance(full, int) else (tuple(full) * 2)[:2]
-    if told and not told.get("fixed_input_size") and not size and min(height, width) > _SMALL:
-        yield _SMALL, _SMALL
-    yield int(height), int(width)
-    yield from ((side, side) for side in (64, 32) if not isinstance(config, PretrainedConfig))
 
 
 def _kinds(twin: nn.Module) -> dict[str, Any]:

@@ -47,6 +47,8 @@ _MOVES = frozenset(
 _SELECTS = frozenset(("select", "slice", "split", "split_with_sizes", "chunk", "unbind", "roll", "index", "gather"))
 _SELECTS |= {"constant_pad_nd"}
 
+_RANDOM = 1_000_003  # different random numbers in a tensor: more take long to make
+
 
 @dataclass
 class Node:
@@ -442,7 +444,8 @@ def valued(buffer: Tensor) -> Tensor:
 
 def _random_like(value: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    random = torch.rand(value.shape, generator=generator) + 0.5
+    random = torch.rand(min(value.numel(), _RANDOM), generator=generator) + 0.5
+    random = random.repeat(-(-value.numel() // _RANDOM))[: value.numel()].view(value.shape)
     if value.ndim > 1:
         random = (random - 1.0) / (value.numel() / max(len(value), 1)) ** 0.5
     return random.to(value.dtype)

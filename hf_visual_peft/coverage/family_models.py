@@ -1,8 +1,8 @@
 """The families of models that timm and transformers contain, and models of them that are small enough to run.
 
 No family is listed here by name. A family is a module file of timm, or a folder of transformers with a model that
-takes images. Weights are random; transformers' configs have their defaults, with fewer layers and a smaller
-vocabulary.
+takes images. Weights are random; transformers' configs have their defaults, with fewer layers, a smaller vocabulary
+and, if the model then still runs, smaller widths and images.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from ..backbones.backbone import BackboneError, NotRunError
+from ..backbones.examples import image_of, named_for
 from ..backbones.finding import find_backbone
-from ..backbones.probing import _images as example_of
 from .cell import tensors_of
+from .shrinking import LAYERS, shrunken
 from .tiny import TinyModel, images
 
 
@@ -34,7 +36,7 @@ LIBRARIES: tuple[Library, ...] = ("timm", "transformers")
 LARGEST = 150_000_000  # parameters of a model that is run; a larger one is adapted on the meta device only
 _LARGE = 5_000_000  # parameters of one that is run with few blocks, where it can be
 _SIDES = (64, 96, 128)  # image sizes to try before the size that a model is made for
-_LAYERS, _WORDS, _SIDE = 2, 1024, 96
+_SIDE, _DIVISOR = 96, 4
 # the class that represents a family: the first that matches one of these, the whole model before its parts
 _TASKS = ("For(Image|Video)Classification$", "For(?!PreTraining)", "Model$", "")
 
@@ -78,7 +80,8 @@ class _OfTransformers(FamilyModel):
 
     def call(self, model: nn.Module, arguments: Any) -> Any:
         """The model's output for images."""
-        return model.get_image_features(**arguments) if self.features else model(**arguments)  # type: ignore[operator]
+        function: Any = model.get_image_features if self.features else model
+        return function(**named_for(function if self.features else model.forward, arguments))
 
 
 def timm_families() -> dict[str, list[str]]:
@@ -137,9 +140,24 @@ def count(model: nn.Module) -> int:
 
 
 def on_meta(library: Library, name: str) -> nn.Module:
-    """A model without weights: of timm unchanged, of transformers shrunk if possible."""
-    with torch.device("meta"):
-        return next(_built(builders(library, name)))
+    """A model without weights: of timm unchanged, of transformers the smallest in which a backbone is found.
+
+    If none is found in any, it is the last that could be built. The default config itself is only the last resort.
+    """
+    ways = builders(library, name)
+    model = None
+    for model in _built(ways if library == "timm" else ways[:-1], ways[-1:]):
+        if library == "timm":
+            break
+        try:
+            find_backbone(model)
+        except Exception as error:
+            if isinstance(error, BackboneError) and not isinstance(error, NotRunError):
+                break  # the same in a model of any size
+            continue  # sizes of this config may not fit together
+        break
+    assert model is not None
+    return model
 
 
 def builders(library: Library, name: str) -> list[Callable[[], nn.Module]]:
@@ -149,15 +167,28 @@ def builders(library: Library, name: str) -> list[Callable[[], nn.Module]]:
     module, _, cls_name = name.rpartition(".")
     cls = getattr(importlib.import_module(module), cls_name)
     config = cls.config_class
-    return [lambda: cls(shrunken(config, _SIDE)), lambda: cls(shrunken(config)), lambda: cls(config())]
+    return [
+        lambda: cls(shrunken(config, _SIDE, _DIVISOR)),
+        lambda: cls(shrunken(config, None, _DIVISOR)),
+        lambda: cls(shrunken(config, _SIDE, _DIVISOR, None)),
+        lambda: cls(shrunken(config, _SIDE)),
+        lambda: cls(shrunken(config)),
+        lambda: cls(config()),
+    ]
 
 
 def _of_timm(name: str, **fields: Any) -> nn.Module:
     return importlib.import_module("timm").create_model(name, pretrained=False, num_classes=3, **fields)
 
 
-def _built(ways: Iterable[Callable[[], nn.Module]]) -> Iterator[nn.Module]:
-    """The models that can be built.
+def _built(
+    ways: Iterable[Callable[[], nn.Module]], otherwise: Iterable[Callable[[], nn.Module]] = ()
+) -> Iterator[nn.Module]:
+    """The models that can be built, on the meta device.
+
+    Args:
+        ways: to build them.
+        otherwise: other ways, if none of these can be built.
 
     Raises:
         NotRunnableError: none can be built.
@@ -166,37 +197,17 @@ def _built(ways: Iterable[Callable[[], nn.Module]]) -> Iterator[nn.Module]:
     none = True
     for build in ways:
         try:
-            model = build()
+            with torch.device("meta"):
+                model = build()
         except Exception as error:  # any: default configs of a library may be incomplete
             reason = f"{type(error).__name__}: {error}"
             continue
         none = False
         yield model
-    if none:
+    if none and otherwise:
+        yield from _built(otherwise)
+    elif none:
         raise NotRunnableError(f"its default config builds no model ({' '.join(reason.split())[:200]})")
-
-
-def shrunken(config_class: type[PreTrainedConfig], side: int | None = None) -> PreTrainedConfig:
-    """The default config with two layers per stack, a small vocabulary, and images of that size, in all its parts."""
-    return config_class(**_smaller(config_class(), side))
-
-
-def _smaller(config: PreTrainedConfig, side: int | None) -> dict[str, Any]:
-    """The fields that differ, to build the config again so that dependent fields follow."""
-    fields: dict[str, Any] = {}
-    for name, value in vars(config).items():
-        if isinstance(value, PreTrainedConfig):
-            part = _smaller(value, side)
-            if part:
-                fields[name] = {"model_type": value.model_type, **part}
-        elif isinstance(value, int) and value > _LAYERS and re.search(r"(layers|^depth|_depth)$", name):
-            fields[name] = _LAYERS
-        elif name == "image_size" and side:
-            fields[name] = side if isinstance(value, int) else [side] * len(value)
-        elif name == "vocab_size" and isinstance(value, int) and value > _WORDS:
-            special = [n for key, n in vars(config).items() if key.endswith("token_id") and isinstance(n, int)]
-            fields[name] = max(_WORDS, *(n + 1 for n in special if n < value), 0)
-    return fields
 
 
 def runnable(library: Library, name: str) -> FamilyModel:
@@ -232,7 +243,7 @@ def _differs(output: Tensor) -> bool:
 def _timm_ways(name: str) -> Iterator[FamilyModel]:
     """With small images and, for a large model, few blocks, if the model takes these; else as it is defined."""
     channels, *made_for = importlib.import_module("timm").get_pretrained_cfg(name).input_size
-    fewer = ({"depth": _LAYERS}, {}) if parameters_of("timm", name) > _LARGE else ({},)
+    fewer = ({"depth": LAYERS}, {}) if parameters_of("timm", name) > _LARGE else ({},)
     for shrunk, side, resized in (*product(fewer, _SIDES, (False, True)), ({}, 0, False)):
         fields = {**shrunk, "img_size": side} if resized else shrunk
         yield FamilyModel(
@@ -252,7 +263,7 @@ def _transformers_ways(name: str) -> Iterator[FamilyModel]:
             with torch.device("meta"):
                 model = build()
             tower = model.get_submodule(find_backbone(model).path)
-            example = example_of(tower)
+            example = image_of(tower)
         except Exception:  # any: this way does not work, the next may
             continue
         for features in (False, True) if hasattr(model, "get_image_features") else (False,):

@@ -122,7 +122,7 @@ class ArchitectureBlocks:
         window: optional; the block's attribute for rows and columns of its attention's windows.
         pools: whether the block changes the width or the number of tokens, other than by an attention whose norms tell
             that by their sizes.
-        width: optional; channels of the block's stream, where no role tells.
+        width: optional; channels of the block's stream, where no role tells them or where roles tell others.
     """
 
     softmax: bool = True
