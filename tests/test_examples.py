@@ -11,7 +11,8 @@ from torch import nn
 
 from hf_visual_peft import AdaptFormerConfig, find_backbone
 from hf_visual_peft.backbones.backbone import BackboneError, NotRunError
-from hf_visual_peft.backbones.examples import image_of, named_for
+from hf_visual_peft.backbones.examples import image_of, named_for, of_samples
+from hf_visual_peft.backbones.probing import probe
 
 
 _WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -204,3 +205,28 @@ def test_an_adapter_has_the_width_of_the_stream_that_it_adds_to(convolutions):
     before = model(images)
     adapted = get_peft_model(model, AdaptFormerConfig(r=2, modules_to_save=[], init_weights=False))
     assert not torch.equal(adapted(images), before)
+
+
+def test_several_images_a_sample_are_probed():
+    """A model that takes (samples, images, channels, height, width) shows which of its blocks it reads."""
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+
+    text = {"model_type": "llama", "vocab_size": 99, "hidden_size": 16, "intermediate_size": 16}
+    config = Idefics3Config(
+        text_config={**text, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1},
+        vision_config={**_WIDTHS, "image_size": 16, "patch_size": 4},
+        scale_factor=2,
+        image_token_id=5,
+        pad_token_id=0,
+    )
+    model = Idefics3ForConditionalGeneration(config).eval()
+    seen = probe(model, ["model.vision_model.encoder.layers.1", "lm_head"], "model.vision_model")
+    assert seen is not None
+    assert "model.vision_model.encoder.layers.1" in seen.read
+    assert "lm_head" not in seen.read
+
+
+@pytest.mark.parametrize(("images", "shape"), [((2, 3, 8, 8), (2, 1, 3, 8, 8)), ((4, 5), None)])
+def test_only_images_become_those_of_samples(images, shape):
+    made = of_samples({"pixel_values": torch.ones(images), "grid": torch.ones(1, 3)})
+    assert (None if made is None else tuple(made["pixel_values"].shape)) == shape

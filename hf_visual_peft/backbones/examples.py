@@ -17,9 +17,15 @@ _SMALL = 128  # pixels, for models without a fixed size
 _CELLS = 4  # rows and columns of packed patches, times those that are merged
 
 
-def image_of(tower: nn.Module) -> dict[str, Tensor]:
-    """One image or video of the tower's size, or patches if it takes these; by the names of its arguments."""
-    packed = _packed(tower)
+def image_of(tower: nn.Module, device: str | None = None) -> dict[str, Tensor]:
+    """One image or video of the tower's size, or patches if it takes these; by the names of its arguments.
+
+    Args:
+        tower: that takes them.
+        device: of the tensors; by default that of the tower.
+    """
+    made = _made_for(tower) | ({} if device is None else {"device": device})
+    packed = _packed(tower, made)
     if packed:
         return packed
     config: Any = getattr(tower, "config", None)
@@ -29,7 +35,7 @@ def image_of(tower: nn.Module) -> dict[str, Tensor]:
     size = size or getattr(tower, "default_cfg", {}).get("input_size", (_SIZE,))[-1]
     height, width = size if isinstance(size, tuple | list) else (size, size)
     frames = (config.num_frames,) if isinstance(getattr(config, "num_frames", None), int) else ()
-    return {"pixel_values": torch.rand(1, *frames, channels, height, width, **_made_for(tower))}
+    return {"pixel_values": torch.rand(1, *frames, channels, height, width, **made)}
 
 
 def inputs_for(twin: nn.Module, example: Any) -> Iterator[tuple[tuple, dict[str, Any]]]:
@@ -45,13 +51,13 @@ def inputs_for(twin: nn.Module, example: Any) -> Iterator[tuple[tuple, dict[str,
         else:
             yield (tuple(example) if isinstance(example, list | tuple) else (example,)), {}
         return
-    packed = _packed(twin)
+    made = _made_for(twin)
+    packed = _packed(twin, made)
     if packed:
         yield (), packed
         return
     config: Any = getattr(twin, "config", None)
     told: Any = getattr(twin, "default_cfg", None) or {}
-    made = _made_for(twin)
     first = next((m.in_channels for m in twin.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)), None)
     channels = dict.fromkeys((first, getattr(config, "num_channels", None), *told.get("input_size", ())[:1], 3))
     sizes = list(_sizes(twin, config, told))
@@ -82,11 +88,18 @@ def named_for(function: Callable[..., Any], images: Mapping[str, Tensor]) -> dic
     return made
 
 
-def _packed(tower: nn.Module) -> dict[str, Tensor] | None:
+def of_samples(images: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """The same images, as models with several images a sample take them; None if they are no images."""
+    first, *others = images
+    if images[first].ndim != 4:
+        return None
+    return {first: images[first].unsqueeze(1), **{name: images[name] for name in others}}
+
+
+def _packed(tower: nn.Module, made: Mapping[str, Any]) -> dict[str, Tensor] | None:
     """Patches with the arguments that say where they lie; None if the forward takes no such arguments."""
     names = list(inspect.signature(tower.forward).parameters)
     config: Any = getattr(tower, "config", None)
-    made = _made_for(tower)
     whole: dict[str, Any] = {"dtype": torch.long, "device": made.get("device")}
     merged = math.lcm(*(n for n in (getattr(config, each, 1) for each in _MERGES) if isinstance(n, int) and n))
     side = _CELLS * merged

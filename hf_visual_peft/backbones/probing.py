@@ -14,7 +14,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .backbone import unwrapped
-from .examples import image_of, named_for
+from .examples import image_of, named_for, of_samples
 
 
 _SMALL = 50_000_000  # parameters up to which a model runs faster than its copy on the meta device
@@ -104,7 +104,8 @@ def _calls(twin: nn.Module, tower: str, images: Mapping[str, Tensor]) -> Iterato
     for depth in range(len(names) + 1):
         features = getattr(twin.get_submodule(".".join(names[:depth])), "get_image_features", None)
         if features is not None:
-            yield partial(features, **named_for(features, images)), False
+            for given in filter(None, (images, of_samples(images))):
+                yield partial(features, **named_for(features, given)), False
 
 
 def _look(twin: nn.Module, paths: list[str], call: Callable[[], Any], whole: bool) -> Seen | None:

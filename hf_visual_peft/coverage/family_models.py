@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..backbones.backbone import BackboneError, NotRunError
-from ..backbones.examples import image_of, named_for
+from ..backbones.examples import image_of, named_for, of_samples
 from ..backbones.finding import find_backbone
 from .cell import tensors_of
 from .shrinking import LAYERS, shrunken
@@ -36,7 +36,7 @@ LIBRARIES: tuple[Library, ...] = ("timm", "transformers")
 LARGEST = 150_000_000  # parameters of a model that is run; a larger one is adapted on the meta device only
 _LARGE = 5_000_000  # parameters of one that is run with few blocks, where it can be
 _SIDES = (64, 96, 128)  # image sizes to try before the size that a model is made for
-_SIDE, _DIVISOR = 96, 4
+_SIDE, _WIDE, _DIVISOR = 96, 384, 4
 # the class that represents a family: the first that matches one of these, the whole model before its parts
 _TASKS = ("For(Image|Video)Classification$", "For(?!PreTraining)", "Model$", "")
 
@@ -74,12 +74,15 @@ class _OfTransformers(FamilyModel):
 
     Attributes:
         features: whether to call `get_image_features`, for models that otherwise need text.
+        several: whether it takes several images a sample.
     """
 
     features: bool = False
+    several: bool = False
 
     def call(self, model: nn.Module, arguments: Any) -> Any:
         """The model's output for images."""
+        arguments = (of_samples(arguments) or arguments) if self.several else arguments
         function: Any = model.get_image_features if self.features else model
         return function(**named_for(function if self.features else model.forward, arguments))
 
@@ -170,6 +173,7 @@ def builders(library: Library, name: str) -> list[Callable[[], nn.Module]]:
     return [
         lambda: cls(shrunken(config, _SIDE, _DIVISOR)),
         lambda: cls(shrunken(config, None, _DIVISOR)),
+        lambda: cls(shrunken(config, _WIDE, _DIVISOR)),
         lambda: cls(shrunken(config, _SIDE, _DIVISOR, None)),
         lambda: cls(shrunken(config, _SIDE)),
         lambda: cls(shrunken(config)),
@@ -225,14 +229,14 @@ def runnable(library: Library, name: str) -> FamilyModel:
             if size > LARGEST:
                 reason = reason or f"{size / 1e6:,.0f} M parameters"
                 continue
-            found = tensors_of(tiny.call(model := tiny.build().eval(), tiny.arguments(2)))
+            with torch.no_grad():  # not with initial weights: those of heads may be zeros
+                found = tensors_of(tiny.call(tiny.model(), tiny.arguments(2)))
         except Exception as error:  # any: this model does not take this size or call
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             continue
-        del model
         if found and all(tensor.isfinite().all() for tensor in found) and any(map(_differs, found)):
             return tiny
-        reason = reason or "its output does not depend on the picture"
+        reason = "its output does not depend on the picture, or is not finite"
     raise NotRunnableError(reason)
 
 
@@ -263,25 +267,29 @@ def _transformers_ways(name: str) -> Iterator[FamilyModel]:
             with torch.device("meta"):
                 model = build()
             tower = model.get_submodule(find_backbone(model).path)
-            example = image_of(tower)
+            example = image_of(tower, "cpu")
         except Exception:  # any: this way does not work, the next may
             continue
-        for features in (False, True) if hasattr(model, "get_image_features") else (False,):
+        ways = [(False, False)] + [
+            (True, several) for several in (False, True) if hasattr(model, "get_image_features")
+        ]
+        for features, several in ways:
             yield _OfTransformers(
                 name,
                 "dense",
                 build,
                 inputs=lambda batch, size, example=example: _more(example, batch),  # type: ignore[misc]
                 features=features,
+                several=several,
             )
 
 
 def _more(example: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
-    """That many random images, the same every time."""
+    """That many random images, the same every time; those of packed patches follow each other."""
     generator = torch.Generator().manual_seed(batch)
     return {
-        key: torch.randn(batch, *value.shape[1:], generator=generator)
+        key: torch.randn(batch * len(value), *value.shape[1:], generator=generator)
         if value.is_floating_point()
-        else value.expand(batch, *value.shape[1:]).clone()
+        else value.repeat(batch, *(1 for _ in value.shape[1:]))
         for key, value in example.items()
     }

@@ -35,6 +35,7 @@ from .tiny import TinyModel
 
 # methods of every kind: branches, prompts, scales, convolutions, side network, biases, factors, norms, linears, head
 METHODS = ("adaptformer", "vpt", "ssf", "convpass", "lst", "bitfit", "fact", "lora", "ln_tuning", "linearprobe")
+_NOT_BUILT = "not built: "
 SIZE, BACKBONE = "size", "backbone"  # what else is asked of a model: how many parameters, and whether it is known
 
 
@@ -164,9 +165,7 @@ def run_families(
         for family, models in found.items()
         if only is None or family in only
     ]
-    if "timm" in libraries:  # the smallest is not known before all are counted
-        sizes = [Task("timm", family, m, (SIZE,)) for lib, family, models in chosen if lib == "timm" for m in models]
-        _work(results, sizes, jobs, limit, "Models counted")
+    _prepare(results, chosen, jobs, limit)
     tasks = []
     for library, family, models in chosen:
         one = representative(results, library, models)
@@ -176,12 +175,37 @@ def run_families(
     _work(results, tasks, jobs, limit, "Methods on families")
 
 
+def _prepare(results: Results, chosen: Iterable[tuple[Library, str, list[str]]], jobs: int, limit: float) -> None:
+    """Count the models of families of timm without results, and find one of transformers that can be built."""
+    todo: list[Task] = []
+    known = {(each.library, each.family) for each in results.found.values() if each.item not in (SIZE, BACKBONE)}
+    for library, family, models in chosen:
+        if library == "timm" and (library, family) not in known:  # the smallest is not known before all are counted
+            todo += [Task(library, family, model, (SIZE,)) for model in models]
+    _work(results, todo, jobs, limit, "Models counted")
+    found = [each for each in chosen if each[0] == "transformers"]
+    while found:
+        before = len(results.found)
+        tasks = [
+            Task(library, f, representative(results, library, models), (BACKBONE,)) for library, f, models in found
+        ]
+        _work(results, tasks, jobs, limit, "Backbones")
+        if len(results.found) == before:
+            break
+
+
 def representative(results: Results, library: Library, models: Sequence[str]) -> str:
-    """The model that represents its family: of timm the smallest, of transformers the first."""
+    """The model that represents its family: the one that results exist for, or of timm the smallest.
+
+    Of transformers, it is the first that can be built from its default config.
+    """
+    asked = {each.model for each in results.found.values() if each.item not in (SIZE, BACKBONE)}
+    found = {m: each for m in models for item in (SIZE, BACKBONE) if (each := results.found.get((library, m, item)))}
     if library == "transformers":
-        return models[0]
-    sizes = {m: found.parameters for m in models if (found := results.found.get((library, m, SIZE)))}
-    return min(models, key=lambda model: (sizes.get(model) or float("inf"), model))
+        return next((m for m in models if m not in found or not found[m].reason.startswith(_NOT_BUILT)), models[0])
+    if not asked.isdisjoint(models):
+        return next(model for model in models if model in asked)
+    return min(models, key=lambda m: (found[m].parameters if m in found else 0) or float("inf"))
 
 
 def answers(task: Task) -> Iterator[Result]:
@@ -208,7 +232,7 @@ def _backbone(task: Task) -> Result:
     try:
         model = _without_weights(task.library, task.model)
     except Exception as error:  # the same
-        return task.result(BACKBONE, Cell("skipped", f"not built: {what_went_wrong(error)}"))
+        return task.result(BACKBONE, Cell("skipped", f"{_NOT_BUILT}{what_went_wrong(error)}"))
     try:
         find_backbone(model)
     except Exception as error:  # ours is a refusal, any other a fault
@@ -227,7 +251,7 @@ def _method(task: Task, name: str) -> Cell:
         try:
             model = _without_weights(task.library, task.model)
         except NotRunnableError as error:
-            return Cell("skipped", f"not built: {error}")
+            return Cell("skipped", f"{_NOT_BUILT}{error}")
         cell = accept(method, copied(model))
         return Cell("skipped", f"accepted, not run: {subject}") if cell.status == "works" else cell
     return run_cell(method, *subject, alone=True)
@@ -258,6 +282,7 @@ class _Worker:
         self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()
+        self.connection.recv()  # it has imported all, which takes long where others run
         self.task: Task | None = None
         self.due = float("inf")
 
@@ -277,6 +302,7 @@ def _serve(connection: Connection) -> None:
 
     torch.set_num_threads(1)
     logging.set_verbosity_error()
+    connection.send(None)
     while True:
         try:
             task = connection.recv()
