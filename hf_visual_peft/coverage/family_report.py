@@ -25,12 +25,12 @@ Written by `{COMMAND}`; with `--dry` nothing is run.
 
 Nothing is named by hand, neither models nor modules. A family is a module file of timm, for which its smallest model
 stands, or a folder of transformers with a model that takes pictures, for which the first of its classes stands that
-can be built from its default config, with two layers, few words and, if it then still runs, a quarter of the width and
-small images; timm's models from 5 M parameters on have two blocks where they take `depth`.
-Weights are random. *Works* means that two steps on the adapter alone move the output by at least 1e-5 of its scale,
-that `disable_adapter` gives the base model's output to the bit and the saved adapter on a fresh base the same output to
-the bit, and that merging in double precision, where the method can be merged, keeps the output to 1e-5. For `linearprobe`
-it means that a task head was found and trains.
+can be built from its default config, with two layers, few words and, if it then still runs, a quarter of the width
+and small images; timm's models from 5 M parameters on have two blocks where they take `depth`. Weights are random.
+*Works* means that two steps on the adapter alone move the output by at least 1e-5 of its scale, that
+`disable_adapter` gives the base model's output to the bit and the saved adapter on a fresh base the same output to
+the bit, and that merging in double precision, where the method can be merged, keeps the output to 1e-5. For
+`linearprobe` it means that a task head was found and trains.
 """
 _LEGEND = (
     "✓ works, · accepted and not run, - refused, ✗ fails. A number is that of the reason or, where a method works, of "
