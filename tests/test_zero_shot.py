@@ -12,6 +12,7 @@ from dual_encoders import FAMILIES, NAMES, classifier, images, saved
 from PIL import Image
 from torch.utils.data import default_collate
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
     AutoTokenizer,
@@ -368,3 +369,22 @@ def test_retrieval(folders):
         hf_visual_peft.recall_at_k(scores)
     with pytest.raises(ValueError, match="from 1 to 3"):
         hf_visual_peft.recall_at_k(similarity, ks=(4,))
+
+
+@pytest.mark.parametrize("family", ["clip", "metaclip_2", "siglip", "siglip2", "chinese_clip", "altclip", "dual"])
+def test_vectors_of_the_words_are_the_words(folders, family):
+    """On every kind of text tower; a class name has the tokens that it has after words."""
+    base = classifier(folders(family), templates="abcd {}.").eval()
+    zero_shot = base(**images(family)).logits
+    model = peft.get_peft_model(base, hf_visual_peft.CoOpConfig(init_text="abcd")).eval()
+    torch.testing.assert_close(model(**images(family)).logits, zero_shot, atol=1e-5, rtol=1e-6)
+
+
+def test_classes_have_the_order_of_their_numbers(folders, tmp_path):
+    model = classifier(folders("clip"))
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.id2label = dict(sorted(config.id2label.items(), reverse=True))
+    again = ZeroShotClassifier.from_pretrained(str(tmp_path), config=config)
+    assert again.class_names == NAMES
+    torch.testing.assert_close(again(**images("clip")).logits, model(**images("clip")).logits)

@@ -95,6 +95,11 @@ class TextWriter:
         """The token ids of a text alone, without those that start and end it."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def words_after(self, text: str) -> list[int]:
+        """The token ids of a text that follows other words: some tokenizers, as Gemma's, write spaces into tokens."""
+        before, both = self.words("x"), self.words(f"x {text}")
+        return both[len(before) :] if both[: len(before)] == before else self.words(text)
+
     def with_slots(self, names: Sequence[str], count: int, position: Position, before: str = "") -> Tokens:
         """Texts of a class name, a full stop and some places for learned vectors, which hold another token meanwhile.
 
@@ -111,16 +116,24 @@ class TextWriter:
         rows, slots = [], []
         for name in names:
             text = f"{before} {as_text(name)}".strip()
-            full, own = self._ids(f"{text}."), self.words(f"{text}.")
-            start = next(at for at in range(len(full) + 1) if full[at : at + len(own)] == own)
+            full, alone = self._ids(f"{text}."), self.words(f"{text}.")
+            start = next(at for at in range(len(full) + 1) if full[at : at + len(alone)] == alone)
             later = {"end": 0, "front": count, "middle": count - count // 2}[position]  # slots after the name
-            split = start + len(self.words(text))
-            first, last = count - later, later
+            first = count - later
+            read = self.words_after if first else self.words
+            own, split = read(f"{text}."), len(read(text))
             rows.append(
-                [*full[:start], *[placeholder] * first, *full[start:split], *[placeholder] * last, *full[split:]]
+                [
+                    *full[:start],
+                    *[placeholder] * first,
+                    *own[:split],
+                    *[placeholder] * later,
+                    *own[split:],
+                    *full[start + len(alone) :],
+                ]
             )
-            after = first + split
-            slots.append([*range(start, start + first), *range(after, after + last)])
+            after = start + first + split
+            slots.append([*range(start, start + first), *range(after, after + later)])
         return self._padded(rows, slots, names)
 
     def _ids(self, text: str) -> list[int]:
