@@ -189,7 +189,7 @@ def checksum(weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor | Non
 
 
 def deterministic_training(patch: Callable[[object, str, object], None]) -> None:
-    """Let torch's dropout be `dropped`, its draws of an integer 1, and those of a share 0.75.
+    """Let torch's dropout be `dropped`, its draws of an integer 1, of a share 0.75, and of noise numbers 0, 1, 2, ...
 
     Args:
         patch: sets an attribute of an object until the test ends.
@@ -208,4 +208,5 @@ def deterministic_training(patch: Callable[[object, str, object], None]) -> None
     patch(F, "dropout", dropout)
     patch(F, "scaled_dot_product_attention", attention_with_dropout)
     patch(torch, "rand_like", lambda x, dtype=None: torch.full_like(x, 0.75, dtype=dtype))
+    patch(torch, "randn_like", lambda x: torch.arange(x.numel(), dtype=x.dtype).view_as(x))
     patch(torch, "randint", lambda *args, device=None, **kwargs: torch.tensor(1, device=device))

@@ -15,6 +15,7 @@ from reference_backbone import (
     DEPTH,
     GRID,
     HEADS,
+    PATCH,
     ROLES,
     TOKENS,
     WIDTH,
@@ -192,6 +193,27 @@ def consolidator(v: Vit, w: Weights, name: str, x: Tensor, y: Tensor) -> Tensor:
     return y + v.drop_path(branch.transpose(1, 2), 0.1)
 
 
+def convlora(v: Vit, w: Weights, name: str, x: Tensor, y: Tensor) -> Tensor:
+    """Each image by its own expert; in training the draws are 0, 1, 2, ..."""
+    own = w.of(f"{name}.convlora_{name.rpartition('.')[2]}.")
+    h = v.drop(x, 0.1) @ own["down"].T
+    maps = to_maps(h[:, 1:])
+    means = maps.mean(dim=(2, 3))
+    scores = means @ own["router.choice"]
+    if v.training:
+        scores = scores + torch.arange(scores.numel()).view_as(scores) * (
+            F.softplus(means @ own["router.noise"]) + 0.01
+        )
+    mixed = []
+    for image, expert in zip(maps, scores.argmax(1), strict=True):
+        factor = int(expert) + 1
+        enlarged = F.interpolate(image[None], scale_factor=factor, mode="bicubic") if factor > 1 else image[None]
+        out = F.gelu(F.conv2d(enlarged, own["kernels"][expert], own["biases"][expert], padding=1))
+        mixed.append(image + (F.interpolate(out, GRID, mode="bicubic") if factor > 1 else out)[0])
+    g = torch.cat([h[:, :1], to_tokens(torch.stack(mixed))], dim=1)
+    return y + 2.0 * g @ own["up"].T
+
+
 def convpass(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
     def quick_gelu(x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
@@ -237,6 +259,30 @@ def efft(v: Vit, w: Weights, name: str, x: Tensor, y: Tensor) -> Tensor:
     u, core, last = (v.drop(factor, 0.1) for factor in (shared["u"], shared["core"][:, :, k], shared["v"]))
     update = u @ core @ last
     return y + x @ (update.T if role == "fc2" else update)
+
+
+def high_pass(x: Tensor, rate: float = 0.25) -> Tensor:
+    """Their `fft`."""
+    height, width = x.shape[-2:]
+    line = int((height * width * rate) ** 0.5 // 2)
+    mask = torch.zeros_like(x)
+    mask[..., height // 2 - line : height // 2 + line, width // 2 - line : width // 2 + line] = 1
+    spectrum = torch.fft.fftshift(torch.fft.fft2(x, norm="forward")) * (1 - mask)
+    return torch.fft.ifft2(torch.fft.ifftshift(spectrum), norm="forward").real.abs()
+
+
+def evp(v: Vit, w: Weights) -> Tensor:
+    own = w.of("0.evp_prompts.features.")
+    maps = F.conv2d(v.pixels, v.w["patch.weight"], v.w["patch.bias"], stride=PATCH)
+    e = own.linear("embedding", to_tokens(maps))
+    f = to_tokens(F.conv2d(high_pass(v.pixels), own["frequencies.weight"], own["frequencies.bias"], stride=PATCH))
+
+    def block(index: int, x: Tensor) -> Tensor:
+        prompt = w.of("0.evp_").linear("up", F.gelu(w.of(f"{index}.evp_prompts.").linear("mix", e + f)))
+        return v.plain_block(index, torch.cat([x[:, :1], x[:, 1:] + prompt], dim=1))
+
+    v.block = block
+    return v.logits()
 
 
 def fact(v: Vit, w: Weights, name: str, x: Tensor, y: Tensor) -> Tensor:

@@ -100,6 +100,11 @@ METHODS = {
         {"groups": 8, "shuffle": True, "drop_path": 0.1},
         False,
     ),
+    "convlora": Reference(
+        beside_linears(ATTENTION, methods.convlora),
+        "autogluon: adaptation_layers.py",
+        {"r": 2, "experts": 3, "alpha": 4.0, "dropout": 0.1},
+    ),
     "convpass": Reference(blockwise(methods.convpass), "JieShibo/PETL-ViT: convpass/convpass.py", {"r": 4}),
     "cvpt": Reference(
         blockwise(methods.cvpt), "Lingyun0419/CVPT: CVPT.py", {"num_virtual_tokens": 3, "dropout": 0.1}, False
@@ -120,6 +125,7 @@ METHODS = {
         "Dongping-Chen/EFFT-EFfective-Factor-Tuning: methods/Set_EFFT.py",
         {"r": 4},
     ),
+    "evp": Reference(methods.evp, "tianrun-chen/SAM-Adapter-PyTorch, after EVP's code", {"r": 3}, False),
     "evppixel": Reference(at_pixels(methods.evp_pixel), "the paper", {"width": 3}, False),
     "fact": Reference(
         beside_linears(ROLES, methods.fact), "JieShibo/PETL-ViT: FacT/fact_tk.py", {"variant": "tk", "r": 4}

@@ -18,7 +18,9 @@ from hf_visual_peft import (
     CoLinConfig,
     CompositeConfig,
     CoOpConfig,
+    DyTConfig,
     GatedPromptConfig,
+    GISTConfig,
     GPSConfig,
     HoulsbyConfig,
     HSTConfig,
@@ -325,7 +327,8 @@ def test_a_part_that_does_not_fit_the_backbone_is_named():
         ([{"method": "vpt", "num_virtual_tokens": 0}], "VPTConfig.num_virtual_tokens is 0"),
         ([LinearProbeConfig()], r"parts\[0\]: LinearProbeConfig cannot be a part: it trains whole modules"),
         ([VPTConfig(init="data")], "VPTConfig cannot be a part: it chooses from data"),
-        ([CoLinConfig()], "CoLinConfig cannot be a part: it adds a loss of its own"),
+        ([GISTConfig()], "GISTConfig cannot be a part: its loss needs a second pass of the model"),
+        ([SSFConfig(), DyTConfig()], r"parts\[1\]: DyTConfig cannot be a part: its loss needs a second pass"),
         ([GPSConfig()], "GPSConfig cannot be a part: it chooses from data"),
         ([VQTConfig()], "VQTConfig cannot be a part: it makes the head wider"),
         ([STAdapterConfig()], "STAdapterConfig cannot be a part: it takes videos"),
@@ -340,6 +343,31 @@ def test_a_part_that_does_not_fit_the_backbone_is_named():
 def test_bad_parts(parts, message):
     with pytest.raises(ValueError, match=message):
         CompositeConfig(parts=parts)
+
+
+def test_losses_of_parts_add_up():
+    """Each from what its own equations left, also of two parts of one method, and beside parts without a loss."""
+    parts = [
+        AdaptFormerConfig(r=2),
+        CoLinConfig(r=6, rank=3, orthogonality=0.5, layers_to_transform=[0]),
+        CoLinConfig(r=4, rank=2, orthogonality=3.0, layers_to_transform=[1, 2]),
+    ]
+    torch.manual_seed(0)
+    model = get_peft_model(FAMILIES["vit"].model(), CompositeConfig(parts=parts, init_weights=False)).train()
+    weights = {"composite_colin_": 0.5, "composite_colin2_": 3.0}
+    expected = 0.0
+    for name, parameter in model.named_parameters():
+        label = next((label for label in weights if label in name), None)
+        if label and name.endswith((".down.down", ".up.down", ".down.up", ".up.up")):
+            gram = parameter.T @ parameter if name.endswith(".down") else parameter @ parameter.T
+            expected = expected + weights[label] * (gram - torch.eye(len(gram))).square().sum()
+    labels = torch.tensor([0, 1])
+    out = model(**FAMILIES["vit"].inputs(2), labels=labels)
+    torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(out.logits, labels) + expected)
+    out.loss.backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "composite_" in name)
+    assert not CompositeConfig().has_auxiliary_loss
+    assert not CompositeConfig(parts=[CoLinConfig(orthogonality=0.0)]).has_auxiliary_loss
 
 
 def test_sizes_by_layer_and_mappings():

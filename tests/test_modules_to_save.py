@@ -40,7 +40,20 @@ SMALL = {"r": 4, "n": 4, "channels": 6, "rank": 2}
 METHODS = hf_visual_peft.list_methods()
 IMAGE_METHODS = [name for name, m in METHODS.items() if not m.config_cls.video and not m.calibrated]
 # these read every block
-OUTSIDE = {"dtl", "e3va", "hst", "last", "lst", "restuning", "sherl", "sidetuning", "unipt", "vitadapter", "vqt"}
+OUTSIDE = {
+    "dtl",
+    "e3va",
+    "evp",
+    "hst",
+    "last",
+    "lst",
+    "restuning",
+    "sherl",
+    "sidetuning",
+    "unipt",
+    "vitadapter",
+    "vqt",
+}
 TO_THE_HEAD = {"gist"}  # act on all blocks up to the last
 AT_PATCHES = {"bitfit", "difffit", "rlrr", "ssf"}
 
@@ -258,7 +271,7 @@ def test_a_new_patch_embedding_beside_every_method(name, channels, tmp_path):
     names += ["patch_embeddings.projection"] if channels == 4 else ["vit.embeddings"]
     config = config_of(name, modules_to_save=names, init_weights=False)
     model, messages = said(vit(num_channels=channels), config)
-    assert (len(messages) == 1) == (name in AT_PATCHES or name in OUTSIDE - {"hst", "vitadapter"})
+    assert (len(messages) == 1) == (name in AT_PATCHES or name in OUTSIDE - {"evp", "hst", "vitadapter"})
     x = images(channels)
     assert train(model, x) == []
     before, after = round_trip(model, vit(num_channels=channels), tmp_path, x, is_trainable=name == "vpt")

@@ -17,6 +17,7 @@ from ..language.config import list_language_methods
 from ..peft_methods.methods import PEFT_METHODS, PeftMethod
 from ..sites import Placement
 from ..tables import format_table, listed, terminal_table
+from .not_built import not_built
 
 
 _GRADIENTS = {
@@ -172,7 +173,9 @@ def methods_markdown() -> str:
             )
         )
     sections = (_section(method, backbone) for method in methods)
-    return "\n".join([_INTRODUCTION, format_table(header, rows, right=("parameters",)), "", *sections]).rstrip()
+    return "\n".join(
+        [_INTRODUCTION, format_table(header, rows, right=("parameters",)), "", *sections, not_built()]
+    ).rstrip()
 
 
 def _section(method: Method, backbone: VisionBackbone) -> str:

@@ -7,10 +7,14 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from ..backbones.backbone import VisionBackbone
 from ..sites import Placement
 from .calibration import Calibration
 from .config import VisualPeftConfig
+from .outcome import Outcome
 from .registry import get_method
 
 
@@ -63,6 +67,20 @@ class PartedConfig(VisualPeftConfig):
             if slot.startswith(f"{part.label}_"):
                 return part.config.trained_parameters(name, shape)
         return super().trained_parameters(name, shape)
+
+    @property
+    def has_auxiliary_loss(self) -> bool:
+        """Whether one of the parts has a loss of its own."""
+        return any(part.config.has_auxiliary_loss for part in self.adapter_parts())
+
+    def auxiliary_loss(self, outcome: Outcome) -> Tensor:
+        """The sum of the losses of the parts, each of what its own equations left."""
+        total = []
+        for part in self.adapter_parts():
+            if part.config.has_auxiliary_loss:
+                left = tuple(each for each in outcome.left if each.slot.startswith(f"{part.label}_"))
+                total.append(part.config.auxiliary_loss(replace(outcome, left=left)))
+        return torch.stack(total).sum()
 
     @property
     def gradients(self) -> Literal["full", "partial", "none"]:

@@ -33,7 +33,7 @@ from .layer import Equation, VisualTunerLayer, layers_of
 from .losses import Left, WithLoss
 from .model import ModelAdapters
 from .module import ModuleLayer, as_linear, as_matrix, output_channels
-from .module_sites import LinearSite, OutputSite, WeightSite
+from .module_sites import LinearSite, MapSite, OutputSite, WeightSite
 from .pixels import PixelEquation, PixelSite
 from .selection import ChoiceSite
 from .side import BlockView, SideSite, resized
@@ -55,6 +55,7 @@ __all__ = [
     "Left",
     "LinearSite",
     "LogitSite",
+    "MapSite",
     "ModelAdapters",
     "ModuleLayer",
     "OutputSite",

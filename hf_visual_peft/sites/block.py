@@ -241,6 +241,7 @@ class BlockAdapters(BranchLayer, nn.Module):
             layouts=layouts,
             layouts_after=after,
             pixels=exchange.pixels,
+            patches=exchange.patches,
         )
         # Terms of auxiliary losses are outputs of the checkpointed function, so that gradients reach them. When it
         # runs again in the backward pass, they are dropped.
@@ -399,8 +400,8 @@ class BlockAdapters(BranchLayer, nn.Module):
     ) -> Any:
         """The samples of one adapter in a batch that mixes several."""
         grid = None if whole.grid is None else whole.grid.of_samples(index)
-        pixels = None if whole.pixels is None else whole.pixels[index]
-        self._pass = None if name == BASE else replace(whole, grid=grid, pixels=pixels)
+        pixels, patches = (None if x is None else x[index] for x in (whole.pixels, whole.patches))
+        self._pass = None if name == BASE else replace(whole, grid=grid, pixels=pixels, patches=patches)
         try:
             return self.inside(hidden_states, *args, **kwargs)
         finally:

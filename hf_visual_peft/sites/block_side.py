@@ -91,7 +91,12 @@ class BypassedLayer(VisualTunerLayer):
             if not site.enters or piece.module is None:
                 continue
             layout = self._layout(current, stream) if site.needs_layout else None
-            view = BlockView(before=stream, layout=layout, pixels=current.pixels if site.needs_pixels else None)
+            view = BlockView(
+                before=stream,
+                layout=layout,
+                pixels=current.pixels if site.needs_pixels else None,
+                patches=current.patches if site.needs_patches else None,
+            )
             state, added = call_piece(self, piece, current.tokens.get(piece.key), view, enter=True)
             current.tokens[piece.key] = state
             changed = changed if added is None else changed + added

@@ -212,6 +212,7 @@ class Pass:
     layouts: dict[str, TokenLayout] = field(default_factory=dict)  # of the states of side networks before the block
     layouts_after: dict[str, TokenLayout] = field(default_factory=dict)  # and after it
     pixels: Tensor | None = None
+    patches: Tensor | None = None  # of the patch embedding
     ask: Callable[[Tensor], Tensor] | None = None  # runs extra tokens through the block, for side networks
     seen: Tensor | None = None  # which tokens are not padding, for side networks
     added: Tensor | None = None  # by all branches so far

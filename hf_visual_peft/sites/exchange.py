@@ -28,6 +28,8 @@ class Exchange:
         handed_on: tokens, or the state of a side network, that pass from block to block, by adapter.
         layouts: of the tokens of these states.
         pixels: the current images, if an adapter reads them.
+        patches: what the patch embedding made of them, without positions, if an adapter reads that.
+        reads_patches: whether one does.
         collected: final states of side networks, by adapter; None outside `collecting`.
         for_heads: current results of adapters for the task heads, by head and adapter.
         shared: modules that several layers use, by name and adapter; one of these layers registers it.
@@ -55,6 +57,8 @@ class Exchange:
     handed_on: dict[str, Tensor] = field(default_factory=dict)
     layouts: dict[str, TokenLayout] = field(default_factory=dict)
     pixels: Tensor | None = None
+    patches: Tensor | None = None
+    reads_patches: bool = False
     collected: dict[str, Tensor] | None = None
     for_heads: dict[str, dict[str, HeadPart]] = field(default_factory=dict)
     shared: dict[tuple[str | None, str], nn.Module] = field(default_factory=dict)
@@ -265,6 +269,7 @@ class Exchange:
 
     def _from_patch_embedding(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         times = output.shape[2] if output.ndim == 5 else 1
+        self.patches = output if self.reads_patches else None
         self.grid = Grid(output.shape[-2], output.shape[-1], times=times)
 
     def _from_spatial_shapes(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
@@ -293,6 +298,7 @@ _OF_A_PASS = {
     "handed_on",
     "layouts",
     "pixels",
+    "patches",
     "collected",
     "for_heads",
     "images",

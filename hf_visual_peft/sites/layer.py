@@ -30,6 +30,7 @@ class Equation(NamedTuple):
         site: where it acts.
         shared: its last arguments, none or one.
         owner: method and adapter, as adapters of two methods may have one name.
+        slot: name of the equation in its layer, without the method.
     """
 
     adapter: str
@@ -37,6 +38,7 @@ class Equation(NamedTuple):
     site: Any
     shared: tuple[nn.Module, ...]
     owner: str
+    slot: str = ""
 
     @property
     def key(self) -> str:
@@ -318,7 +320,8 @@ class VisualTunerLayer(BaseTunerLayer):
             slot: Any = getattr(self, attribute, ())
             module = slot[adapter_name] if adapter_name in slot else None  # noqa: SIM401 - ModuleDict has no get
             shared = () if key is None else (self.exchange.shared[key, adapter_name],)
-            yield Equation(adapter_name, module, site, shared, f"{prefix}{adapter_name}")
+            slot_name = attribute.removeprefix(prefix)
+            yield Equation(adapter_name, module, site, shared, f"{prefix}{adapter_name}", slot_name)
 
     def _active(self) -> Iterator[Equation]:
         """The equations of the active adapters, or of those that a mixed batch names."""
@@ -336,7 +339,8 @@ class VisualTunerLayer(BaseTunerLayer):
             return result
         if self.exchange.left is not None:
             assert equation.module is not None
-            self.exchange.left.append(left_by(equation.owner, self.where, equation.module, result.loss))
+            left = left_by(equation.owner, self.where, equation.module, result.loss)
+            self.exchange.left.append(left._replace(slot=equation.slot))
         return result.output
 
     def _at(self, *kinds: type[Site]) -> Iterator[Equation]:

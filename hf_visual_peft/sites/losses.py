@@ -28,12 +28,14 @@ class Left(NamedTuple):
         where: full name of the module or block of the equation.
         trains: whether the equation has trainable parameters.
         value: the tensor.
+        slot: name of the equation there, without its method.
     """
 
     owner: str
     where: str
     trains: bool
     value: Tensor
+    slot: str = ""
 
 
 def left_by(owner: str, where: str, module: nn.Module, value: Tensor) -> Left:

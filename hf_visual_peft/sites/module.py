@@ -65,6 +65,7 @@ class ModuleLayer(WrappingLayer, nn.Module):
         self.places: dict[nn.Module, Place] = {}  # for shifts of modules without a bias; found before a merge
         self.given: list[nn.Module] = []  # modules to which merging gave a bias
         self._elsewhere: dict[nn.Module, Tensor] = {}  # shifts to be moved to these places
+        self._rows: Tensor | None = None  # of the batch, while they run by themselves
         self._activated: bool | None = None  # once it was looked for
         self._before_merge: list[_Weights] = []
         self._originals: list[tuple[nn.Module, str, Tensor | None]] = []
@@ -76,7 +77,7 @@ class ModuleLayer(WrappingLayer, nn.Module):
         if self.disable_adapters or self.merged:
             return self.base_layer(*args, **kwargs)
         if parts := self._parts(args):
-            return self._run_parts(parts, lambda name, index, *a, **k: self.forward(*a, **k), args, kwargs)
+            return self._run_parts(parts, self._part_forward, args, kwargs)
         if self._norm_does_it() or self._activation_follows():
             return evaluate_changed(self.get_base_layer(), self._active(), args[0])
         output = self._base_output(*args, **kwargs)
@@ -85,9 +86,19 @@ class ModuleLayer(WrappingLayer, nn.Module):
         for each in self._active():
             if each.site.around:
                 assert each.module is not None
-                read = (moved(args[0], dim, -1),) if each.site.reads_input else ()
+                read: tuple[Any, ...] = (moved(args[0], dim, -1),) if each.site.reads_input else ()
+                if each.site.reads_map:
+                    read = (*read, each.site.layout(read[0], self.exchange.grid, self._rows))
                 output = self._left(each, call_equation(self, each.module, output, *read, *each.shared))
         return moved(output, -1, dim)
+
+    def _part_forward(self, name: str, index: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The samples of one adapter in a batch that mixes several."""
+        self._rows = index
+        try:
+            return self.forward(*args, **kwargs)
+        finally:
+            self._rows = None
 
     def _norm_does_it(self) -> bool:
         """Whether only scales and shifts are active, in the precision of a layer norm that can apply them itself."""
@@ -239,15 +250,15 @@ class ModuleLayer(WrappingLayer, nn.Module):
         if weights.module is not self.get_base_layer():
             after = [e for e in equations if e.site.followers]
             weight, bias = _matrix(weights), weights.bias
-            for _, equation, _, shared, _ in reversed(after):  # the last on the input is the next to the linear
-                fold: Any = equation.fold_input
-                weight, bias = _fold_input(fold, weight, bias, shared)
+            for each in reversed(after):  # the last to act on the input is the next to the linear
+                fold: Any = each.module.fold_input
+                weight, bias = _fold_input(fold, weight, bias, each.shared)
             return _Weights(weights.module, _laid_as_in(weights.module, weight, weights.weight), bias)
         new = _apply([e for e in equations if not e.site.around], weights)
         weight, bias = _matrix(new), new.bias
-        for _, equation, site, shared, _ in equations:
-            if site.around:
-                weight, bias = equation.fold(weight, bias, *shared)  # type: ignore[union-attr,operator]
+        for each in equations:
+            if each.site.around:
+                weight, bias = each.module.fold(weight, bias, *each.shared)  # type: ignore[union-attr,operator]
         return _Weights(weights.module, _laid_as_in(weights.module, weight, weights.weight), bias)
 
     @property

@@ -9,9 +9,11 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ..backbones.backbone import VisionBackbone, running
+from ..backbones.architectures import GridKind
+from ..backbones.backbone import Block, VisionBackbone, running
 from ..tables import listed
-from .site import ModuleSite
+from .grid import Grid, TokenLayout
+from .site import NO_LAYOUT, ModuleSite
 
 
 class OutputEquation(Protocol):
@@ -75,6 +77,77 @@ class LinearSite(ModuleSite):
     def describe(self, names: Mapping[str, str]) -> str:
         """Of which module."""
         return "input and output of {}"
+
+
+class MapEquation(Protocol):
+    """What an equation on a linear whose input is a map is called with."""
+
+    def __call__(self, output: Tensor, x: Tensor, layout: TokenLayout, *shared: nn.Module) -> Tensor:
+        """The new output, (..., channels); `layout` is that of (batch, tokens, channels), flattened from the input."""
+        ...
+
+
+@dataclass(frozen=True)
+class MapSite(ModuleSite):
+    """Output and input of one linear of attention, with the layout of the input's tokens in the image.
+
+    The tokens are those of the whole image, or of a window. Tokens of other adapters count as prefix tokens.
+
+    Attributes:
+        kind: of the grid, from the architecture's table.
+        prefix: number of the block's own prefix tokens.
+        window: rows and columns of the windows of the block's attention; 0 if it has none.
+    """
+
+    kind: GridKind | None = "full"
+    prefix: int = 0
+    window: int = 0
+    around = True
+    reads_input = True
+    reads_map = True
+
+    def why_not(self, block: Block | None, whole: VisionBackbone) -> str | None:
+        """The linears must read maps, or tokens in the order of a map."""
+        if self.kind is None:
+            return NO_LAYOUT
+        return None if self.kind in _IN_ORDER else ": its linears read tokens in another order than that of a map."
+
+    def connect(self, layer: Any, model: nn.Module, backbone: VisionBackbone | None) -> None:
+        """Watch the grid."""
+        assert backbone is not None
+        layer.exchange.record_grid(model, backbone)
+
+    def describe(self, names: Mapping[str, str]) -> str:
+        """Of which module."""
+        return "input and output of {}, with the tokens' places"
+
+    def layout(self, x: Tensor, grid: Grid | None, rows: Tensor | None) -> TokenLayout:
+        """The layout of an input's tokens.
+
+        Args:
+            x: (batch, tokens, channels) or (batch, height, width, channels).
+            grid: of the patches of the images.
+            rows: which samples of the batch these are; None if they are all.
+
+        Raises:
+            ValueError: they fill no grid.
+        """
+        if x.ndim == 4:
+            return TokenLayout(0, Grid(x.shape[1], x.shape[2]))
+        if self.window and x.shape[1] == self.window**2:
+            return TokenLayout(0, Grid(self.window, self.window))
+        if grid is None:
+            raise ValueError("The patch grid is not known: call the whole model, not a block of it.")
+        if grid.cells is not None:
+            grid = grid if rows is None else grid.of_samples(rows)
+            return TokenLayout(x.shape[1] - grid.cells.shape[1], grid)  # type: ignore[union-attr]
+        area = grid.area * grid.times
+        if x.shape[1] >= area + self.prefix:
+            return TokenLayout(x.shape[1] - area, grid)
+        return TokenLayout(self.prefix, grid.halved_to(x.shape[1] - self.prefix))
+
+
+_IN_ORDER = ("full", "given", "halved", "map", "masked", "spatial_shapes")
 
 
 @dataclass(frozen=True)

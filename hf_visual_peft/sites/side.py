@@ -47,6 +47,7 @@ class SideSite(BlockSite):
             tokens it is averaged over the cells that are merged.
         needs_layout: whether the view has the layout of the tokens in the image.
         needs_pixels: whether the view has the images.
+        needs_patches: whether the view at the entrance has the patches before their positions are added.
         needs_mask: whether the view says which tokens are padding.
         asks: whether the view has a function that runs extra tokens through the block.
         enters: whether the equation also has a method `enter`, which is called before the block in the same way: with
@@ -66,6 +67,7 @@ class SideSite(BlockSite):
     aligned: bool = True
     needs_layout: bool = False
     needs_pixels: bool = False
+    needs_patches: bool = False
     needs_mask: bool = False
     asks: bool = False
     enters: bool = False
@@ -112,6 +114,8 @@ class SideSite(BlockSite):
         exchange.checkpoint_blocks(model, backbone)
         if self.needs_pixels:
             exchange.record_pixels(model, backbone)
+        if self.needs_patches:
+            exchange.reads_patches = True
         if self.asks:
             layer.let_queries_attend()
         layer.keep_in_eval_mode(modules_before(model, backbone) if layer.path == backbone.blocks[0].path else ())
@@ -205,6 +209,7 @@ class BlockView:
     tokens: Tensor | None = None
     ask: Callable[[Tensor], Tensor] | None = None
     seen: Tensor | None = None
+    patches: Tensor | None = None
 
 
 def resized(state: Tensor, before: TokenLayout, now: TokenLayout) -> Tensor:
@@ -250,7 +255,7 @@ def call_piece(
 
         state = cast(state)
         view = replace(view, before=cast(view.before), between=cast(view.between), after=cast(view.after))
-        view = replace(view, pixels=cast(view.pixels), tokens=cast(view.tokens))
+        view = replace(view, pixels=cast(view.pixels), tokens=cast(view.tokens), patches=cast(view.patches))
     state, added = (module.enter if enter else module)(state, view, *equation.shared)
     assert state is not None
     return state, None if added is None else added.to(streams[0].dtype)

@@ -131,12 +131,14 @@ class ModuleSite(Site):
     Attributes:
         around: whether the equation acts on the module's output, and not on its weight and bias.
         reads_input: whether it reads the input, too.
+        reads_map: whether it is told how tokens of the input lie in the image, by the site's `layout`.
         followers: names of the modules that read the output, if the equation merges into them.
         channelwise: whether the equation is a scale and a shift of each channel.
     """
 
     around = False
     reads_input = False
+    reads_map = False
     followers: Any = None
     channelwise: Any = False
 

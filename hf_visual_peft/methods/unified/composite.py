@@ -48,9 +48,10 @@ class CompositeConfig(PartedConfig):
     A part's `layers_to_transform` and `exclude_modules` choose among the blocks of the whole adapter. So one method
     with several sizes is several parts: `VPTConfig(num_virtual_tokens=5, layers_to_transform=[0, 1])` and
     `VPTConfig(num_virtual_tokens=10, layers_to_transform=[2, 3])`. Fields that concern the whole adapter, such as
-    `modules_to_save`, are set here and not in a part. LoRA is peft's `LoraConfig`, with its plain fields. Methods that
-    train whole modules, choose from data, widen the head, take videos, add a loss of their own or name
-    `target_modules` cannot be parts; put them on the model as an adapter beside this one.
+    `modules_to_save`, are set here and not in a part. Auxiliary losses of parts add up. LoRA is peft's `LoraConfig`,
+    with its plain fields. Methods that train whole modules, choose from data, widen the head, take videos, need a
+    second pass for their loss (GIST, DyT) or name `target_modules` cannot be parts; put them on the model as an
+    adapter beside this one.
 
     The default parts are the kinds of NOAH's search space: prompts, low-rank updates of queries, keys and values with
     one first factor, and a bottleneck after the MLP.
@@ -124,8 +125,8 @@ class CompositeConfig(PartedConfig):
             if config.chooses_from_data
             else "it makes the head wider"
             if config.widened_head
-            else "it adds a loss of its own"
-            if config.has_auxiliary_loss
+            else "its loss needs a second pass of the model"
+            if config.has_auxiliary_loss and type(config).extra_pass is not VisualPeftConfig.extra_pass
             else "it takes videos"
             if config.video
             else "it names target_modules, and parts act by role"
