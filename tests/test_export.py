@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, video
-from test_conformance import OF_EACH_KIND, VARIANTS, adapted, run
+from test_conformance import OF_EACH_KIND, VARIANTS, adapted, assert_close, run
 
 from hf_visual_peft.coverage.plain import PATCHED
 
@@ -37,7 +37,17 @@ def over(variants):
 
 def exported(model, inputs):
     with torch.no_grad():
-        return torch.export.export(model, (), kwargs=dict(inputs))
+        return torch.export.export(model, (), kwargs=dict(inputs), strict=False)  # as torch 2.8 and newer do unasked
+
+
+def assert_same(program, model, family):
+    """To the bit, but for torch 2.7, whose programs round in another way."""
+    with torch.no_grad():
+        found, expected = program.module()(**family.inputs(2)).logits, run(model, family)
+    if torch.__version__.startswith("2.7."):
+        assert_close(found, expected)
+    else:
+        assert torch.equal(found, expected)
 
 
 def base_logits(family, model):
@@ -53,8 +63,7 @@ def test_adapted_models_are_exported(method, fields, tmp_path):
     if method.name in OF_EACH_KIND:
         torch.export.save(program, tmp_path / "model.pt2")
         program = torch.export.load(tmp_path / "model.pt2")
-    with torch.no_grad():
-        assert torch.equal(program.module()(**family.inputs(2)).logits, run(model, family))
+    assert_same(program, model, family)
     assert not torch.equal(run(model, family), base_logits(family, model))
 
 
@@ -66,8 +75,7 @@ def test_merged_models_are_exported_and_run_in_onnxruntime(method, fields, tmp_p
         warnings.filterwarnings("ignore", ".*gets a bias by merging")
         merged = model.merge_and_unload()
     program = exported(merged, VIT.inputs(2))
-    with torch.no_grad():
-        assert torch.equal(program.module()(**VIT.inputs(2)).logits, run(merged, VIT))
+    assert_same(program, merged, VIT)
     if method.name not in TO_ONNX:
         return
 
