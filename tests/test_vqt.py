@@ -16,7 +16,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 import hf_visual_peft
-from hf_visual_peft.cli.catalogue import methods_table
+from hf_visual_peft.cli.catalogue import methods_markdown
 from hf_visual_peft.coverage.models import MODELS
 from hf_visual_peft.methods.prefix.vqt import QueryTokens, VQTConfig
 from hf_visual_peft.sharing.card import SavedAdapter
@@ -265,7 +265,7 @@ def test_counts_say_what_is_in_the_head(tmp_path):
     assert sum(linear.weight.numel() for piece in pieces for linear in piece.head_columns) == 100 * 9_216
     method = hf_visual_peft.get_method("vqt")
     assert method.head_inputs == 9_216
-    assert f"{9_216:,} a class" in methods_table()
+    assert f"{9_216:,} a class" in methods_markdown()
     model = adapted(FAMILIES["vit"].model())
     model.save_pretrained(tmp_path)
     saved = SavedAdapter.read(tmp_path, model.peft_config["default"])
