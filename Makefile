@@ -8,13 +8,17 @@ DIRS := hf_visual_peft recipes benchmarks tests docs
 # torch and torchvision (extra "vision") go in together, so that pip picks a pair that fits
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(addprefix --constraint ,$(CONSTRAINTS))
 
-.PHONY: demo test test-newest test-oldest constraints quality style docs site coverage clean
+.PHONY: demo test notebooks test-newest test-oldest constraints quality style docs site coverage dist clean
 
 demo: $(VENV)/.demo
 	$(BIN)/hf-visual-peft demo $(ARGS)
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+# the notebooks of examples/, in a kernel each
+notebooks: $(VENV)/.notebooks
+	$(BIN)/python -m pytest -p no:cacheprovider --nbmake --nbmake-timeout=600 examples
 
 # the newest and the oldest versions that pyproject.toml allows, each in an environment of its own
 test-newest:
@@ -49,6 +53,16 @@ docs: $(VENV)/.docs
 site: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --config-file docs/site/mkdocs.yml
 
+# the picture in README, from docs/defaults.md
+docs/assets/overview.svg: docs/defaults.md docs/site/overview.py | $(VENV)/.test
+	$(BIN)/python docs/site/overview.py
+
+# wheel and sdist of a release, checked, in dist/
+dist: $(VENV)/.dist
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+
 # every method on every architecture: about five minutes on two cores
 coverage: $(VENV)/.test
 	$(BIN)/hf-visual-peft coverage --markdown docs/coverage.md --json docs/coverage.json
@@ -72,6 +86,15 @@ $(VENV)/.test: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 $(VENV)/.docs: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo "Installing the package and what its pages need into $(VENV) (a few minutes)"
 	$(PIP) --editable ".[vision,docs]"
+	@touch $@
+
+$(VENV)/.notebooks: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	@echo "Installing the package and what its notebooks need into $(VENV) (a few minutes)"
+	$(PIP) --editable ".[vision,demo,notebooks]"
+	@touch $@
+
+$(VENV)/.dist: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(PIP) build twine
 	@touch $@
 
 .venv-oldest/constraints.txt: pyproject.toml

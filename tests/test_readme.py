@@ -11,8 +11,6 @@ import hf_visual_peft
 
 
 README = Path(__file__).parents[1] / "README.md"
-# what trains whole modules of the backbone merges as a matter of course
-WHOLE = {m.config_cls.__name__ for m in hf_visual_peft.list_methods().values() if m.whole_modules}
 
 
 def test_first_code_block_runs(tmp_path, monkeypatch):
@@ -25,27 +23,13 @@ def test_first_code_block_runs(tmp_path, monkeypatch):
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
 
 
-def test_names_every_method_with_its_count():
-    text = README.read_text(encoding="utf-8")
-    category = None
-    rows = {}
-    for line in text.splitlines():
-        if heading := re.fullmatch(r"\*\*(\w+)\*\*", line):
-            category = heading[1].lower()
-        elif row := re.match(r"\| `(\w+Config)` \|", line):
-            assert row[1] not in rows
-            rows[row[1]] = (category, line)
-    methods = {method.config_cls.__name__: method for method in hf_visual_peft.list_methods().values()}
-    assert set(rows) == set(methods)
-    for name, (category, line) in rows.items():
-        method = methods[name]
-        assert category == method.category
-        assert f"{method.counts[0][1]:,}" in line or method.calibrated, (name, method.counts)
-        assert (re.search("; merges( |$)", line.split("|")[2]) is not None) == (method.mergeable and name not in WHOLE)
-        assert ("from data" in line) == method.calibrated
-        assert ("for videos" in line) == method.video
-        for number in re.findall(r"\d[\d,]{3,}", line.split("|")[3]):
-            assert int(number.replace(",", "")) in {count for _, count in method.counts}, (name, number)
+def test_counts_the_methods():
+    methods = len(hf_visual_peft.list_methods()) + len(hf_visual_peft.list_language_methods())
+    assert f" {methods} methods " in README.read_text(encoding="utf-8")
+
+
+def test_fits_a_screen_or_two():
+    assert len(README.read_text(encoding="utf-8").splitlines()) < 120
 
 
 def test_links_lead_somewhere():
