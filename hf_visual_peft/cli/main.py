@@ -271,6 +271,11 @@ def _demo(arguments: argparse.Namespace) -> int:
     from ..demo.options import DemoOptions
 
     try:
+        if arguments.task == "zero-shot":
+            from ..demo.zero_shot import check, run_zero_shot
+
+            check(arguments, _parser().parse_args(["demo"]))
+            return run_zero_shot(arguments)
         options = DemoOptions.from_arguments(arguments)
         from ..demo.run import run_demo  # after the checks that need no imports
 

@@ -63,6 +63,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     demo, data = DemoOptions(), DataOptions()
     run = parser.add_argument_group("what to run")
     run.add_argument(
+        "--task",
+        choices=("images", "zero-shot"),
+        default="images",
+        help="images: classes of pictures (default); zero-shot: class names, with a model of images and texts that is "
+        "built of two pretrained towers and free emoji; of the other flags it takes --seed, --output_dir and --json",
+    )
+    run.add_argument(
+        "--emoji_dir", type=Path, metavar="DIR", help="for --task zero-shot: where the packages of emoji are, or go"
+    )
+    run.add_argument(
         "--method",
         default=demo.method,
         metavar="NAME[,NAME]",
