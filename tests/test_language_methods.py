@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
+import language_gradients
 import pytest
 import torch
 import torch.nn.functional as F
 from dual_encoders import NAMES, classifier, clip_tokenizer, images, saved
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel
 
 import hf_visual_peft
@@ -594,3 +599,19 @@ def test_one_config_serves_several_classifiers(base, folders, family):
     assert other.peft_config["default"].class_names == ["kite", "sea"]
     assert equation_of(other).names == ["kite", "sea"]
     assert isinstance(other, PeftModel)
+
+
+def test_two_processes_have_the_gradients_of_one(folders, tmp_path):
+    """With some of the classes at a time, computed again in the backward pass, and without unused parameters."""
+    script = Path(language_gradients.__file__)
+    words = [sys.executable, str(script), folders["clip"], str(tmp_path), str(tmp_path / "address")]
+    runs = [subprocess.Popen([*words, str(rank)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
+    for each in runs:
+        _, errors = each.communicate(timeout=240)
+        assert each.returncode == 0, errors
+    for name in language_gradients.CONFIGS:
+        alone = language_gradients.gradients(folders["clip"], name, slice(None), wrap=False)
+        together = load_file(tmp_path / f"{name}.safetensors")
+        assert set(together) == set(alone)
+        for key, gradient in alone.items():
+            torch.testing.assert_close(together[key], gradient, atol=2e-5, rtol=2e-4, msg=f"{name}: {key}")
