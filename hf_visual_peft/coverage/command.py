@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--architectures", type=_names, metavar="A,B", help="only these; all by default")
     parser.add_argument(
-        "--fast", action="store_true", help="every method on six architectures, every architecture with four methods"
+        "--fast", action="store_true", help="every method on four architectures, every architecture with four methods"
     )
     parser.add_argument("--jobs", type=_count, metavar="N", help="processes; by default one per core")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the cells there, one per line")
