@@ -51,7 +51,7 @@ NO_GRADIENT = (
     "unipt_piece.default.gate.bias",  # a softmax does not see what all its arguments have in common
     *("router.choice", "router.noise"),  # which the auxiliary loss alone moves
     *(f"layers.2.attention.q_proj.convlora_query.default.{kind}" for kind in ("kernels", "biases")),  # not of CLS
-    *(f"vit.layers.2.adapters.dyt_dispatcher.default.linear.{kind}" for kind in ("weight", "bias")),  # not of CLS
+    *(f"layers.2.adapters.dyt_dispatcher.default.linear.{kind}" for kind in ("weight", "bias")),  # not of CLS
 )
 TWICE = ("dyt",)  # for their losses, all blocks run a second time
 LOSS_IN_MODULES = ("convlora",)  # of which checkpointing that re-enters autograd loses the gradient

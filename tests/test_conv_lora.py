@@ -144,7 +144,7 @@ def test_prompts_are_prefix_tokens_and_images_of_other_sizes():
 
 @torch.no_grad()
 def test_mixed_batches():
-    for name in ("vit", "siglip2"):
+    for name in ("vit", "swin"):
         entry = MODELS[name]
         model = adapted(name)
         model.add_adapter("second", config())
@@ -157,6 +157,11 @@ def test_mixed_batches():
         mixed = model(**arguments, adapter_names=["default", "second"]).logits
         expected = torch.stack([single[0][0], single[1][1]])
         torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_images_of_several_sizes_in_a_batch_are_refused():
+    with pytest.raises(ValueError, match="does not fit Siglip2VisionModel: its images are padded"):
+        adapted("siglip2")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hf_visual_peft.sites.masks import seen_tokens
 FAMILY = FAMILIES["siglip2"]
 REFUSED = {  # they need images, or images of one size
     *("aim", "attnscale", "hst", "sidetuning", "stadapter", "vitadapter"),
-    *("autovp", "evppixel", "ilmvp", "lorvp", "vapt", "vp"),
+    *("autovp", "evppixel", "ilmvp", "lorvp", "vapt", "vp", "evp", "convlora"),
 }
 METHODS = {name: method.config_cls for name, method in hf_visual_peft.list_methods().items() if name not in REFUSED}
 

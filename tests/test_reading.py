@@ -84,7 +84,8 @@ def test_no_method_leaves_dead_weights_behind_what_is_read(method):
     output.sum().backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert {name for name in trained if "multi_modal_projector" not in name}
-    assert [name for name, p in trained.items() if p.grad is None] == []
+    by_loss = "router.noise"  # Conv-LoRA's: in training alone, by its auxiliary loss
+    assert [name for name, p in trained.items() if p.grad is None and by_loss not in name] == []
 
 
 def test_partial_trains_the_last_block_that_is_read():

@@ -22,7 +22,7 @@ METHODS = hf_visual_peft.list_methods()
 WITH_DROPOUT = [name for name, method in METHODS.items() if "dropout" in fields_of(method) and not method.video]
 RATE = 0.37
 # methods that draw other random numbers in training, too: choices, masks, or stochastic depth
-DRAWING = ("dyt", "mlae", "mosa", "snell", "spt")
+DRAWING = ("convlora", "dyt", "mlae", "mosa", "snell", "spt")
 
 
 def vit():

@@ -119,6 +119,8 @@ class ChoosingLayer(VisualTunerLayer):
         current = self._pass
         if current is None or current.chosen is None or current.chosen.requires_grad or torch.compiler.is_compiling():
             return None
+        if module.training:  # how many tokens there are is a number that the host would wait for
+            return None
         if not self._can_skip():
             return None
         x, rows = args[0], current.chosen.flatten().nonzero().flatten()

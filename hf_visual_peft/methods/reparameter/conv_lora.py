@@ -58,9 +58,9 @@ class Router(nn.Module):
     def _imbalance(self, clean: Tensor, scores: Tensor, deviation: Tensor, experts: Tensor) -> Tensor:
         """Squared coefficients of variation of how often experts are chosen, and of how often they would be."""
         first, second = scores.topk(2, dim=1).values.unbind(dim=1)
-        mine = F.one_hot(experts, scores.shape[1])
+        mine = experts.unsqueeze(1) == torch.arange(scores.shape[1], device=experts.device)
         # the score that another draw has to exceed: the second best for the chosen one, the best for all others
-        threshold = torch.where(mine.bool(), second.unsqueeze(1), first.unsqueeze(1))
+        threshold = torch.where(mine, second.unsqueeze(1), first.unsqueeze(1))
         load = torch.special.ndtr((clean - threshold) / deviation).sum(dim=0)
         return _variation(mine.sum(dim=0).to(load.dtype)) + _variation(load)
 
@@ -111,14 +111,10 @@ class ConvLoRA(nn.Module):
         return y if loss is None else WithLoss(y, loss)
 
     def _mixed(self, maps: Tensor, experts: Tensor) -> Tensor:
-        """Each map by its own expert."""
-        if torch.compiler.is_compiling():  # shapes must not depend on data
-            every = torch.stack([self._expert(index, maps) for index in range(len(self.kernels))])
-            return torch.einsum("ebchw,be->bchw", every, F.one_hot(experts, len(every)).to(every.dtype))
+        """Each map by its own expert; all compute all, so that no shape depends on what is chosen."""
         out = torch.zeros_like(maps)
-        for index in experts.unique().tolist():
-            rows = (experts == index).nonzero().flatten()
-            out = out.index_copy(0, rows, self._expert(index, maps[rows]).to(out.dtype))
+        for index in range(len(self.kernels)):
+            out = torch.where((experts == index)[:, None, None, None], self._expert(index, maps).to(out.dtype), out)
         return out
 
     def _expert(self, index: int, maps: Tensor) -> Tensor:
@@ -198,6 +194,11 @@ class ConvLoRAConfig(VisualPeftConfig):
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """At the chosen projections of every block."""
         self._require_integer("r", 1, backbone.width, "the backbone's width")
+        if backbone.architecture.grid and not backbone.image_channels:
+            raise ValueError(
+                f"{type(self).__name__} does not fit {backbone.class_name}: its images are padded in a batch, and "
+                "resizing maps would mix the padding in."
+            )
         for block in backbone.blocks:
             kind = (block.table or backbone.architecture).grid
             site = MapSite(kind, block.prefix_tokens, block.window)
