@@ -253,7 +253,7 @@ def part(**changed):
         (part(method="nothing"), "no method 'nothing'"),
         (part(dephts=[1]), "dephts"),
         (part(method="gps", sizes={"k": [1, 2]}), "GPSConfig cannot be a part: it chooses from data"),
-        (part(method="colin", sizes={"rank": [1, 2]}), "cannot be a part: it adds a loss"),
+        (part(method="dyt", sizes={"r": [1, 2]}), "DyTConfig cannot be a part: its loss needs a second pass"),
         (part(method="lora", sizes={"r": [1, 2]}), "lora: LoRA's factor is lora_alpha / r.*sharedlora"),
         (part(sizes=[1, 2]), "must name one field and its options"),
         (part(sizes={"num_virtual_tokens": [2, 1]}), "must be a list of integers from 0, ascending"),

@@ -157,7 +157,7 @@ def test_linear_probe_is_logistic_regression():
     [
         (["--method", "zero_shot"], "zero-shot and a linear probe are in every table"),
         (["--method", "linear"], "zero-shot and a linear probe are in every table"),
-        (["--method", "nothing"], "choose one of"),
+        (["--method", "nothing"], "Choose one of"),
         (["--method", "proker", "--shots", "2", "2"], "one of them is there twice"),
         (["--method", "proker", "--shots", "0"], "must be 1 or greater"),
         (["--method", "proker", "--select", "best"], "--select: not in few-shot runs"),
