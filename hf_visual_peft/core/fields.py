@@ -32,6 +32,14 @@ class CheckedFields:
             bounds = "" if low == -math.inf else f" of at least {low:g}"
             self._fail(name, f"a finite number{bounds}" + ("" if below == math.inf else f" and less than {below:g}"))
 
+    def _require_number_or(self, name: str, word: str) -> None:
+        value = getattr(self, name)
+        if value == word:
+            return
+        if isinstance(value, str):
+            self._fail(name, f'a finite number or "{word}"')
+        self._require_number(name)
+
     def _require_choice(self, name: str, choices: Collection[Any]) -> None:
         value = getattr(self, name)
         if not any(type(value) is type(choice) and value == choice for choice in choices):  # 1 is not True

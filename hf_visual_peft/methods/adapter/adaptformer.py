@@ -92,10 +92,7 @@ class AdaptFormerConfig(VisualPeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_integer("r", 1)
-        if self.scale != "learnable":
-            if isinstance(self.scale, str):
-                self._fail("scale", 'a finite number or "learnable"')
-            self._require_number("scale")
+        self._require_number_or("scale", "learnable")
         self._require_number("dropout", 0.0, below=1.0)
         self._require_choice("layer_norm", ("none", "in", "out"))
 

@@ -109,10 +109,7 @@ class DyTConfig(VisualPeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_integer("r", 1)
-        if self.scale != "learnable":
-            if isinstance(self.scale, str):
-                self._fail("scale", 'a finite number or "learnable"')
-            self._require_number("scale")
+        self._require_number_or("scale", "learnable")
         self._require_number("dropout", 0.0, below=1.0)
         self._require_number("keep", 0.0)
         if self.keep > 1:
