@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 
 PROGRAM = "hf-visual-peft"
@@ -34,6 +35,17 @@ COMMANDS = {
     "search-hub": "find adapters on the Hub",
     "serve": "answer requests with many adapters on one backbone",
 }
+
+
+def fail(command: str, error: Exception) -> int:
+    """Tell on standard error, in one line, why a command failed; return its exit status.
+
+    Args:
+        command: such as `"train"`.
+        error: what went wrong.
+    """
+    print(f"{PROGRAM} {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 1
 
 
 def main_parser(version: str) -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from ..tables import show_markdown
 from ..version import __version__
-from .commands import COMMANDS, main_parser
+from .commands import COMMANDS, fail, main_parser
 from .recipes import SCRIPTS, run_recipe
 from .sharing import SHARING
 from .sharing import add_parsers as add_sharing_parsers
@@ -201,8 +201,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     try:
         return run(ServeOptions.from_arguments(arguments))
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"hf-visual-peft serve: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return fail("serve", error)
 
 
 def _report(arguments: argparse.Namespace, words: Sequence[str]) -> int:
@@ -216,8 +215,7 @@ def _report(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         text = page(read_results(arguments.runs), shlex.join(["hf-visual-peft", *words]))
         write_aside(arguments.output, text)
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"hf-visual-peft report: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return fail("report", error)
     print(f"{arguments.output} has {len(text) / 2**20:.1f} MB.")
     return 0
 
@@ -233,8 +231,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         try:
             header = inspect_adapter(name, revision=arguments.revision)
         except (ValueError, OSError, RuntimeError) as error:
-            print(f"hf-visual-peft inspect: error: {' '.join(str(error).split())}", file=sys.stderr)
-            status = 1
+            status = fail("inspect", error)
             continue
         print(json.dumps(dataclasses.asdict(header)) if arguments.json else described(header))
     return status

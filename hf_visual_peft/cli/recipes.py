@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .commands import fail
+
 
 PROGRAM_VARIABLE = "HF_VISUAL_PEFT_PROGRAM"  # how a recipe is called in its messages, cards and results
 SCRIPTS = {
@@ -71,8 +73,7 @@ def run_recipe(command: str, words: Sequence[str]) -> int:
             return _launch(flags, script, words)
         return _run_here(script, words)
     except (ValueError, OSError) as error:
-        print(f"hf-visual-peft {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return fail(command, error)
     finally:
         os.environ.pop(PROGRAM_VARIABLE, None)
 

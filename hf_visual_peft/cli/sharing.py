@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from .commands import COMMANDS
+from .commands import COMMANDS, fail
 
 
 SHARING = ("push", "pull", "search-hub")
@@ -63,8 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         call(arguments)
     except (ValueError, OSError, HfHubHTTPError) as error:
-        print(f"hf-visual-peft {arguments.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return fail(arguments.command, error)
     return 0
 
 
