@@ -36,9 +36,9 @@ class ChoiceEquation(Protocol):
 class ChoiceSite(BlockSite):
     """The patches that the MLP of a block acts on: its output is multiplied by a factor for each, 0 or 1.
 
-    Prefix tokens and prompts always pass the MLP. Where no gradient reaches the factors, the MLP computes nothing for
-    the others: it runs on the chosen tokens alone, if it treats each token by itself. Compiled models and exported
-    ones run it on all, as shapes would depend on data. The result is the same.
+    Prefix tokens and prompts always pass the MLP. In evaluation mode, where no gradient reaches the factors, the MLP
+    computes nothing for the others: it runs on the chosen tokens alone, if it treats each token by itself. Models that
+    train, and compiled and exported ones, run it on all, as shapes would depend on data. The result is the same.
     """
 
     at = "mlp"
@@ -117,11 +117,10 @@ class ChoosingLayer(VisualTunerLayer):
     def _before_chosen(self, module: nn.Module, args: tuple) -> tuple | None:
         """Hand the MLP the chosen tokens alone, of all images in one row."""
         current = self._pass
-        if current is None or current.chosen is None or current.chosen.requires_grad or torch.compiler.is_compiling():
+        if current is None or current.chosen is None or current.chosen.requires_grad:
             return None
-        if module.training:  # how many tokens there are is a number that the host would wait for
-            return None
-        if not self._can_skip():
+        # in training the host would wait for the number of tokens
+        if module.training or torch.compiler.is_compiling() or not self._can_skip():
             return None
         x, rows = args[0], current.chosen.flatten().nonzero().flatten()
         tokens = to_tokens(x, self._stream_inside)
