@@ -64,20 +64,19 @@ class ImageCache(SupportEquation):
     def forward(self, view: View) -> Outcome:
         """The logits with those of the memory."""
         self.require_support()
-        similarity = normalised(view.image).to(self.keys) @ self.keys.T
+        alpha, beta = self.strength
+        image = normalised(view.image).to(self.keys)
+        # -beta (1 - image . F) in one product: the memory is large, so that each step over it counts
+        exponents = torch.addmm(-beta.expand(1, 1), beta * image, self.keys.T)
         logits = view.compare(view.image, view.text)
-        values = self._values(view.names, self.labels).to(self.keys)
-        return Outcome(logits + self._remembered(similarity, values, self.strength, view.scale), view.image, view.text)
+        values = alpha * view.scale / 100 * self._values(view.names, self.labels).to(self.keys)
+        return Outcome(logits + exponents.exp() @ values, view.image, view.text)
 
     def _values(self, names: Sequence[str], labels: Tensor) -> Tensor:
         """For each image of the memory 1 at the place of its class; of names that it does not know, none has one."""
         places = {name: index for index, name in enumerate(names)}
         columns = torch.tensor([places.get(name, len(names)) for name in self.names], device=labels.device)
         return F.one_hot(columns[labels], len(names) + 1)[:, :-1]
-
-    def _remembered(self, similarity: Tensor, values: Tensor, strength: Tensor, scale: Tensor) -> Tensor:
-        alpha, beta = strength[0], strength[1]
-        return alpha * scale / 100 * ((-beta * (1 - similarity)).exp() @ values)
 
     def take(self, view: View, features: Tensor, labels: Tensor) -> None:
         """Remember images; alpha and beta that are not given are chosen on them, each left out of its own memory."""
@@ -93,11 +92,10 @@ class ImageCache(SupportEquation):
         zero_shot = view.compare(features, view.text)
         values = self._values(view.names, labels).to(keys)
         losses = {}
-        for alpha in alphas:
-            for beta in betas:
-                pair = torch.tensor([alpha, beta], device=keys.device)
-                logits = zero_shot + self._remembered(cosine, values, pair, view.scale)
-                losses[alpha, beta] = F.cross_entropy(logits, labels).item()
+        for beta in betas:
+            memory = view.scale / 100 * ((-beta * (1 - cosine)).exp() @ values)
+            for alpha in alphas:
+                losses[alpha, beta] = F.cross_entropy(zero_shot + alpha * memory, labels).item()
         self.strength.copy_(torch.tensor(min(losses, key=losses.__getitem__)))
 
 
