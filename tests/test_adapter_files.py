@@ -9,7 +9,7 @@ import torch
 from families import FAMILIES
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from hf_visual_peft import AdaptFormerConfig, VPTConfig, load_classifier
 from hf_visual_peft.cli.main import main
@@ -128,6 +128,22 @@ def test_weights_that_are_no_safetensors_file(adapter, damage):
     path.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "pickle": b"PK\x03\x04" + whole[4:]}[damage])
     for told in opened_everywhere(adapter):
         assert told.startswith(f"{path} is truncated or not a safetensors file")
+        assert "\n" not in told
+
+
+@both
+@pytest.mark.parametrize("damage", ["cut", "empty", "text"])
+def test_weights_that_torch_wrote(adapter, damage):
+    """peft reads `adapter_model.bin` where there are no safetensors."""
+    weights = adapter / "adapter_model.safetensors"
+    path = adapter / "adapter_model.bin"
+    torch.save(load_file(weights), path)
+    weights.unlink()
+    PeftModel.from_pretrained(FAMILIES["vit"].model(), adapter)
+    whole = path.read_bytes()
+    path.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "text": b"version https://git-lfs"}[damage])
+    for told in opened_everywhere(adapter):
+        assert told.startswith(f"{path} is truncated or was not written by torch.save")
         assert "\n" not in told
 
 

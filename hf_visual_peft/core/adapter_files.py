@@ -12,6 +12,7 @@ import functools
 import json
 import types
 import typing
+import zipfile
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ def teach_files() -> None:
     def from_json_file(cls: type, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         path = Path(path_json_file)
         check_config(parsed_config(path.read_bytes(), str(path)), str(path), cls)
-        check_weights(path.parent / SAFETENSORS_WEIGHTS_NAME)
+        check_weights(path.parent)
         return read(cls, path_json_file, **kwargs)
 
     @functools.wraps(tell)  # peft asks this first if it will load weights, too
@@ -116,22 +117,29 @@ def check_config(found: Mapping[str, Any], where: str, reader: type = PeftConfig
         raise ValueError(f"{where}: {error}") from error
 
 
-def check_weights(path: Path) -> None:
-    """Check the header of an adapter's weights, if they are there.
+def check_weights(folder: Path) -> None:
+    """Check that the weights of an adapter in a folder can be read, if they are there.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: they are damaged.
     """
-    if not path.is_file():
-        return
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is truncated or not a safetensors file ({path.stat().st_size} bytes; {error}). Save or download "
-            "the adapter again."
-        ) from error
+    path, older = folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME
+    if path.is_file():
+        try:
+            with safe_open(path, framework="pt"):
+                return
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is truncated or not a safetensors file ({path.stat().st_size} bytes; {error}). Save or "
+                "download the adapter again."
+            ) from error
+    if older.is_file() and not zipfile.is_zipfile(older):  # torch.save writes zip files, whose table stands at the end
+        with older.open("rb") as file:
+            if file.read(1) != b"\x80":  # as files of torch before 1.6 begin
+                raise ValueError(
+                    f"{older} is truncated or was not written by torch.save ({older.stat().st_size} bytes). Save or "
+                    f"download the adapter again, as {SAFETENSORS_WEIGHTS_NAME} if you can."
+                )
 
 
 def _check_types(found: Mapping[str, Any], where: str, config_cls: type) -> None:
