@@ -157,7 +157,7 @@ class Bench:
         return model
 
     def run(self, setting: Setting) -> dict[str, Any]:
-        """Train once; accuracy on validation and test pictures, both 0 where the loss is no number."""
+        """Train once; accuracy on validation and test pictures, both 0 where the loss is not a number."""
         splits, _ = self.read(setting.data)
         model = self.model(setting)
         extra = forward_options(getattr(model, "get_base_model", lambda: model)(), splits["train"][0].shape[-1])

@@ -83,17 +83,17 @@ def parsed_parts(text: str) -> list[tuple[str, float]]:
     """Names of parts, each with the seconds it may take.
 
     Raises:
-        ValueError: one is none, or its seconds are no number.
+        ValueError: one is none, or its seconds are not a number.
     """
     found = []
     for item in text.split(","):
         name, _, limit = item.partition(":")
         if name not in PARTS:
-            raise ValueError(f"{name!r} is no part: choose from {', '.join(PARTS)}.")
+            raise ValueError(f"{name!r} is not a part: choose from {', '.join(PARTS)}.")
         try:
             found.append((name, float(limit) if limit else float("inf")))
         except ValueError:
-            raise ValueError(f"{item!r}: {limit!r} is no number of seconds.") from None
+            raise ValueError(f"{item!r}: {limit!r} is not a number of seconds.") from None
     return found
 
 

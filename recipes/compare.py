@@ -94,7 +94,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
         try:
             video = method not in ("linear", "full", KNN) and any_method(method).video
         except ValueError as error:
-            parser.error(f"--methods: {error} linear, full and {KNN} are no methods of an adapter, but can be given.")
+            parser.error(f"--methods: {error} linear, full and {KNN} are not methods of an adapter, but can be given.")
         if video:
             parser.error(f"--methods {method} takes videos")
     for name in ("methods", "seeds"):

@@ -38,7 +38,7 @@ def text_names(file: str, labels: Sequence[str]) -> list[str]:
     if isinstance(found, dict):
         missing, unknown = [name for name in labels if name not in found], sorted(set(found) - set(labels))
         if missing or unknown:
-            told = f"has no text for {some(missing)}" if missing else f"names {some(unknown)}, which are no classes"
+            told = f"has no text for {some(missing)}" if missing else f"names {some(unknown)}, which are not classes"
             raise ValueError(f"{flag} {told}. The classes are {some(list(labels))}.")
         return [found[name] for name in labels]
     if not isinstance(found, list) or len(found) != len(labels):

@@ -164,7 +164,7 @@ def _listed(sources: list[str]) -> tuple[list[Path | bytes], list[str | None]]:
             matched = [name for name in found if os.path.isfile(name)]
             good = [name for name in matched if Path(name).suffix.lower() in suffixes]
             if left := len(matched) - len(good):
-                tell(f"{flag}: skipped {left} files that are no images.")
+                tell(f"{flag}: skipped {left} files that are not images.")
             waiting = [*(good if matched else found), *waiting]  # `**` gives folders beside the files in them
         else:
             raise ValueError(f"{flag}: there is no such file or folder; a data set of the Hub is given alone.")

@@ -82,7 +82,7 @@ def _wrong(found: Any) -> Any:
         yield f"{', '.join(missing)} missing"
     for key in ("tasks", "lists", "flags", "tune"):
         if key in found and not isinstance(found[key], dict):
-            yield f"{key} is no mapping"
+            yield f"{key} is not a mapping"
             return
     for task, about in (found.get("tasks") or {}).items():
         classes = about.get("classes") if isinstance(about, dict) else None
@@ -156,7 +156,7 @@ def check_data(protocol: Protocol, folder: Path, tasks: Sequence[str], tuned: bo
         elif missing := sorted(wanted - seen):
             wrong.append(f"{task}: no image of {some(list(map(str, missing)))} can be drawn")
         elif foreign := {label for labels in found.values() for label in labels} - seen:
-            wrong.append(f"{task} has images of {some(sorted(map(str, foreign)))}, which are no classes of training")
+            wrong.append(f"{task} has images of {some(sorted(map(str, foreign)))}, which are not classes of training")
     if wrong:
         raise ValueError(f"--data_dir {folder}: {'; '.join(wrong)}.")
 

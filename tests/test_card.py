@@ -335,7 +335,7 @@ def test_a_configuration_alone_gets_a_card_too(tmp_path):
 
 
 def test_the_card_survives_another_version_of_peft(tmp_path):
-    """peft adds its version at each save; that is no edit."""
+    """peft adds its version at each save; that is not an edit."""
     model = get_peft_model(vit(), config_of("vpt"))
     path = save(model, tmp_path)
     path.write_text(re.sub(r"- PEFT \S+", "- PEFT 0.20.0", path.read_text()))

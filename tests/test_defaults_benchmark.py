@@ -21,7 +21,7 @@ def row(rate, data, validation, method="vpt"):
 
 def test_the_rate_that_loses_least_to_the_best_of_each_set_is_chosen():
     rows = [row(1e-3, "digits", 0.9), row(1e-3, "emoji", 0.5), row(1e-3, "textile", 0.7)]
-    assert best_rate(rows, "vpt") is None  # one rate is no choice
+    assert best_rate(rows, "vpt") is None  # one rate is not a choice
     rows += [row(3e-3, "digits", 0.8), row(3e-3, "emoji", 0.7), row(3e-3, "textile", 0.7)]
     assert best_rate(rows, "vpt") == 3e-3
     rows += [row(1e-2, "digits", 1.0), row(1e-2, "emoji", 1.0)]

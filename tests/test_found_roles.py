@@ -17,7 +17,7 @@ from hf_visual_peft.coverage.models import MODELS
 # What a table says and nobody can see in one run of the model on an image, by model.
 _BIAS = "the module that makes the bias on the logits can be asked for other numbers of tokens"
 _STEM = {"patch_embedding": "the table names another convolution of the stem"}
-_ALONE = "its attention is no softmax of queries and keys, which have roles all the same"
+_ALONE = "its attention is not a softmax of queries and keys, which have roles all the same"
 SAYS: dict[str, dict[str, str]] = {
     "beit": {"prompts": _BIAS},
     "data2vec-vision": {"prompts": _BIAS},

@@ -317,8 +317,8 @@ def test_rows_in_the_repository_are_of_cards():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--parts", "right,wrong"], "--parts: 'wrong' is no part: choose from setup, right"),
-        (["--parts", "right:soon"], "'soon' is no number of seconds"),
+        (["--parts", "right,wrong"], "--parts: 'wrong' is not a part: choose from setup, right"),
+        (["--parts", "right:soon"], "'soon' is not a number of seconds"),
         (["--methods", "vpt,aimless"], "--methods aimless: choose from activations, adapterbias"),
     ],
 )

@@ -78,7 +78,7 @@ def test_ssf(name):
     model, actual = adapted(name, SSFConfig(init_weights=False))
     weights = weights_of(model, "ssf_output")
     base = base_of(name)
-    # BiT's norms have their activation inside: what leaves them is no affine map any more
+    # BiT's norms have their activation inside: what leaves them is not an affine map any more
     paths = operations(base, nn.Conv2d if name == "bit" else CONVOLUTIONS_AND_NORMS)
     assert sorted(weights) == sorted(paths)
     for path in paths:

@@ -238,7 +238,7 @@ def test_the_card_of_a_method_of_pefts_own_needs_no_import_of_ours(client):
     data, text, results = client(client_card, "tester/card-lora")
     assert "hf_visual_peft" not in re.sub("<!--.*-->", "", text).partition("### Framework versions")[0]
     assert data["base_model_relation"] == "adapter"
-    assert "datasets" not in data, "a name with spaces in it is no id"
+    assert "datasets" not in data, "a name with spaces in it is not an id"
     assert results == [("image-classification", "cats and dogs", "accuracy", 0.5)]
 
 

@@ -236,7 +236,7 @@ def test_what_does_not_fit(folders):
         base = ZeroShotClassifier.from_pretrained(folders[family], class_names=NAMES)
         before = list(base.state_dict())
         for config in (hf_visual_peft.MaPLeConfig(init_text=None), hf_visual_peft.UPTConfig()):
-            with pytest.raises(ValueError, match="takes no learned tokens: it is no plain transformer"):
+            with pytest.raises(ValueError, match="takes no learned tokens: it is not a plain transformer"):
                 get_peft_model(base, config)
         assert list(base.state_dict()) == before
     with pytest.raises(ValueError, match="not one projected token"):

@@ -269,7 +269,7 @@ def test_raw_timm_models():
     model = get_peft_model(vit(), with_visual_targets(LoraConfig(), vit()))
     assert adapted(model) == {"blocks.0.attn.qkv", "blocks.1.attn.qkv"}
     assert isinstance(model.get_base_model().head, ModulesToSaveWrapper)
-    # its norm outside the blocks is named as the end of others, of which some are no norms
+    # its norm outside the blocks is named as the end of others, of which some are not norms
     model = get_peft_model(vit(), with_visual_targets(LNTuningConfig(), vit()))
     assert adapted(model) == {*(f"blocks.{i}.norm{n}" for i in range(2) for n in (1, 2)), "norm"}
 

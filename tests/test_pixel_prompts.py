@@ -508,7 +508,7 @@ def test_inputs_that_are_no_images():
     torch.manual_seed(0)
     siglip = Siglip2VisionModel(Siglip2VisionConfig(**SIZES, patch_size=8, num_patches=16))
     for config in (VPConfig(), LoRVPConfig(), ILMVPConfig(), AutoVPConfig(), EVPPixelConfig()):
-        untouched(siglip, config, r"Config does not fit Siglip2\w+: its input is no images")
+        untouched(siglip, config, r"Config does not fit Siglip2\w+: its input is not images")
 
 
 def test_prompts_that_do_not_fit_the_images():

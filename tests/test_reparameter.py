@@ -199,7 +199,7 @@ def test_kadaptation(name):
     plain = forward(blocks, x, norm)
     expected = forward(with_updates(blocks, update), x, norm)
     without_biases = forward(with_updates(blocks, lambda *at: (update(*at)[0], 0.0)), x, norm)
-    assert (without_biases - plain).abs().max() > 1e-3 * plain.abs().max()  # the products are no rounding error
+    assert (without_biases - plain).abs().max() > 1e-3 * plain.abs().max()  # the products are not rounding error
     assert_adapted_and_merged(model, family, actual, expected)
 
 

@@ -293,7 +293,7 @@ def test_sources(base, shelf, tmp_path):
     with pytest.raises(ValueError, match="neither a folder nor a repository id"):
         find_adapters([str(tmp_path / "missing" / "one")], own)
     (tmp_path / "two words").symlink_to(shelf / "birds")
-    with pytest.raises(ValueError, match=r"'two words' is no name for requests"):
+    with pytest.raises(ValueError, match=r"'two words' is not a name for requests"):
         find_adapters([str(tmp_path)], own)
 
 

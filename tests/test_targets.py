@@ -1,4 +1,4 @@
-"""Explicit targets: which modules they name, what stands there, and what is no target."""
+"""Explicit targets: which modules they name, what stands there, and what is not a target."""
 
 import copy
 import re

@@ -243,7 +243,7 @@ class Even(nn.Module):
 
 
 class Steep(nn.Module):
-    """Has a weight for each channel and is no norm."""
+    """Has a weight for each channel and is not a norm."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -161,7 +161,7 @@ def test_no_names_are_asked_for(folders):
 def test_other_models_are_refused(tmp_path):
     config = hf_visual_peft.ZeroShotConfig(class_names=["cat"])
     vit = AutoModelForImageClassification.from_config(ViTConfig(num_hidden_layers=1, hidden_size=12))
-    with pytest.raises(ValueError, match="ViTForImageClassification is no dual encoder"):
+    with pytest.raises(ValueError, match="ViTForImageClassification is not a dual encoder"):
         ZeroShotClassifier(config, vit)
 
 

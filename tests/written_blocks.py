@@ -356,7 +356,7 @@ BACKBONES: dict[str, tuple[Callable, str, tuple[int, int]]] = {
     "timm_vit_registers": (timm_vit, r"blocks\.\d", (32, 32)),
     "timm_swin": (timm_swin, r"layers\.\d\.blocks\.\d", (48, 32)),
 }
-# modules under such names that are no blocks with attention or MLP
+# modules under such names that are not blocks with attention or MLP
 NO_BLOCKS = ("LevitAttentionSubsample", "SwiftFormerConvEncoder", "PatchMerging")
 
 

@@ -271,7 +271,7 @@ def entered(module: nn.Module) -> list[nn.Module]:
 
 
 def own_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The children of a module that are no adapters which stand in it, by name."""
+    """The children of a module that are not adapters which stand in it, by name."""
     for name, child in module.named_children():
         if not stands_in(child):
             yield name, child

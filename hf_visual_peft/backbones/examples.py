@@ -89,7 +89,7 @@ def named_for(function: Callable[..., Any], images: Mapping[str, Tensor]) -> dic
 
 
 def of_samples(images: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """The same images, as models with several images a sample take them; None if they are no images."""
+    """The same images, as models with several images a sample take them; None if they are not images."""
     first, *others = images
     if images[first].ndim != 4:
         return None

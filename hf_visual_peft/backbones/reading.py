@@ -275,7 +275,7 @@ def _variants(
 def _difference(role: BlockRoles, common: BlockRoles) -> dict[str, Any]:
     usual = common.as_fields()
     made = {name: value for name, value in role.as_fields().items() if value != usual[name]}
-    return made if role.patches else {**made, "grid": None}  # tokens that are no patches have no place in the image
+    return made if role.patches else {**made, "grid": None}  # tokens that are not patches have no place in the image
 
 
 def _heads(ran: Ran, modules: Mapping[str, nn.Module], blocks: Sequence[str]) -> tuple[str, ...]:

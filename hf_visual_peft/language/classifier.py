@@ -121,7 +121,7 @@ class ZeroShotClassifier(PreTrainedModel):
         self._tokenizer = tokenizer
         self._features: dict[str, tuple[Any, Tensor]] = {}  # of the classes, each with what it depends on
         self._slots: dict[Any, Tokens] = {}
-        towers_of(self.encoder)  # refuses what is no dual encoder
+        towers_of(self.encoder)  # refuses what is not a dual encoder
         for module in () if encoder is None else encoder.modules():
             module._is_hf_initialized = True  # its weights are there
         self.post_init()

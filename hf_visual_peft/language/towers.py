@@ -33,7 +33,7 @@ class Towers:
         ]
         if missing:
             raise ValueError(
-                f"{type(model).__name__} is no dual encoder of images and texts: no {', '.join(missing)}. "
+                f"{type(model).__name__} is not a dual encoder of images and texts: no {', '.join(missing)}. "
                 "Valid: CLIP, MetaCLIP 2, SigLIP, SigLIP 2, ChineseCLIP, AltCLIP, ALIGN, VisionTextDualEncoderModel."
             )
         self.model = model
@@ -94,14 +94,14 @@ class Towers:
         """The blocks of the image tower.
 
         Raises:
-            ValueError: it is no plain transformer, or one for images of any shape, whose tokens have a mask.
+            ValueError: it is not a plain transformer, or one for images of any shape, whose tokens have a mask.
         """
         vision = self.model.vision_model
         kind = vision.config.model_type.removesuffix("_vision_model")
         if kind not in (*_STREAMS, "vit", "deit", "dinov2"):
             raise ValueError(
-                f"{type(vision).__name__} takes no learned tokens: it is no plain transformer whose tokens all images "
-                f"have. Image towers that do: those of {', '.join(_STREAMS)}, and ViT, DeiT and DINOv2."
+                f"{type(vision).__name__} takes no learned tokens: it is not a plain transformer whose tokens all "
+                f"images have. Image towers that do: those of {', '.join(_STREAMS)}, and ViT, DeiT and DINOv2."
             )
         return next(module for module in vision.modules() if isinstance(module, nn.ModuleList))
 

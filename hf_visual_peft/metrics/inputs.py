@@ -92,7 +92,7 @@ def probabilities(predictions: Any) -> np.ndarray:
     """The probability of each class, (N, classes) float64.
 
     Raises:
-        ValueError: another shape, or rows that are no probabilities: below 0, or with another sum than 1.
+        ValueError: another shape, or rows that are not probabilities: below 0, or with another sum than 1.
     """
     array = _array("predictions", predictions).astype(np.float64)
     if array.ndim != 2:

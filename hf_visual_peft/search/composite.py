@@ -140,7 +140,7 @@ class CompositeSubnets(Subnets):
         model: with the supernet.
 
     Raises:
-        ValueError: a method's smaller sizes are no parts of its largest, or its blocks depend on each other.
+        ValueError: a method's smaller sizes are not parts of its largest, or its blocks depend on each other.
     """
 
     def __init__(self, space: CompositeSpace, model: PeftModel) -> None:
@@ -291,7 +291,7 @@ class CompositeSubnets(Subnets):
             )
             if not fits:
                 raise ValueError(
-                    f"{where}: with {part.size}={size}, the weights of {part.method} are no parts of those with "
+                    f"{where}: with {part.size}={size}, the weights of {part.method} are not parts of those with "
                     f"{part.size}={part.sizes[-1]}, so sizes cannot share weights. Choose another method."
                 )
         last = layers[-1]

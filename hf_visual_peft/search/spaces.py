@@ -43,7 +43,7 @@ class Space(ABC):
             model: with the supernet.
 
         Raises:
-            ValueError: they are no parts of the supernet, or the model has too few blocks.
+            ValueError: they are not parts of the supernet, or the model has too few blocks.
         """
 
     def put_on(self, model: nn.Module) -> PeftModel:

@@ -115,8 +115,8 @@ def find_adapters(sources: Sequence[str], base: Base) -> dict[str, Entry]:
             label = given or name
             if not NAME.fullmatch(label):
                 raise ValueError(
-                    f"--adapters {where}: {label!r} is no name for requests (letters, digits, '.', '_', '-'): write "
-                    f"NAME={folder}."
+                    f"--adapters {where}: {label!r} is not a name for requests (letters, digits, '.', '_', '-'): "
+                    f"write NAME={folder}."
                 )
             if label in found:
                 raise ValueError(

@@ -40,7 +40,9 @@ def decoded(content: bytes, max_pixels: int) -> Image.Image:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
         width, height = image.size
     except UnidentifiedImageError:
-        raise RequestError(415, "not_an_image", f"The body is no image in any of these formats: {known}.") from None
+        raise RequestError(
+            415, "not_an_image", f"The body is not an image in any of these formats: {known}."
+        ) from None
     except Image.DecompressionBombError:
         raise RequestError(413, "too_many_pixels", f"The image has more than {max_pixels:,} pixels.") from None
     except Exception as error:  # decoders raise all kinds of errors for a damaged header
@@ -97,7 +99,7 @@ def _processor(file: Path, text: str) -> Any:
             return TimmWrapperImageProcessor.from_pretrained(str(file.parent), image_processor_filename=PROCESSOR_NAME)
         return AutoImageProcessor.from_pretrained(str(file.parent))
     except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{file} is no image processor: {error}") from error
+        raise ValueError(f"{file} is not an image processor: {error}") from error
 
 
 def pixels_of(image: Image.Image, processor: Any) -> Tensor:

@@ -55,12 +55,12 @@ def push_folders(
         commit_message: title of the commit.
 
     Raises:
-        ValueError: there is nothing to upload, a name is no folder, a folder holds no adapter, or a base model is not
-            on the Hub. Nothing was sent.
+        ValueError: there is nothing to upload, a name is not a folder, a folder holds no adapter, or a base model is
+            not on the Hub. Nothing was sent.
     """
     validate_repo_id(repo_id)
     if base_model is not None and not is_repo_id(base_model):
-        raise ValueError(f"--base_model {base_model} is no model id of the Hub, such as facebook/dinov2-small.")
+        raise ValueError(f"--base_model {base_model} is not a model id of the Hub, such as facebook/dinov2-small.")
     if not adapters:
         raise ValueError("There is no adapter to upload.")
     if "" in adapters and len(adapters) > 1:
@@ -69,7 +69,7 @@ def push_folders(
     rows = {}
     for name, folder in adapters.items():
         if name and not FOLDER.fullmatch(name):
-            raise ValueError(f"{name!r} is no name of a sub-folder: take letters, digits, '.', '_' and '-'.")
+            raise ValueError(f"{name!r} is not a name of a sub-folder: take letters, digits, '.', '_' and '-'.")
         header = inspect_adapter(str(folder))
         if not header.tensors:
             raise ValueError(f"{folder} has no {WEIGHTS_NAME}: nothing else is uploaded.")
@@ -120,7 +120,7 @@ def read_index(repo_id: str, *, revision: str | None = None, token: str | None =
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["adapters"]
         if not all(FOLDER.fullmatch(name) and isinstance(row, dict) for name, row in found.items()):
-            raise ValueError("a name is no sub-folder")
+            raise ValueError("a name is not a sub-folder")
         return dict(found)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{repo_id}/{INDEX} is damaged: {error}") from error

@@ -56,7 +56,7 @@ class PixelSite(ModelSite):
         """The input may be no images."""
         if whole.image_channels and whole.architecture.grid != "spatial_shapes":
             return None
-        return ": its input is no images of (batch, channels, height, width), so prompts at pixels have no place."
+        return ": its input is not images of (batch, channels, height, width), so prompts at pixels have no place."
 
     def why_not_beside(self, path: str, copied: Sequence[str]) -> str | None:
         """A copy of the whole backbone would have its own input."""

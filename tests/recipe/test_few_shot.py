@@ -205,7 +205,7 @@ def test_names_in_json(tmp_path):
     assert text_names(str(file), ["a", "b"]) == ["ant", "bee"]
     with pytest.raises(ValueError, match="has no text for c"):
         text_names(str(file), ["a", "b", "c"])
-    with pytest.raises(ValueError, match="names b, which are no classes"):
+    with pytest.raises(ValueError, match="names b, which are not classes"):
         text_names(str(file), ["a"])
     file.write_text("{")
     with pytest.raises(ValueError, match="is no JSON"):

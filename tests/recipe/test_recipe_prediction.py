@@ -118,7 +118,7 @@ def test_evaluation_repeats_the_run_and_every_figure(predict, trained, photos, v
 
 
 def test_images_without_labels(predict, trained, photos, vit, tmp_path, capsys):
-    """Anywhere in a folder, turned by a phone, one broken file left out, in folders that are no classes."""
+    """Anywhere in a folder, turned by a phone, one broken file left out, in folders that are not classes."""
     source = tmp_path / "holiday"
     (source / "day 1").mkdir(parents=True)
     turned = Image.Exif()

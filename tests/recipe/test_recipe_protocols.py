@@ -124,7 +124,7 @@ def test_protocols_that_are_here(name, vit, tmp_path):
         ({"tune": {"vpt": {"learning_rate": 0.1}}}, "tune.vpt: give a list of values"),
         ({"seeds": []}, "seeds: give a list"),
         ({"shots": [0]}, "shots: give a list of whole numbers of at least 1"),
-        ({"flags": ["a"]}, "flags is no mapping"),
+        ({"flags": ["a"]}, "flags is not a mapping"),
     ],
 )
 def test_keys_that_are_wrong(more, told, vit, vtab, tmp_path, capsys):

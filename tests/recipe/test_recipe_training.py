@@ -99,7 +99,7 @@ def finite(path):
 
 
 def test_the_first_bad_step_and_the_last_good_checkpoint_are_named(run, monkeypatch, tmp_path):
-    """The loss is no number from step 5 on: the checkpoint of step 4 stays, and from there a run can go on."""
+    """The loss is not a number from step 5 on: the checkpoint of step 4 stays, and from there a run can go on."""
     calls, entropy = [], torch.nn.functional.cross_entropy
 
     def broken(*args, **kwargs):
@@ -116,7 +116,7 @@ def test_the_first_bad_step_and_the_last_good_checkpoint_are_named(run, monkeypa
 
 
 def test_weights_that_break_are_found_where_the_loss_is_fine(run, monkeypatch, tmp_path):
-    """Also statistics that are no parameters; a mask that holds infinity from the start is none of them."""
+    """Also statistics that are not parameters; a mask that holds infinity from the start is none of them."""
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     model.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
 

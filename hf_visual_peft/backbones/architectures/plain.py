@@ -196,7 +196,7 @@ _PERCEIVER = Architecture(
     heads=(),
     own_heads=("decoder.decoder.final_layer",),
     prompts="sequence",
-    grid=None,  # its tokens are no patches
+    grid=None,  # its tokens are not patches
 )
 _IMAGEGPT = Architecture(
     backbones=("ImageGPTModel",),

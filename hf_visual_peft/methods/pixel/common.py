@@ -76,7 +76,7 @@ class PixelPromptConfig(VisualPeftConfig):
         return PixelSite()
 
     def _builder(self, backbone: VisionBackbone) -> Callable[[nn.Module], nn.Module] | None:
-        """What makes the prompt, once all fields fit; None if the input is no images, which the site says then."""
+        """What makes the prompt, once all fields fit; None if the input is not images, which the site says then."""
         if not backbone.image_channels:
             return None
         height, width = self._size(backbone)

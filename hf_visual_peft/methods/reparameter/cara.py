@@ -145,8 +145,8 @@ class CaRAConfig(VisualPeftConfig):
 
     As in the released code (BonnBytes/CaRA), dropout acts on the entries of the update, and the biases are outside of
     it, multiplied by s. That code finds its factors through a global variable, so that two models in one program have
-    the same; here each adapter has its own. Where the MLP's width is no multiple of the backbone's, the last slice is
-    cut, which is our generalisation.
+    the same; here each adapter has its own. Where the MLP's width is not a multiple of the backbone's, the last slice
+    is cut, which is our generalisation.
 
     Args:
         r: rank of both decompositions.
@@ -198,8 +198,8 @@ class CaRAConfig(VisualPeftConfig):
         count = heads[0][0].num_heads if heads else 1
         if not count or size % count:
             raise ValueError(
-                f"{type(self).__name__} does not fit {backbone.class_name}: {size} channels of queries are no whole "
-                f"number for each of {count or 'an unknown number of'} heads."
+                f"{type(self).__name__} does not fit {backbone.class_name}: {size} channels of queries are not a "
+                f"whole number for each of {count or 'an unknown number of'} heads."
             )
         shared = Shared(
             "factors",

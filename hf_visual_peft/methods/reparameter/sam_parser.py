@@ -39,7 +39,7 @@ class SingularValues(nn.Module):
         super().__init__()
         self.delta = nn.Parameter(torch.zeros(min(linear.out_features, linear.in_features)))
         self.register_buffer("sigma", torch.zeros(len(self.delta)))
-        self._linear = (linear,)  # a tuple, so that it is no submodule
+        self._linear = (linear,)  # a tuple, so that it is not a submodule
         self._vectors: tuple[Tensor, Tensor] | None = None
         if not self.delta.is_meta and not linear.weight.is_meta:
             self._decompose()
