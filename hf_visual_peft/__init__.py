@@ -25,6 +25,7 @@ from .core.calibration import NotCalibratedError, calibrate
 from .core.config import VisualPeftConfig
 from .core.labels import teach_peft
 from .core.registry import get_method, list_methods
+from .core.switching import teach_enabling
 from .features import CachedFeatures, FeatureCache
 from .features.pyramid import feature_pyramid
 from .language.averaging import GaussianAverage
@@ -49,6 +50,7 @@ from .version import __version__  # noqa: F401
 
 load_methods()
 load_language_methods()
+teach_enabling()
 teach_files()
 teach_peft()
 teach_targets()

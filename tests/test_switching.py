@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from families import FAMILIES, output_of
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.tuners import tuners_utils
 
 import hf_visual_peft
@@ -87,3 +89,28 @@ def test_merged_adapters_are_taken_out_first(method):
     with pytest.warns(UserWarning, match="Unmerging"):
         model.set_adapter("a1")
     assert not any(layer.merged for layer in model.modules() if isinstance(layer, tuners_utils.BaseTunerLayer))
+
+
+@pytest.mark.parametrize(
+    "config", [hf_visual_peft.VPTConfig(num_virtual_tokens=2), LoraConfig(r=2, target_modules=["q_proj"])]
+)
+def test_what_transformers_turns_off_it_turns_on_again(config):
+    """Also the copy of the head: transformers leaves it off."""
+    model, inputs = FAMILY.model(), FAMILY.inputs(1)
+    config = copy.deepcopy(config)
+    config.modules_to_save = ["classifier"]
+    model.eval()
+    before = output_of(model, inputs)
+    model.add_adapter(config)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.normal_()
+    adapted = output_of(model, inputs)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for _ in range(2):
+        model.disable_adapters()
+        assert torch.equal(output_of(model, inputs), before)
+        model.enable_adapters()
+        assert torch.equal(output_of(model, inputs), adapted)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
+    assert not torch.equal(before, adapted)

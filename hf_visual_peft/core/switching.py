@@ -6,14 +6,34 @@ backbone and the affected adapters.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
+from transformers.integrations.peft import PeftAdapterMixin
 
 from ..sites import VisualTunerLayer
+
+
+def teach_enabling() -> None:
+    """Make `enable_adapters` of transformers turn on everything that its `disable_adapters` turns off.
+
+    transformers itself leaves the copies of modules off, so that a model answers with the head of its base from then
+    on, in silence. This concerns adapters of ours and of peft alike.
+    """
+    enable = PeftAdapterMixin.enable_adapters
+
+    @functools.wraps(enable)
+    def enable_adapters(self: nn.Module) -> None:
+        enable(self)
+        for module in self.modules():
+            if isinstance(module, ModulesToSaveWrapper) and module.disable_adapters:
+                module.enable_adapters(True)
+
+    PeftAdapterMixin.enable_adapters = enable_adapters
 
 
 def switch(model: nn.Module, names: str | list[str], inference_mode: bool, prefix: str, own: Collection[str]) -> None:
