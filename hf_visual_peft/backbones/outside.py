@@ -84,7 +84,7 @@ def grid_of(
     Cells of the patch embedding's output are changed one by one to find the token of the first block that changes.
     """
     streams = {role.stream for role in roles.values() if role.sublayers}
-    if not streams:
+    if not streams or "packed" in streams:
         return None, 0
     if streams != {"tokens"}:
         return ("map" if "tokens" not in streams and _are_maps(ran, blocks, roles) else None), 0

@@ -67,12 +67,14 @@ def find_blocks(ran: Ran, modules: Mapping[str, nn.Module]) -> dict[str, list[st
     blocks. If nothing is added anywhere, the items of lists, then all parts of the model, then single layers.
     """
     trace, called = ran.trace, ran.calls()
-    parts = (_listed(owner, modules) for owner in _sums(trace))
+    # a row of tokens without a batch is a stream only where there is no other: heads add to such rows, too
+    sums = _sums(trace) or _sums(trace, 2)
+    parts = (_listed(owner, modules) for owner in sums)
     found = {path for path in parts if path is not None and path in called}
     in_lists = {path for path in found if isinstance(modules[path.rpartition(".")[0]], _LISTS)}
     found = in_lists or found  # a single one beside lists is not a block but a head or a neck
     found = _outermost(ran, modules, found)
-    found = _split(trace, modules, found, called)
+    found = _split(trace, modules, found, called, sums)
     found = {other for path in found for other in ran.alike(path)}
     found = found or _units(modules, called)
     kinds = {type(modules[path]) for path in found}
@@ -105,12 +107,12 @@ def _outermost(ran: Ran, modules: Mapping[str, nn.Module], found: set[str]) -> s
     return kept
 
 
-def _sums(trace: Trace) -> list[str]:
-    """Owners of the additions of two values that both depend on the input."""
+def _sums(trace: Trace, least: int = 3) -> list[str]:
+    """Owners of the additions of two values that both depend on the input, of at least that many dimensions."""
     depends = trace.after(set(trace.pixels))
     owners = []
     for node in trace.nodes:
-        if node.op != "add" or len(node.inputs) < 2 or len(node.shape) < 3:
+        if node.op != "add" or len(node.inputs) < 2 or len(node.shape) < least:
             continue
         if all(each in depends for each in node.inputs[:2]):
             owners.append(node.owner)
@@ -133,7 +135,9 @@ def _is_block(module: nn.Module) -> bool:
     return any(True for _ in module.children()) and any(is_projection(each) for each in module.modules())
 
 
-def _split(trace: Trace, modules: Mapping[str, nn.Module], found: set[str], called: Mapping[str, Call]) -> set[str]:
+def _split(
+    trace: Trace, modules: Mapping[str, nn.Module], found: set[str], called: Mapping[str, Call], sums: Sequence[str]
+) -> set[str]:
     """The blocks; a block with several attentions in separate parts is replaced by these parts."""
     made: set[str] = set()
     for path in found:
@@ -145,8 +149,8 @@ def _split(trace: Trace, modules: Mapping[str, nn.Module], found: set[str], call
             if join(path, name) in called and _is_block(part)
         ]
         holding = [part for part in parts if any(is_in(owner, part) for owner in owners)]
-        sums = [owner for owner in _sums(trace) if is_in(owner, path)]
-        within = all(any(is_in(owner, part) for part in parts) for owner in sums)
+        inside = [owner for owner in sums if is_in(owner, path)]
+        within = all(any(is_in(owner, part) for part in parts) for owner in inside)
         made |= set(parts) if len(owners) > 1 and len(holding) > 1 and within else {path}
     return made
 

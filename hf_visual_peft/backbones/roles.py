@@ -134,7 +134,7 @@ class BlockReader(BlockRun):
             return None
         width = candidates[0]
         if len(shape) == 2:
-            return ("tokens", width) if shape[1] == width else None
+            return ("packed", width) if shape[1] == width else None
         if len(shape) == 3:
             # methods do not support a stream of (batch, channels, positions)
             return ("tokens", width) if shape[2] == width else None
@@ -221,9 +221,6 @@ class BlockReader(BlockRun):
                 else:
                     sublayers = []
                     self.why.append("the stream after the MLP is read by no module that could be watched")
-        if len(self.trace.nodes[self.call.outputs[0]].shape) == 2:
-            self.why.append("its stream has no dimension for the batch")
-            sublayers = []
         inside = self._inside(sublayers, entrances, stream)
         if inside is None:
             sublayers = []

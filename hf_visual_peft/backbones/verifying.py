@@ -77,7 +77,8 @@ def verified(ran: Ran, path: str, roles: BlockRoles) -> BlockRoles:
     if plain and _takes_more(twin, args, kwargs):
         prompts = "sequence"
     elif (
-        not mixes
+        roles.stream != "packed"  # keys would join those of each image apart
+        and not mixes
         and (equal or _by_head(trace, reader, roles, seen))
         and _reads_stream(reader, roles)
         and _values_known(trace, reader, roles, seen)

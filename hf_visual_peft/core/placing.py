@@ -9,6 +9,7 @@ from peft.utils.other import match_target_against_key
 
 from ..backbones.backbone import BackboneError, NoTokensError, VisionBackbone
 from ..sites import Placement
+from ..sites.site import why_not_packed
 from .config import VisualPeftConfig
 from .parts import Part, check_order
 from .registry import list_methods
@@ -137,7 +138,7 @@ def _placements(config: VisualPeftConfig, selected: VisionBackbone, whole: Visio
             site, block = placement.site, blocks.get(placement.path)
             if block is not None and not site.exists_at(block, whole):
                 continue
-            if why := site.why_not(block, whole):
+            if why := why_not_packed(site, block, whole) or site.why_not(block, whole):
                 raise ValueError(f"{type(config).__name__} does not fit {whole.class_name}{why}")
             if placement.shared is not None and stage.stage is not None:
                 shared = replace(placement.shared, name=f"{placement.shared.name}_stage{stage.stage}")

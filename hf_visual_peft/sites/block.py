@@ -222,7 +222,7 @@ class BlockAdapters(BranchLayer, nn.Module):
 
     def _around(self, call: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         exchange, base = self.exchange, self._owner[0]
-        require_stream(base, hidden_states)
+        require_stream(base, hidden_states, self._stream == "packed")
         sites = {e.key: e.site for e in self._active() if e.site.takes or e.site.hands_on or e.site.needs_pixels}
         self._require_whole_pass(sites.values())
         tokens = {name: self._taken(name) for name, site in sites.items() if site.takes}

@@ -12,13 +12,18 @@ from torch import Tensor, nn
 from ..backbones.backbone import SUBLAYER_ROLES, Block
 
 
-def require_stream(block: nn.Module, stream: Any) -> None:
+def require_stream(block: nn.Module, stream: Any, packed: bool) -> None:
     """Refuse a block that is not called with a batch of token sequences or maps.
+
+    Args:
+        block: the block.
+        stream: its input.
+        packed: whether the role table says that the tokens of all images are in one row, (tokens, width).
 
     Raises:
         ValueError: it gets something else; the message names methods that do not need it.
     """
-    if isinstance(stream, Tensor) and stream.ndim > 2:
+    if isinstance(stream, Tensor) and (stream.ndim > 2 or (packed and stream.ndim == 2)):
         return
     what = f"a stream of {stream.ndim} dimensions" if isinstance(stream, Tensor) else f"a {type(stream).__name__}"
     raise ValueError(

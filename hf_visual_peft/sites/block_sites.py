@@ -75,6 +75,8 @@ class BranchSite(BlockSite):
         crosses: whether the equation is also called with a function `cross(x, others)`: attention from x, (batch,
             tokens, width), to others, (batch or 1, other tokens, width), by the projections of the block's attention,
             without norms before them, adapters at them, positions, masks and layer scale.
+
+    An equation that none of the last three holds for treats each token by itself.
     """
 
     sublayer: Literal["attention", "mlp"]
@@ -83,6 +85,11 @@ class BranchSite(BlockSite):
     needs_layout: bool = False
     attends: bool = False
     crosses: bool = False
+
+    @property
+    def tokenwise(self) -> bool:
+        """Whether nothing but the token itself is read, and nothing is dropped for a sample as a whole."""
+        return not (self.needs_layout or self.attends or self.crosses or self.drop_path)
 
     @property
     def at(self) -> str:

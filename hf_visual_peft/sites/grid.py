@@ -13,9 +13,14 @@ from ..backbones.architectures import Stream
 
 
 def to_tokens(x: Tensor, stream: Stream) -> Tensor:
-    """A token stream as (batch, tokens, channels), from any memory layout; with three dimensions it is unchanged."""
+    """A token stream as (batch, tokens, channels), from any memory layout; with three dimensions it is unchanged.
+
+    The tokens of all images in one row, (tokens, channels), are a batch of one sequence.
+    """
     if x.ndim == 3:
         return x
+    if x.ndim == 2:
+        return x.unsqueeze(0)
     return x.flatten(2).transpose(1, 2) if stream == "channels_first" else x.flatten(1, 2)
 
 
@@ -23,6 +28,8 @@ def from_tokens(tokens: Tensor, like: Tensor, stream: Stream) -> Tensor:
     """The inverse of `to_tokens`: (batch, tokens, channels) in the layout of the original tensor."""
     if like.ndim == 3:
         return tokens
+    if like.ndim == 2:
+        return tokens.squeeze(0)
     if stream == "channels_first":
         return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
     return tokens.unflatten(1, like.shape[1:3])

@@ -188,6 +188,7 @@ class BlockSite(Site):
         asks: whether it runs extra tokens through the block.
         attends: whether it calls the block's attention.
         keeps: whether the state after the last block is kept.
+        tokenwise: whether the equation treats each token by itself, so that images may lie in one row.
         part: tells several sites of one adapter apart.
     """
 
@@ -199,6 +200,7 @@ class BlockSite(Site):
     asks: Any = False
     attends: Any = False
     keeps: Any = False
+    tokenwise: Any = False
     part: Any = ""
 
     def key(self, owner: str) -> str:
@@ -246,6 +248,16 @@ _PROMPTS = (
     " if tokens put into a block's input move no positions of the others, or to 'keys' if they can join its keys and "
     "values only."
 )
+
+
+def why_not_packed(site: Site, block: Block | None, whole: VisionBackbone) -> str | None:
+    """Why a site does not fit a stream with the tokens of all images in one row, as in `Site.why_not`."""
+    if block is None or not isinstance(site, BlockSite) or site.tokenwise:
+        return None
+    table = block.table or whole.architecture
+    if table.stream != "packed":
+        return None
+    return ": its stream has the tokens of all images in one row, and the method needs those of each image apart."
 
 
 def joins_others(block: Block, whole: VisionBackbone) -> bool:

@@ -220,7 +220,6 @@ _IMAGEGPT = Architecture(
     grid=None,
 )
 
-# the patches of all images of a batch are one row of tokens, in which methods at blocks cannot tell the images apart
 _QWEN_VL = Architecture(
     backbones=(
         "Qwen2VisionTransformerPretrainedModel",
@@ -242,7 +241,7 @@ _QWEN_VL = Architecture(
     fc2=("mlp.fc2", "mlp.down_proj", "mlp.linear_fc2"),
     drop_path=(),
     heads=(),
-    sublayers=(),
+    stream="packed",
     grid=None,
 )
 

@@ -11,7 +11,7 @@ from torch import nn
 
 Names = tuple[str, ...]
 GridKind = Literal["full", "frames_last", "given", "map", "units", "halved", "unfolded", "spatial_shapes", "masked"]
-Stream = Literal["tokens", "channels_last", "channels_first"]
+Stream = Literal["tokens", "packed", "channels_last", "channels_first"]
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,9 @@ class ArchitectureTokens:
         prefix_tokens: (!) optional; parameters of `embeddings` that are put before the patches (CLS, distillation,
             registers), each of shape (1, tokens, width) or (width,); or how many tokens these are. timm's models tell
             their number themselves.
-        stream: how the block's input lies in memory. `"tokens"`: (batch, tokens, width); `"channels_last"`: (batch,
-            height, width, channels); `"channels_first"`: (batch, channels, height, width).
+        stream: how the block's input lies in memory. `"tokens"`: (batch, tokens, width); `"packed"`: (tokens, width),
+            the tokens of all images of a batch in one row; `"channels_last"`: (batch, height, width, channels);
+            `"channels_first"`: (batch, channels, height, width).
         stream_inside: the same for the input of these modules, if it has four dimensions; by default as `stream`.
         video: whether the backbone takes videos.
     """
