@@ -509,6 +509,14 @@ def vpt(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
     return torch.cat([x[:, :1], x[:, 1 + prompts.shape[1] :]], dim=1)
 
 
+def davpt(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
+    """Prompts of length one."""
+    prompts = w[f"{index}.davpt_tokens.prompts"]
+    prompts = v.drop((prompts / prompts.norm(dim=-1, keepdim=True)).expand(len(x), -1, -1), 0.1)
+    x = v.plain_block(index, torch.cat([x[:, :1], prompts, x[:, 1:]], dim=1))
+    return torch.cat([x[:, :1], x[:, 1 + prompts.shape[1] :]], dim=1)
+
+
 def vfpt(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
     """Two of three prompts by the real part of the two-dimensional transform, written as sums of cosines."""
     prompts = v.drop(w[f"{index}.vfpt_tokens.prompts"].expand(len(x), -1, -1), 0.1)

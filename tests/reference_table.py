@@ -109,6 +109,13 @@ METHODS = {
     "cvpt": Reference(
         blockwise(methods.cvpt), "Lingyun0419/CVPT: CVPT.py", {"num_virtual_tokens": 3, "dropout": 0.1}, False
     ),
+    "davpt": Reference(
+        blockwise(methods.davpt),
+        "Noahsark/DA-VPT: models/vpt.py",
+        {"num_virtual_tokens": 3, "num_proxies": 2, "norm": "l2", "dropout": 0.1},
+        False,
+        chooses=True,
+    ),
     "difffit": Reference(methods.difffit, "the paper"),
     "dtl": Reference(side.dtl, "heekhero/DTL: models/vision_transformer.py"),
     "dtl-kernel": Reference(side.dtl, "heekhero/DTL: models/vision_transformer.py", {"plus": True, "kernel_size": 3}),

@@ -43,6 +43,7 @@ SIZES = {
     "convlora": ({"r": 2}, {"r": 4}),
     "convpass": ({"r": 2}, {"r": 4}),
     "cvpt": ({"num_virtual_tokens": 2}, {"num_virtual_tokens": 3}),
+    "davpt": ({"num_virtual_tokens": 2}, {"num_virtual_tokens": 3}),
     "dtl": ({"r": 2}, {"r": 4}),
     "dyt": ({"r": 2}, {"r": 4}),
     "e2vpt": ({"num_virtual_tokens": 2, "pieces": 4}, {"num_virtual_tokens": 3, "pieces": 4}),

@@ -55,6 +55,7 @@ CONFIGS = {
     "CompacterConfig",
     "ConsolidatorConfig",
     "ConvpassConfig",
+    "DAVPTConfig",
     "DTLConfig",
     "DiffFitConfig",
     "E2VPTConfig",

@@ -122,6 +122,42 @@ class Calibration:
             raise ValueError(f"dataloader: labels must be from 0 to {logits.shape[-1] - 1}.")
         return F.cross_entropy(logits.float(), labels)
 
+    def features(self, batch: Mapping[str, Tensor], method: str) -> Tensor:
+        """The input of the task head, (batch, channels); without a head the first token, or the mean of patches.
+
+        Args:
+            batch: as `batches` gives it, without labels.
+            method: which needs it, for errors.
+
+        Raises:
+            ValueError: the head does not read one feature vector per image.
+        """
+        backbone = self.backbone
+        seen: list[Any] = []
+        if not backbone.heads:
+            output = self.output(batch)
+            seen.append(output if isinstance(output, Tensor) else getattr(output, "last_hidden_state", None))
+        else:
+            head = self.model.get_submodule(backbone.heads[0])
+            handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0] if args else None))
+            try:
+                self.output(batch)
+            finally:
+                handle.remove()
+        if not seen or not isinstance(seen[0], Tensor) or seen[0].ndim < 2 or backbone.dense:
+            raise ValueError(
+                f"{method} needs one feature vector per image, and the head of {backbone.class_name} reads none."
+            )
+        features = seen[0]
+        if features.ndim == 3 and backbone.prefix_tokens:
+            return features[:, 0]
+        if features.ndim == 3:
+            mask = batch.get("pixel_attention_mask", features.new_ones(features.shape[:2])).to(features).unsqueeze(-1)
+            return (features * mask).sum(dim=1) / mask.sum(dim=1)
+        if features.ndim == 4:
+            return features.mean(dim=(1, 2) if backbone.architecture.stream == "channels_last" else (2, 3))
+        return features
+
     @property
     def input_name(self) -> str:
         """The key of the images in a batch: `pixel_values`, or `input_ids` if the model takes colours as tokens."""

@@ -434,7 +434,8 @@ class BlockAdapters(BranchLayer, nn.Module):
             return call_equation(self, each.module, current.tokens[each.key], *each.shared)
         if each.site.reads:
             x = to_tokens(hidden_states, self._stream)
-            return call_equation(self, each.module, x, self._layout(current, x), *each.shared)
+            queries = (self._make_queries,) if each.site.queries else ()
+            return call_equation(self, each.module, x, self._layout(current, x), *queries, *each.shared)
         return each.module(hidden_states.shape[0], *each.shared)
 
     def _make_room(self, args: tuple, kwargs: dict, length: int, count: int) -> tuple[tuple, dict]:

@@ -22,7 +22,17 @@ from .attention import (
 )
 from .attention_sites import KeyValueSite, LogitSite
 from .block_sites import Pass
-from .forms import Projections, alone, crossed, head_sizes, project, project_by_running, projections, spread
+from .forms import (
+    Projections,
+    alone,
+    crossed,
+    head_sizes,
+    project,
+    project_by_running,
+    project_queries,
+    projections,
+    spread,
+)
 from .grid import TokenLayout
 from .interception import intercepted
 from .layer import Equation, Site, VisualTunerLayer, call_equation
@@ -52,8 +62,8 @@ class AttentionLayer(VisualTunerLayer):
         self._attention_forward: Callable[..., Any] | None = None  # set on the module before
         self._queries: QueryPath | None = None  # runs extra tokens through the block
 
-    def _find_attention(self) -> nn.Module:
-        # once, as it looks at code
+    def find_attention(self) -> nn.Module:
+        """Find the block's attention module; once, as it looks at code."""
         self._attention_path = attention_path(self.get_base_layer(), self._query)
         attention = self.get_base_layer().get_submodule(self._attention_path)
         self._interface = has_interface(attention)
@@ -66,7 +76,7 @@ class AttentionLayer(VisualTunerLayer):
         """Make equations act in the block's attention from now on."""
         if self._acts_in_attention:
             return
-        attention = self._find_attention()
+        attention = self.find_attention()
         self._acts_in_attention = True
         if self._interface:
             change_attention(attention, self._acts())
@@ -91,7 +101,7 @@ class AttentionLayer(VisualTunerLayer):
         Raises:
             ValueError: it cannot.
         """
-        name = type(self._find_attention()).__name__
+        name = type(self.find_attention()).__name__
         try:
             with self._trial() as tokens:  # three tokens fill no square grid
                 shape = self._attend(tokens).shape
@@ -107,7 +117,7 @@ class AttentionLayer(VisualTunerLayer):
         Raises:
             ValueError: to themselves, its module computes another.
         """
-        name = type(self._find_attention()).__name__
+        name = type(self.find_attention()).__name__
         try:
             with self._trial() as tokens:
                 found, expected = self._cross(tokens, tokens), self._alone(tokens)
@@ -251,6 +261,14 @@ class AttentionLayer(VisualTunerLayer):
         dtype = next(p.dtype for p in block.parameters() if p.is_floating_point())
         with self._on_extra_tokens():
             return output(crossed(form, x.to(dtype), others.to(dtype))).to(x.dtype)
+
+    def _make_queries(self, tokens: Tensor) -> Tensor:
+        """Queries of the block's attention for tokens without position, (batch, tokens, channels of all heads)."""
+        form = projections(self.get_base_layer(), self._attention_path, self._query, self._key, self._value)
+        dtype = next(p.dtype for p in self.get_base_layer().parameters() if p.is_floating_point())
+        with self._on_extra_tokens():
+            queries = project_queries(form, self._normed("attention", tokens.to(dtype)))
+        return queries.transpose(1, 2).flatten(2).to(tokens.dtype)
 
     def _ask(self, ask: Callable[[Tensor], Tensor], queries: Tensor) -> Tensor:
         with self._on_extra_tokens():

@@ -48,7 +48,8 @@ class TokenEquation(Protocol):
 
         Args:
             source: the batch size; the tokens that the block before hands on; or the stream, if the site reads it.
-            more: a `TokenLayout` if the site reads the stream, shared modules.
+            more: a `TokenLayout` if the site reads the stream, a function that makes queries of tokens if it asks for
+                one, shared modules.
         """
         ...
 
@@ -160,6 +161,9 @@ class TokenSite(AttentionSite):
             (batch, 2 x tokens, width).
         reads: whether the equation is called with the block's input without extra tokens, (batch, tokens, width), and
             a `TokenLayout`, in place of the batch size.
+        queries: whether such an equation is also called with a function that makes queries of any (batch, tokens,
+            width), by the block's first norm and the projection of its attention: (batch, tokens, channels of all
+            heads), without positions.
         part: tells several sets of tokens of one adapter apart.
     """
 
@@ -167,6 +171,7 @@ class TokenSite(AttentionSite):
     hands_on: bool = False
     keeps_input: bool = False
     reads: bool = False
+    queries: bool = False
     part: str = ""
 
     def exists_at(self, block: Block, whole: VisionBackbone) -> bool:
@@ -192,6 +197,8 @@ class TokenSite(AttentionSite):
         """Let tokens pass from block to block, and join; watch the grid, if the equation reads it."""
         if self.reads:
             layer.exchange.record_grid(model, backbone)
+        if self.queries:
+            layer.find_attention()
         layer.exchange.checkpoint_blocks(model, backbone)
         layer.let_tokens_join()
 

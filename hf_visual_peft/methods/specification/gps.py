@@ -66,37 +66,6 @@ def supervised_contrastive_loss(features: Tensor, labels: Tensor, temperature: f
     return (loss / count.clamp(min=1))[count > 0].mean()
 
 
-def head_input(calibration: Calibration, inputs: dict[str, Tensor]) -> Tensor:
-    """The input of the task head, (batch, channels); without a head the first token, or the mean if that is a patch.
-
-    Raises:
-        ValueError: the head does not read one feature vector per image.
-    """
-    backbone = calibration.backbone
-    seen: list[Any] = []
-    if not backbone.heads:
-        output = calibration.output(inputs)
-        seen.append(output if isinstance(output, Tensor) else getattr(output, "last_hidden_state", None))
-    else:
-        head = calibration.model.get_submodule(backbone.heads[0])
-        handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0] if args else None))
-        try:
-            calibration.output(inputs)
-        finally:
-            handle.remove()
-    if not seen or not isinstance(seen[0], Tensor) or seen[0].ndim < 2 or backbone.dense:
-        raise ValueError(f"GPS needs one feature vector per image, and the head of {backbone.class_name} reads none.")
-    features = seen[0]
-    if features.ndim == 3 and backbone.prefix_tokens:
-        return features[:, 0]
-    if features.ndim == 3:
-        mask = inputs.get("pixel_attention_mask", features.new_ones(features.shape[:2])).to(features).unsqueeze(-1)
-        return (features * mask).sum(dim=1) / mask.sum(dim=1)
-    if features.ndim == 4:
-        return features.mean(dim=(1, 2) if backbone.architecture.stream == "channels_last" else (2, 3))
-    return features
-
-
 @register(
     name="gps",
     paper=Paper("Gradient-based Parameter Selection for Efficient Fine-Tuning", "CVPR 2024", "2312.10136"),
@@ -162,7 +131,7 @@ class GPSConfig(VisualPeftConfig):
                 if pixels.ndim == 5 and not calibration.backbone.architecture.video:
                     labels = labels.repeat_interleave(pixels.shape[1])
                     batch["pixel_values"] = pixels.flatten(0, 1)
-                features = head_input(calibration, batch)
+                features = calibration.features(batch, "GPS")
                 loss = supervised_contrastive_loss(features, labels)
                 if loss is not None:
                     pairs = True
