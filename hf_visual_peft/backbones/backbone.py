@@ -28,6 +28,19 @@ class BackboneError(ValueError):
     """The model has no vision backbone that a role table describes."""
 
 
+class SeveralError(BackboneError):
+    """The model has several vision backbones, of which one has to be chosen.
+
+    Args:
+        message: that names them.
+        paths: of the backbones in the model.
+    """
+
+    def __init__(self, message: str, paths: Sequence[str]) -> None:
+        super().__init__(message)
+        self.paths = tuple(paths)
+
+
 class NotRunError(BackboneError):
     """The model has no role table, and cannot be run to see what its modules do."""
 

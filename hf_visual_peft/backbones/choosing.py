@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .architectures import Architecture, architecture_of, known_backbones
-from .backbone import BackboneError
+from .backbone import BackboneError, SeveralError
 from .paths import is_in
 
 
@@ -51,7 +51,8 @@ def choose(model: nn.Module, named: str | None = None) -> Choice | None:
         found = [choice for choice in known if is_in(choice[0], taken)] if taken is not None else found
     if len(found) > 1:
         outer = f"{named!r} of {type(model).__name__}" if named else type(model).__name__
-        raise BackboneError(_SEVERAL.format(outer=outer, names=_listed(found), first=found[0][0]))
+        message = _SEVERAL.format(outer=outer, names=_listed(found), first=found[0][0])
+        raise SeveralError(message, [path for path, _, _ in found])
     return found[0] if found else None
 
 
@@ -141,11 +142,13 @@ def tower_in(model: nn.Module) -> str:
     ]
     smallest = [path for path in around if not any(is_in(other, path) and other != path for other in around)]
     parts = [path for path in smallest if any(is_in(path, part) for part in told)]
+    if not parts:  # an encoder and a decoder may be of one class, and only one of them embeds pixels
+        parts = [path for path in smallest if any(is_in(each, path) for each in pixels)]
     path = max(parts or smallest, key=lambda path: path.count(".") + bool(path), default="")
     alike = [other for other in parts or smallest if type(modules[other]) is type(modules[path])]
     if len(alike) > 1:
         names = ", ".join(f"{other!r} ({type(modules[other]).__name__})" for other in alike)
-        raise BackboneError(_SEVERAL.format(outer=type(model).__name__, names=names, first=alike[0]))
+        raise SeveralError(_SEVERAL.format(outer=type(model).__name__, names=names, first=alike[0]), alike)
     return path
 
 

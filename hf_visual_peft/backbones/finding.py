@@ -455,4 +455,4 @@ def _native_grid(config: object) -> tuple[int, int] | None:
 
 def _native_times(config: object) -> int:
     tubelet = getattr(config, "tubelet_size", 1)
-    return getattr(config, "num_frames", 1) // (tubelet[0] if isinstance(tubelet, tuple | list) else tubelet)
+    return (getattr(config, "num_frames", None) or 1) // (tubelet[0] if isinstance(tubelet, tuple | list) else tubelet)

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from .backbone import BackboneError
+from .backbone import BackboneError, SeveralError
 from .choosing import Choice, takes_images, tower_in, unknown, vision_parts
 from .paths import is_in
 from .reading import Found, read_backbone
@@ -91,9 +91,10 @@ def backbone_path(model: nn.Module) -> str:
     timm = [path for path, module in model.named_modules() if hasattr(module, "pretrained_cfg")]
     timm = [path for path in timm if not any(is_in(path, other) and path != other for other in timm)]
     if len(timm) > 1:
-        raise BackboneError(
+        raise SeveralError(
             f"{type(model).__name__} holds several models of timm: {', '.join(map(repr, timm))}. Choose one by its "
-            f"path: backbone={timm[0]!r} in the config."
+            f"path: backbone={timm[0]!r} in the config.",
+            timm,
         )
     if timm:
         return timm[0]
@@ -108,7 +109,17 @@ def backbone_path(model: nn.Module) -> str:
         around.append(around[-1].rpartition(".")[0])
     pretrained = [each for each in around if isinstance(model.get_submodule(each), PreTrainedModel)]
     taking = (each for each in pretrained if _takes_its_input(model.get_submodule(each)))
-    return next(taking, pretrained[0] if pretrained else path)
+    chosen = next(taking, pretrained[0] if pretrained else path)
+    if _takes_pixels_first(model.get_submodule(chosen)):
+        return chosen
+    # a model that reads words first: the part that reads the pixels, though its class is not a pretrained model's
+    parts = (each for each in reversed(around) if is_in(each, chosen) and each != chosen)
+    return next((each for each in parts if _takes_pixels_first(model.get_submodule(each))), chosen)
+
+
+def _takes_pixels_first(module: nn.Module) -> bool:
+    names = list(inspect.signature(module.forward).parameters)
+    return bool(names) and names[0].startswith("pixel_values")
 
 
 def _takes_its_input(model: Any) -> bool:

@@ -14,7 +14,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .backbone import unwrapped
-from .examples import image_of, named_for, of_samples
+from .examples import images_of, named_for, of_samples
 
 
 _SMALL = 50_000_000  # parameters up to which a model runs faster than its copy on the meta device
@@ -67,10 +67,10 @@ def _run(model: nn.Module, paths: list[str], tower: str, on_meta: bool) -> Seen 
         # any error: an unknown model may not run on an image alone, which proves nothing
         try:
             twin = _copy(model, on_meta)
-            images = image_of(twin.get_submodule(tower))
+            layouts = list(images_of(twin.get_submodule(tower)))
         except Exception:
             return None
-        for call, whole in _calls(twin, tower, images):
+        for call, whole in (each for images in layouts for each in _calls(twin, tower, images)):
             try:
                 seen = _look(twin, paths, call, whole)
             except Exception:

@@ -11,6 +11,7 @@ from torch import nn
 
 from .architectures import Architecture
 from .backbone import BackboneError
+from .examples import is_video, reads_words
 from .operations import is_operation, is_projection
 from .outside import grid_of, input_modules, prefix_joined
 from .paths import existing, is_in, join
@@ -206,8 +207,9 @@ def _table(
         skipped_blocks=skipped,
         heads=(),
         own_heads=heads,
-        grid=grid if common.patches else None,
-        video=any(len(ran.trace.nodes[index].shape) == 5 for index in ran.trace.pixels),
+        # where words may stand among the tokens, their number tells where patches begin, and differs
+        grid=grid if common.patches and not reads_words(backbone) else None,
+        video=any(is_video(backbone, ran.trace.nodes[index].shape) for index in ran.trace.pixels),
         variants=variants,
         **common.as_fields(),
     )

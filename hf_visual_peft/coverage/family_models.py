@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..backbones.backbone import BackboneError, NotRunError
-from ..backbones.examples import image_of, named_for, of_samples
+from ..backbones.backbone import BackboneError, NotRunError, SeveralError
+from ..backbones.examples import images_of, named_for, of_samples
 from ..backbones.finding import find_backbone
 from .cell import tensors_of
 from .shrinking import LAYERS, shrunken
@@ -153,7 +153,7 @@ def on_meta(library: Library, name: str) -> nn.Module:
         if library == "timm":
             break
         try:
-            find_backbone(model)
+            backbones_of(model)
         except Exception as error:
             if isinstance(error, BackboneError) and not isinstance(error, NotRunError):
                 break  # the same in a model of any size
@@ -177,8 +177,25 @@ def builders(library: Library, name: str) -> list[Callable[[], nn.Module]]:
         lambda: cls(shrunken(config, _SIDE, _DIVISOR, None)),
         lambda: cls(shrunken(config, _SIDE)),
         lambda: cls(shrunken(config)),
+        lambda: cls(shrunken(config, _SIDE, _DIVISOR, complete=True)),
+        lambda: cls(shrunken(config, complete=True)),
         lambda: cls(config()),
     ]
+
+
+def backbones_of(model: nn.Module) -> tuple[str | None, ...]:
+    """None for the only backbone of a model, or the paths of several, each of which can be chosen.
+
+    Raises:
+        BackboneError: none is found, or one of several is not.
+    """
+    try:
+        find_backbone(model)
+    except SeveralError as error:
+        for path in error.paths:
+            find_backbone(model, path)
+        return error.paths
+    return (None,)
 
 
 def _of_timm(name: str, **fields: Any) -> nn.Module:
@@ -266,14 +283,15 @@ def _transformers_ways(name: str) -> Iterator[FamilyModel]:
         try:
             with torch.device("meta"):
                 model = build()
-            tower = model.get_submodule(find_backbone(model).path)
-            example = image_of(tower, "cpu")
+            (chosen, *_) = backbones_of(model)
+            tower = model.get_submodule(find_backbone(model, chosen).path)
+            examples = list(images_of(tower, "cpu"))
         except Exception:  # any: this way does not work, the next may
             continue
         ways = [(False, False)] + [
             (True, several) for several in (False, True) if hasattr(model, "get_image_features")
         ]
-        for features, several in ways:
+        for example, (features, several) in product(examples, ways):
             yield _OfTransformers(
                 name,
                 "dense",

@@ -17,12 +17,12 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..backbones.finding import find_backbone
 from ..peft_methods.methods import any_method
 from .cell import Cell, Status, accept, copied, is_ours, run_cell, what_went_wrong
 from .family_models import (
     Library,
     NotRunnableError,
+    backbones_of,
     count,
     on_meta,
     parameters_of,
@@ -234,10 +234,11 @@ def _backbone(task: Task) -> Result:
     except Exception as error:  # the same
         return task.result(BACKBONE, Cell("skipped", f"{_NOT_BUILT}{what_went_wrong(error)}"))
     try:
-        find_backbone(model)
+        paths = backbones_of(model)
     except Exception as error:  # ours is a refusal, any other a fault
         return task.result(BACKBONE, Cell(*_refused_or_broken(error)), count(model))
-    return task.result(BACKBONE, Cell("works"), count(model))
+    said = "" if paths == (None,) else f"several, of which backbone= chooses one: {', '.join(map(repr, paths))}"
+    return task.result(BACKBONE, Cell("works", said), count(model))
 
 
 def _refused_or_broken(error: Exception) -> tuple[Status, str]:
