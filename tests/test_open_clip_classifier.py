@@ -92,6 +92,24 @@ def test_methods_for_images(checkpoints):
     assert all("visual" in name for name in grads)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_methods_for_both_towers(checkpoints, kind):
+    base = ZeroShotClassifier.from_pretrained(checkpoints[kind], class_names=NAMES)
+    with pytest.raises(hf_visual_peft.BackboneError, match=r"call hf_visual_peft.split_attention\(model\) first"):
+        get_peft_model(base, hf_visual_peft.SSFConfig(tower="text"))
+    expected = base(PIXELS).logits
+    split_attention(base)
+    model = get_peft_model(base, hf_visual_peft.SSFConfig(tower="both", init_weights=False)).eval()
+    model(PIXELS, labels=torch.tensor([0, 2])).loss.backward()
+    named = [n for n, p in model.named_parameters() if p.grad is not None]
+    assert {name.split(".")[4] for name in named} == {"visual", "text"}
+    adapted = model(PIXELS).logits
+    with model.disable_adapter():
+        torch.testing.assert_close(model(PIXELS).logits, expected, atol=1e-4, rtol=1e-5)
+    assert not torch.allclose(adapted, expected, atol=1e-2)
+    torch.testing.assert_close(model.merge_and_unload()(PIXELS).logits, adapted, atol=1e-3, rtol=1e-4)
+
+
 def test_what_is_missing_or_not_supported(checkpoints, tmp_path):
     config = {"model_cfg": {"embed_dim": 12, "vision_cfg": {}, "text_cfg": {"hf_model_name": "roberta-base"}}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))

@@ -11,7 +11,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .architectures import Architecture
+from .architectures import Architecture, Tower
 
 
 BLOCK_ROLES = ("norm1", "query", "key", "value", "output", "norm2", "fc1", "fc2")
@@ -143,6 +143,7 @@ class VisionBackbone:
         stage: index of the stage; None if the backbone has only one.
         width_before: channels of the stage before, among those that a method sees; None if there is none.
         width_after: the same of the stage after.
+        tower: `"text"` if this is the text tower of a dual encoder, which has blocks and no patches.
     """
 
     path: str
@@ -173,6 +174,7 @@ class VisionBackbone:
     stage: int | None = None
     width_before: int | None = None
     width_after: int | None = None
+    tower: Tower = "vision"
 
     def select(self, layers: Sequence[int] | None) -> VisionBackbone:
         """The backbone for a method that acts on some blocks only: without the modules outside the blocks."""

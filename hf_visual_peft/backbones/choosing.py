@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architectures import Architecture, architecture_of, known_backbones
+from .architectures import Architecture, Tower, architecture_of, known_backbones
 from .backbone import BackboneError, SeveralError
 from .paths import is_in
 
@@ -23,25 +23,31 @@ REMEDY = (
     "hf_visual_peft.register_architecture(hf_visual_peft.Architecture(backbones=('MyViT',), blocks='blocks', "
     "patch_embedding='patch_embed', ...))."
 )
+_TEXT_REMEDY = (
+    "For another text tower, register a role table before get_peft_model: hf_visual_peft.register_architecture("
+    "hf_visual_peft.Architecture(backbones=({name!r},), blocks='encoder.layer', patch_embedding=(), prefix_tokens=(), "
+    "grid=None, ...), tower='text')."
+)
 _SEVERAL = (
-    "{outer} holds several vision backbones: {names}. Choose one by its path: backbone={first!r} in the config, or "
+    "{outer} holds several {tower} backbones: {names}. Choose one by its path: backbone={first!r} in the config, or "
     "with_visual_targets(config, model, backbone={first!r}) for peft's own methods."
 )
 _PIXELS = (1, 3, 4)  # channels of images
 _LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
-def choose(model: nn.Module, named: str | None = None) -> Choice | None:
+def choose(model: nn.Module, named: str | None = None, tower: Tower = "vision") -> Choice | None:
     """The chosen backbone; None if it has no table.
 
     Args:
         model: a backbone, or a model that holds one or several.
         named: path of the backbone, or of a module that holds only this one.
+        tower: whether it is a vision backbone or a text tower.
 
     Raises:
         BackboneError: several fit, or none can be at this path.
     """
-    known = known_in(model)
+    known = known_in(model, tower)
     found = known
     if named is not None:
         _check_path(model, named, known)
@@ -51,16 +57,16 @@ def choose(model: nn.Module, named: str | None = None) -> Choice | None:
         found = [choice for choice in known if is_in(choice[0], taken)] if taken is not None else found
     if len(found) > 1:
         outer = f"{named!r} of {type(model).__name__}" if named else type(model).__name__
-        message = _SEVERAL.format(outer=outer, names=_listed(found), first=found[0][0])
+        message = _SEVERAL.format(outer=outer, tower=tower, names=_listed(found), first=found[0][0])
         raise SeveralError(message, [path for path, _, _ in found])
     return found[0] if found else None
 
 
-def known_in(model: nn.Module) -> list[Choice]:
+def known_in(model: nn.Module, tower: Tower = "vision") -> list[Choice]:
     """The outermost backbones in a model that have a table."""
     found: list[Choice] = []
     for path, module in model.named_modules():
-        architecture = architecture_of(module)
+        architecture = architecture_of(module, tower)
         if architecture is not None and not any(is_in(path, outer) for outer, _, _ in found):
             found.append((path, module, architecture))
     return found
@@ -120,6 +126,25 @@ def unknown(model: nn.Module, named: str | None = None) -> str:
     )
 
 
+def no_text_tower(model: nn.Module, named: str | None = None) -> str:
+    """The error text for a model without a text tower that is known: what there is, and the remedy.
+
+    Args:
+        model: the whole model.
+        named: path of the module that was chosen in it.
+    """
+    within = model if named is None else model.get_submodule(named)
+    place = type(model).__name__ if named is None else f"{named!r} in {type(model).__name__}"
+    told = getattr(within, "text_model", None)
+    name = type(told).__name__ if isinstance(told, nn.Module) else ""
+    found = f"its {name} has no role table" if name else "none of its modules is one that has a role table"
+    known = {each.rpartition(".")[2] for each in known_backbones("text")}
+    return (
+        f'tower="text": {place} has no text tower that hf_visual_peft knows: {found}. Known are '
+        f"{', '.join(sorted(known))}. {_TEXT_REMEDY.format(name=name or 'MyTextModel')}"
+    )
+
+
 def tower_in(model: nn.Module) -> str:
     """Path of the part of a model that takes images, even without a table; `""` if it is the whole model.
 
@@ -148,7 +173,8 @@ def tower_in(model: nn.Module) -> str:
     alike = [other for other in parts or smallest if type(modules[other]) is type(modules[path])]
     if len(alike) > 1:
         names = ", ".join(f"{other!r} ({type(modules[other]).__name__})" for other in alike)
-        raise SeveralError(_SEVERAL.format(outer=type(model).__name__, names=names, first=alike[0]), alike)
+        text = _SEVERAL.format(outer=type(model).__name__, tower="vision", names=names, first=alike[0])
+        raise SeveralError(text, alike)
     return path
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .architectures import Architecture, is_own
+from .architectures import TOWERS, Architecture, Tower, is_own
 from .backbone import (
     BLOCK_ROLES,
     OPTIONAL_BLOCK_ROLES,
@@ -20,7 +20,7 @@ from .backbone import (
     linear_sizes,
     unwrapped,
 )
-from .choosing import REMEDY, choose
+from .choosing import REMEDY, choose, no_text_tower
 from .found import find_unlisted, look_at
 from .images import image_size, image_statistics
 from .operations import is_operation, is_projection
@@ -32,8 +32,10 @@ from .task_heads import TaskHeads, heads_around, twins
 _SINGLE_ROLES = tuple(role for role in BLOCK_ROLES if role != "fc1")  # a gated MLP has two linears at its entrance
 
 
-def find_backbone(model: nn.Module, backbone: str | None = None, *, example_inputs: Any = None) -> VisionBackbone:
-    """Find the vision backbone in a model.
+def find_backbone(
+    model: nn.Module, backbone: str | None = None, *, example_inputs: Any = None, tower: Tower = "vision"
+) -> VisionBackbone:
+    """Find the vision backbone in a model, or the text tower of a dual encoder.
 
     If no role table names its parts, a copy of it runs once on a small input, and its parts are found by what they do
     there. The result is kept as long as the model exists.
@@ -43,12 +45,19 @@ def find_backbone(model: nn.Module, backbone: str | None = None, *, example_inpu
         backbone: path of the backbone in the model, or of a module that holds it. Needed if there are several.
         example_inputs: arguments of the backbone's forward for this run, a tensor, tuple or mapping. Needed if the
             size of its images is not known, or if it takes other inputs.
+        tower: `"text"` for the text tower, which must have a role table.
 
     Raises:
         BackboneError: none or several found, none at this path, or a role of the table has no module. The message
             names the class, the paths to choose from, and the remedy.
     """
-    choice = choose(model, backbone)
+    if tower not in TOWERS:
+        raise BackboneError(f"tower is {tower!r}: must be one of {', '.join(map(repr, TOWERS))}.")
+    choice = choose(model, backbone, tower)
+    if tower == "text":
+        if choice is None:
+            raise BackboneError(no_text_tower(model, backbone))
+        return _Resolver(model, *choice, tower).resolve()
     if choice is None:
         return _Resolver(model, *find_unlisted(model, backbone, example_inputs)).resolve()
     try:
@@ -73,10 +82,14 @@ class _Resolver:
         path: name of the backbone in it.
         backbone: the backbone.
         architecture: its table.
+        tower: which of both it is.
     """
 
-    def __init__(self, model: nn.Module, path: str, backbone: nn.Module, architecture: Architecture) -> None:
+    def __init__(
+        self, model: nn.Module, path: str, backbone: nn.Module, architecture: Architecture, tower: Tower = "vision"
+    ) -> None:
         self.model, self.path, self.backbone, self.table = model, path, backbone, architecture
+        self.tower: Tower = tower
         self.class_name = type(backbone).__name__
 
     def resolve(self) -> VisionBackbone:
@@ -112,6 +125,7 @@ class _Resolver:
         embedding = outside["patch_embedding"]
         reads_images, image_channels, patch_features = self._patches(embedding[0], blocks) if embedding else ("", 0, 0)
         return VisionBackbone(
+            tower=self.tower,
             path=self.path,
             class_name=self.class_name,
             architecture=table,
@@ -153,6 +167,8 @@ class _Resolver:
         classification, and in a backbone without a model around it that selects no maps.
         """
         maps = hasattr(getattr(self.backbone, "config", None), "out_features") and hasattr(self.backbone, "channels")
+        if self.tower == "text":  # its state after the last block is pooled
+            return set(), heads.paths
         whole = heads.known and not heads.dense and (heads.of_library or not self.path)
         if whole and (heads.paths or not self.path) and not maps:
             return set(), heads.paths

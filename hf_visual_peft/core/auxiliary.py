@@ -195,8 +195,7 @@ def _share(module: nn.Module, labels: Tensor | None, kwargs: Mapping[str, Any]) 
 def losses_of(model: nn.Module) -> AuxiliaryLosses | None:
     """The hooks of a model for auxiliary losses; None if its adapters have none."""
     layers = (module for module in model.modules() if isinstance(module, VisualTunerLayer))
-    exchange = next((layer.exchange for layer in layers), None)
-    return None if exchange is None else exchange.losses
+    return next((layer.exchange.losses for layer in layers if layer.exchange.losses is not None), None)
 
 
 def auxiliary_loss(model: nn.Module, labels: Tensor | None = None, task_loss: TaskLoss | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
+from ..backbones.architectures import TOWERS, Tower
 from .fields import CheckedFields
 from .registry import get_method
 
@@ -52,6 +53,9 @@ class VisualPeftConfig(CheckedFields, PeftConfig):
         train_norm_statistics: whether the running statistics of batch norms are updated; they are then saved with the
             adapter. Else they stay those of the backbone.
         backbone: path of the backbone to adapt, in a model that holds several; the only one by default.
+        tower: what to adapt in a model of images and texts, such as CLIP: `"vision"`, `"text"` or `"both"`. With both,
+            each tower is adapted as it would be alone: `layers_to_transform` counts the blocks of each, and equations
+            share modules only within a tower.
     """
 
     layers_to_transform: list[int] | int | None = field(
@@ -72,6 +76,9 @@ class VisualPeftConfig(CheckedFields, PeftConfig):
     )
     backbone: str | None = field(
         default=None, metadata={"help": "Path of the backbone to adapt, in a model that holds several."}
+    )
+    tower: Literal["vision", "text", "both"] = field(
+        default="vision", metadata={"help": "What to adapt in a model of images and texts: vision, text or both."}
     )
 
     method_type: ClassVar[VisualPeftType]
@@ -110,6 +117,7 @@ class VisualPeftConfig(CheckedFields, PeftConfig):
             self.modules_to_save = sorted(names) if isinstance(names, set) else list(names)
         if self.backbone is not None and type(self.backbone) is not str:
             self._fail("backbone", "None or the path of a module")
+        self._require_choice("tower", (*TOWERS, "both"))
         if isinstance(self.exclude_modules, set | tuple):
             self.exclude_modules = sorted(self.exclude_modules)
         for name in () if self.chooses_blocks else ("layers_to_transform", "exclude_modules"):
@@ -204,6 +212,11 @@ class VisualPeftConfig(CheckedFields, PeftConfig):
     def output_classes(self) -> int | None:
         """Number of classes of the model's output, if the method changes it."""
         return None
+
+    @property
+    def towers(self) -> tuple[Tower, ...]:
+        """The towers to adapt."""
+        return TOWERS if self.tower == "both" else (self.tower,)
 
     @property
     def layers(self) -> list[int] | None:

@@ -116,9 +116,9 @@ class MergingTuner(OwnConfigs):
                     merge=merge, safe_merge=safe_merge, adapter_names=adapter_names
                 )
             self._put_back(wrapper, base)
-        exchange = None
+        exchanges = {}
         for layer in [module for module in self.model.modules() if isinstance(module, VisualTunerLayer)]:
-            exchange = layer.exchange
+            exchanges[id(layer.exchange)] = layer.exchange
             for name in [name for name in layer.plans if not merge or not layer.merged]:
                 layer.delete_adapter(name, self.prefix)
             if layer.plans and not layer.merged:
@@ -127,7 +127,8 @@ class MergingTuner(OwnConfigs):
                 layer.detach()
             else:
                 self._put_back(layer, layer.base_layer)
-        if exchange is not None and not any(isinstance(m, VisualTunerLayer) for m in self.model.modules()):
+        left = {id(m.exchange) for m in self.model.modules() if isinstance(m, VisualTunerLayer)}
+        for exchange in [exchange for key, exchange in exchanges.items() if key not in left]:
             exchange.remove_hooks()
         shared = getattr(self.model, "peft_config", {})
         for name, config in self.peft_config.items():

@@ -60,6 +60,14 @@ class MixingTuner(MergingTuner):
             raise ValueError("adapter_names: no tensor among the model's arguments tells the number of inputs.")
         _check_length(names, len(samples))
         layers = [module for module in concerned(self.model, names) if isinstance(module, VisualTunerLayer)]
+        in_texts = [layer for layer in layers if layer.exchange.tower == "text"]
+        active = [name for layer in in_texts if not layer.disable_adapters for name in layer.active_adapters]
+        of_texts = [name for name in (*names, *active) if any(name in layer.plans for layer in in_texts)]
+        if of_texts:
+            raise ValueError(
+                f"adapter_names: the adapter {of_texts[0]!r} acts in the text tower, whose texts are those of all "
+                "samples. Activate another one with set_adapter, or use one batch for each adapter."
+            )
         if any(layer.merged for layer in layers):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."

@@ -33,6 +33,8 @@ def placements_of(config: VisualPeftConfig, selected: VisionBackbone, whole: Vis
         ValueError: a field does not fit the backbone, or the method does not.
     """
     try:
+        if whole.tower == "text":
+            _require_texts(config, whole)
         placements = _all_placements(config, selected, whole)
     except NoTokensError as error:
         raise NoTokensError(f"{type(config).__name__}: {error} {_advice(config, whole)}") from error
@@ -47,6 +49,27 @@ def placements_of(config: VisualPeftConfig, selected: VisionBackbone, whole: Vis
             f"{_advice(config, whole)}"
         )
     return placements
+
+
+def _require_texts(config: VisualPeftConfig, whole: VisionBackbone) -> None:
+    """Refuse a method that is made for images or videos.
+
+    Raises:
+        ValueError: it is.
+    """
+    reason = (
+        "it takes videos"
+        if config.video
+        else "it trains the head alone, which no text tower has"
+        if config.copied_head
+        else "it chooses from labelled images what to train"
+        if config.chooses_from_data
+        else "its loss is that of images"
+        if config.has_auxiliary_loss
+        else ""
+    )
+    if reason:
+        raise ValueError(f"{type(config).__name__} does not fit {whole.class_name}: {reason}.")
 
 
 def _all_placements(config: VisualPeftConfig, selected: VisionBackbone, whole: VisionBackbone) -> list[Placement]:
@@ -138,8 +161,11 @@ def _placements(config: VisualPeftConfig, selected: VisionBackbone, whole: Visio
             site, block = placement.site, blocks.get(placement.path)
             if block is not None and not site.exists_at(block, whole):
                 continue
-            if why := why_not_packed(site, block, whole) or site.why_not(block, whole):
+            of_texts = site.why_no_text() if whole.tower == "text" else None
+            if why := of_texts or why_not_packed(site, block, whole) or site.why_not(block, whole):
                 raise ValueError(f"{type(config).__name__} does not fit {whole.class_name}{why}")
+            if placement.shared is not None and whole.tower == "text":  # its widths are not those of images
+                placement = replace(placement, shared=replace(placement.shared, name=f"text_{placement.shared.name}"))
             if placement.shared is not None and stage.stage is not None:
                 shared = replace(placement.shared, name=f"{placement.shared.name}_stage{stage.stage}")
                 placement = replace(placement, shared=shared)

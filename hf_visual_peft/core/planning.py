@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from ..backbones.architectures import TOWERS, Tower
 from ..backbones.backbone import VisionBackbone, own_children, unwrapped
 from ..backbones.finding import find_backbone
 from ..backbones.frozen_norms import NormStatistics
@@ -33,7 +34,8 @@ class PlanningTuner(MergingTuner):
     Everything is checked here, and equations are built on the meta device, so that an error leaves the model as it is.
     """
 
-    _exchange: Exchange
+    _exchange: Exchange  # of the layers in the vision backbone
+    _exchanges: dict[Tower, Exchange]
     _crossing: bool  # whether gradients cross the backbone, although the method needs none there
     _holders: dict[int, list[tuple[nn.Module, str]]]
 
@@ -45,9 +47,18 @@ class PlanningTuner(MergingTuner):
         self._copied: list[str] = []  # by modules_to_save
         self._left_out: list[str] = []  # of these, the ones in which the method would act
         self._crossing = False
-        self._backbone: VisionBackbone | None = None
-        layers = (module for module in self.model.modules() if isinstance(module, VisualTunerLayer))
-        self._exchange = next((layer.exchange for layer in layers), None) or Exchange()
+        self._backbones: dict[Tower, VisionBackbone] = {}
+        self._tower_of: dict[str, Tower] = {}  # of each module that a method by role acts on
+        layers = [module for module in self.model.modules() if isinstance(module, VisualTunerLayer)]
+        there = {layer.exchange.tower: layer.exchange for layer in reversed(layers)}
+        shared = next((exchange.shared for exchange in there.values()), {})  # one for all: their names differ
+        self._exchanges = {tower: there.get(tower) or Exchange(tower=tower, shared=shared) for tower in TOWERS}
+        self._exchange = self._exchanges["vision"]
+
+    @property
+    def _backbone(self) -> VisionBackbone | None:
+        """The vision backbone, if the method acts there by role."""
+        return self._backbones.get("vision")
 
     def _plan(self, model: nn.Module, config: VisualPeftConfig) -> None:
         if unknown := unknown_fields_of(config):
@@ -74,16 +85,30 @@ class PlanningTuner(MergingTuner):
             return
         if config.backbone:
             config.backbone = next(iter(to_present_names(model, [config.backbone]) or ()))
-        backbone = find_backbone(model, config.backbone)
-        self._check_one_backbone(model, config, backbone)
-        check_layers(config, backbone)
-        replace_lost_heads(model, config, backbone.heads)
+        backbones = {tower: find_backbone(model, config.backbone, tower=tower) for tower in config.towers}
+        for backbone in backbones.values():
+            self._check_one_backbone(model, config, backbone)
+            check_layers(config, backbone)
+        first = next(iter(backbones.values()))
+        replace_lost_heads(model, config, first.heads)
         note = ""
         if config.modules_to_save is None:
-            note = backbone.head_note
-            if backbone.heads and not config.copied_head:
-                config.modules_to_save = config.filled_heads = list(backbone.heads)  # type: ignore[misc]
-        self._copied = find_copied(model, config, backbone.heads)
+            note = first.head_note
+            if first.heads and not config.copied_head:
+                config.modules_to_save = config.filled_heads = list(first.heads)  # type: ignore[misc]
+        self._copied = find_copied(model, config, first.heads)
+        for backbone in backbones.values():
+            self._plan_backbone(model, config, backbone)
+        announce(note)
+        self._backbones = backbones
+        self._tell_of_copies(config, first)
+
+    def _plan_backbone(self, model: nn.Module, config: VisualPeftConfig, backbone: VisionBackbone) -> None:
+        """Plan the equations in one backbone.
+
+        Raises:
+            ValueError: the method does not fit it, or nothing there would train.
+        """
         selected = self._without_excluded(backbone.select(config.layers), config)
         if not backbone.blocks:
             raise ValueError(
@@ -96,7 +121,7 @@ class PlanningTuner(MergingTuner):
             fields += f", modules_to_save {config.modules_to_save!r}" if self._left_out else ""
             raise ValueError(
                 f"{type(config).__name__}.{fields}: no block is left to adapt in {backbone.class_name} "
-                f"({backbone.path!r}), and methods by role act on vision backbones only. For other parts of the model "
+                f"({backbone.path!r}), and methods by role act in its blocks only. For other parts of the model "
                 "name target_modules, in methods that take them."
             )
         trained = 0
@@ -113,11 +138,9 @@ class PlanningTuner(MergingTuner):
             elif not passage and is_excluded(config, placement.path):
                 self._excluded.add(placement.path)
             else:
+                self._tower_of[placement.path] = backbone.tower
                 trained += self._place(model, placement)
         self._check_trained(trained, config, backbone.class_name)
-        announce(note)
-        self._backbone = backbone
-        self._tell_of_copies(config, backbone)
 
     def _check_one_backbone(self, model: nn.Module, config: VisualPeftConfig, backbone: VisionBackbone) -> None:
         """Refuse an adapter on another backbone than the adapters that the model has: they tell each other its grid.
@@ -127,9 +150,9 @@ class PlanningTuner(MergingTuner):
         """
         for name, other in self.peft_config.items():
             by_role = isinstance(other, VisualPeftConfig) and other.target_modules is None and other is not config
-            if not by_role or other.backbone == config.backbone:
+            if not by_role or other.backbone == config.backbone or backbone.tower not in other.towers:
                 continue
-            path = find_backbone(model, other.backbone).path
+            path = find_backbone(model, other.backbone, tower=backbone.tower).path
             if path != backbone.path:
                 raise ValueError(
                     f"{type(config).__name__}.backbone: the adapter {name!r} acts on {path!r}, and this one would act "

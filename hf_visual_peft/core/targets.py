@@ -65,6 +65,7 @@ class TargetedConfig(VisualPeftConfig):
             self.target_modules = set(targets)  # type: ignore[assignment]
         if targets is not None:
             self._require_unset("backbone", "where target_modules names modules")
+            self._require_unset("tower", "where target_modules names modules")
         if targets is not None and not targets:
             self._fail("target_modules", "None or not empty")
         if self.layers_pattern and not (targets and self.layers_to_transform):

@@ -11,7 +11,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import _check_adapters_not_merged, _ExcludedModule
 from torch import Tensor, nn
 
-from ..backbones.backbone import unwrapped
+from ..backbones.backbone import VisionBackbone, unwrapped
 from ..backbones.finding import find_backbone
 from ..backbones.frozen_norms import (
     freeze_norms,
@@ -78,7 +78,7 @@ class VisualTuner(PlanningTuner, MixingTuner):
             config.modules_to_save = None
         fields = dict(vars(config))
         self._forget_plan()
-        before = Structure(model, self._exchange, *filter(None, [getattr(model, "config", None)]))
+        before = Structure(model, *self._exchanges.values(), *filter(None, [getattr(model, "config", None)]))
         try:
             with fitted(model, config, adapter_name):
                 self._plan(model, config)
@@ -142,8 +142,9 @@ class VisualTuner(PlanningTuner, MixingTuner):
             losses = self._exchange.losses = self._exchange.losses or AuxiliaryLosses(self._exchange)
             losses.hook(model)
             losses.configs[f"{self.prefix}{adapter_name}"] = (adapter_name, config)
-        if config.init_weights and self._backbone is not None:
-            config.initialise(self._opened(model, adapter_name))
+        if config.init_weights:
+            for backbone in self._backbones.values():
+                config.initialise(self._opened(model, backbone, adapter_name))
 
     @contextmanager
     def _without_hooks(self, model: nn.Module) -> Iterator[None]:
@@ -175,13 +176,14 @@ class VisualTuner(PlanningTuner, MixingTuner):
         uses = [site.heads for site in sites if site.heads is not None]
         self._exchange.hook_heads(model, list(dict.fromkeys(path for use in uses for path, _ in use.outputs)))
 
-    def _opened(self, model: nn.Module, adapter_name: str) -> Calibration:
-        """An adapter for its method to inspect, without data."""
-        assert self._backbone is not None
+    def _opened(self, model: nn.Module, backbone: VisionBackbone, adapter_name: str) -> Calibration:
+        """An adapter in one backbone, for its method to inspect, without data."""
         layers = {
-            path: layer for path, layer in layers_of(model).items() if self.prefix in layer.methods_of(adapter_name)
+            path: layer
+            for path, layer in layers_of(model).items()
+            if self.prefix in layer.methods_of(adapter_name) and self._tower_of.get(path) == backbone.tower
         }
-        return Calibration(model, self._backbone, adapter_name, layers, None, dataloader=(), progress=False)
+        return Calibration(model, backbone, adapter_name, layers, None, dataloader=(), progress=False)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """As in peft, which casts only parameters; running statistics must have the dtype of their parameters."""
@@ -225,6 +227,8 @@ class VisualTuner(PlanningTuner, MixingTuner):
                 del target._modules[CHILD]  # the place that was held
         # weights of a file may decide about targets, and not the config; then they were not planned for
         placements = self._placements.get(current_key) or [peft_config.placement_at(current_key, unwrapped(target))]
+        tower = self._tower_of.get(current_key, "vision")
+        backbone = self._backbones.get(tower)
         kind = layer_for(placements[0].site)
         there = target._modules.get(CHILD) if kind.stands_in else target
         new = not isinstance(there, kind)
@@ -232,7 +236,7 @@ class VisualTuner(PlanningTuner, MixingTuner):
             layer: VisualTunerLayer = there
         else:
             make = next((p.site.own_layer for p in placements if p.site.own_layer is not None), kind)
-            layer = make.create(target, current_key, self.model, self._backbone, self._exchange)
+            layer = make.create(target, current_key, self.model, backbone, self._exchanges[tower])
         layer.where = current_key
         for placement in placements:
             equation = placement.build(kind.made_from(layer.get_base_layer())) if placement.build else None
@@ -247,7 +251,7 @@ class VisualTuner(PlanningTuner, MixingTuner):
                 peft_config.init_weights,
                 placement.shared,
             )
-            placement.site.connect(layer, self.model, self._backbone)
+            placement.site.connect(layer, self.model, backbone)
         if new:
             self._put_layer(layer, parent, target_name, target)
         if adapter_name not in self.active_adapters:

@@ -94,7 +94,7 @@ class BorderFinder:
         border = self._outlined(calls, fewer_calls, batch, values)
         exchanges = exchanges_of(self.model)
         border.exchanges = exchanges
-        border.grid = exchanges[0].grid if exchanges else None
+        border.grid = next((exchange.grid for exchange in exchanges if exchange.grid is not None), None)
         if border.grid is not None and border.grid.cells is not None:
             raise ValueError("The features of images whose patches differ in number or order cannot be cached.")
         with torch.no_grad():

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -23,6 +24,7 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..backbones.architectures import register_heads
+from ..sites import VisualTunerLayer
 from .open_clip_models import OpenClipDualEncoder, is_open_clip
 from .slot import AdapterSlot
 from .templates import DEFAULT, check_templates
@@ -456,13 +458,25 @@ def _state_of(modules: Sequence[nn.Module]) -> Any:
         for p in (*module.parameters(), *module.buffers())
     ]
     adapters = [
-        (tuple(layer.active_adapters), layer.disable_adapters, tuple(layer.merged_adapters))
+        _state_of_layer(layer)
         for module in modules
         for layer in module.modules()
-        if isinstance(layer, BaseTunerLayer)
+        if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper)
     ]
     types = [torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in _KINDS]
     return weights, adapters, types
+
+
+def _state_of_layer(layer: Any) -> Any:
+    """Which of its adapters act in a layer or a copied module, and how strongly."""
+    scaling = getattr(layer, "scaling", None)
+    return (
+        tuple(layer.active_adapters),
+        layer.disable_adapters,
+        tuple(getattr(layer, "merged_adapters", ())),
+        tuple(scaling.items()) if isinstance(scaling, dict) else None,
+        layer.adapters_off if isinstance(layer, VisualTunerLayer) else None,
+    )
 
 
 def _trains(modules: Sequence[nn.Module]) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..backbones.backbone import Block, VisionBackbone
 from .attention import Pair
-from .site import AttentionSite, joins_others, why_none_join
+from .site import NO_TOKENS_IN_TEXTS, AttentionSite, joins_others, why_none_join
 
 
 if TYPE_CHECKING:
@@ -40,6 +40,10 @@ class KeyValueSite(AttentionSite):
     def exists_at(self, block: Block, whole: VisionBackbone) -> bool:
         """Not where nothing can join, beside blocks where it can."""
         return super().exists_at(block, whole) and not joins_others(block, whole)
+
+    def why_no_text(self) -> str | None:
+        """Positions and mask are those of words."""
+        return NO_TOKENS_IN_TEXTS
 
     def why_not(self, block: Block | None, whole: VisionBackbone) -> str | None:
         """Attention may let no tokens join."""

@@ -12,7 +12,17 @@ from ..backbones.architectures import Stream
 from ..backbones.backbone import Block, VisionBackbone
 from ..backbones.paths import is_in
 from .grid import Grid, TokenLayout, from_tokens
-from .site import NO_LAYOUT, AttentionSite, BlockSite, Site, attention_in, joins_others, why_none_join
+from .site import (
+    NO_GRID_IN_TEXTS,
+    NO_LAYOUT,
+    NO_TOKENS_IN_TEXTS,
+    AttentionSite,
+    BlockSite,
+    Site,
+    attention_in,
+    joins_others,
+    why_none_join,
+)
 
 
 Reads = Literal["input", "normed", "stream", "output", "sum", "block"]
@@ -111,6 +121,12 @@ class BranchSite(BlockSite):
             return ": its attention is not the softmax attention of projected tokens."
         return None
 
+    def why_no_text(self) -> str | None:
+        """A text has no grid, and attention that the equation calls has no mask."""
+        if self.needs_layout:
+            return NO_GRID_IN_TEXTS
+        return ": attention that it calls would not see which tokens the mask hides." if self.attends else None
+
     def turn(self) -> tuple[str, int]:
         """Those on the stream after the sub-layer come last."""
         return self.sublayer, int(self.reads == "sum")
@@ -188,6 +204,10 @@ class TokenSite(AttentionSite):
                 "own tokens, as VPT does with deep=True."
             )
         return why_none_join(block, whole) or (NO_LAYOUT if self.reads and table.grid is None else None)
+
+    def why_no_text(self) -> str | None:
+        """Positions and mask are those of words."""
+        return NO_TOKENS_IN_TEXTS
 
     def reaches(self, block: Block, prompts: str | None) -> Sequence[str]:
         """The position biases, and the attention that they join."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..backbones.architectures import Tower
 from ..backbones.backbone import VisionBackbone, versions
 from .grid import Grid, TokenLayout
 from .heads import HeadHooks, HeadPart, HeadUse
@@ -24,6 +25,7 @@ class Exchange:
     """One object that all adapter layers of a model hold; it is not a module, so it owns no parameters.
 
     Attributes:
+        tower: of a dual encoder, in which the layers stand.
         grid: of the current images; None before the first forward.
         handed_on: tokens, or the state of a side network, that pass from block to block, by adapter.
         layouts: of the tokens of these states.
@@ -53,6 +55,7 @@ class Exchange:
         outside: what adapters have at the backbone's images and at the model's heads.
     """
 
+    tower: Tower = "vision"
     grid: Grid | None = None
     handed_on: dict[str, Tensor] = field(default_factory=dict)
     layouts: dict[str, TokenLayout] = field(default_factory=dict)

@@ -298,6 +298,11 @@ class VisualTunerLayer(BaseTunerLayer):
         """Prefixes of the methods that have an adapter of a name here."""
         return {planned.prefix for planned in self.plans.get(adapter_name, ())}
 
+    @property
+    def adapters_off(self) -> frozenset[str]:
+        """Methods, and adapters of a method, that do not act here, though adapters of their names do."""
+        return frozenset(self._muted | self._off)
+
     def mute(self, prefix: str, muted: bool) -> None:
         """Switch a method off here, or on again, whose adapters are active.
 

@@ -13,7 +13,7 @@ from ..backbones.architectures import GridKind
 from ..backbones.backbone import Block, VisionBackbone, running
 from ..tables import listed
 from .grid import Grid, TokenLayout
-from .site import NO_LAYOUT, ModuleSite
+from .site import NO_GRID_IN_TEXTS, NO_LAYOUT, ModuleSite
 
 
 class OutputEquation(Protocol):
@@ -105,6 +105,10 @@ class MapSite(ModuleSite):
     around = True
     reads_input = True
     reads_map = True
+
+    def why_no_text(self) -> str | None:
+        """A text has no grid."""
+        return NO_GRID_IN_TEXTS
 
     def why_not(self, block: Block | None, whole: VisionBackbone) -> str | None:
         """The linears must read maps, or tokens in the order of a map."""

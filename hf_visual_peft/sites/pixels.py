@@ -52,6 +52,10 @@ class PixelSite(ModelSite):
     std: tuple[float, ...] = ()
     point = "images"
 
+    def why_no_text(self) -> str | None:
+        """A text has no pixels."""
+        return ": it acts on the images."
+
     def why_not(self, block: Block | None, whole: VisionBackbone) -> str | None:
         """The input may be no images."""
         if whole.image_channels and whole.architecture.grid != "spatial_shapes":

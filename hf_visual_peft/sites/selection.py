@@ -43,6 +43,10 @@ class ChoiceSite(BlockSite):
 
     at = "mlp"
 
+    def why_no_text(self) -> str | None:
+        """Tokens of a text are no patches."""
+        return ": it chooses among the patches of an image."
+
     def exists_at(self, block: Block, whole: VisionBackbone) -> bool:
         """Where there is an MLP."""
         return "mlp" in block.sublayers

@@ -92,6 +92,10 @@ class SideSite(BlockSite):
         patches = self.needs_pixels and whole.architecture.grid == "spatial_shapes"
         return ": its input is patches, not images." if patches else None
 
+    def why_no_text(self) -> str | None:
+        """Side networks read images, and attend without masks."""
+        return ": a side network reads images, and would not see which tokens of a text the mask hides."
+
     def why_not_beside(self, path: str, copied: Sequence[str]) -> str | None:
         """A block that is copied as a whole has no outside to read from."""
         whole = within(path, copied)

@@ -53,6 +53,10 @@ class Site:
         """
         return None
 
+    def why_no_text(self) -> str | None:
+        """Why it cannot stand in a text tower, as the second half of "... does not fit ..."; None if it can."""
+        return None
+
     def why_not_beside(self, path: str, copied: Sequence[str]) -> str | None:
         """Why the module cannot be adapted beside trained copies of modules, as a sentence; None if it can.
 
@@ -228,6 +232,10 @@ class AttentionSite(BlockSite):
             return bool(block.projections)
         return "attention" in block.sublayers
 
+    def why_no_text(self) -> str | None:
+        """Equations inside attention would act beside the mask of the text."""
+        return ": inside the attention of a text tower it would not see which tokens the mask hides."
+
     def reaches(self, block: Block, prompts: str | None) -> Sequence[str]:
         """Its forward is another one."""
         return (attention_in(block),)
@@ -274,6 +282,11 @@ def why_none_join(block: Block | None, whole: VisionBackbone) -> str | None:
     return f": no tokens can join those of its attention.{_PROMPTS if table.softmax else ''}"
 
 
+NO_TOKENS_IN_TEXTS = (
+    ": no tokens can join a text, as its positions and its mask are those of words. Methods for class texts put "
+    "learned vectors in the place of words: CoOpConfig, and MaPLeConfig or IVLPConfig for both towers."
+)
+NO_GRID_IN_TEXTS = ": the tokens of a text lie in no image."
 NO_LAYOUT = ": the layout of its tokens in the image is not known."
 
 

@@ -221,31 +221,44 @@ class Architecture(ArchitectureTokens, ArchitectureBlocks, ArchitecturePaths):
         return replace(self, **different) if different else self
 
 
-_ARCHITECTURES: dict[str, Architecture] = {}
+Tower = Literal["vision", "text"]
+TOWERS: tuple[Tower, ...] = ("vision", "text")
+_ARCHITECTURES: dict[Tower, dict[str, Architecture]] = {tower: {} for tower in TOWERS}
 _HEADS: dict[str, Names] = {}
 
 
-def register_architecture(architecture: Architecture) -> None:
+def register_architecture(architecture: Architecture, tower: Tower = "vision") -> None:
     """Make a family of backbones known, also one of the user's own.
 
     Args:
         architecture: the role table. A backbone class that has a table already gets the new one.
+        tower: `"text"` for text towers, which have no `patch_embedding`, no `prefix_tokens` and no `grid`.
 
     Raises:
-        ValueError: the table names no backbone class.
+        ValueError: the table names no backbone class, the tower is none of both, or the table does not fit a text.
     """
     if not architecture.backbones:
         raise ValueError("Architecture.backbones is empty: name at least one class of backbone.")
+    if tower not in TOWERS:
+        raise ValueError(f"tower is {tower!r}: must be one of {', '.join(map(repr, TOWERS))}.")
+    if tower == "text":
+        for name, empty in (("patch_embedding", ()), ("prefix_tokens", ()), ("grid", None), ("prompts", None)):
+            if getattr(architecture, name) != empty:
+                raise ValueError(
+                    f"Architecture.{name} is {getattr(architecture, name)!r}: must be {empty!r} for a text tower, "
+                    "which has no patches."
+                )
     for name in architecture.backbones:
-        _ARCHITECTURES[name] = architecture
+        _ARCHITECTURES[tower][name] = architecture
 
 
-def architecture_of(module: nn.Module) -> Architecture | None:
+def architecture_of(module: nn.Module, tower: Tower = "vision") -> Architecture | None:
     """The role table for a module by its class or the nearest of its bases, or None."""
     bases = type(module).__mro__
     names = [name for base in bases for name in (f"{base.__module__}.{base.__qualname__}", base.__name__)]
     names += [f"{name}:{child}" for name in names[:2] for child, _ in module.named_children()]
-    return next((_ARCHITECTURES[name] for name in names if name in _ARCHITECTURES), None)
+    tables = _ARCHITECTURES[tower]
+    return next((tables[name] for name in names if name in tables), None)
 
 
 def register_heads(model: str, heads: Names) -> None:
@@ -263,6 +276,6 @@ def heads_of(cls: type) -> Names | None:
     return next((_HEADS[base.__name__] for base in cls.__mro__ if base.__name__ in _HEADS), None)
 
 
-def known_backbones() -> Names:
+def known_backbones(tower: Tower = "vision") -> Names:
     """Names of all backbone classes that have a table, sorted."""
-    return tuple(sorted(_ARCHITECTURES))
+    return tuple(sorted(_ARCHITECTURES[tower]))

@@ -21,7 +21,15 @@ from ..reparameter.low_rank import LORA_FIELDS, LoraPart
 
 _PARTS = ({"method": "vpt"}, {"method": "sharedlora", "r": 8}, {"method": "pfeiffer", "r": 8})
 _SMALL = ({"method": "vpt", "num_virtual_tokens": 2}, {"method": "sharedlora", "r": 4}, {"method": "pfeiffer", "r": 4})
-_OF_ALL = ("modules_to_save", "backbone", "train_norm_statistics", "init_weights", "inference_mode", "task_type")
+_OF_ALL = (
+    "modules_to_save",
+    "backbone",
+    "tower",
+    "train_norm_statistics",
+    "init_weights",
+    "inference_mode",
+    "task_type",
+)
 _LORA = "lora"
 
 
