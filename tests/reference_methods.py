@@ -591,6 +591,34 @@ def dyt(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
     return z + m * v.fed(index, z) + bottleneck(v, own.of("mlp."), z, 0.1, F.relu)
 
 
+def sparsetuning(v: Vit, w: Weights) -> Tensor:
+    """Groups of blocks 0 and 1, 2; between them the patches to which CLS attends least become one token."""
+    starts, total = (0, 1), torch.zeros(())
+
+    def block(index: int, x: Tensor) -> Tensor:
+        nonlocal total
+        own, z = w.of(f"{index}.sparsetuning_dense."), x + v.attended(index, x)
+        if index in starts[1:]:
+            n = v.norm(f"{index}.norm1", x)
+            query, key = (
+                v.linear(f"{index}.{role}", n).unflatten(-1, (HEADS, -1)).transpose(1, 2) for role in ("query", "key")
+            )
+            a = (query[:, :, :1] @ key.mT / query.shape[-1] ** 0.5).softmax(-1).mean(1)[:, 0, 1:]
+            patches, kept = z[:, 1:], a.topk(math.ceil(0.7 * a.shape[1]), dim=1).indices
+            left = torch.ones_like(a).scatter(1, kept, 0.0)
+            merged = (left * a).unsqueeze(1) @ patches
+            z = torch.cat([z[:, :1], patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, WIDTH)), merged], dim=1)
+        h = F.relu(own.linear("down", z))
+        t = own.linear("inner_down", h)
+        change = own.linear("up", own.linear("join", torch.cat([t, own.linear("inner_up", t)], -1)) + h)
+        total = change if index in starts else total + change
+        out = z + v.fed(index, z) + change
+        return out + total if index + 1 in (*starts, DEPTH) else out
+
+    v.block = block
+    return v.logits()
+
+
 def e2vpt(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
     """Prompts that are whole, and keys of each head that are values, too."""
     prompts = v.drop(w[f"{index}.e2vpt_tokens.prompts"].expand(len(x), -1, -1), 0.1)

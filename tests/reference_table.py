@@ -231,6 +231,12 @@ METHODS = {
         beside_linears(ROLES, methods.snell), "ssfgunner/SNELL: vision_transformer_timm.py", {"sparsity": 0.5}, False
     ),
     "snf": Reference(blockwise(methods.snf), "Wang-Yaoming/SNF: flow.py, snf.py", {"num_flows": 2}, False),
+    "sparsetuning": Reference(
+        methods.sparsetuning,
+        "liuting20/Sparse-Tuning: models/adapter.py, models/vit_image.py",
+        {"r": 4, "inner": 2, "groups": 2},
+        False,
+    ),
     "spt": Reference(
         choices.spt, "ziplab/SPT: engine.py, get_sensitivity", {"budget": choices.BUDGET, "r": 2}, chooses=True
     ),

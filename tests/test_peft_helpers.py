@@ -83,6 +83,7 @@ SIZES = {
     "sidetuning": ({"channels": 4}, {"channels": 8}),
     "snell": ({"r": 2}, {"r": 4}),
     "snf": ({"num_flows": 1}, {"num_flows": 2}),
+    "sparsetuning": ({"r": 2, "inner": 1, "groups": 2}, {"r": 4, "inner": 1, "groups": 2}),
     "spt": ({"r": 2}, {"r": 4}),
     "unipt": ({"r": 4}, {"r": 8}),
     "vapt": ({"num_virtual_tokens": 2}, {"num_virtual_tokens": 3}),

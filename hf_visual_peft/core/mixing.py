@@ -72,6 +72,13 @@ class MixingTuner(MergingTuner):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
+        others = set(names) if len(set(names)) > 1 else set()
+        mixing = [each for name in others for layer in layers for each in layer.plans.get(name, ())]
+        if any(not each.site.mixes for each in mixing):
+            raise ValueError(
+                "adapter_names: an adapter takes tokens out of the stream, and samples of other adapters keep theirs. "
+                "Use set_adapter and one batch for each adapter."
+            )
         if self._exchange.frame_handles:
             raise ValueError("adapter_names: methods for videos cannot mix adapters in a batch. Use set_adapter.")
         config = getattr(self.model, "config", None)

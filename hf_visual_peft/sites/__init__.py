@@ -35,6 +35,7 @@ from .model import ModelAdapters
 from .module import ModuleLayer, as_linear, as_matrix, output_channels
 from .module_sites import LinearSite, MapSite, OutputSite, WeightSite
 from .pixels import PixelEquation, PixelSite
+from .reduction import Kept, ReductionSite
 from .selection import ChoiceSite
 from .side import BlockView, SideSite, resized
 from .site import Placement, Shared, Site
@@ -51,6 +52,7 @@ __all__ = [
     "Grid",
     "HeadEquation",
     "HeadSite",
+    "Kept",
     "KeyValueSite",
     "Left",
     "LinearSite",
@@ -62,6 +64,7 @@ __all__ = [
     "PixelEquation",
     "PixelSite",
     "Placement",
+    "ReductionSite",
     "Shared",
     "SideSite",
     "Site",

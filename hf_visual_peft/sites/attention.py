@@ -42,6 +42,8 @@ class Acts:
         keep: called with keys and values, without those that joined.
         instead: returns keys and values to use in place of the module's own, or None. With them, nothing else happens.
         beside: returns keys and values whose attention, by a softmax of its own, is added to the module's.
+        weigh: called with a function that returns the weights of the first queries, of a number or all for None:
+            (..., queries, keys), also those of keys that joined.
     """
 
     join: Callable[[Tensor], Pair | None]
@@ -49,6 +51,7 @@ class Acts:
     keep: Callable[[Tensor, Tensor], None]
     instead: Callable[[], Pair | None]
     beside: Callable[[], Sequence[Pair]] = tuple  # none
+    weigh: Callable[[Callable[[int | None], Tensor]], None] = lambda weights: None
 
 
 def _nothing(*args: Any) -> None:
@@ -159,7 +162,7 @@ def _interface(
         heads, weights = attend(change, query, key, value, mask, scaling, dropout if module.training else 0.0)
         return heads.transpose(1, 2).contiguous(), weights
 
-    output, weights = meet(acts, key, value, attention_mask, plain, changed)
+    output, weights = meet(acts, (query, scaling), key, value, attention_mask, plain, changed)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     added = beside(acts, query, lambda keys: query @ keys.mT * scale)
     return output if added is None else output + added.transpose(1, 2), weights
@@ -172,9 +175,25 @@ AttentionInterface.register(IMPLEMENTATION, _interface)
 
 
 def meet(
-    acts: Acts, key: Tensor, value: Tensor, mask: Tensor | None, plain: Callable, changed: Callable
+    acts: Acts,
+    asking: tuple[Tensor, float | None],
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    plain: Callable,
+    changed: Callable,
 ) -> tuple[Tensor, Tensor | None]:
-    """Apply the acts, then compute attention by `plain`, or by `changed` if logits change."""
+    """Apply the acts, then compute attention by `plain`, or by `changed` if logits change.
+
+    Args:
+        acts: to apply.
+        asking: the queries, and the factor of their products with keys; None for the usual one.
+        key: of the module.
+        value: of the module.
+        mask: added to the logits, or boolean; or None.
+        plain: called with keys, values and mask; returns heads and weights.
+        changed: called with the change of logits before these.
+    """
     instead = acts.instead()
     if instead is not None:
         return plain(*instead, mask)[0], None
@@ -186,7 +205,21 @@ def meet(
             shown = 1.0 if mask.dtype == torch.bool or mask.ndim == 2 else 0.0
             mask = F.pad(mask, (0, joining[0].shape[-2]), value=shown)
     change = acts.change()
-    return plain(key, value, mask) if change is None else changed(change, key, value, mask)
+    if change is not None:
+        heads, weights = changed(change, key, value, mask)
+        acts.weigh(lambda count: weights[..., :count, :])
+        return heads, weights
+    acts.weigh(lambda count: _weights(asking[0][..., :count, :], key, mask, asking[1]))
+    return plain(key, value, mask)
+
+
+def _weights(query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """Attention of the first queries of a sequence."""
+    if query.ndim == key.ndim == 4 and query.shape[1] != key.shape[1]:
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    logits = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    rows = mask if mask is None or mask.ndim == 2 or mask.shape[-2] == 1 else mask[..., : query.shape[-2], :]
+    return torch.softmax(_masked(logits, rows), dim=-1, dtype=torch.float32)
 
 
 def beside(acts: Acts, query: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor | None:
@@ -231,12 +264,14 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention with changed logits: heads and weights."""
     logits = change(query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale))
-    if mask is not None and mask.ndim == 2 and query.ndim == 4 and mask.shape[0] == query.shape[0]:
-        mask = mask[:, None, None, :].bool()  # the mask of flash attention: (batch, keys)
-    if mask is not None and mask.dtype == torch.bool:
-        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
-    elif mask is not None:
-        logits = logits + mask
-    weights = torch.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = torch.softmax(_masked(logits, mask), dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, dropout)
     return weights @ value, weights
+
+
+def _masked(logits: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None and mask.ndim == 2 and logits.ndim == 4 and mask.shape[0] == logits.shape[0]:
+        mask = mask[:, None, None, :].bool()  # the mask of flash attention: (batch, keys)
+    if mask is not None and mask.dtype == torch.bool:
+        return logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    return logits if mask is None else logits + mask

@@ -392,6 +392,7 @@ class BlockAdapters(BranchLayer, nn.Module):
                 between = current.between
                 current.between = torch.cat([between[:, : self.prefix_tokens], between[:, start:]], dim=1)
             current.prefix -= inserted
+        stream = self._without_tokens(current, stream)
         stream = self._beside_block(current, before, stream)
         return (stream, *output[1:]) if self._block_returns_tuple else stream
 

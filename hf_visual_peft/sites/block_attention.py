@@ -35,13 +35,14 @@ from .forms import (
 )
 from .grid import TokenLayout
 from .interception import intercepted
-from .layer import Equation, Site, VisualTunerLayer, call_equation
+from .layer import Equation, Site, call_equation
 from .masks import PositionBias, without_positions
 from .module import channel_dim
 from .queries import QueryPath
+from .reduction import ReducingLayer, ReductionSite
 
 
-class AttentionLayer(VisualTunerLayer):
+class AttentionLayer(ReducingLayer):
     """The part of `BlockAdapters` that acts in the block's attention."""
 
     _query: str
@@ -162,12 +163,12 @@ class AttentionLayer(VisualTunerLayer):
         asked = self._queries is not None and self._queries.seen is not None
         kept = self._queries is not None and self._queries.kept is not None
         joined = self._pass is not None and self._pass.joining is not None
-        if asked or kept or joined or any(self._equations(KeyValueSite, LogitSite)):
+        if asked or kept or joined or any(self._equations(KeyValueSite, LogitSite, ReductionSite)):
             return intercepted(attention, self._acts(), forward, args, kwargs, placed=not asked)
         return forward(*args, **kwargs)
 
     def _acts(self) -> Acts:
-        return Acts(self._joining_heads, self._logit_change, self._keep, self._instead, self._apart)
+        return Acts(self._joining_heads, self._logit_change, self._keep, self._instead, self._apart, self._weigh)
 
     def _equations(self, *kinds: type[Site]) -> Iterator[Equation]:
         if self._pass is not None:

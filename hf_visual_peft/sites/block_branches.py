@@ -191,6 +191,7 @@ class BranchLayer(AttentionLayer, BypassedLayer, ChoosingLayer):
         stream = self._seen(args[0])
         if "attention" in self._sublayers:
             self._after_sublayer("attention", current, stream)
+            self._reduce(current, current.with_added(stream))
             current.between = current.with_added(stream)
         current.before = stream
         return None if current.added is None else (current.with_added(args[0], self._stream_inside), *args[1:])

@@ -251,7 +251,10 @@ class Pass:
     seen: Tensor | None = None  # which tokens are not padding, for side networks
     added: Tensor | None = None  # by all branches so far
     chosen: Tensor | None = None  # factors of the tokens that the MLP acts on, (batch, tokens)
-    rows: Tensor | None = None  # which these are, while it runs on them alone
+    weights: Tensor | None = None  # of attention to the patches, for what takes tokens out
+    stay: Tensor | None = None  # the patches that stay, (batch, left)
+    merged: int = 0  # how many of these are merged tokens, the last ones
+    rows: Tensor | None = None  # tokens that the MLP acts on, while it runs on them alone
     like: Tensor | None = None  # and its input before
     skipped: bool = False  # whether its output is zero for the others
     finished: bool = False  # whether the stream is after the last sub-layer

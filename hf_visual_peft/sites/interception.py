@@ -213,8 +213,10 @@ class _Interception(TorchFunctionMode):
                 changed = changed + (change(plain) - plain).to(own.dtype)
         self.logits = []
         kwargs = {name: each for name, each in kwargs.items() if name != "input"}
-        self.weights = func(changed, *args[1:], **kwargs)
-        return self.weights
+        self.weights = weights = func(changed, *args[1:], **kwargs)
+        if self.instead is None:
+            self.acts.weigh(lambda count: weights[..., :count, :])
+        return weights
 
     def _fused(
         self,
@@ -244,7 +246,7 @@ class _Interception(TorchFunctionMode):
             key, value = (x if groups == 1 else x.repeat_interleave(groups, dim=1) for x in (key, value))
             return attend(change, query, key, value, mask, scale, dropout_p)
 
-        heads = meet(self.acts, key, value, attn_mask, plain, changed)[0]
+        heads = meet(self.acts, (query, scale), key, value, attn_mask, plain, changed)[0]
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         added = beside(self.acts, query, lambda keys: query @ keys.mT * factor)
         return heads if added is None else heads + added

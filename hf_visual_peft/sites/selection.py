@@ -90,6 +90,9 @@ class ChoosingLayer(VisualTunerLayer):
     def _on_extra_tokens(self) -> Any:
         raise NotImplementedError
 
+    def _positions_of(self, current: Pass) -> Tensor:
+        raise NotImplementedError
+
     def _hook_mlp(self) -> Iterator[Any]:
         """Set the hooks at the MLP, of which these are the handles."""
         ends, entrance = _mlp_of(self._block), self._block.entrances.get("mlp", "")
@@ -121,16 +124,23 @@ class ChoosingLayer(VisualTunerLayer):
     def _before_chosen(self, module: nn.Module, args: tuple) -> tuple | None:
         """Hand the MLP the chosen tokens alone, of all images in one row."""
         current = self._pass
-        if current is None or current.chosen is None or current.chosen.requires_grad:
+        if current is None or torch.compiler.is_compiling():
             return None
-        # in training the host would wait for the number of tokens
-        if module.training or torch.compiler.is_compiling() or not self._can_skip():
+        # in training the host would wait for the number of chosen tokens
+        chosen = None if current.chosen is None or current.chosen.requires_grad or module.training else current.chosen
+        if (chosen is None and current.stay is None) or not self._can_skip():
             return None
-        x, rows = args[0], current.chosen.flatten().nonzero().flatten()
+        x = args[0]
         tokens = to_tokens(x, self._stream_inside)
+        if chosen is None:
+            first = torch.arange(len(tokens), device=x.device).unsqueeze(1) * tokens.shape[1]
+            rows = (first + self._positions_of(current)).flatten()
+        else:
+            rows = chosen.flatten().nonzero().flatten()
         if len(rows) == tokens.shape[0] * tokens.shape[1]:
             return None
         current.rows, current.like = rows, x
+        current.skipped = chosen is not None and not self._norm_follows()
         # at least one, as convolutions refuse empty maps
         taken = tokens.flatten(0, 1).index_select(0, rows if len(rows) else rows.new_zeros(1))
         return (self._row(taken, x.ndim), *args[1:])
@@ -146,7 +156,6 @@ class ChoosingLayer(VisualTunerLayer):
         tokens = to_tokens(x, self._stream_inside)
         found = to_tokens(output, self._stream_inside)[0, : len(rows)]
         out = found.new_zeros(tokens.shape[0] * tokens.shape[1], found.shape[1]).index_copy_(0, rows, found)
-        current.skipped = not self._norm_follows()
         return from_tokens(out.unflatten(0, tokens.shape[:2]), x, self._stream_inside)
 
     def _row(self, tokens: Tensor, ndim: int) -> Tensor:

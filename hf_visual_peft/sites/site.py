@@ -29,6 +29,7 @@ class Site:
         classes: number of classes of the model's output, if the site changes it.
         trains_copy: whether the equation is a copy of the module.
         passes_on: whether a placement without an equation only passes something on to later blocks.
+        mixes: whether samples of other adapters, or of none, can be in the same batch.
         own_layer: a special layer for it, if there is one.
     """
 
@@ -38,6 +39,7 @@ class Site:
     classes: Any = None
     trains_copy = False
     passes_on = False
+    mixes = True
     own_layer: ClassVar[Any] = None
 
     def exists_at(self, block: Block, whole: VisionBackbone) -> bool:
