@@ -30,6 +30,7 @@ test-oldest: .venv-oldest/constraints.txt
 
 # after a green run with the newest versions: what `make demo` and `make test` install from now on
 constraints: test-newest
+	$(MAKE) .venv-newest/.docs .venv-newest/.notebooks VENV=.venv-newest CONSTRAINTS=
 	( echo "# The versions that the tests last passed with; \`make constraints\` renews them after a green \`make test-newest\`."; \
 	  .venv-newest/bin/python -m pip freeze --disable-pip-version-check --exclude-editable ) > constraints.txt.new
 	mv constraints.txt.new constraints.txt

@@ -34,7 +34,7 @@ BATCHES = 16  # as in the authors' code
     mergeable=True,
     identity_at_start=True,
     calibrated=True,
-    training=Training(1e-3),
+    training=Training(3e-3),
 )
 @dataclass
 class SPTConfig(VisualPeftConfig):
