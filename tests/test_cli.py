@@ -202,6 +202,19 @@ def test_demo_with_a_bad_value_says_so_in_one_line(arguments, message, tmp_path,
     assert "\n" not in printed
 
 
+@pytest.mark.parametrize(
+    "words", [["roles", "no"], ["explain", "no"], ["methods", "no"], ["coverage", "--methods", "no"]]
+)
+def test_errors_of_all_commands_look_alike(words, monkeypatch, capsys):
+    def broken(*_, **__):
+        raise ValueError("first line\n  second   line")
+
+    for place in ("cli.roles.load_model", "cli.catalogue.describe_method", "coverage.command.run"):
+        monkeypatch.setattr(f"hf_visual_peft.{place}", broken)
+    assert main(words) == 1
+    assert capsys.readouterr().err == f"hf-visual-peft {words[0]}: error: first line second line\n"
+
+
 def test_demo_traceback_on_demand(tmp_path):
     with pytest.raises(ValueError, match="Unknown method"):
         main(["demo", "--method", "vtp", "--output_dir", str(tmp_path / "out"), "--traceback"])

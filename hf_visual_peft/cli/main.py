@@ -179,8 +179,7 @@ def _method(arguments: argparse.Namespace) -> int:
         else:
             show_markdown(catalogue.describe_method(arguments.name))
     except ValueError as error:
-        print(f"hf-visual-peft methods: error: {error}", file=sys.stderr)
-        return 1
+        return fail("methods", error)
     return 0
 
 
@@ -249,8 +248,7 @@ def _look(arguments: argparse.Namespace) -> int:
         else:
             print(json.dumps(roles.places_of(model), indent=2) if arguments.json else roles.explain(model))
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
-        print(f"hf-visual-peft {arguments.command}: error: {error}", file=sys.stderr)
-        return 1
+        return fail(arguments.command, error)
     return 0
 
 
@@ -260,8 +258,7 @@ def _coverage(arguments: argparse.Namespace) -> int:
     try:
         return run(arguments)
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"hf-visual-peft coverage: error: {error}", file=sys.stderr)
-        return 1
+        return fail("coverage", error)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -280,8 +277,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError, FloatingPointError) as error:
         if arguments.traceback:
             raise
-        print(f"hf-visual-peft demo: error: {error}", file=sys.stderr)
-        return 1
+        return fail("demo", error)
 
 
 if __name__ == "__main__":
