@@ -274,3 +274,31 @@ def test_each_of_several_is_asked():
 
     with pytest.raises(BackboneError, match="secret"):
         backbones_of(Pair(Closed).eval())
+
+
+class Grouped(nn.Module):
+    """Its parts stand in a module that has only a name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config, self.down = EyeConfig(), nn.Module()
+        self.down.cut, self.down.units = nn.Conv2d(3, WIDTH, PATCH, PATCH), nn.ModuleList([Unit(), Unit()])
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        x = self.down.cut(pixel_values).flatten(2).mT
+        for unit in self.down.units:
+            x = unit(x)
+        return x
+
+
+def test_a_part_without_a_forward_is_not_taken_for_the_tower():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.eye, self.head = Grouped(), nn.Linear(WIDTH, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.eye(x).mean(1))
+
+    found = find_backbone(Model().eval())
+    assert (found.path, found.blocks[0].path) == ("eye", "eye.down.units.0")

@@ -60,7 +60,7 @@ def test_three_families_in_a_process(tmp_path, monkeypatch):
     run_families(Results(path), ["timm"], ["ssf", "vpt"])
     page = family_report.to_markdown(Results(path))
     assert "| ssf            |     3 |       0 |       0 |     0 |        3 |" in page
-    assert "A backbone is found in 3 of 3 models of timm that were asked, of 3 of 3 families." in page
+    assert "A backbone is found in 3 of 3 families of timm, and in 3 of the 3 models that were asked." in page
 
 
 def test_what_takes_too_long_is_told_and_the_rest_goes_on(monkeypatch):
@@ -183,3 +183,25 @@ def test_faults_are_told(tmp_path, capsys):
     assert "| convnext | test_convnext | ✓        | ✗ 1 |" in page.read_text()
     assert "1. training: KeyError: 'x'" in page.read_text()
     assert json.loads(path.read_text().splitlines()[0])["item"] == SIZE
+
+
+def test_a_family_is_counted_by_the_model_that_stands_for_it():
+    """Also where no method was tried; the sentence and the table count the same families."""
+    results = Results()
+    asked = [
+        ("vit", "a.ViTForImageClassification", "works", ""),
+        ("odd", "a.OddForDetection", "skipped", "not built: its default config builds no model"),
+        ("odd", "a.OddModel", "works", "several, of which backbone= chooses one: 'a', 'b'"),
+        ("bad", "a.BadModel", "not applicable", "BadModel has no vision backbone"),
+        ("new", "a.NewModel", "skipped", "not built: its default config builds no model"),
+    ]
+    for family, model, status, reason in asked:
+        results.add(Result("transformers", family, model, BACKBONE, status, reason, 5))
+    results.add(Result("transformers", "vit", "a.ViTForImageClassification", "ssf", "works"))
+    text = family_report.counts(results)
+    assert "| backbone found |     2 |       1 |       1 |     0 |        4 |" in text
+    assert "A backbone is found in 2 of 4 families of transformers, and in 2 of the 5 models that were asked." in text
+    page = family_report.to_markdown(results)
+    row = next(line for line in page.splitlines() if line.startswith("| odd"))
+    assert "OddModel" in row  # and not the class that could not be built
+    assert "✓" in row

@@ -162,6 +162,7 @@ def tower_in(model: nn.Module) -> str:
         path
         for path, module in modules.items()
         if not isinstance(module, _LISTS)
+        and _runs(module)
         and (path in told or _takes_pixels(module) or any(is_in(each, path) for each in pixels))
         and any(is_in(each, path) for each in blocks)
     ]
@@ -192,6 +193,11 @@ def vision_parts(model: nn.Module) -> list[str]:
 def takes_images(model: nn.Module) -> bool:
     """Whether anything in a model takes images."""
     return any(_takes_pixels(module) or _embeds_pixels(module) for module in model.modules()) or bool(known_in(model))
+
+
+def _runs(module: nn.Module) -> bool:
+    """Whether a module has a forward of its own, and is not only a name for its parts."""
+    return type(module).forward is not nn.Module.forward
 
 
 def _embeds_pixels(module: nn.Module) -> bool:

@@ -225,7 +225,7 @@ def _packed(tower: nn.Module, made: Mapping[str, Any]) -> Iterator[dict[str, Ten
 
 def _layouts(tower: nn.Module, side: int, merged: int) -> Iterator[tuple[int, tuple[int, ...]]]:
     """Rows of a square grid and the shape of its patches: flat, as small images, or merged with channels last."""
-    first: Any = _first_projection(tower)
+    first = _first_projection(tower)
     yield side, (side * side, _patch_width(tower))
     if not isinstance(first, nn.Linear):
         yield side, (side * side, first.in_channels, *first.kernel_size)
@@ -247,10 +247,10 @@ def _long(values: list, whole: Mapping[str, Any]) -> Tensor:
 
 def _patch_width(tower: nn.Module) -> int:
     """Values of one patch, as the first linear or convolution reads them."""
-    return _first_projection(tower).weight[0].numel()  # type: ignore[union-attr, operator, index, return-value]
+    return _first_projection(tower).weight[0].numel()
 
 
-def _first_projection(tower: nn.Module) -> nn.Module:
+def _first_projection(tower: nn.Module) -> Any:
     """The convolution that reads colours; else the first projection, as modules may stand before it that run later."""
     found = [m for m in tower.modules() if isinstance(m, nn.Conv2d | nn.Conv3d | nn.Linear)]
     return next((m for m in found if not isinstance(m, nn.Linear) and m.in_channels in _COLOURS), found[0])

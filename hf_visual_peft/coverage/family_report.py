@@ -30,7 +30,12 @@ and small images; timm's models from 5 M parameters on have two blocks where the
 *Works* means that two steps on the adapter alone move the output by at least 1e-5 of its scale, that
 `disable_adapter` gives the base model's output to the bit and the saved adapter on a fresh base the same output to
 the bit, and that merging in double precision, where the method can be merged, keeps the output to 1e-5. For
-`linearprobe` it means that a task head was found and trains.
+`linearprobe` it means that a task head was found and trains. A model that holds several backbones counts if each of
+them is found, when it is chosen.
+
+What stands in the file is not asked again, so that rows may come from runs of earlier states of the code. A table
+counts the families that were asked the question of its row; "not run" is said of models that were adapted without
+weights and not run, and of those that could not be built from their default config.
 """
 _LEGEND = (
     "✓ works, · accepted and not run, - refused, ✗ fails. A number is that of the reason or, where a method works, of "
@@ -64,9 +69,10 @@ def counts(results: Results) -> str:
         asked = [each for each in results.found.values() if each.library == library and each.item == BACKBONE]
         found = sum(each.status == "works" for each in asked)
         some = len({each.family for each in asked if each.status == "works"})
+        every = len({each.family for each in asked})
         parts.append(
-            f"A backbone is found in {found:,} of {len(asked):,} models of {library} that were asked, of {some} of "
-            f"{len({each.family for each in asked})} families."
+            f"A backbone is found in {some} of {every} families of {library}, and in {found:,} of the {len(asked):,} "
+            "models that were asked."
         )
     return "\n\n".join(parts)
 
@@ -121,15 +127,18 @@ def _without_names(result: Result) -> str:
 
 
 def _rows(results: Results, library: Library) -> dict[str, dict[str, Result]]:
-    """Results of the models that methods were tried on, by family and item."""
-    tried = {
-        (each.family, each.model)
-        for each in results.found.values()
-        if each.library == library and each.item not in (SIZE, BACKBONE)
-    }
+    """Results of the model that stands for each family, by family and item.
+
+    It is one in which a backbone was found, if there is any, of these one that methods were tried on; else the last.
+    """
+    asked = [each for each in results.found.values() if each.library == library and each.item != SIZE]
+    found = {each.model for each in asked if each.item == BACKBONE and each.status == "works"}
+    standing: dict[str, str] = {}
+    for each in sorted(asked, key=lambda each: (each.model in found, each.item != BACKBONE)):
+        standing[each.family] = each.model
     rows: dict[str, dict[str, Result]] = {}
-    for each in results.found.values():
-        if (each.family, each.model) in tried and each.library == library and each.item != SIZE:
+    for each in asked:
+        if each.model == standing[each.family]:
             rows.setdefault(each.family, {})[each.item] = each
     return rows
 
