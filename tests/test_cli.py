@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -213,6 +214,11 @@ def test_errors_of_all_commands_look_alike(words, monkeypatch, capsys):
         monkeypatch.setattr(f"hf_visual_peft.{place}", broken)
     assert main(words) == 1
     assert capsys.readouterr().err == f"hf-visual-peft {words[0]}: error: first line second line\n"
+
+
+def test_the_page_of_the_command_line_lists_every_command():
+    page = (Path(__file__).parents[1] / "docs" / "command-line.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `([\w-]+)` \|", page, re.MULTILINE)) == set(COMMANDS)
 
 
 def test_demo_traceback_on_demand(tmp_path):
