@@ -11,7 +11,18 @@ from families import FAMILIES, WIDTH
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import ViTConfig, ViTForImageClassification
 
-from hf_visual_peft import AdaptFormerConfig, ConvpassConfig, SSFConfig, VPTConfig, get_method
+from hf_visual_peft import (
+    AdaptFormerConfig,
+    ConvpassConfig,
+    HSTConfig,
+    SideTuningConfig,
+    SSFConfig,
+    VPTConfig,
+    get_method,
+    list_language_methods,
+    list_methods,
+)
+from hf_visual_peft.core.targets import default_of, own_fields
 
 
 @pytest.mark.parametrize(
@@ -44,6 +55,37 @@ from hf_visual_peft import AdaptFormerConfig, ConvpassConfig, SSFConfig, VPTConf
 def test_fields_out_of_range(config, fields, message):
     with pytest.raises(ValueError, match=message):
         config(**fields)
+
+
+NAN, INF = float("nan"), float("inf")
+WRONG = {  # by the type of a field's default: values that no field of that type takes
+    int: (-1, 2.5, True, "x", NAN, [1]),
+    float: (NAN, INF, -INF, True, "x", [1.0]),
+    bool: ("yes", 2, None),
+    str: ("nonsense", 3, [3]),
+    tuple: (("nonsense",), (), 3, NAN, [["attention"]], None),
+    list: ([], 3),
+}
+
+
+@pytest.mark.parametrize("name", [*list_methods(), *list_language_methods()])
+def test_every_field_names_a_value_that_it_does_not_take(name):
+    """Of the wrong kind, not finite, negative or empty."""
+    config_cls = {**list_methods(), **list_language_methods()}[name].config_cls
+    for each in own_fields(config_cls):
+        words = each.name == "init_text"  # any words
+        for value in WRONG.get(type(default_of(each)), ())[int(words) :]:
+            with pytest.raises(ValueError, match=rf"\.{each.name}\b"):
+                config_cls(**{each.name: value})
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [(HSTConfig, "num_virtual_tokens"), (SideTuningConfig, "channels"), (SideTuningConfig, "depth")],
+)
+def test_absurd_sizes(config, field):
+    with pytest.raises(ValueError, match=rf"{config.__name__}.{field} is 1000000000: must be an integer from 1 to"):
+        config(**{field: 10**9})
 
 
 @pytest.mark.parametrize(

@@ -36,5 +36,9 @@ def not_built() -> str:
             "",
             format_table(header, rows),
             "",
+            "SA2VP ([arXiv 2312.10376](https://arxiv.org/abs/2312.10376)) is not built either, though its code is",
+            "known. A second stream of as many tokens runs through the same blocks, and both read each other in",
+            "turn. Here a block runs once in a pass, inside of its model's own forward.",
+            "",
         ]
     )

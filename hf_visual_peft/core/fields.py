@@ -49,7 +49,8 @@ class CheckedFields:
         """Make a field that names one or more of the choices a tuple in their order."""
         value = getattr(self, name)
         given = (value,) if isinstance(value, str) else value
-        if not given or not set(given) <= set(choices):
+        listed = isinstance(given, list | tuple | set | frozenset)
+        if not listed or not given or not all(isinstance(each, str) and each in choices for each in given):
             setattr(self, name, given)
             self._fail(name, f"one or more of {', '.join(map(repr, choices))}")
         setattr(self, name, tuple(choice for choice in choices if choice in given))

@@ -16,6 +16,7 @@ from ...core.config import VisualPeftConfig
 from ...core.registry import Paper, register
 from ...sites import BlockView, Placement, Shared, SideSite, TokenSite, WeightSite, drop_path
 from ...training.defaults import Training
+from ..prompt.vpt import MAX_VIRTUAL_TOKENS
 from ..specification.difffit import norm_deltas
 
 
@@ -240,7 +241,7 @@ class HSTConfig(VisualPeftConfig):
         if any(dim % heads for dim, heads in zip(self.dims, self.num_heads, strict=True)):
             self._fail("num_heads", f"numbers that divide the dims {self.dims!r}")
         self._require_number("mlp_ratio", 1 / min(self.dims))
-        self._require_integer("num_virtual_tokens", 1)
+        self._require_integer("num_virtual_tokens", 1, MAX_VIRTUAL_TOKENS)
         self._require_number("drop_path", 0.0, below=1.0)
 
     def trained_parameters(self, name: str, shape: tuple[int, ...]) -> int:

@@ -113,8 +113,8 @@ class SideTuningConfig(VisualPeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_integer("channels", 1)
-        self._require_integer("depth", 1)
+        self._require_integer("channels", 1, 4096)
+        self._require_integer("depth", 1, 16)
         self._require_choice("merge", ("alpha", "half"))
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
