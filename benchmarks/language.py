@@ -3,7 +3,8 @@
 step: a training step of KgCoOp from features of images, relative to forward and backward of the text tower alone on
 the same prompts, which are cut to the longest. heads: a step of the head methods from features of images, 100 classes,
 16 images each, in milliseconds, for a batch of 256 as in the papers and for all 1,600 images at once. memory: peak
-memory of one step of KgCoOp with 1,000 classes, with gradient checkpointing, in GiB, of the whole process. Times are
+memory of one step with 1,000 classes, with gradient checkpointing, in GiB, of the whole process, of KgCoOp or, with
+--tower text, of AdaptFormer in the text tower, whose gradients cross all classes' texts as well. Times are
 of one thread of the CPU, which other work does not lengthen: the shortest of several, in turn.
 """
 
@@ -123,14 +124,16 @@ def heads(rounds: int) -> None:
         base = model.unload()
 
 
-def memory(classes: int) -> None:
+def memory(classes: int, tower: str | None) -> None:
     """One step with many classes."""
     base = classifier(classes)
     base.gradient_checkpointing_enable({"use_reentrant": False})
-    model = get_peft_model(base, hf_visual_peft.KgCoOpConfig())
+    config = hf_visual_peft.AdaptFormerConfig(tower=tower) if tower else hf_visual_peft.KgCoOpConfig()
+    model = get_peft_model(base, config).train()
     model(pixel_values=torch.randn(1, 3, 224, 224), labels=torch.tensor([0])).loss.backward()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{classes} classes: peak memory of the process {peak:.2f} GiB")
+    name = f"adaptformer, tower={tower!r}" if tower else "kgcoop"
+    print(f"{name}, {classes} classes: peak memory of the process {peak:.2f} GiB")
 
 
 def main() -> None:
@@ -138,6 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["step", "heads", "memory"])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tower", choices=["text", "both"], help="memory of AdaptFormer there, and not of KgCoOp")
     parser.add_argument("--classes", type=int, help="default: 20 for step, 1000 for memory")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -147,7 +151,7 @@ def main() -> None:
     elif arguments.part == "heads":
         heads(arguments.rounds)
     else:
-        memory(arguments.classes or 1000)
+        memory(arguments.classes or 1000, arguments.tower)
 
 
 if __name__ == "__main__":

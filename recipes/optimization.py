@@ -31,7 +31,9 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 
 def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
     """The optimizer of the trained parameters, as the flags say."""
-    groups = hf_visual_peft.parameter_groups(model, args.weight_decay)
+    rates = {"vision": args.vision_learning_rate, "text": args.text_learning_rate}
+    rates = {tower: rate for tower, rate in rates.items() if rate is not None}
+    groups = hf_visual_peft.parameter_groups(model, args.weight_decay, rates)
     if args.layer_lr_decay < 1:
         groups = split_by_depth(model, groups, args.learning_rate, args.layer_lr_decay)
     kind, options = OPTIMIZERS[args.optim]

@@ -55,6 +55,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--optim_momentum", type=real, help="of sgd (0.9) and rmsprop (0)")
     add("--optim_eps", type=real, help="default: torch's")
     add("--learning_rate", type=real, help="default: the method's, shown in the log")
+    add("--vision_learning_rate", type=real, help="of the image tower of a dual encoder; default: --learning_rate")
+    add("--text_learning_rate", type=real, help="of its text tower; default: --learning_rate")
     add("--min_learning_rate", type=real, default=0.0, help="the schedule ends there, not at 0")
     add("--weight_decay", type=real, help="default: the method's")
     add("--lr_scheduler_type", choices=SCHEDULES, help="default: the method's")
@@ -150,6 +152,8 @@ def check_training(args: argparse.Namespace) -> None:
             raise ValueError(f"--optim_{flag}: --optim {args.optim} has none; these have: {others}")
     if not all(0 <= beta < 1 for beta in args.optim_betas or ()):
         raise ValueError(f"--optim_betas must be from 0 to below 1, got {args.optim_betas}")
+    if args.layer_lr_decay < 1 and (args.vision_learning_rate, args.text_learning_rate) != (None, None):
+        raise ValueError("give --layer_lr_decay, or a learning rate for a tower, not both")
     if args.min_learning_rate > args.learning_rate:
         raise ValueError(
             f"--min_learning_rate {args.min_learning_rate} must not exceed --learning_rate {args.learning_rate}"

@@ -7,6 +7,7 @@ import torch
 from families import FAMILIES, WIDTH, images, output_of
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import CLIPConfig, CLIPModel
 
 import hf_visual_peft
 from hf_visual_peft import BitFitConfig, GPSConfig, HydraConfig, SSFConfig, calibrate, parameter_groups
@@ -54,6 +55,42 @@ def test_two_groups():
     assert (decays["weight_decay"], keeps["weight_decay"]) == (0.05, 0.0)
     assert named(model, decays) == {"matrix", "convolution.weight"}
     assert named(model, keeps) == {"kept", "vector", "number", "norm.weight", "norm.bias", "convolution.bias"}
+
+
+def test_a_learning_rate_for_each_tower():
+    config = CLIPConfig(
+        text_config={"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2},
+        vision_config={"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2},
+        projection_dim=4,
+    )
+    encoder = CLIPModel(config)
+    groups = parameter_groups(encoder, 0.1, {"text": 1e-3, "vision": 1e-4})
+    assert len(members(groups)) == len(list(encoder.parameters()))
+    names = [(group.get("lr"), group["weight_decay"], named(encoder, group)) for group in groups]
+    for rate, _, found in names:
+        tower = {1e-3: "text_", 1e-4: "vis"}.get(rate)
+        assert found == {"logit_scale"} if tower is None else all(name.startswith(tower) for name in found)
+    assert sorted((rate or 0, weight) for rate, weight, _ in names) == [
+        (0, 0.0),
+        (1e-4, 0.0),
+        (1e-4, 0.1),
+        (1e-3, 0.0),
+        (1e-3, 0.1),
+    ]
+    model = get_peft_model(encoder, SSFConfig(tower="both"))
+    groups = parameter_groups(model, 0.1, {"text": 0.0})
+    optimizer = torch.optim.AdamW(groups, lr=0.1)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert all("text_model" in name for name in named(model, groups[1]))
+    alone = get_peft_model(model.unload(), SSFConfig())
+    with pytest.raises(ValueError, match=r"learning_rates\['text'\] is 0.1: nothing of a text tower trains in PeftM"):
+        parameter_groups(alone, 0.1, {"text": 0.1})
+    with pytest.raises(ValueError, match="learning_rates has 'texts': must be among 'vision', 'text'"):
+        parameter_groups(alone, 0.1, {"texts": 0.1})
+    with pytest.raises(ValueError, match=r"learning_rates\['vision'\] is -1: must be 0 or greater"):
+        parameter_groups(alone, 0.1, {"vision": -1})
+    with pytest.raises(ValueError, match="nothing of a vision tower trains in Odd"):
+        parameter_groups(Odd(), 0.1, {"vision": 0.1})
 
 
 def test_a_parameter_in_two_places_is_one():
