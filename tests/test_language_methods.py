@@ -527,8 +527,9 @@ def test_trains_saves_and_loads(base, family, folders, tmp_path, name):
         torch.testing.assert_close(again(**images(family)).logits, trained)
         again.base_model.model.set_class_names(NAMES[::-1])
         torch.testing.assert_close(again(**images(family)).logits, trained.flip(1))
-    with pytest.raises(ValueError, match="do not merge"):
-        again.merge_and_unload()
+    if name not in LINEAR:
+        with pytest.raises(ValueError, match="cannot be merged: "):
+            again.merge_and_unload()
     torch.testing.assert_close(model.unload()(**images(family)).logits, zero_shot)
 
 
@@ -615,3 +616,98 @@ def test_two_processes_have_the_gradients_of_one(folders, tmp_path):
         assert set(together) == set(alone)
         for key, gradient in alone.items():
             torch.testing.assert_close(together[key], gradient, atol=2e-5, rtol=2e-4, msg=f"{name}: {key}")
+
+
+# ------------------------------------------------------------------------------------------------------------- merging
+
+LINEAR = {
+    "taskres": hf_visual_peft.TaskResConfig,
+    "clap": hf_visual_peft.CLAPConfig,
+    "lp_plus_plus": hf_visual_peft.LPPlusPlusConfig,
+    "cross_modal": hf_visual_peft.CrossModalConfig,
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_heads_merge_into_weights_of_classes(folders, family, tmp_path, name):
+    """The merged classifier decides as the adapter, under new names too, and without the text tower under its own."""
+    base = classifier(folders[family], templates=["a photo of a {}.", "{}"])
+    model = get_peft_model(base, LINEAR[name]())
+    randomised(model)
+    model.eval()
+    inputs = images(family)
+    names = ["sea", "kite", "cat"]
+    with torch.no_grad():
+        with model.disable_adapter():
+            before = model(**inputs).logits
+        expected = model(**inputs).logits
+        base.set_class_names(names)
+        expected_new = model(**inputs).logits
+        base.set_class_names(NAMES)
+        model.merge_adapter(safe_merge=True)
+        torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-4, rtol=1e-5)
+        model.unmerge_adapter()
+        assert base.config.stored_classes is None
+        assert torch.equal(model(**inputs).logits, expected)
+        model.merge_adapter()
+        with model.disable_adapter():
+            torch.testing.assert_close(model(**inputs).logits, before)
+        merged = model.merge_and_unload()
+        assert merged is base
+        assert len(merged.adapters.state_dict()) == 2
+        merged.save_pretrained(tmp_path)
+        for each in (merged, ZeroShotClassifier.from_pretrained(str(tmp_path))):
+            runs = []
+            each.train()  # forgets features of the classes
+            each.eval().encoder.text_model.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+            output = each(**inputs, labels=torch.tensor([0, 1, 2]))
+            assert not runs
+            torch.testing.assert_close(output.logits, expected, atol=1e-4, rtol=1e-5)
+            torch.testing.assert_close(output.loss, F.cross_entropy(expected, torch.tensor([0, 1, 2])))
+            each.set_class_names(names)
+            torch.testing.assert_close(each(**inputs).logits, expected_new, atol=1e-4, rtol=1e-5)
+    with pytest.raises(ValueError, match="CoOpConfig: the classes have weights of their own"):
+        get_peft_model(merged, hf_visual_peft.CoOpConfig(num_virtual_tokens=2))
+
+
+def test_what_is_no_linear_does_not_merge(base, family):
+    for config, message in (
+        (hf_visual_peft.CoOpConfig(num_virtual_tokens=2), "learned vectors stand among the words"),
+        (hf_visual_peft.CLIPAdapterConfig(), "a bottleneck with ReLUs"),
+        (hf_visual_peft.ProKeRConfig(), "its logits are no linear function"),
+    ):
+        model = get_peft_model(base, config)
+        before = dict(base.named_modules())
+        for merge in (model.merge_adapter, model.merge_and_unload):
+            with pytest.raises(ValueError, match=f"cannot be merged: {message}"):
+                merge()
+        assert dict(base.named_modules()) == before
+        base = model.unload()
+    model = get_peft_model(base, hf_visual_peft.TaskResConfig())
+    base.adapters.equations["default"].residual.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_adapter(safe_merge=True)
+    assert not base.adapters.merged
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("unloaded", [False, True])
+def test_clip_lora_merges_in_both_towers(base, family, unloaded):
+    model = get_peft_model(base, hf_visual_peft.clip_lora(init_lora_weights=False)).eval()
+    adapted = [name for name, _ in model.named_modules() if name.endswith("lora_A")]
+    assert {"text_model" in name for name in adapted} == {True, False}
+    inputs = images(family)
+    expected, text = model(**inputs).logits, model(**inputs).text_embeds
+    if unloaded:
+        model = model.merge_and_unload()
+        assert not any("lora" in name for name, _ in model.named_modules())
+    else:
+        model.merge_adapter()
+    assert base._features["templates False"][1].data_ptr()
+    torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(model(**inputs).text_embeds, text, atol=1e-5, rtol=1e-4)
+    if not unloaded:
+        model.unmerge_adapter()
+        torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-3, rtol=1e-4)
+        with model.disable_adapter():
+            assert not torch.allclose(model(**inputs).text_embeds, text, atol=1e-3)

@@ -26,7 +26,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from ..backbones.architectures import register_heads
 from ..sites import VisualTunerLayer
 from .open_clip_models import OpenClipDualEncoder, is_open_clip
-from .slot import AdapterSlot
+from .slot import AdapterSlot, StoredClasses
 from .templates import DEFAULT, check_templates
 from .tokens import Position, TextWriter, Tokens, as_text, check_names
 from .towers import Towers, checkpointed, evaluating, replaced_rows, replaced_slots, towers_of, without_checkpoints
@@ -46,6 +46,7 @@ class ZeroShotConfig(PreTrainedConfig):
         normalize_before_mean: with several templates: whether features are normalised before their mean is taken (as
             in CLIP and Tip-Adapter), else the mean of raw features is normalised (as in TaskRes, CLAP, PromptSRC).
         class_chunk: number of texts that are encoded at once.
+        stored_classes: classes with weights of their own, which merging an adapter fills in.
         kwargs: as of every config.
     """
 
@@ -61,6 +62,7 @@ class ZeroShotConfig(PreTrainedConfig):
         templates: Sequence[str] | str = DEFAULT,
         normalize_before_mean: bool = True,
         class_chunk: int = 256,
+        stored_classes: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if class_names is not None:
@@ -76,6 +78,7 @@ class ZeroShotConfig(PreTrainedConfig):
         if type(class_chunk) is not int or class_chunk < 1:
             raise ValueError(f"class_chunk is {class_chunk!r}: must be an integer of at least 1.")
         self.class_chunk = class_chunk
+        self.stored_classes = stored_classes
 
 
 @dataclass
@@ -118,7 +121,8 @@ class ZeroShotClassifier(PreTrainedModel):
     def __init__(self, config: ZeroShotConfig, encoder: PreTrainedModel | None = None, tokenizer: Any = None) -> None:
         super().__init__(config)
         self.encoder = AutoModel.from_config(config.encoder_config) if encoder is None else encoder
-        self.adapters = AdapterSlot()
+        stored = config.stored_classes
+        self.adapters = AdapterSlot() if stored is None else StoredClasses(**stored)
         self.loss_type = "ForImageClassification"
         self._tokenizer = tokenizer
         self._features: dict[str, tuple[Any, Tensor]] = {}  # of the classes, each with what it depends on

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..core.own_configs import OwnConfigs
 from ..core.undoing import Structure
 from .classifier import ZeroShotClassifier
-from .slot import LanguageLayer
+from .slot import LanguageLayer, StoredClasses
 
 
 SLOT = "adapters"  # name of the classifier's slot
@@ -69,6 +69,12 @@ class LanguageTuner(OwnConfigs):
                 f"{name} adapts a ZeroShotClassifier, and the model is a {type(model).__name__}. Load it with "
                 "hf_visual_peft.ZeroShotClassifier.from_pretrained(checkpoint, class_names=[...])."
             )
+        slot = model.adapters
+        if isinstance(slot, StoredClasses) or (isinstance(slot, LanguageLayer) and slot.merged):
+            raise ValueError(
+                f"{name}: the classes have weights of their own, from a merged adapter, and the method starts from "
+                "their texts. Unmerge that adapter, or load the dual encoder again."
+            )
         if isinstance(model.adapters, LanguageLayer) and model.adapters.attribute != f"{self.prefix}equation":
             there = model.adapters.attribute.removesuffix("_equation")
             raise ValueError(
@@ -94,7 +100,7 @@ class LanguageTuner(OwnConfigs):
         parameter_name: str | None = None,
     ) -> None:
         equation = peft_config.build(parent)
-        layer: Any = target if isinstance(target, LanguageLayer) else LanguageLayer(target, self.prefix)
+        layer: Any = target if isinstance(target, LanguageLayer) else LanguageLayer(target, self.prefix, parent)
         layer.train(parent.training)
         layer.equations[adapter_name] = equation
         if not any(parameter.is_meta for parameter in equation.parameters()):
@@ -107,8 +113,9 @@ class LanguageTuner(OwnConfigs):
 
     def _check_merge_allowed(self) -> None:
         for module in self.model.modules():
-            if isinstance(module, LanguageLayer):
-                module.merge()
+            if isinstance(module, LanguageLayer) and not module.merged:
+                for name in [name for name in module.active_adapters if name in module.equations]:
+                    module.linear_of(name)
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.pop("adapter_names", None) is not None:

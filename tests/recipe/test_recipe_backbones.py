@@ -121,9 +121,9 @@ def test_stochastic_depth_acts_where_the_model_has_it(run, tmp_path, monkeypatch
     rates = {}
     train = hf_visual_peft.parameter_groups
 
-    def look(model, decay):
+    def look(model, *others):
         rates[len(rates)] = [m.drop_prob for m in model.modules() if type(m).__name__.endswith("DropPath")]
-        return train(model, decay)
+        return train(model, *others)
 
     monkeypatch.setattr(hf_visual_peft, "parameter_groups", look)
     plain = run("--model_name_or_path", checkpoint, *CHEAP, method="bitfit", output="plain")
@@ -159,8 +159,8 @@ def test_stochastic_depth_is_refused_where_it_would_do_nothing(run, vit, tmp_pat
 
 def rates(model, decay=0.5):
     args = optimization.argparse.Namespace(
-        weight_decay=0.1, learning_rate=1.0, layer_lr_decay=decay, optim="adamw_torch",
-        optim_betas=None, optim_momentum=None, optim_eps=None,
+        weight_decay=0.1, learning_rate=1.0, layer_lr_decay=decay, optim="adamw_torch", vision_learning_rate=None,
+        text_learning_rate=None, optim_betas=None, optim_momentum=None, optim_eps=None,
     )  # fmt: skip
     optimizer = optimization.build_optimizer(model, args)
     of_parameter = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}

@@ -12,6 +12,7 @@ from ...core.registry import Paper
 from ..classifier import ZeroShotClassifier
 from ..config import register_language
 from ..rows import by_name
+from ..slot import Linear, classes_of
 from ..support import SupportConfig, SupportEquation
 from ..view import Outcome, View
 
@@ -40,6 +41,10 @@ class ConstrainedProbe(SupportEquation):
         """The logits of the learned features."""
         text = by_name(self.weight, self.names, view.names, view.raw_text)
         return Outcome(view.compare(view.image, text), view.image, text)
+
+    def linear(self, classifier: ZeroShotClassifier) -> Linear:
+        """The learned features, normalised, with scale and bias of the dual encoder."""
+        return classes_of(classifier, self.names, self.weight)
 
     def objective(self, view: View, outcome: Outcome, loss: Tensor, labels: Tensor) -> Tensor:
         """The loss with the distance from the texts."""

@@ -40,6 +40,8 @@ class Bottleneck(nn.Module):
 class FeatureAdapters(LanguageEquation):
     """Bottlenecks on the features of images, of classes, or of both; None for none."""
 
+    why_not_merged = "a bottleneck with ReLUs acts on features, of images or of any names"
+
     def __init__(self, image: Bottleneck | None, text: Bottleneck | None) -> None:
         super().__init__()
         self.image = image

@@ -29,6 +29,8 @@ class Context(LanguageEquation):
         position: of the class name.
     """
 
+    why_not_merged = "learned vectors stand among the words of every text, of new names too"
+
     def __init__(self, vectors: Tensor, names: Sequence[str], position: Position) -> None:
         super().__init__()
         self.vectors = nn.Parameter(vectors)

@@ -13,7 +13,7 @@ from ...core.registry import Paper
 from ..classifier import ZeroShotClassifier
 from ..config import USUAL, LanguageConfig, register_language
 from ..rows import by_name
-from ..slot import LanguageEquation
+from ..slot import LanguageEquation, Linear
 from ..view import Outcome, View, normalised
 
 
@@ -39,6 +39,11 @@ class CrossModalLinear(LanguageEquation):
         """The logits of the linear."""
         weight = self._weight(view)
         return Outcome(view.scale * normalised(view.image).to(weight) @ weight.T, view.image, weight)
+
+    def linear(self, classifier: ZeroShotClassifier) -> Linear:
+        """The linear, with the scale of the dual encoder."""
+        weight = classifier.towers.scale()[0] * self.weight
+        return Linear(self.names, weight, torch.zeros(len(weight), device=weight.device), raw=False, biased=False)
 
     def objective(self, view: View, outcome: Outcome, loss: Tensor, labels: Tensor) -> Tensor:
         """The mean of the losses of images and texts."""

@@ -28,6 +28,8 @@ class JointPrompts(LanguageEquation):
         before: words between the vectors and the name.
     """
 
+    why_not_merged = "learned tokens act inside both towers"
+
     def __init__(self, texts: Sequence[Tensor], images: Sequence[Tensor], before: str) -> None:
         super().__init__()
         self.texts = nn.ParameterList(texts)

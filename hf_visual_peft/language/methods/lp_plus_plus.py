@@ -13,6 +13,7 @@ from ...core.registry import Paper
 from ..classifier import ZeroShotClassifier
 from ..config import register_language
 from ..rows import by_name
+from ..slot import Linear
 from ..support import SupportConfig, SupportEquation
 from ..view import Outcome, View, normalised
 
@@ -58,6 +59,11 @@ class BlendedProbe(SupportEquation):
         )
         logits = self._logits(normalised(view.image).to(text), text, weight, bias, alpha)
         return Outcome(logits, view.image, weight + alpha[:, None] * text)
+
+    def linear(self, classifier: ZeroShotClassifier) -> Linear:
+        """Weights and texts as one linear."""
+        text = classifier.features_of(self.names).to(self.weight)
+        return Linear(self.names, self.weight + self.alpha[:, None] * text, self.bias, raw=False, biased=False)
 
     @staticmethod
     def _logits(image: Tensor, text: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor) -> Tensor:

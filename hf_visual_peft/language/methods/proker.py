@@ -34,6 +34,8 @@ class KernelRidge(SupportEquation):
         lam: of the regularisation.
     """
 
+    why_not_merged = "its logits are no linear function of an image's features"
+
     images: Tensor
     dual: Tensor
 

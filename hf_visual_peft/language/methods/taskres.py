@@ -12,7 +12,7 @@ from ...core.registry import Paper
 from ..classifier import ZeroShotClassifier
 from ..config import LanguageConfig, register_language
 from ..rows import by_name
-from ..slot import LanguageEquation
+from ..slot import LanguageEquation, Linear, classes_of
 from ..view import Outcome, View
 
 
@@ -38,6 +38,11 @@ class Residual(LanguageEquation):
         nothing = torch.zeros_like(view.raw_text)
         text = view.raw_text + self.scale * by_name(self.residual, self.names, view.names, nothing)
         return Outcome(view.compare(view.image, text), view.image, text)
+
+    def linear(self, classifier: ZeroShotClassifier) -> Linear:
+        """The changed features, normalised, with scale and bias of the dual encoder."""
+        text = classifier.features_of(self.names, raw=True) + self.scale * self.residual
+        return classes_of(classifier, self.names, text)
 
 
 @register_language(

@@ -35,6 +35,8 @@ class ImageCache(SupportEquation):
         trains: whether the keys F train.
     """
 
+    why_not_merged = "its logits are no linear function of an image's features"
+
     keys: Tensor
     labels: Tensor
     strength: Tensor
