@@ -152,6 +152,15 @@ def test_models_train_and_their_heads_read_what_is_left(name):
 
 
 @torch.no_grad()
+def test_groups_are_those_of_all_blocks():
+    """With some blocks only, patches leave where groups begin, and the sum is of the blocks that have an adapter."""
+    for layers, lengths in ([1], [17, 17, 10, 10]), ([0, 2], [17, 17, 17, 10]), ([0], [17, 17, 17, 17]):
+        model = get_peft_model(FAMILIES["vit"].model(), config(keep=0.5, layers_to_transform=layers)).eval()
+        states = model(**images(1), output_hidden_states=True).hidden_states
+        assert [state.shape[1] for state in states] == lengths
+
+
+@torch.no_grad()
 def test_a_head_that_pools_reads_the_tokens_that_are_left():
     model = get_peft_model(FAMILIES["dinov2"].model(), config(keep=0.5)).eval()
     inner = model.get_base_model()
@@ -188,6 +197,7 @@ def test_models_that_need_all_tokens(name, message):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
+        (FAMILIES["beit_shared_bias"].model, "a bias for each pair of places"),
         (lambda: tf.Dinov2Backbone(tf.Dinov2Config(**PATCHED)), "Dinov2Backbone returns maps of the tokens"),
         (lambda: tf.ViTForMaskedImageModeling(tf.ViTConfig(**PATCHED)), "its task head, decoder, reads every place"),
         (
@@ -196,7 +206,7 @@ def test_models_that_need_all_tokens(name, message):
         ),
     ],
 )
-def test_tasks_that_need_all_tokens(build, message):
+def test_more_that_need_all_tokens(build, message):
     refused(build(), message)
 
 

@@ -26,11 +26,11 @@ class Kept(NamedTuple):
     """Which patches stay in the stream.
 
     Attributes:
-        index: (batch, left), of the patches that stay. Those at the end are overwritten by the merged ones.
-        merged: (batch, merged, width), the tokens that take the places of the last ones of `index`; None if none do.
+        patches: (batch, left), indices of those that stay. Those at the end are overwritten by the merged ones.
+        merged: (batch, merged, width), the tokens that take the places of the last ones of `patches`; None if none do.
     """
 
-    index: Tensor
+    patches: Tensor
     merged: Tensor | None
 
 
@@ -86,7 +86,7 @@ class ReductionSite(AttentionSite):
             return ": the frames of a video share one sequence, from which tokens would leave."
         if block is not None and (block.entrances.get("mlp", "") in ("", block.path) or not block.projections):
             return ": its blocks do not have attention first, and then an MLP on the result."
-        if block is not None and block.roles["position_bias"]:
+        if table.position_bias:  # also if all blocks share one
             return ": its attention has a bias for each pair of places in the image, and tokens leave the stream."
         if table.prompts == "keys":
             return ": its attention acts in windows or knows the places of its tokens, and tokens leave the stream."

@@ -95,7 +95,7 @@ class DenseAdapter(nn.Module):
     equation="out = z + MLP(LN2 z) + f(z), and + the sum of f over its group of blocks at the group's end; before the "
     "MLP of the first block of each group but the first: z <- [CLS; patches with the largest CLS attention; "
     "sum a_j z_j of the others]",
-    counts=(({}, 1_314_432), ({"r": 8, "inner": 4}, 153_312)),
+    counts=(({}, 1_314_432), ({"r": 8, "inner": 4}, 158_928)),
     mergeable=False,
     identity_at_start=False,
     training=Training(3e-3),
@@ -123,7 +123,7 @@ class SparseTuningConfig(VisualPeftConfig):
         r: width of the bottleneck.
         inner: width of the narrower map in it.
         keep: share of patches that stay in the stream, each time.
-        groups: number of groups of blocks; 1 keeps all tokens.
+        groups: number of groups of blocks, of all the backbone's; 1 keeps all tokens.
         merge: whether the patches that leave are merged into one token, as in the paper; else they are dropped.
     """
 
@@ -151,13 +151,14 @@ class SparseTuningConfig(VisualPeftConfig):
                 f"{type(self).__name__} does not fit {backbone.class_name}: its blocks form stages of several widths, "
                 "between which its own tokens are merged. Set groups=1, with which no others leave the stream."
             )
-        blocks = backbone.blocks
-        self._require_integer("groups", 1, len(blocks), "the number of blocks")
-        starts = [number * len(blocks) // self.groups for number in range(self.groups)]
-        ends = {start - 1 for start in (*starts[1:], len(blocks))}
-        for number, block in enumerate(blocks):
-            begins, last = number in starts, number in ends
-            if begins and number:
+        self._require_integer("groups", 1, backbone.depth, "the number of blocks")
+        starts = [number * backbone.depth // self.groups for number in range(self.groups)]
+        group_of = [sum(block.index >= start for start in starts) for block in backbone.blocks]
+        for block, before, group, after in zip(
+            backbone.blocks, (0, *group_of), group_of, (*group_of[1:], 0), strict=False
+        ):
+            begins, last = group != before, group != after
+            if block.index in starts[1:]:
                 yield Placement(
                     block.path, "tokens", ReductionSite(), lambda _: AttentiveTokens(self.keep, self.merge)
                 )
