@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, video
-from test_conformance import OF_EACH_KIND, VARIANTS, adapted, assert_close, run
+from test_conformance import OF_EACH_KIND, VARIANTS, adapted, run
 
 from hf_visual_peft.coverage.plain import PATCHED
 
@@ -37,17 +37,12 @@ def over(variants):
 
 def exported(model, inputs):
     with torch.no_grad():
-        return torch.export.export(model, (), kwargs=dict(inputs), strict=False)  # as torch 2.8 and newer do unasked
+        return torch.export.export(model, (), kwargs=dict(inputs))
 
 
 def assert_same(program, model, family):
-    """To the bit, but for torch 2.7, whose programs round in another way."""
     with torch.no_grad():
-        found, expected = program.module()(**family.inputs(2)).logits, run(model, family)
-    if torch.__version__.startswith("2.7."):
-        assert_close(found, expected)
-    else:
-        assert torch.equal(found, expected)
+        assert torch.equal(program.module()(**family.inputs(2)).logits, run(model, family))
 
 
 def base_logits(family, model):

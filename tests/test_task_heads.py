@@ -311,7 +311,8 @@ TIMM = [
 @pytest.mark.parametrize("name", TIMM)
 def test_heads_of_timm_are_what_another_number_of_classes_changes(name):
     """Whether the model has a table or none."""
-    timm = pytest.importorskip("timm")
+    newer = {"test_coatnet": "1.0.31", "efficientvim_m1": "1.0.30"}  # the first with these models
+    timm = pytest.importorskip("timm", minversion=newer.get(name))
     with torch.device("meta"):
         model, other, without = (timm.create_model(name, num_classes=count) for count in (3, 7, 0))
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}

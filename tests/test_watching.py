@@ -220,7 +220,7 @@ def test_the_code_that_registers_what_was_found():
 
 
 def test_the_commands(capsys: pytest.CaptureFixture[str]):
-    pytest.importorskip("timm")
+    pytest.importorskip("timm", minversion="1.0.31")  # the first with this model
     assert main(["roles", "test_vit_relpos"]) == 0
     shown = capsys.readouterr().out
     assert "found by watching it run" in shown

@@ -69,7 +69,7 @@ class AuxiliaryLosses:
     def before(self, module: nn.Module, args: tuple) -> None:
         """Begin to collect."""
         self.outcomes, self.added = [], False
-        collect = bool(self.configs) and torch.is_grad_enabled() and self.exchange.mixed is None
+        collect = len(self.configs) > 0 and torch.is_grad_enabled() and self.exchange.mixed is None
         self.exchange.left = [] if collect else None
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:

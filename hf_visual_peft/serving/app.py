@@ -170,7 +170,7 @@ def _answer_errors(app: FastAPI) -> None:
 async def _in_time(work: Any, seconds: float, status: int, code: str, done: str) -> Any:
     try:
         return await asyncio.wait_for(work, seconds)
-    except asyncio.TimeoutError:
+    except TimeoutError:
         raise RequestError(status, code, f"Within {seconds:g} seconds no image {done}.") from None
 
 

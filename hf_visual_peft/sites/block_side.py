@@ -36,7 +36,7 @@ class BypassedLayer(VisualTunerLayer):
         """Whether only side networks are active here, and no gradient crosses the block."""
         active = list(self._active())
         crossing = self._crossed or not self.exchange.crossing.isdisjoint(e.owner for e in active)
-        return bool(active) and all(e.site.frozen for e in active) and not crossing
+        return len(active) > 0 and all(e.site.frozen for e in active) and not crossing
 
     def _look_for_training(self) -> None:
         """Find out whether a gradient crosses the block on its way to other adapters, in it or before it."""

@@ -116,7 +116,7 @@ class ModuleLayer(WrappingLayer, nn.Module):
         if not self._activated:
             return False
         equations = list(self._active())
-        return bool(equations) and all(not e.site.around or hasattr(e.module, "fold") for e in equations)
+        return len(equations) > 0 and all(not e.site.around or hasattr(e.module, "fold") for e in equations)
 
     def _base_output(self, *args: Any, **kwargs: Any) -> Tensor:
         equations = [e for e in self._active() if not e.site.around]
