@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import transformers as tf
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 import hf_visual_peft as hvp
 
@@ -34,6 +34,12 @@ def _image():
 
 def _with_words():
     return _image() | {"input_ids": torch.tensor([[1, 3, 2]])}
+
+
+def _among_words():
+    """Four of six words stand for the image."""
+    mask = torch.tensor([[0, 1, 1, 1, 1, 0]], dtype=torch.bool)
+    return _image() | {"input_ids": torch.tensor([[1, 3, 4, 5, 6, 2]]), "image_embeds_position_mask": mask}
 
 
 def _tiles():
@@ -126,6 +132,18 @@ MODELS = {
     "qwen3_vl": (_of("Qwen3VL", text_config=TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
                      "mrope_section": [2, 1, 1]}}, vision_config=PACKED | {"num_position_embeddings": 16,
                      "deepstack_visual_indexes": [0]}), _packed, "model.visual"),
+    "glm4v": (_of("Glm4v", text_config=TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                  "mrope_section": [1, 1, 2]}}, vision_config=PACKED | {"out_hidden_size": 16, "image_size": 32}),
+              _packed, "model.visual"),
+    "kosmos2": (_of("Kosmos2", text_config={"vocab_size": 64, "embed_dim": 16, "layers": 1, "ffn_dim": 16,
+                    "attention_heads": 2, "max_position_embeddings": 64}, vision_config=VIT, latent_query_num=4),
+                _among_words, "vision_model"),
+    "florence2": (_of("Florence2", text_config={"d_model": 16, "encoder_layers": 1, "decoder_layers": 1,
+                      "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "encoder_attention_heads": 2, "vocab_size": 64,
+                      "decoder_attention_heads": 2}, vision_config={"embed_dim": [8, 16], "num_heads": [1, 2],
+                      "num_groups": [1, 2], "depths": [1, 1], "patch_size": [7, 3], "patch_stride": [4, 2],
+                      "patch_padding": [3, 1], "patch_prenorm": [False, True], "window_size": 4,
+                      "projection_dim": 16}), _image, "model.vision_tower"),
 }  # fmt: skip
 
 
@@ -147,9 +165,16 @@ def features(model, inputs):
     return model(**inputs).logits.flatten()
 
 
+CONFIGS = {
+    "adaptformer": hvp.AdaptFormerConfig(r=4, modules_to_save=[]),
+    "ssf": hvp.SSFConfig(modules_to_save=[]),
+    "lora": LoraConfig(r=2),
+}
+
+
 @pytest.mark.filterwarnings("ignore:No task head")
 @pytest.mark.parametrize("name", MODELS)
-def test_the_tower_is_adapted_and_the_language_model_is_not(name):
+def test_the_tower_is_adapted_and_the_language_model_is_not(name, tmp_path):
     make, make_inputs, path = MODELS[name]
     torch.manual_seed(0)
     base = make().eval()
@@ -159,14 +184,14 @@ def test_the_tower_is_adapted_and_the_language_model_is_not(name):
     inputs = make_inputs()
     before = features(base, inputs).detach()
     assert hvp.find_backbone(base).path == path
-    branches = hvp.AdaptFormerConfig(r=4, init_weights=False, modules_to_save=[])
-    others = [hvp.SSFConfig(init_weights=False, modules_to_save=[]), LoraConfig(r=2, init_lora_weights=False)]
-    for config in [branches, *others]:
+    for method, config in CONFIGS.items():
         model = copy.deepcopy(base)
-        adapted = get_peft_model(model, hvp.with_visual_targets(config, model)).eval()
+        adapted = get_peft_model(model, hvp.with_visual_targets(copy.deepcopy(config), model)).eval()
         trained = {n.removeprefix("base_model.model."): p for n, p in adapted.named_parameters() if p.requires_grad}
         assert trained
         assert all(each.startswith(f"{path}.") for each in trained)
+        if method != "ssf":  # its scales and shifts start close to 1 and 0
+            torch.testing.assert_close(features(adapted.get_base_model(), inputs), before)
         with torch.no_grad():
             for parameter in trained.values():
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
@@ -174,3 +199,13 @@ def test_the_tower_is_adapted_and_the_language_model_is_not(name):
         assert not torch.allclose(after, before, atol=1e-5)
         after.square().sum().backward()
         assert [each for each, parameter in trained.items() if parameter.grad is None] == []
+        adapted.save_pretrained(tmp_path / method)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / method).eval()
+        torch.testing.assert_close(features(loaded.get_base_model(), inputs), after.detach())
+        norms = {type(module).__name__ for module in model.get_submodule(path).modules()}
+        if method == "ssf" and any("RMSNorm" in name for name in norms):
+            with pytest.raises(ValueError, match="shift into .*RMSNorm.*have no bias"):
+                loaded.merge_and_unload()
+        elif method != "adaptformer":
+            merged = features(loaded.merge_and_unload(), inputs)
+            torch.testing.assert_close(merged, after.detach(), rtol=1e-3, atol=1e-4)

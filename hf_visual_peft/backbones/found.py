@@ -55,7 +55,7 @@ def look_at(model: nn.Module, path: str, example_inputs: Any = None) -> Found:
         BackboneError: as in `find_unlisted`.
     """
     backbone = model.get_submodule(path)
-    _require_plain(model, backbone)
+    require_plain(model, path)
     adapted = any(isinstance(module, BaseTunerLayer) for module in backbone.modules())
     kind = None if adapted else _kind(backbone)
     if example_inputs is None and backbone in _found:
@@ -131,13 +131,23 @@ def _takes_pixels(model: nn.Module) -> bool:
     return any(name.startswith("pixel_values") for name in inspect.signature(model.forward).parameters)
 
 
-def _require_plain(model: nn.Module, backbone: nn.Module) -> None:
-    """Refuse a model whose copy would not behave in the same way.
+def require_plain(model: nn.Module, path: str) -> None:
+    """Refuse a model that is compiled or distributed.
+
+    A copy of it would not behave in the same way, its modules have other names than those of the plain model, and an
+    adapter that was saved with these names would fit nothing else.
+
+    Args:
+        model: that holds the backbone.
+        path: of the backbone in the model.
 
     Raises:
-        BackboneError: the model is compiled or distributed.
+        BackboneError: the model, the backbone, or a module around it is compiled or distributed.
     """
-    for module in (model, *backbone.modules()):
+    backbone = model.get_submodule(path)
+    parts = path.split(".") if path else []
+    around = [model.get_submodule(".".join(parts[:end])) for end in range(len(parts))]
+    for module in (model, *around, *backbone.modules()):
         for base in type(module).__mro__:
             if base.__name__ in _WRAPPERS:
                 raise BackboneError(_wrapped(model, *_WRAPPERS[base.__name__]))
@@ -149,8 +159,8 @@ def _require_plain(model: nn.Module, backbone: nn.Module) -> None:
 
 def _wrapped(model: nn.Module, state: str, way_out: str) -> str:
     return (
-        f"{type(model).__name__} is {state}, and no role table names its parts: they cannot be found by watching it "
-        f"run. Call get_peft_model on the plain model: {way_out}."
+        f"{type(model).__name__} is {state}, and adapters are made for the modules and the names of the plain model. "
+        f"Call get_peft_model on the plain model: {way_out}."
     )
 
 

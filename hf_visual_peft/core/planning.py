@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 from ..backbones.architectures import TOWERS, Tower
 from ..backbones.backbone import VisionBackbone, own_children, unwrapped
 from ..backbones.finding import find_backbone
+from ..backbones.found import require_plain
 from ..backbones.frozen_norms import NormStatistics
 from ..backbones.key_renames import to_present_names
 from ..backbones.paths import within
@@ -68,6 +70,12 @@ class PlanningTuner(MergingTuner):
                 "the fields if they are a mistake."
             )
         self._forget_plan()
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                f"{type(config).__name__}: the model is a {type(model).__name__} already, so the adapter would be "
+                "saved with names that fit no other model. Add it to that one: model.add_adapter('second', config). "
+                "Or call get_peft_model on model.get_base_model()."
+            )
         self._holders, self._names = holders_of(model), names_of_modules(model)
         for field in ("exclude_modules", "modules_to_save", "target_modules"):
             if getattr(config, field) is not None:
@@ -87,6 +95,8 @@ class PlanningTuner(MergingTuner):
             config.backbone = next(iter(to_present_names(model, [config.backbone]) or ()))
         backbones = {tower: find_backbone(model, config.backbone, tower=tower) for tower in config.towers}
         for backbone in backbones.values():
+            if len(self.peft_config) == 1:  # later adapters go where the first one is
+                require_plain(model, backbone.path)
             self._check_one_backbone(model, config, backbone)
             check_layers(config, backbone)
         first = next(iter(backbones.values()))
