@@ -34,6 +34,7 @@ from .language.config import list_language_methods
 from .language.loading import load_classifier
 from .language.lora import clip_lora
 from .language.methods import load_methods as load_language_methods
+from .language.methods.two_sfs import second_stage
 from .language.retrieval import recall_at_k
 from .language.support import fit
 from .methods import load_methods
@@ -92,6 +93,7 @@ __all__ = [
     "prune_prompts",
     "register_architecture",
     "register_heads",
+    "second_stage",
     "split_attention",
     "store_prefixes",
     "thaw_norms",

@@ -58,6 +58,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--epochs_by_shots", nargs="+", metavar="SHOTS=EPOCHS", help="epochs for each of --shots")
     add("--epoch_average", type=real, nargs=2, metavar=("MEAN", "STD"), help="keep the mean of the weights of all "
         "epochs, with the weights of a normal distribution (PromptSRC: 15 1); default: the last")  # fmt: skip
+    add("--interpolate", type=real, nargs="+", metavar="ALPHA", help="also measure weights between those before (0) "
+        "and after training (1); what is saved is after it")  # fmt: skip
     parser.set_defaults(
         select="last", checkpointing_steps="no", logging_steps=100, train_val_split=0.3, num_train_epochs=50
     )
@@ -119,6 +121,8 @@ def check(args: argparse.Namespace) -> None:
     args.epochs_by_shots = epochs_by_shots(args.epochs_by_shots, args.shots)
     if args.epoch_average and not args.epoch_average[1]:
         raise ValueError(f"--epoch_average {args.epoch_average[0]:g} 0: the deviation must be above 0.")
+    if args.interpolate and max(args.interpolate) > 1:
+        raise ValueError(f"--interpolate {max(args.interpolate):g}: must be from 0 to 1.")
     if args.steps_per_shot and (args.epochs_by_shots or args.max_train_steps):
         raise ValueError("Give one of --steps_per_shot, --epochs_by_shots and --max_train_steps.")
     if args.cache_features and not frozen_images(args.method):

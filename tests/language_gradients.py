@@ -19,6 +19,8 @@ CONFIGS = {
     "cocoop": hf_visual_peft.CoCoOpConfig(init_text="ab"),
     "promptsrc": hf_visual_peft.PromptSRCConfig(init_text=None),
     "taskres": hf_visual_peft.TaskResConfig(),
+    "two_sfs": hf_visual_peft.TwoSFSConfig(),
+    "flyp": hf_visual_peft.FLYPConfig(),  # its loss compares the images of all processes
 }
 
 

@@ -1,8 +1,10 @@
 """Runs the code blocks of the guides, in their order, in a folder with a tiny checkpoint and a few pictures."""
 
+import re
 import shlex
 import string
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -101,6 +103,17 @@ def workplace(tmp_path_factory):
 
 
 PARSERS = [SkipParser(), PythonCodeBlockParser(), CodeBlockParser("bash", run_commands)]
+
+
+def test_readme_adapts_a_dual_encoder_and_loads_it_again(workplace, capsys):
+    page = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    section = page.split("## Adapt CLIP or SigLIP to class names\n")[1].split("\n## ")[0]
+    command, code = re.findall(r"```(?:bash|python)\n(.*?)```", section, flags=re.DOTALL)
+    run_commands(SimpleNamespace(parsed=command))
+    assert "| kgcoop " in capsys.readouterr().out
+    assert len([line for line in code.splitlines() if line]) == 3
+    exec(compile(code, "README.md", "exec"), {})
+    assert "['green', 'red']" in capsys.readouterr().out
 
 
 PAGES = [DOCS / "index.md", DOCS / "command-line.md", *sorted(DOCS.glob("guides/*.md"))]

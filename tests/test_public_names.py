@@ -35,6 +35,7 @@ NAMES = {
     "prune_prompts",
     "register_architecture",
     "register_heads",
+    "second_stage",
     "split_attention",
     "store_prefixes",
     "thaw_norms",

@@ -40,5 +40,9 @@ def not_built() -> str:
             "known. A second stream of as many tokens runs through the same blocks, and both read each other in",
             "turn. Here a block runs once in a pass, inside of its model's own forward.",
             "",
+            "PLOT++, the form of [PLOT](https://arxiv.org/abs/2210.01253) for image transformers, is not built",
+            "either. How its four sets of image tokens meet the texts, and the lengths of its two stages, could",
+            "not be verified. `PLOTConfig` has PLOT itself, on transformers too.",
+            "",
         ]
     )

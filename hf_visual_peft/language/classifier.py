@@ -29,7 +29,16 @@ from .open_clip_models import OpenClipDualEncoder, is_open_clip
 from .slot import AdapterSlot, StoredClasses
 from .templates import DEFAULT, check_templates
 from .tokens import Position, TextWriter, Tokens, as_text, check_names
-from .towers import Towers, checkpointed, evaluating, replaced_rows, replaced_slots, towers_of, without_checkpoints
+from .towers import (
+    Towers,
+    checkpointed,
+    evaluating,
+    replaced_rows,
+    replaced_slots,
+    replaced_weights,
+    towers_of,
+    without_checkpoints,
+)
 from .view import FEATURES, View, normalised
 
 
@@ -275,7 +284,11 @@ class ZeroShotClassifier(PreTrainedModel):
         return self._slots[key]
 
     def encode_tokens(
-        self, tokens: Tokens, rows: Tensor | None = None, deep: Mapping[int, Tensor] | None = None
+        self,
+        tokens: Tokens,
+        rows: Tensor | None = None,
+        deep: Mapping[int, Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Features of texts, not normalised, `class_chunk` at a time.
 
@@ -285,6 +298,7 @@ class ZeroShotClassifier(PreTrainedModel):
             tokens: the texts.
             rows: vectors for their slots, (texts or 1, slots, width).
             deep: by block: vectors for the slots at its input, (texts or 1, slots, width).
+            weights: in the place of those of the dual encoder, by name.
         """
         device = self.towers.embedding.weight.device
         chunk = self.config.class_chunk
@@ -296,23 +310,37 @@ class ZeroShotClassifier(PreTrainedModel):
             new = {
                 block: each if len(each) == 1 else each[start : start + chunk] for block, each in (deep or {}).items()
             }
-            run = partial(self._encode_part, part)
+            run = partial(self._encode_part, part, weights=weights)
             parts.append(checkpoint(run, own, new, use_reentrant=False) if several else run(own, new))
         return torch.cat(parts)
 
-    def _encode_part(self, tokens: Tokens, rows: Tensor | None, deep: Mapping[int, Tensor] | None = None) -> Tensor:
-        run = partial(self._run_text, tokens)
-        inside = deep and checkpointed(self.towers.model.text_model)
+    def _encode_part(
+        self,
+        tokens: Tokens,
+        rows: Tensor | None,
+        deep: Mapping[int, Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        run = partial(self._run_text, tokens, weights)
+        inside = (deep or weights) and checkpointed(self.towers.model.text_model)
         if inside and torch.is_grad_enabled():  # the whole run again, instead of its blocks without what acts in them
             return checkpoint(run, rows, deep, use_reentrant=False)
         return run(rows, deep)
 
-    def _run_text(self, tokens: Tokens, rows: Tensor | None, deep: Mapping[int, Tensor] | None) -> Tensor:
+    def _run_text(
+        self,
+        tokens: Tokens,
+        weights: Mapping[str, Tensor] | None,
+        rows: Tensor | None,
+        deep: Mapping[int, Tensor] | None,
+    ) -> Tensor:
         towers = self.towers
         with ExitStack() as stack:
+            if weights:
+                stack.enter_context(replaced_weights(self.encoder, weights))
             if rows is not None:
                 stack.enter_context(replaced_rows(towers.embedding, tokens.slots, rows))
-            if deep:
+            if deep or weights:
                 stack.enter_context(without_checkpoints(towers.model.text_model))
             for block, vectors in (deep or {}).items():
                 stack.enter_context(replaced_slots(towers.text_blocks[block], tokens.slots, vectors))
@@ -332,6 +360,19 @@ class ZeroShotClassifier(PreTrainedModel):
             return self._ensemble(self.encode_tokens(self._tokens), raw)
         with evaluating(modules):
             return self._keep(key, modules, lambda: self._ensemble(self.encode_tokens(self._tokens), raw))
+
+    def class_features_by(self, weights: Mapping[str, Tensor], drawn: bool = False) -> Tensor:
+        """Features of the classes by the templates, computed with other weights, (classes, width).
+
+        Args:
+            weights: in the place of those of the dual encoder, by name.
+            drawn: by one template for each class, drawn at random, instead of all.
+        """
+        count, classes = len(self.config.templates), len(self.class_names)
+        if drawn and count > 1:
+            texts = self._tokens.rows(torch.randint(count, (classes,)) * classes + torch.arange(classes))
+            return self.encode_tokens(texts, weights=weights)
+        return self._ensemble(self.encode_tokens(self._tokens, weights=weights), raw=False)
 
     def kept(self, equation: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
         """Features of the classes that depend on an equation's weights; kept in evaluation until these change.

@@ -52,6 +52,13 @@ class LanguageConfig(CheckedFields, PeftConfig):
         if self.templates is not None:
             self.templates = check_templates(self.templates)
 
+    def starts_from_texts(self) -> bool:
+        """Whether the adapter decides by the texts before it is trained, so that weights between both have a meaning.
+
+        `hf_visual_peft.interpolate` then takes them between what `build` makes and what was learned.
+        """
+        return False
+
     def build(self, classifier: ZeroShotClassifier) -> LanguageEquation:
         """The method's equation for a classifier.
 

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
-from .classifier import ZeroShotClassifier
 from .config import LanguageConfig
-from .slot import LanguageEquation, LanguageLayer
+from .slot import LanguageEquation
+from .steps import active, config_of, require_names
 from .towers import evaluating
 from .view import View
 
@@ -83,20 +82,14 @@ def fit(model: nn.Module, dataloader: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         ValueError: the adapter takes no images, there are none, or a label does not fit; nothing has changed then.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    layer = getattr(base, "adapters", None)
-    equation = layer.active() if isinstance(layer, LanguageLayer) else None
-    if not isinstance(base, ZeroShotClassifier) or not isinstance(equation, SupportEquation):
-        name = type(base).__name__ if equation is None else type(equation).__name__
+    base, equation = active(model)
+    if base is None or not isinstance(equation, SupportEquation):
+        name = type(model if equation is None else equation).__name__
         raise ValueError(
             f"fit: {name} takes no images in this way. Methods that do: Tip-Adapter, LP++, CLAP and ProKeR, active on "
             "a ZeroShotClassifier; train others with an optimizer."
         )
-    if equation.names != base.class_names:
-        raise ValueError(
-            f"fit: the classifier has the classes {base.class_names[:5]}, and the adapter {equation.names[:5]}. Set "
-            "those of the adapter: classifier.set_class_names(...)."
-        )
+    require_names("fit", base, equation.names)
     features, labels = [], []
     with evaluating([base]):
         for batch in dataloader:
@@ -110,7 +103,4 @@ def fit(model: nn.Module, dataloader: Iterable[Mapping[str, Any]]) -> None:
         raise ValueError(f"fit: labels must be indices from 0 to {len(equation.names) - 1}, one for each image.")
     equation.take(View(base, {}), torch.cat(features), wanted)
     equation.support = len(wanted)
-    configs: Any = base.peft_config
-    for name, held in layer.equations.items():  # type: ignore[union-attr]
-        if held is equation:
-            configs[name].support_size = len(wanted)
+    config_of(base, equation).support_size = len(wanted)

@@ -33,6 +33,10 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def rows(self, index: Tensor) -> Tokens:
+        """Some of the texts, by their numbers."""
+        return Tokens(self.ids[index], None if self.mask is None else self.mask[index], self.slots[index])
+
     def part(self, start: int, end: int, device: torch.device) -> Tokens:
         """Some of the texts, on a device."""
         mask = None if self.mask is None else self.mask[start:end].to(device)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 _LAST_TOKEN = ("siglip", "siglip2")  # trained on texts of one length, without a mask, pooled at the last position
 _UNMASKED = ("clip", "metaclip_2")  # causal and pooled at the end token: what comes after it has no effect
 _STREAMS = ("clip", "metaclip_2", "siglip", "chinese_clip", "altclip")  # vision models that are plain transformers
+_OF_LOGITS = ("logit_scale", "logit_bias", "temperature")  # parameters of the dual encoder that are in neither tower
 _POSITIONS_AFTER_PADDING = ("xlm-roberta", "roberta", "camembert", "altclip_text_model")
 
 
@@ -118,16 +119,28 @@ class Towers:
                 front of the blocks; those of others replace them.
             images: arguments of the image tower.
         """
+        return self._encode_image_in(lambda: _joined(self, tokens), images)
 
-        def run(*values: Tensor) -> Tensor:
-            given = dict(zip(tokens, values, strict=True))
-            with without_checkpoints(self.model.vision_model), _joined(self, given):
+    def encode_image_by(self, weights: Mapping[str, Tensor], **images: Any) -> Tensor:
+        """Features of images, computed with other weights.
+
+        Args:
+            weights: by name in the dual encoder.
+            images: arguments of the image tower.
+        """
+        return self._encode_image_in(lambda: replaced_weights(self.model, weights), images)
+
+    def _encode_image_in(self, changed: Callable[[], AbstractContextManager[None]], images: Any) -> Tensor:
+        """Features of images inside a context, which the backward pass enters again where it computes again."""
+
+        def run() -> Tensor:
+            with without_checkpoints(self.model.vision_model), changed():
                 return self.encode_image(**images)
 
         if checkpointed(self.model.vision_model) and torch.is_grad_enabled():
-            features: Tensor = checkpoint(run, *tokens.values(), use_reentrant=False)
+            features: Tensor = checkpoint(run, use_reentrant=False)
             return features
-        return run(*tokens.values())
+        return run()
 
     def require_patches(self) -> None:
         """Check that patches have features like those of images.
@@ -160,6 +173,16 @@ class Towers:
         """The modules that text features depend on."""
         projection = getattr(self.model, "text_projection", None)
         return [self.model.text_model, *([projection] if projection is not None else [])]
+
+    @property
+    def image_weights(self) -> list[str]:
+        """Names of the parameters of the image tower, with its projection."""
+        texts = {id(parameter) for module in self.text_modules for parameter in module.parameters()}
+        return [
+            name
+            for name, parameter in self.model.named_parameters()
+            if id(parameter) not in texts and name.rpartition(".")[2] not in _OF_LOGITS
+        ]
 
     def encode_image(self, pixel_values: Tensor, **others: Any) -> Tensor:
         """Features of shape (images, width), not normalised."""
@@ -320,6 +343,39 @@ def _joined(towers: Towers, tokens: Mapping[int, Tensor]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def replaced_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Compute with other weights, inside the context: modules read them in the place of their own.
+
+    Args:
+        model: the dual encoder.
+        weights: by name in it; cast to the type of those that they replace.
+
+    Raises:
+        ValueError: it has no weight of such a name.
+    """
+    own = dict(model.named_parameters())
+    if missing := [name for name in weights if name not in own]:
+        raise ValueError(
+            f"{type(model).__name__} has no weight {missing[0]}: the adapter replaces it. Take other adapters out of "
+            "the dual encoder, which give its modules other names."
+        )
+    new = {id(own[name]): value.to(own[name].dtype) for name, value in weights.items()}
+    places = [
+        (module._parameters, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if id(parameter) in new  # also where modules share it
+    ]
+    try:
+        for held, name, parameter in places:
+            held[name] = new[id(parameter)]  # type: ignore[assignment]
+        yield
+    finally:
+        for held, name, parameter in places:
+            held[name] = parameter
 
 
 def checkpointed(model: nn.Module) -> list[Any]:

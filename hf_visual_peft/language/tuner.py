@@ -111,6 +111,32 @@ class LanguageTuner(OwnConfigs):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # nothing of it has a weight to move
 
+    def starting_weights(self, adapter_name: str) -> dict[str, Tensor]:
+        """The weights of an adapter before training, by their names in the model; for `Interpolation`.
+
+        Raises:
+            ValueError: it does not start from the texts, or not from those of now.
+        """
+        config: Any = self.peft_config[adapter_name]
+        classifier: Any = self.model
+        name = type(config).__name__
+        if not config.starts_from_texts():
+            raise ValueError(
+                f"{name} starts from random weights, so that weights between the dual encoder and the adapter have no "
+                "meaning. Those of methods that start from the texts do: FLYPConfig, WiSEFTConfig, TwoSFSConfig, "
+                "TaskResConfig, CLAPConfig, CrossModalConfig, LPPlusPlusConfig, and CoOpConfig, KgCoOpConfig and "
+                "ProGradConfig with init_text."
+            )
+        if config.templates != classifier.config.templates:
+            raise ValueError(
+                f"The adapter {adapter_name!r} started from the templates {config.templates[:3]}, and the classifier "
+                f"has {classifier.config.templates[:3]}. Set those of the adapter: "
+                "classifier.set_class_names(classifier.class_names, templates)."
+            )
+        start = copy.deepcopy(config).build(classifier)
+        place = f"{SLOT}.{self.prefix}equation.{adapter_name}"
+        return {f"{place}.{key}": value.detach() for key, value in start.state_dict().items()}
+
     def _check_merge_allowed(self) -> None:
         for module in self.model.modules():
             if isinstance(module, LanguageLayer) and not module.merged:

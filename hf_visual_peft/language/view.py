@@ -34,6 +34,8 @@ class TextClassifier(Protocol):
         self, tokens: Tokens, rows: Tensor | None = None, deep: Mapping[int, Tensor] | None = None
     ) -> Tensor: ...
 
+    def class_features_by(self, weights: Mapping[str, Tensor], drawn: bool = False) -> Tensor: ...  # noqa: D102
+
     def kept(self, equation: nn.Module, compute: Callable[[], Tensor]) -> Tensor: ...  # noqa: D102
 
 
@@ -103,6 +105,26 @@ class View:
                 "pixel_values."
             )
         return self.images
+
+    def image_by(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """Features of the images, computed with other weights.
+
+        Args:
+            weights: in the place of those of the dual encoder, by name.
+
+        Raises:
+            ValueError: there are features in the place of images.
+        """
+        return self.classifier.towers.encode_image_by(weights, **self.pixels())
+
+    def text_by(self, weights: Mapping[str, Tensor], drawn: bool = False) -> Tensor:
+        """Features of the classes by the templates, computed with other weights.
+
+        Args:
+            weights: in the place of those of the dual encoder, by name.
+            drawn: by one template for each class, drawn at random, instead of all.
+        """
+        return self.classifier.class_features_by(weights, drawn)
 
     @cached_property
     def text(self) -> Tensor:

@@ -31,15 +31,20 @@ class Interpolation:
     trained, small alphas are of little use; give such a backbone a trained head, for example from a linear probe,
     before the adapter trains.
 
+    Methods for class texts do not merge. If they start from the texts, the weights of the adapter itself are
+    interpolated, between those it started from and those it learned; the result has the adapter and can be saved.
+
     It keeps two copies of the weights that change.
 
     Args:
-        model: with an adapter that can be merged, of this library or of peft. It is not changed.
+        model: with an adapter that can be merged, of this library or of peft, or one for class texts. It is not
+            changed.
         adapter_name: which adapter; the active one by default.
 
     Raises:
         TypeError: `model` is not a `PeftModel` with adapter layers.
-        ValueError: there is no such adapter, it cannot be merged, or more or fewer than one is active.
+        ValueError: there is no such adapter, it can neither be merged nor starts from the texts, or more or fewer
+            than one is active.
     """
 
     def __init__(self, model: PeftModel, adapter_name: str | None = None) -> None:
@@ -48,6 +53,18 @@ class Interpolation:
         name = _adapter(model, adapter_name)
         if any(getattr(module, "merged", False) for module in model.modules()):
             raise ValueError("An adapter is merged into the model already: call unmerge_adapter() first.")
+        starting = getattr(model.base_model, "starting_weights", None)  # of methods for class texts
+        if starting is not None:
+            start = {f"base_model.model.{key}": value for key, value in starting(name).items()}
+            between: Any = copy.deepcopy(model)
+            between.set_adapter(name)
+            self._model: nn.Module = between.requires_grad_(False).eval()
+            self._ends = {
+                key: (start[key].to(value), value.clone())
+                for key, value in _state(between).items()
+                if key in start and value.is_floating_point()
+            }
+            return
         base = _base_of(copy.deepcopy(model))
         adapted = copy.deepcopy(model)
         adapted.set_adapter(name)
@@ -78,6 +95,10 @@ class Interpolation:
         """
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
             raise ValueError(f"alpha is {alpha!r}: must be a number from 0 to 1.")
+        if isinstance(self._model, PeftModel):
+            tuner: Any = self._model.base_model
+            tuner.enable_adapter_layers() if alpha else tuner.disable_adapter_layers()
+            self._model.requires_grad_(False)
         state = _state(self._model)
         for key, (base, adapted) in self._ends.items():
             state[key].copy_(_between(base, adapted, alpha))
@@ -85,15 +106,15 @@ class Interpolation:
 
 
 def interpolate(model: PeftModel, alpha: float, adapter_name: str | None = None) -> nn.Module:
-    """A plain model with the weights `base + alpha * (adapted - base)`; see `Interpolation`, which serves many alphas.
+    """A model with the weights `base + alpha * (adapted - base)`; see `Interpolation`, which serves many alphas.
 
     Args:
-        model: with an adapter that can be merged. It is not changed.
+        model: with an adapter that can be merged, or one for class texts. It is not changed.
         alpha: from 0, the backbone, to 1, the merged model.
         adapter_name: which adapter; the active one by default.
 
     Returns:
-        A new model in eval mode, of the backbone's class.
+        A new model in eval mode, of the backbone's class; with an adapter for class texts, it has this adapter.
 
     Raises:
         TypeError: as of `Interpolation`.

@@ -4,12 +4,14 @@ import json
 from types import SimpleNamespace
 
 import few_shot
+import few_shot_runs
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from draws import draw, halves, text_names
 from dual_encoders import saved
+from few_shot_features import PENALTY, linear_probe
 from few_shot_flags import epochs_by_shots
 from PIL import Image
 from recipe_runs import RECIPES, accuracy_by_hand, fails
@@ -19,7 +21,7 @@ import hf_visual_peft
 
 
 CLASSES = {"big_cat": (200, 0, 0), "dog": (0, 200, 0), "pie": (0, 0, 200), "sea": (90, 90, 90)}
-METHODS = ["clap", "tip_adapter", "cocoop", "clip_lora", "vpt"]  # one of each kind of run
+METHODS = ["clap", "tip_adapter", "cocoop", "clip_lora", "vpt", "two_sfs", "maple"]  # one of each kind of run
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +90,53 @@ def test_siglip_learns_from_a_folder_and_is_loaded_again(shoot, pictures, capsys
 @pytest.mark.parametrize("method", METHODS)
 def test_every_kind_of_method(shoot, method):
     flags = ["--shots", 1, "--seeds", 1, "--max_train_steps", 1, "--split", "base"]
-    flags += {"cocoop": ["--init_text", "ab"], "vpt": ["--num_virtual_tokens", 2]}.get(method, [])
+    flags += {"cocoop": ["--init_text", "ab"], "vpt": ["--num_virtual_tokens", 2], "maple": ["--init_text", "ab"]}.get(
+        method, []
+    )
     output, results = shoot(*flags, method=method).__dict__.values()
     (row,) = [row for row in results["results"] if row["method"] == method]
     assert set(row) >= {"base", "new", "harmonic_mean"}
     model = hf_visual_peft.load_classifier(str(output / "shots_1_seed_1"))
     assert model.base_model.model.class_names == list(CLASSES)[:2]
-    assert (output / "features").exists() == (method not in ("clip_lora", "vpt"))
+    assert (output / "features").exists() == (method not in ("clip_lora", "vpt", "two_sfs", "maple"))
+
+
+@pytest.mark.parametrize(("views", "steps"), [([], [6, 4]), (["--horizontal_flip", 0.5], [6, 4])])
+def test_two_stages_share_the_steps(shoot, monkeypatch, views, steps):
+    ran, inputs = [], []
+    run = few_shot_runs.FewShotTraining.run
+
+    def spy(training):
+        ran.append(training.max_steps)
+        run(training)
+        inputs.append(set(training.batch))
+
+    monkeypatch.setattr(few_shot_runs.FewShotTraining, "run", spy)
+    output, _ = shoot("--shots", 2, "--seeds", 1, "--steps_per_shot", 5, *views, method="two_sfs").__dict__.values()
+    assert ran == steps
+    # where images never change, the second stage reads each of them once
+    assert inputs == [{"pixel_values"}, {"pixel_values"} if views else {"image_features"}]
+    model = hf_visual_peft.load_classifier(str(output / "shots_2_seed_1"))
+    assert model.peft_config["default"].stage == 2
+
+
+@pytest.mark.parametrize("method", ["wise_ft", "clip_lora"])
+def test_weights_between_are_measured(shoot, pictures, method):
+    flags = ["--shots", 2, "--seeds", 1, "--max_train_steps", 2, "--learning_rate", 1e-2, "--interpolate", 0, 0.5, 1]
+    output, results = shoot(*flags, "--test_dir", pictures, method=method).__dict__.values()
+    rows = {row["method"]: row.get("accuracy") for row in results["results"]}
+    assert list(rows)[2:] == [method, *(f"{method}, alpha {alpha}" for alpha in ("0", "0.5", "1"))]
+    assert rows[f"{method}, alpha 0"] == rows["zero-shot"]
+    assert rows[f"{method}, alpha 1"] == rows[method]
+    model = hf_visual_peft.load_classifier(str(output / "shots_2_seed_1"))
+    half = hf_visual_peft.interpolate(model, 0.5)
+    processor = AutoImageProcessor.from_pretrained(output / "shots_2_seed_1")
+    assert rows[f"{method}, alpha 0.5"] == pytest.approx(accuracy_by_hand(half, pictures, processor, list(CLASSES)))
+
+
+def test_nothing_trains_where_nothing_lies_between(shoot):
+    with pytest.raises(ValueError, match="CoOpConfig starts from random weights"):
+        shoot("--shots", 1, "--seeds", 1, "--interpolate", 0.5, method="coop")
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (RECIPES / "configs" / "few_shot").glob("*.yaml")))
@@ -143,9 +185,9 @@ def test_linear_probe_is_logistic_regression():
     generator = torch.Generator().manual_seed(0)
     features = torch.nn.functional.normalize(torch.randn(30, 6, generator=generator), dim=-1)
     labels = torch.arange(30) % 3
-    weight = few_shot.linear_probe(features, labels, 3).requires_grad_()
+    weight = linear_probe(features, labels, 3).requires_grad_()
     logits = torch.cat([features, torch.ones(30, 1)], 1).double() @ weight
-    penalty = weight[:-1].square().sum() / (2 * few_shot.PENALTY)
+    penalty = weight[:-1].square().sum() / (2 * PENALTY)
     (gradient,) = torch.autograd.grad(
         torch.nn.functional.cross_entropy(logits, labels, reduction="sum") + penalty, weight
     )
@@ -168,6 +210,7 @@ def test_linear_probe_is_logistic_regression():
         (["--method", "coop", "--epochs_by_shots", "one"], "write SHOTS=EPOCHS"),
         (["--method", "coop", "--steps_per_shot", "5", "--max_train_steps", "5"], "Give one of"),
         (["--method", "coop", "--position", "left"], "position"),
+        (["--method", "flyp", "--interpolate", "1.5"], "must be from 0 to 1"),
     ],
 )
 def test_wrong_flags(shoot, capsys, flags, message):

@@ -87,6 +87,10 @@ class CLAPConfig(SupportConfig):
         super().__post_init__()
         self._require_choice("constrained", (True, False))
 
+    def starts_from_texts(self) -> bool:
+        """Always: the features are those of the texts."""
+        return True
+
     def build(self, classifier: ZeroShotClassifier) -> ConstrainedProbe:
         """A feature for each class."""
         assert self.class_names is not None

@@ -75,6 +75,10 @@ class CoCoOpConfig(CoOpConfig):
         self._require_integer("reduction", 1)
         self._require_unset("class_specific", "as the vectors depend on the image instead")
 
+    def starts_from_texts(self) -> bool:
+        """Never: its network starts at random."""
+        return False
+
     def equation(self, classifier: ZeroShotClassifier, vectors: Tensor) -> LanguageEquation:
         """The equation with these vectors."""
         assert self.class_names is not None

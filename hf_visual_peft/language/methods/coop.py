@@ -95,6 +95,10 @@ class CoOpConfig(LanguageConfig):
         self._require_choice("class_specific", (True, False))
         self._require_choice("position", POSITIONS)
 
+    def starts_from_texts(self) -> bool:
+        """If its vectors start as words."""
+        return self.init_text is not None
+
     def build(self, classifier: ZeroShotClassifier) -> LanguageEquation:
         """The vectors, and a check that every text is short enough."""
         vectors = self.start(classifier)

@@ -73,6 +73,10 @@ class CrossModalConfig(LanguageConfig):
     batch; here all classes are in each, which is its mean.
     """
 
+    def starts_from_texts(self) -> bool:
+        """Always: the linear is that of the texts."""
+        return True
+
     def build(self, classifier: ZeroShotClassifier) -> LanguageEquation:
         """The linear."""
         assert self.class_names is not None

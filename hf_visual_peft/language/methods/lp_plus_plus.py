@@ -125,6 +125,10 @@ class LPPlusPlusConfig(SupportConfig):
         self._require_integer("steps", 0)
         self._require_number("momentum", 0.0, below=1.0)
 
+    def starts_from_texts(self) -> bool:
+        """Always: there is nothing beside the texts at first."""
+        return True
+
     def build(self, classifier: ZeroShotClassifier) -> BlendedProbe:
         """The zero-shot classifier."""
         assert self.class_names is not None

@@ -109,6 +109,10 @@ class PLOTConfig(CoOpConfig):
         self._require_integer("num_prompts", 1)
         self._require_unset("class_specific", "as the texts of a class are several already")
 
+    def starts_from_texts(self) -> bool:
+        """Never: it compares patches."""
+        return False
+
     def equation(self, classifier: ZeroShotClassifier, vectors: Tensor) -> LanguageEquation:
         """The vectors of all texts."""
         assert self.class_names is not None

@@ -68,6 +68,10 @@ class TaskResConfig(LanguageConfig):
         super().__post_init__()
         self._require_number("scale", 1e-6)
 
+    def starts_from_texts(self) -> bool:
+        """Always: nothing is added at first."""
+        return True
+
     def build(self, classifier: ZeroShotClassifier) -> LanguageEquation:
         """A residual for each class."""
         assert self.class_names is not None

@@ -80,6 +80,10 @@ class TCPConfig(KgCoOpConfig):
         self._require_integer("hidden", 1)
         self._require_unset("class_specific", "as the network makes vectors of each class")
 
+    def starts_from_texts(self) -> bool:
+        """Never: its network starts at random."""
+        return False
+
     def equation(self, classifier: ZeroShotClassifier, vectors: Tensor) -> LanguageEquation:
         """The equation with these vectors."""
         assert self.class_names is not None
