@@ -69,7 +69,8 @@ class StoredClasses(AdapterSlot):
 
     def forward(self, view: View) -> Outcome:
         """The logits of the linear."""
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
         if list(view.names) != self.names:
             scale, added = view.classifier.towers.scale()
             text = scale * normalised(view.raw_text if self.raw else view.text)

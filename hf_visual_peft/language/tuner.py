@@ -140,7 +140,8 @@ class LanguageTuner(OwnConfigs):
     def _check_merge_allowed(self) -> None:
         for module in self.model.modules():
             if isinstance(module, LanguageLayer) and not module.merged:
-                for name in [name for name in module.active_adapters if name in module.equations]:
+                active: Any = module.active_adapters
+                for name in [name for name in active if name in module.equations]:
                     module.linear_of(name)
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:

@@ -53,7 +53,7 @@ def parameter_groups(
     if not trainable:
         raise ValueError(f"{type(model).__name__} has no parameter that trains.")
     decays = [parameter.ndim > 1 and id(parameter) not in kept for parameter in trainable]
-    groups = (
+    groups: Sequence[dict[str, Any]] = (
         {"params": [p for p, decay in zip(trainable, decays, strict=True) if decay], "weight_decay": weight_decay},
         {"params": [p for p, decay in zip(trainable, decays, strict=True) if not decay], "weight_decay": 0.0},
     )
