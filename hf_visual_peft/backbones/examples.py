@@ -92,7 +92,7 @@ def inputs_for(twin: nn.Module, example: Any) -> Iterator[tuple[tuple, dict[str,
         pixels = torch.randn(shape, generator=generator).to(**made)
         yield ((), {named: pixels}) if named else ((pixels,), {})
     for beside in _beside(twin, shapes[0], made) if named else ():
-        if beside:
+        if named and beside:
             yield (), {named: torch.randn(shapes[0], generator=generator).to(**made), **beside}
     for shape in _patches(twin):
         pixels = torch.randn(shape, generator=generator).to(**made)
