@@ -44,5 +44,11 @@ def not_built() -> str:
             "either. How its four sets of image tokens meet the texts, and the lengths of its two stages, could",
             "not be verified. `PLOTConfig` has PLOT itself, on transformers too.",
             "",
+            "Not built yet, though their code is known: the prompt pool of LPT",
+            "([arXiv 2210.01033](https://arxiv.org/abs/2210.01033)), eTT",
+            "([arXiv 2301.02419](https://arxiv.org/abs/2301.02419)), DAM-VP",
+            "([arXiv 2303.08138](https://arxiv.org/abs/2303.08138)), and BlackVIP",
+            "([arXiv 2303.14773](https://arxiv.org/abs/2303.14773)).",
+            "",
         ]
     )
