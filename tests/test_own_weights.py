@@ -150,9 +150,10 @@ def test_wise_ft_is_training_of_image_tower_and_head(base, family):
         torch.testing.assert_close(parameter.grad, found[name].grad, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("loss_of", ["pretraining", "softmax", "sigmoid"])
 @pytest.mark.parametrize("soft", [True, False])
-def test_flyp_has_the_loss_of_pretraining(base, family, soft):
-    model = shaken(get_peft_model(base, hf_visual_peft.FLYPConfig(soft_targets=soft))).train()
+def test_flyp_has_the_loss_of_pretraining(base, family, soft, loss_of):
+    model = shaken(get_peft_model(base, hf_visual_peft.FLYPConfig(soft_targets=soft, loss=loss_of))).train()
     equation = equation_of(model)
     labels = torch.tensor([2, 0, 2])
     output = model(**images(family), labels=labels)
@@ -165,7 +166,10 @@ def test_flyp_has_the_loss_of_pretraining(base, family, soft):
     torch.testing.assert_close(output.logits, every, atol=1e-4, rtol=1e-4)
     table = every[:, labels]  # images and the texts of the batch
     rows, columns = table.log_softmax(1), table.log_softmax(0)
-    if soft:
+    if loss_of == "sigmoid" or (loss_of == "pretraining" and family == "siglip"):
+        right = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 1]]) if soft else torch.eye(3)
+        loss = F.binary_cross_entropy_with_logits(table, right.to(table), reduction="sum") / 3
+    elif soft:
         loss = -(rows[1, 1] + rows[[0, 0, 2, 2], [0, 2, 0, 2]].sum() / 2) / 3
         loss = (loss - (columns[1, 1] + columns[[0, 0, 2, 2], [0, 2, 0, 2]].sum() / 2) / 3) / 2
     else:

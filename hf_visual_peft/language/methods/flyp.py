@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -23,17 +23,20 @@ class FineTuned(LanguageEquation):
     """The whole dual encoder, trained with the loss of its pretraining.
 
         S_ij = scale cos(I(image_i), T(text of label j)) over the batch,
-        loss = (cross entropy of S's rows + of its columns) / 2, targets [label_i = label_j], divided by their sum
+        softmax: loss = (cross entropy of S's rows + of its columns) / 2, targets [label_i = label_j], divided by their
+        sum; sigmoid: loss = -sum_ij log sigmoid(y_ij (S_ij + bias)) / images, y_ij = 1 if label_i = label_j, else -1
 
     Args:
         weights: of the dual encoder.
-        soft: whether pairs of one class share the target; False: only the own text counts, as in the authors' code.
+        soft: whether texts of the same class are right, too; False: only the own text, as in the authors' code.
+        sigmoid: whether each pair is a decision of its own, as in SigLIP's pretraining.
     """
 
-    def __init__(self, weights: OwnWeights, soft: bool) -> None:
+    def __init__(self, weights: OwnWeights, soft: bool, sigmoid: bool) -> None:
         super().__init__()
         self.weights = weights
         self.soft = soft
+        self.sigmoid = sigmoid
 
     def forward(self, view: View) -> Outcome:
         """The logits of the tuned encoder; in training by one template for each class."""
@@ -55,8 +58,10 @@ class FineTuned(LanguageEquation):
         if trains and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             image, labels = _of_all_processes(image), _of_all_processes(labels)
         logits = self._compare(view, image, outcome.text)[:, labels]
-        same = (labels[:, None] == labels).to(logits)
-        targets = same / same.sum(1, keepdim=True) if self.soft else torch.eye(len(labels)).to(logits)
+        same = (labels[:, None] == labels).to(logits) if self.soft else torch.eye(len(labels)).to(logits)
+        if self.sigmoid:
+            return -F.logsigmoid((2 * same - 1) * logits).sum() / len(labels)
+        targets = same / same.sum(1, keepdim=True)
         return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
@@ -93,17 +98,25 @@ class FLYPConfig(LanguageConfig):
     has its own copy of all weights, so that the dual encoder stays as it was, and
     `hf_visual_peft.interpolate(model, 0.5)` takes the weights between both, as in WiSE-FT.
 
+    The authors have CLIP alone. SigLIP's pretraining decides about each pair of image and text by itself (arXiv
+    2303.15343, equation 1), and so does this method on dual encoders that have a bias for it.
+
     Args:
         soft_targets: False: as in the authors' code.
+        loss: `"softmax"` as CLIP, `"sigmoid"` as SigLIP, or `"pretraining"`: by whether the encoder has a logit bias.
     """
 
     soft_targets: bool = field(default=True, metadata={"help": "Images of one class share the target."})
+    loss: Literal["pretraining", "softmax", "sigmoid"] = field(
+        default="pretraining", metadata={"help": "Contrast over the batch, or a decision for each pair."}
+    )
 
     needs_images: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_choice("soft_targets", (True, False))
+        self._require_choice("loss", ("pretraining", "softmax", "sigmoid"))
 
     def starts_from_texts(self) -> bool:
         """Always: the weights are those of the dual encoder."""
@@ -112,4 +125,6 @@ class FLYPConfig(LanguageConfig):
     def build(self, classifier: ZeroShotClassifier) -> LanguageEquation:
         """A copy of all weights."""
         names = [name for name, _ in classifier.encoder.named_parameters()]
-        return FineTuned(OwnWeights(classifier.encoder, names), self.soft_targets)
+        biased = classifier.towers.scale()[1] is not None
+        sigmoid = self.loss == "sigmoid" or (self.loss == "pretraining" and biased)
+        return FineTuned(OwnWeights(classifier.encoder, names), self.soft_targets, sigmoid)
