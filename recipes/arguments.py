@@ -152,7 +152,8 @@ def method_config(method: str) -> tuple[type[PeftConfig] | None, dict[str, Any]]
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The beginning of a message about a word that is not known; empty if no known one is close."""
-    close = difflib.get_close_matches(word, list(known), 2)
+    by_name = {each.lstrip("-"): each for each in known}  # dashes, which all flags have, make none alike
+    close = [by_name[name] for name in difflib.get_close_matches(word.lstrip("-"), list(by_name), 2)]
     return f"Did you mean {' or '.join(close)}? " if close else ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import re
@@ -62,7 +63,7 @@ class MyViT(nn.Module):
 
 
 def test_the_example_describes_the_model_that_it_names(monkeypatch):
-    monkeypatch.setattr(table, "_ARCHITECTURES", dict(table._ARCHITECTURES))
+    monkeypatch.setattr(table, "_ARCHITECTURES", copy.deepcopy(table._ARCHITECTURES))
     example = re.search(
         r"^ {4}register_architecture\(.*?^ {4}\)", inspect.getdoc(Architecture), re.DOTALL | re.MULTILINE
     )

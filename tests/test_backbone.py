@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import pickle
 
@@ -19,7 +20,7 @@ from hf_visual_peft.backbones.backbone import BLOCK_ROLES
 @pytest.fixture
 def _tables(monkeypatch):
     """Tables registered in a test are gone after it."""
-    monkeypatch.setattr("hf_visual_peft.backbones.architectures.table._ARCHITECTURES", dict(_ARCHITECTURES))
+    monkeypatch.setattr("hf_visual_peft.backbones.architectures.table._ARCHITECTURES", copy.deepcopy(_ARCHITECTURES))
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)

@@ -51,7 +51,7 @@ def test_two_candidates_for_a_role(role, monkeypatch):
     model = MODELS["swin"].model()
     other = "mlp.fc1" if role != "norm1" else "layernorm_after"
     table = replace(architecture_of(model.swin), **{role: (SWIN_ROLES[role], other)})
-    monkeypatch.setitem(tables._ARCHITECTURES, "SwinModel", table)
+    monkeypatch.setitem(tables._ARCHITECTURES["vision"], "SwinModel", table)
     path = "swin.encoder.layers.0.blocks.0"
     with pytest.raises(
         BackboneError,

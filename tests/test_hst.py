@@ -248,7 +248,7 @@ def test_what_does_not_fit():
         ({"num_heads": (2, 4)}, r"num_heads is \(2, 4\): must be one number for each of the 4 dims"),
         ({"num_heads": (2, 5, 8, 12)}, r"num_heads is \(2, 5, 8, 12\): must be numbers that divide the dims"),
         ({"mlp_ratio": 0.0}, r"mlp_ratio is 0\.0: must be a finite number of at least"),
-        ({"num_virtual_tokens": 0}, r"num_virtual_tokens is 0: must be an integer of at least 1"),
+        ({"num_virtual_tokens": 0}, r"num_virtual_tokens is 0: must be an integer from 1 to 10000"),
         ({"drop_path": 1.0}, r"drop_path is 1\.0: must be a finite number of at least 0 and less than 1"),
     ],
 )

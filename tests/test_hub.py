@@ -642,8 +642,8 @@ def test_commands_refuse_before_anything_is_sent(hub, client, tmp_path):
     for words, told in (
         (["push", "tester/refused", tmp_path / "local" / "vpt"], "which is not on the Hub"),
         (["push", "tester/refused", tmp_path / "full"], "no adapter_config.json"),
-        (["push", "tester/refused", f"../x={tmp_path / 'fine' / 'ssf'}"], "no name of a sub-folder"),
-        (["push", "tester/refused", f"a b={tmp_path / 'fine' / 'ssf'}"], "no name of a sub-folder"),
+        (["push", "tester/refused", f"../x={tmp_path / 'fine' / 'ssf'}"], "not a name of a sub-folder"),
+        (["push", "tester/refused", f"a b={tmp_path / 'fine' / 'ssf'}"], "not a name of a sub-folder"),
         (["push", "tester/refused", ours, same], "both named 'ssf'"),
         (["push", "tester/refused", tmp_path / "fine" / "ssf", "--base_model", "/a/b"], "no model id"),
         (["pull", "tester/missing", "--output_dir", tmp_path / "new"], "no repository tester/missing"),

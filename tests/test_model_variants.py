@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -323,7 +324,7 @@ class ListedTower(nn.Module):
 def _tables(monkeypatch):
     from hf_visual_peft.backbones.architectures.table import _ARCHITECTURES
 
-    monkeypatch.setattr("hf_visual_peft.backbones.architectures.table._ARCHITECTURES", dict(_ARCHITECTURES))
+    monkeypatch.setattr("hf_visual_peft.backbones.architectures.table._ARCHITECTURES", copy.deepcopy(_ARCHITECTURES))
     fused = dict.fromkeys(("query", "key", "value"), ("qkv",))
     table = hvp.Architecture(
         backbones=("ListedTower",), blocks="layers", patch_embedding="embed", embeddings="embed", prefix_tokens=(),

@@ -50,6 +50,7 @@ OUTSIDE = {
     "restuning",
     "sherl",
     "sidetuning",
+    "sparsetuning",
     "unipt",
     "vitadapter",
     "vqt",

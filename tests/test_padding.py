@@ -15,6 +15,7 @@ FAMILY = FAMILIES["siglip2"]
 REFUSED = {  # they need images, or images of one size
     *("aim", "attnscale", "hst", "sidetuning", "stadapter", "vitadapter"),
     *("autovp", "evppixel", "ilmvp", "lorvp", "vapt", "vp", "evp", "convlora"),
+    *("davpt", "sparsetuning"),  # they read CLS, or take tokens out of the stream
 }
 METHODS = {name: method.config_cls for name, method in hf_visual_peft.list_methods().items() if name not in REFUSED}
 

@@ -44,7 +44,7 @@ TEXT |= {"intermediate_size": 16, "vocab_size": 64, "head_dim": 8}
 @pytest.fixture
 def _restored(monkeypatch):
     """Whatever a test registers is gone after it."""
-    monkeypatch.setattr(table, "_ARCHITECTURES", dict(table._ARCHITECTURES))
+    monkeypatch.setattr(table, "_ARCHITECTURES", copy.deepcopy(table._ARCHITECTURES))
 
 
 def trained(model: nn.Module) -> set[str]:
@@ -218,7 +218,7 @@ def test_entries_of_peft_and_of_users_come_first(config, mapping, monkeypatch):
 
 @pytest.mark.usefixtures("_restored")
 def test_a_new_table_brings_new_targets():
-    vit = table._ARCHITECTURES["ViTModel"]
+    vit = table._ARCHITECTURES["vision"]["ViTModel"]
     register_architecture(replace(vit, query=("attention.o_proj",), value=("attention.o_proj",)))
     assert get_peft_model(FAMILIES["vit"].model(), LoraConfig()).peft_config["default"].target_modules == {"o_proj"}
     register_architecture(replace(vit, query=(), key=(), value=(), fc1=(), fc2=()))

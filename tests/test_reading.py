@@ -73,7 +73,7 @@ def _methods(*without):
     return [method for method in methods if not method.video and not method.calibrated]
 
 
-@pytest.mark.parametrize("method", _methods("linearprobe", "vqt"), ids=lambda method: method.name)
+@pytest.mark.parametrize("method", _methods("linearprobe", "vqt", "sparsetuning"), ids=lambda method: method.name)
 def test_no_method_leaves_dead_weights_behind_what_is_read(method):
     config = dataclasses.replace(small_config(method), modules_to_save=["multi_modal_projector"])
     if method.name == "kadaptation":

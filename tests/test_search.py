@@ -289,7 +289,7 @@ def test_yaml_that_is_not_valid_is_named(tmp_path):
         (part(deep=False), "depend on which other blocks have it"),
         (part(biases=True), "outside of the blocks"),
         (part(method="fact", sizes={"r": [1, 2]}), "part fact: its blocks share weights"),
-        (part(method="lst", sizes={"r": [2, 4]}), "are no parts of those with r=4"),
+        (part(method="lst", sizes={"r": [2, 4]}), "are not parts of those with r=4"),
     ],
 )
 def test_spaces_whose_subnets_are_no_parts_are_refused(space, message):

@@ -205,7 +205,7 @@ def test_counts_are_of_what_is_shared_once():
 
 @pytest.fixture
 def _own_architecture(monkeypatch):
-    monkeypatch.setitem(_ARCHITECTURES, "OwnViT", OWN)
+    monkeypatch.setitem(_ARCHITECTURES["vision"], "OwnViT", OWN)
 
 
 @pytest.mark.usefixtures("_own_architecture")

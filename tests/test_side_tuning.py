@@ -153,8 +153,8 @@ def test_count(channels, depth, merge):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"channels": 0}, "SideTuningConfig.channels is 0: must be an integer of at least 1"),
-        ({"depth": 2.0}, r"SideTuningConfig.depth is 2.0: must be an integer of at least 1"),
+        ({"channels": 0}, "SideTuningConfig.channels is 0: must be an integer from 1 to"),
+        ({"depth": 2.0}, r"SideTuningConfig.depth is 2.0: must be an integer from 1 to"),
         ({"merge": "concat"}, "SideTuningConfig.merge is 'concat': must be one of 'alpha', 'half'"),
     ],
 )

@@ -307,7 +307,6 @@ def test_mixed_batches_are_refused():
         ({"keep": 1.2}, "SparseTuningConfig.keep is 1.2"),
         ({"keep": float("nan")}, "SparseTuningConfig.keep is nan"),
         ({"groups": 0}, "SparseTuningConfig.groups is 0"),
-        ({"groups": 4}, r"groups is 4: must be an integer from 1 to 3 \(the number of blocks\)"),
         ({"r": 17}, r"r is 17: must be an integer from 1 to 16 \(the backbone's width\)"),
         ({"inner": 5}, r"inner is 5: must be an integer from 1 to 4 \(r\)"),
         ({"merge": "yes"}, "merge is 'yes': must be one of True, False"),

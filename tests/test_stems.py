@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -47,7 +49,7 @@ class Layer(nn.Module):
 def _tables(monkeypatch):
     from hf_visual_peft.backbones.architectures import table
 
-    monkeypatch.setattr(table, "_ARCHITECTURES", dict(table._ARCHITECTURES))
+    monkeypatch.setattr(table, "_ARCHITECTURES", copy.deepcopy(table._ARCHITECTURES))
     fused = dict.fromkeys(("query", "key", "value"), ("qkv",))
     hf_visual_peft.register_architecture(
         Architecture(

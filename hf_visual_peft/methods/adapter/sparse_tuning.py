@@ -123,7 +123,7 @@ class SparseTuningConfig(VisualPeftConfig):
         r: width of the bottleneck.
         inner: width of the narrower map in it.
         keep: share of patches that stay in the stream, each time.
-        groups: number of groups of blocks, of all the backbone's; 1 keeps all tokens.
+        groups: number of groups of blocks, of all the backbone's; at most one for each block. 1 keeps all tokens.
         merge: whether the patches that leave are merged into one token, as in the paper; else they are dropped.
     """
 
@@ -151,8 +151,8 @@ class SparseTuningConfig(VisualPeftConfig):
                 f"{type(self).__name__} does not fit {backbone.class_name}: its blocks form stages of several widths, "
                 "between which its own tokens are merged. Set groups=1, with which no others leave the stream."
             )
-        self._require_integer("groups", 1, backbone.depth, "the number of blocks")
-        starts = [number * backbone.depth // self.groups for number in range(self.groups)]
+        groups = min(self.groups, backbone.depth)
+        starts = [number * backbone.depth // groups for number in range(groups)]
         group_of = [sum(block.index >= start for start in starts) for block in backbone.blocks]
         for block, before, group, after in zip(
             backbone.blocks, (0, *group_of), group_of, (*group_of[1:], 0), strict=False
