@@ -645,7 +645,7 @@ def test_commands_refuse_before_anything_is_sent(hub, client, tmp_path):
         (["push", "tester/refused", f"../x={tmp_path / 'fine' / 'ssf'}"], "not a name of a sub-folder"),
         (["push", "tester/refused", f"a b={tmp_path / 'fine' / 'ssf'}"], "not a name of a sub-folder"),
         (["push", "tester/refused", ours, same], "both named 'ssf'"),
-        (["push", "tester/refused", tmp_path / "fine" / "ssf", "--base_model", "/a/b"], "no model id"),
+        (["push", "tester/refused", tmp_path / "fine" / "ssf", "--base_model", "/a/b"], "not a model id"),
         (["pull", "tester/missing", "--output_dir", tmp_path / "new"], "no repository tester/missing"),
         (["pull", BASE, "--output_dir", tmp_path / "new"], "holds no adapter"),
         (["pull", BASE, "birds", "--output_dir", tmp_path / "new"], "no adapter birds"),
