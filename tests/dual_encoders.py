@@ -9,9 +9,10 @@ from importlib.resources import files
 import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch.utils.data import default_collate
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
-from hf_visual_peft import ZeroShotClassifier
+from hf_visual_peft import FeatureCache, ZeroShotClassifier
 
 
 NAMES = ["cat", "big_dog", "apple pie", "sea"]
@@ -157,3 +158,27 @@ def images(family: str, count: int = 3) -> dict[str, torch.Tensor]:
         pixels = torch.randn(count, 4, 3 * 8 * 8, generator=generator)
         return {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes}
     return {"pixel_values": torch.randn(count, 3, SIZE, SIZE, generator=generator)}
+
+
+def assert_learns_from_cache(model, family: str, folder) -> list[torch.Tensor]:
+    """Logits and gradients from cached features are those from images, and the image tower does not run for them.
+
+    Returns those from images.
+    """
+    rows = [{"pixel_values": pixels, "labels": index} for index, pixels in enumerate(images(family)["pixel_values"])]
+    cached = FeatureCache(model, folder).cached([rows], key=["images"])
+    calls: list[int] = []
+    embeddings = model.get_base_model().encoder.vision_model.embeddings
+    handle = embeddings.register_forward_hook(lambda *_: calls.append(1))
+    found = []
+    for samples, collate in ((rows, default_collate), (cached, cached.collate)):
+        model.zero_grad()
+        calls.clear()
+        output = model(**collate([samples[index] for index in range(3)]))
+        output.loss.backward()
+        found.append([output.logits, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert not calls
+    handle.remove()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-4)
+    return found[0]

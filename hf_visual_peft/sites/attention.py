@@ -32,6 +32,10 @@ _ACTS = "_attention_acts"
 Pair = tuple[Tensor, Tensor]  # keys and values
 
 
+def _nothing(*args: Any) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Acts:
     """What to do where queries meet keys; all functions are called in every forward.
@@ -51,11 +55,7 @@ class Acts:
     keep: Callable[[Tensor, Tensor], None]
     instead: Callable[[], Pair | None]
     beside: Callable[[], Sequence[Pair]] = tuple  # none
-    weigh: Callable[[Callable[[int | None], Tensor]], None] = lambda weights: None
-
-
-def _nothing(*args: Any) -> None:
-    return None
+    weigh: Callable[[Callable[[int | None], Tensor]], None] = _nothing
 
 
 NO_ACTS = Acts(_nothing, _nothing, _nothing, _nothing)
