@@ -8,11 +8,23 @@ from html.parser import HTMLParser
 import datasets
 import numpy as np
 import pytest
+import torch
+from peft import PeftModel, get_peft_model
 from PIL import Image
+from transformers import (
+    SwinConfig,
+    SwinForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+)
 
+from hf_visual_peft import AdaptFormerConfig, LSTConfig, VPTConfig
 from hf_visual_peft.cli.main import main
+from hf_visual_peft.report.attention import DARKEST, attention_maps
 from hf_visual_peft.report.charts import MOST_CLASSES, all_charts, hardest, matrix
 from hf_visual_peft.report.reading import read_results
+from hf_visual_peft.report.rollout import rollout
 
 
 METHODS = ("ssf", "vpt", "bitfit")
@@ -194,6 +206,96 @@ def test_pictures_are_those_on_which_methods_differ(made, tmp_path):
         f"{index}.png" for index in range(20) if (guesses[:, index] != state["data"]["labels"][index]).any()
     }
     assert len(named & differ) == min(len(differ), len(named))
+
+
+def with_adapters(folder, base, *configs):
+    """A comparison of 20 images whose runs have adapters, each of a head of its own."""
+    state = comparison(folder, images=20)
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(255, size=(48, 64, 3), dtype=np.uint8)) for _ in range(20)]
+    whole = datasets.Dataset.from_dict({"image": images, "label": state["data"]["labels"]})
+    datasets.DatasetDict({"test": whole}).save_to_disk(folder / "data")
+    base.save_pretrained(folder / "base")
+    state["model"] = str(folder / "base")
+    for method, config in zip(METHODS, configs, strict=False):
+        model = get_peft_model(
+            type(base).from_pretrained(folder / "base", num_labels=4, ignore_mismatched_sizes=True), config
+        )
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.3)
+        state["rows"][method]["runs"][0]["folder"] = f"runs/{method}"
+        model.save_pretrained(folder / "runs" / method)
+        ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder / "runs" / method)
+    (folder / "comparison.json").write_text(json.dumps(state))
+    return images
+
+
+def small_vit():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+    return ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=8, initializer_range=0.5))
+
+
+def test_maps_are_those_of_the_best_adapter_and_its_base(made, tmp_path):
+    folder = tmp_path / "one"
+    images = with_adapters(folder, small_vit(), VPTConfig(num_virtual_tokens=3), AdaptFormerConfig(r=4))
+    results = read_results([folder])
+    maps = attention_maps(results.results, images[:2], 32)
+    assert (maps.method, maps.reason, maps.same) == ("ssf", "", False)
+    pixels = ViTImageProcessorPil(size={"height": 32, "width": 32})(images[:2], return_tensors="pt")["pixel_values"]
+    base = ViTForImageClassification.from_pretrained(folder / "base").eval()
+    shares = [rollout(base, {"pixel_values": pixels})]
+    shares.append(rollout(PeftModel.from_pretrained(base, str(folder / "runs" / "ssf")), {"pixel_values": pixels}))
+    for number, pair in enumerate(maps.pairs):
+        seen = np.asarray(images[number].resize((32, 32), Image.Resampling.BILINEAR), dtype=float)
+        for share, drawn in zip(shares, pair, strict=True):
+            bright = (np.asarray(drawn) / np.maximum(seen, 1)).clip(0, 1).mean(-1).reshape(4, 8, 4, 8).mean((1, 3))
+            # the brightness of a patch follows its share, from dark to full
+            assert np.corrcoef(bright.ravel(), share[number].ravel())[0, 1] > 0.95
+            assert bright.min() < DARKEST + 0.25
+            assert bright.max() > 0.6
+    text, page = made(folder)
+    figures = [image["alt"] for image in page.of("img")]
+    assert len(figures) % 3 == 0
+    assert sum(alt.startswith("attention of backbone") for alt in figures) == len(figures) / 3
+    assert sum(alt.startswith("attention of ssf") for alt in figures) == len(figures) / 3
+    assert "changes no attention" not in text
+
+
+def test_a_method_beside_the_backbone_changes_no_attention(made, tmp_path):
+    with_adapters(tmp_path / "one", small_vit(), LSTConfig(r=4))
+    assert "ssf changes no attention" in made(tmp_path / "one")[0]
+
+
+def swin():
+    sizes = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4, "image_size": 32}
+    return SwinForImageClassification(SwinConfig(**sizes, patch_size=2))
+
+
+@pytest.mark.parametrize(
+    ("break_", "message"),
+    [
+        (None, "without softmax attention among all tokens"),
+        ("base", "is not on this machine"),
+        ("runs", "No adapter of these runs is on this machine"),
+        ("runs/ssf/preprocessor_config.json", "is not an image processor"),
+        ("runs/ssf/adapter_model.safetensors", "adapter_model"),
+    ],
+)
+def test_the_page_says_why_it_draws_no_attention(made, tmp_path, break_, message):
+    folder = tmp_path / "one"
+    with_adapters(folder, small_vit() if break_ else swin(), AdaptFormerConfig(r=4))
+    if break_ and (folder / break_).is_dir():
+        (folder / break_).rename(tmp_path / "away")
+    elif break_:
+        (folder / break_).write_text("{")
+    _, page = made(folder)
+    (told,) = [text for text in page.texts if text.startswith("No attention is drawn")]
+    assert message in told
+    assert not any("attention" in image["alt"] for image in page.of("img"))
+    assert page.of("img")
 
 
 def test_30_runs_of_1000_classes_stay_small_and_quick(made, tmp_path):

@@ -11,8 +11,10 @@ from typing import Any
 
 import datasets
 import numpy as np
+from PIL import Image
 
 from ..version import __version__
+from .attention import Maps, attention_maps
 from .charts import all_charts
 from .reading import Result, Results
 
@@ -20,7 +22,7 @@ from .reading import Result, Results
 TEMPLATE = Path(__file__).with_name("page.html")
 VEGA_LITE = "5.20"
 HINT = 'pip install "hf-visual-peft[report]"'
-MOST_PICTURES = 12
+MOST_PICTURES, SIDE = 12, 112
 COLUMNS = {
     "accuracy": "accuracy, %",
     "interval": "95 % interval",
@@ -66,6 +68,7 @@ def page(results: Results, command: str) -> str:
     text = TEMPLATE.read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(text)
     charts = all_charts(results)
+    shown, maps = pictures(results)
     return template.render(
         title=f"Methods on {results.title}",
         command=command,
@@ -79,7 +82,8 @@ def page(results: Results, command: str) -> str:
         # neither can end the element that it stands in
         specs=markupsafe.Markup(json.dumps([chart["spec"] for chart in charts]).replace("<", "\\u003c")),
         library=markupsafe.Markup(library.replace("</script", "<\\/script").replace("<!--", "<\\!--")),
-        pictures=pictures(results),
+        pictures=shown,
+        maps=maps,
     )
 
 
@@ -108,11 +112,14 @@ def row_of(result: Result) -> dict[str, Any]:
     return {"name": result.name, "command": result.command, "source": result.source, "cells": cells}
 
 
-def pictures(results: Results) -> list[dict[str, Any]]:
-    """Thumbnails of the images on which methods differ most, and of those that most of them get wrong."""
+def pictures(results: Results) -> tuple[list[dict[str, Any]], Maps]:
+    """Thumbnails of the images on which methods differ most, and of those that most of them get wrong.
+
+    Each has the maps of attention, if there are any, as `maps`.
+    """
     known = [result for result in results.results if result.predicted]
     if results.folder is None or not known or not results.labels:
-        return []
+        return [], Maps()
     guesses = np.array([result.predicted for result in known])
     wrong = guesses != np.array(results.labels)
     sure = np.array([result.confidence for result in known])
@@ -120,12 +127,12 @@ def pictures(results: Results) -> list[dict[str, Any]]:
     order = np.lexsort((-(wrong * sure).sum(0), -kinds))
     chosen = [int(index) for index in order if wrong[:, index].any()][:MOST_PICTURES]
     data = datasets.load_from_disk(str(results.folder))["test"]
+    images = [data[index]["image"] for index in chosen]
+    maps = attention_maps(known, images, SIDE) if images else Maps()
     found = []
-    for index in chosen:
-        image = data[index]["image"].convert("RGB")
-        image.thumbnail((112, 112))
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=80)
+    for number, (index, image) in enumerate(zip(chosen, images, strict=True)):
+        thumbnail = image.convert("RGB")
+        thumbnail.thumbnail((SIDE, SIDE))
         said: dict[str, list[str]] = {}
         for result in known:
             said.setdefault(results.classes[result.predicted[index]], []).append(result.name)
@@ -134,7 +141,15 @@ def pictures(results: Results) -> list[dict[str, Any]]:
                 "file": results.files[index],
                 "label": results.classes[results.labels[index]],
                 "said": said,
-                "url": f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}",
+                "url": as_url(thumbnail),
+                "maps": [as_url(drawn) for drawn in maps.pairs[number]] if maps.pairs else [],
             }
         )
-    return found
+    return found, maps
+
+
+def as_url(image: Image.Image) -> str:
+    """An image as a part of the page."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

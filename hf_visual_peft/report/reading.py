@@ -36,6 +36,8 @@ class Result:
         curve: steps and accuracy on validation.
         predicted: class of each image, from the first seed.
         confidence: probability of that class.
+        folder: of the run, with its adapter or model; of the first seed.
+        model: checkpoint that the run began with, if it is known.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Result:
     curve: list[tuple[int, float]] = field(default_factory=list)
     predicted: list[int] = field(default_factory=list)
     confidence: list[float] = field(default_factory=list)
+    folder: Path | None = None
+    model: str | None = None
 
     @property
     def accuracy(self) -> float:
@@ -186,6 +190,8 @@ def _of_row(name: str, row: Mapping[str, Any], state: Mapping[str, Any], file: P
         curve=curve,
         predicted=first["predicted"],
         confidence=first["confidence"],
+        folder=file.parent / first["folder"] if "folder" in first else None,
+        model=state.get("model"),
     )
 
 
@@ -215,6 +221,7 @@ def _run(file: Path) -> Results:
         accuracies=[accuracy],
         interval=wilson(accuracy, images) if images else None,
         costs={"trained": trained} | ({"bytes": weights[0].stat().st_size} if weights else {}),
+        folder=file.parent,
     )
     return Results(title=_data_of(words), results=[result])
 

@@ -1,4 +1,4 @@
-"""Attention roll-out (Abnar and Zuidema, arXiv 2005.00928): how much of each patch reaches the output of a backbone."""
+"""Attention roll-out (Abnar and Zuidema, arXiv 2005.00928): how much of each patch reaches a backbone's output."""
 
 from __future__ import annotations
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import io
-import json
 import threading
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from transformers import AutoImageProcessor, TimmWrapperImageProcessor
+from transformers import AutoImageProcessor
 
-from ..sharing.card import PROCESSOR_NAME, TIMM_PROCESSOR
+from ..sharing.card import PROCESSOR_NAME
+from ..sharing.hub import load_processor
 from ..training.images import as_rgb
 from .catalogue import Base, Entry
 from .errors import RequestError
@@ -89,17 +88,8 @@ class Processors:
         text = file.read_text(encoding="utf-8")
         with self.lock:
             if text not in self.known:
-                self.known[text] = _processor(file, text)
+                self.known[text] = load_processor(entry.folder)
             return self.known[text]
-
-
-def _processor(file: Path, text: str) -> Any:
-    try:
-        if json.loads(text).get("image_processor_type") == TIMM_PROCESSOR:
-            return TimmWrapperImageProcessor.from_pretrained(str(file.parent), image_processor_filename=PROCESSOR_NAME)
-        return AutoImageProcessor.from_pretrained(str(file.parent))
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{file} is not an image processor: {error}") from error
 
 
 def pixels_of(image: Image.Image, processor: Any) -> Tensor:

@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, constants, hf_hub_download
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig, PeftModel
+from transformers import AutoImageProcessor, TimmWrapperImageProcessor
 
 from ..core.config import on_saving
 from ..core.labels import record
@@ -251,6 +252,24 @@ def save_processor(processor: Any, folder: str | Path) -> None:
         return
     content = {"image_processor_type": TIMM_PROCESSOR, "pretrained_cfg": processor.data_config}
     write_aside(Path(folder, PROCESSOR_NAME), json.dumps(content, indent=2, sort_keys=True))
+
+
+def load_processor(folder: str | Path) -> Any:
+    """The image processor beside an adapter, as `save_processor` wrote it.
+
+    Args:
+        folder: of the adapter, on this machine.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    file = Path(folder, PROCESSOR_NAME)
+    try:
+        if json.loads(file.read_text(encoding="utf-8")).get("image_processor_type") == TIMM_PROCESSOR:
+            return TimmWrapperImageProcessor.from_pretrained(str(folder), image_processor_filename=PROCESSOR_NAME)
+        return AutoImageProcessor.from_pretrained(str(folder))
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is not an image processor: {error}") from error
 
 
 def _set_base_model(path: Path, base_model: str | None) -> None:
