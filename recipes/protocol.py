@@ -1,22 +1,20 @@
-"""Protocols: what a benchmark trains on, how, and what it may tune, read from YAML and checked against the disk."""
+"""Protocols: what a benchmark trains on, how, and what it may tune, read from YAML."""
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
-from image_folders import some
 
 
 FOLDER = Path(__file__).with_name("protocols")
-LISTS = ("train", "test", "tune_train", "tune_validation")
+PARTS = ("train", "test", "tune_train", "tune_validation")
+SOURCES = ("hub", "folder")
+TASK = {"classes", "group", "config", "image", "label", *SOURCES}
 ALL = "all"  # methods
 
 
@@ -26,8 +24,11 @@ class Protocol:
 
     Attributes:
         name: for people.
-        tasks: number of classes and group of each.
+        tasks: number of classes and group of each, and where its images are: `hub`, a data set of the Hub, or
+            `folder`, with class folders or tables, below that of all data; `config`, `image` and `label` name the
+            configuration and the columns. A task with neither has lists in the folder of its name.
         lists: names of the files with a line `path class` for each image, of paths below the folder `images`.
+        splits: of tasks with `hub` or `folder`, such as `train[:80%]`.
         flags: of the recipe.
         tune: for each method, or `all`, values of flags that are chosen on validation.
         seeds: each trains once.
@@ -36,7 +37,8 @@ class Protocol:
 
     name: str
     tasks: Mapping[str, Mapping[str, Any]]
-    lists: Mapping[str, str]
+    lists: Mapping[str, str] = field(default_factory=dict)
+    splits: Mapping[str, str] = field(default_factory=dict)
     flags: Mapping[str, Any] = field(default_factory=dict)
     tune: Mapping[str, Mapping[str, Sequence[Any]]] = field(default_factory=dict)
     seeds: Sequence[int] = (0,)
@@ -46,6 +48,10 @@ class Protocol:
         """The combinations of values that a method may choose from."""
         space = {**self.tune.get(ALL, {}), **self.tune.get(method, {})}
         return [dict(zip(space, row, strict=True)) for row in itertools.product(*space.values())]
+
+    def parts(self, tuned: bool) -> tuple[str, ...]:
+        """What each task must have."""
+        return PARTS if tuned else PARTS[:2]
 
 
 def read_protocol(name: str) -> Protocol:
@@ -78,25 +84,22 @@ def _wrong(found: Any) -> Any:
     known = {one.name for one in fields(Protocol)}
     if unknown := sorted(set(map(str, found)) - known):
         yield f"unknown keys {', '.join(unknown)}; the keys are {', '.join(sorted(known))}"
-    if missing := [name for name in ("name", "tasks", "lists") if not found.get(name)]:
+    if missing := [name for name in ("name", "tasks") if not found.get(name)]:
         yield f"{', '.join(missing)} missing"
-    for key in ("tasks", "lists", "flags", "tune"):
-        if key in found and not isinstance(found[key], dict):
-            yield f"{key} is not a mapping"
-            return
-    for task, about in (found.get("tasks") or {}).items():
-        classes = about.get("classes") if isinstance(about, dict) else None
-        if not isinstance(classes, int) or classes < 2 or set(about) - {"classes", "group"}:
-            yield f"tasks.{task}: give classes (2 or more), and group if you want means of groups"
-    lists = found.get("lists") or {}
-    if unknown := sorted(set(map(str, lists)) - set(LISTS)):
-        yield f"lists: unknown {', '.join(unknown)}; they are {', '.join(LISTS)}"
-    if absent := [name for name in ("train", "test") if name not in lists]:
-        yield f"lists: {', '.join(absent)} missing"
-    tune = found.get("tune") or {}
-    if tune and not {"tune_train", "tune_validation"} <= set(lists):
-        yield "tune needs lists.tune_train and lists.tune_validation: nothing is tuned on the test split"
-    for method, space in tune.items():
+    mappings = ("tasks", "lists", "splits", "flags", "tune")
+    if wrong := [key for key in mappings if key in found and not isinstance(found[key], dict)]:
+        yield f"{', '.join(wrong)}: give a mapping"
+        return
+    tasks = found.get("tasks") or {}
+    for task, about in tasks.items():
+        yield from _wrong_task(str(task), about)
+    sourced = [isinstance(about, dict) and bool(set(SOURCES) & set(about)) for about in tasks.values()]
+    for key, needed, whose in (
+        ("lists", not all(sourced), "tasks without hub or folder"),
+        ("splits", any(sourced), "tasks with hub or folder"),
+    ):
+        yield from _wrong_parts(key, found.get(key) or {}, needed, whose, bool(found.get("tune")))
+    for method, space in (found.get("tune") or {}).items():
         if not isinstance(space, dict) or not all(isinstance(values, list) and values for values in space.values()):
             yield f"tune.{method}: give a list of values for each flag"
     for key, low in (("seeds", 0), ("shots", 1)):
@@ -105,79 +108,28 @@ def _wrong(found: Any) -> Any:
             yield f"{key}: give a list of whole numbers of at least {low}"
 
 
-# --------------------------------------------------------------------------------------------------------------- data
+def _wrong_task(task: str, about: Any) -> Any:
+    classes = about.get("classes") if isinstance(about, dict) else None
+    if type(classes) is not int or classes < 2:
+        yield f"tasks.{task}: give classes (2 or more), and group if you want means of groups"
+        return
+    if unknown := sorted(set(map(str, about)) - TASK):
+        yield f"tasks.{task}: unknown keys {', '.join(unknown)}; the keys are {', '.join(sorted(TASK))}"
+    if set(SOURCES) <= set(about):
+        yield f"tasks.{task}: give hub or folder, not both"
+    if wrong := sorted(key for key in set(about) & (TASK - {"classes"}) if not isinstance(about[key], str)):
+        yield f"tasks.{task}: {', '.join(wrong)} must be text"
+    if not set(SOURCES) & set(about) and (alone := sorted({"config", "image", "label"} & set(about))):
+        yield f"tasks.{task}: {', '.join(alone)} needs hub or folder; lists have paths and classes only"
 
 
-def read_list(folder: Path, name: str) -> list[tuple[str, int]]:
-    """The lines of a list: path below the folder of the task, and class.
-
-    Raises:
-        ValueError: it is malformed, or names images that are not there.
-    """
-    rows, wrong = [], []
-    for number, line in enumerate((folder / name).read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        path, _, label = line.strip().rpartition(" ")
-        if not path or not label.isdecimal():
-            raise ValueError(f"{folder / name}, line {number}: {line[:80]!r} is not 'path class'.")
-        # lists of the community name paths below the task's folder, or below its folder `images`
-        place = next((p for p in (folder / path, folder / "images" / path) if p.is_file()), None)
-        if place is None:
-            wrong.append(path)
-        else:
-            rows.append((str(place.resolve()), int(label)))
-    if wrong:
-        raise ValueError(f"{folder / name} names {len(wrong)} images that are not there: {some(wrong)}.")
-    return rows
-
-
-def check_data(protocol: Protocol, folder: Path, tasks: Sequence[str], tuned: bool) -> None:
-    """Check all tasks on disk.
-
-    Raises:
-        ValueError: some are missing, malformed or have another number of classes; the message names all.
-    """
-    names = [name for key, name in protocol.lists.items() if tuned or not key.startswith("tune_")]
-    wrong = []
-    for task in tasks:
-        absent = [name for name in names if not (folder / task / name).is_file()]
-        if absent:
-            wrong.append(f"{task} lacks {', '.join(absent)}")
-            continue
-        try:
-            found = {name: {label for _, label in read_list(folder / task, name)} for name in names}
-        except (ValueError, OSError) as error:
-            wrong.append(str(error).rstrip("."))
-            continue
-        seen, wanted = found[protocol.lists["train"]], set(range(protocol.tasks[task]["classes"]))
-        if seen - wanted or (seen != wanted and protocol.shots == (None,)):
-            wrong.append(f"{task} has {len(seen)} classes in {protocol.lists['train']} and should have {len(wanted)}")
-        elif missing := sorted(wanted - seen):
-            wrong.append(f"{task}: no image of {some(list(map(str, missing)))} can be drawn")
-        elif foreign := {label for labels in found.values() for label in labels} - seen:
-            wrong.append(f"{task} has images of {some(sorted(map(str, foreign)))}, which are not classes of training")
-    if wrong:
-        raise ValueError(f"--data_dir {folder}: {'; '.join(wrong)}.")
-
-
-def drawn(rows: Sequence[tuple[str, int]], shots: int, seed: int) -> list[tuple[str, int]]:
-    """So many images of each class; all where there are fewer."""
-    generator = np.random.default_rng(seed)
-    by_class: dict[int, list[tuple[str, int]]] = {}
-    for row in rows:
-        by_class.setdefault(row[1], []).append(row)
-    return [
-        members[index]
-        for _, members in sorted(by_class.items())
-        for index in sorted(generator.permutation(len(members))[:shots])
-    ]
-
-
-def as_table(rows: Sequence[tuple[str, int]]) -> str:
-    """Rows as the recipe reads them; names of classes sort as their numbers."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "label"])
-    writer.writerows([path, f"{label:04d}"] for path, label in rows)
-    return text.getvalue()
+def _wrong_parts(key: str, given: Mapping[str, Any], needed: bool, whose: str, tuned: bool) -> Any:
+    """What is wrong with `lists` or `splits`, which some tasks need."""
+    if unknown := sorted(set(map(str, given)) - set(PARTS)):
+        yield f"{key}: unknown {', '.join(unknown)}; they are {', '.join(PARTS)}"
+    if wrong := sorted(part for part, value in given.items() if not isinstance(value, str) or not value):
+        yield f"{key}: {', '.join(wrong)} must be text"
+    if needed and (absent := [part for part in PARTS[:2] if part not in given]):
+        yield f"{key}: {', '.join(absent)} missing, for {whose}"
+    if needed and tuned and not set(PARTS[2:]) <= set(given):
+        yield f"tune needs {key}.tune_train and {key}.tune_validation: nothing is tuned on the test split"
