@@ -29,7 +29,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import evaluate
@@ -57,7 +57,7 @@ from streaming import StreamLoader, prepare_stream
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from training import Training
+from training import Hooks, Training, rank_of
 
 from hf_visual_peft.metrics import (
     Accuracy,
@@ -75,6 +75,9 @@ FREE = """config output_dir overwrite_output_dir resume_from_checkpoint checkpoi
     logging_steps report_to push_to_hub hub_model_id hub_private_repo hub_token dataloader_num_workers check_images
     cache_features cache_dir token data_token num_train_epochs max_train_steps early_stopping_patience progress
     traceback by_default"""
+
+
+NO_HOOKS = Hooks()
 
 
 # ------------------------------------------------------------------------------------------------------- training
@@ -133,26 +136,21 @@ def evaluate_split(
     return {**metrics.figures.compute(), "loss": torch.cat(losses).mean().item()}
 
 
-def main(
-    argv: Sequence[str] | None = None, evaluated: Callable[[dict[str, float]], None] = lambda found: None
-) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None, hooks: Hooks = NO_HOOKS) -> dict[str, Any]:
     """Train, evaluate and save as the flags say; return the content of `all_results.json`, or the predictions.
 
     Args:
         argv: the flags; those of the process when `None`.
-        evaluated: called with the figures of each evaluation on validation.
+        hooks: of the program that calls this one.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     args, config = parse_args(argv, __doc__)
     with unless_it_fails(args.output_dir):
-        return predict(args) if args.do_predict or args.eval_only else train(args, config, argv, evaluated)
+        return predict(args) if args.do_predict or args.eval_only else train(args, config, argv, hooks)
 
 
 def train(
-    args: argparse.Namespace,
-    config: PeftConfig | None,
-    argv: list[str],
-    evaluated: Callable[[dict[str, float]], None],
+    args: argparse.Namespace, config: PeftConfig | None, argv: list[str], hooks: Hooks = NO_HOOKS
 ) -> dict[str, Any]:
     """As `main`, for a run that trains.
 
@@ -160,7 +158,7 @@ def train(
         args: the flags.
         config: of the method.
         argv: the words of the command line, which the results show.
-        evaluated: called with the figures of each evaluation on validation.
+        hooks: of the program that calls this one.
     """
     trackers = [name for name in args.report_to if name != "none"]
     accelerator = Accelerator(
@@ -195,7 +193,7 @@ def train(
     ids = data["train"].ids
     several = ids.ndim == 2
     check_flags(args, several, len(names))
-    model = load_model(args, config, names, several)
+    model = load_model(args, config, names, several, hooks.pretrained)
     if isinstance(config, hf_visual_peft.VisualPeftConfig) and config.chooses_from_data:
         if args.streaming:
             raise ValueError(
@@ -221,6 +219,7 @@ def train(
     set_seed(args.seed, device_specific=True)  # dropout differs between processes
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = sum(parameter.numel() for parameter in trainable)
+    hooks.prepared(count, list(data))
     sizes = ", ".join(f"{len(images)} {split}" for split, images in data.items())
     accelerator.print(f"{sizes} images of {len(names)} classes; {skipped} corrupt ones skipped.")
     accelerator.print(f"{count:,} of {sum(p.numel() for p in model.parameters()):,} parameters train.")
@@ -285,7 +284,7 @@ def train(
 
     def validate() -> dict[str, float]:
         found = evaluate_split(accelerator, wrapped, loaders["validation"], metrics, inputs, "validation")
-        evaluated(found)
+        hooks.evaluated(rank_of(found, args.metric_for_best_model)[0], training.progress.step)
         return found
 
     training = Training(
@@ -323,6 +322,8 @@ def train(
         found = evaluate_split(accelerator, wrapped, loaders["test"], metrics, inputs, "test")
         results |= {f"test_{name}": value for name, value in found.items()}
     accelerator.log({name: value for name, value in results.items() if name.startswith("test")}, step=progress.step)
+    if "validation" in loaders:
+        results["metric_for_best_model"] = args.metric_for_best_model
     results["train_loss"] = progress.train_loss[0] / max(progress.train_loss[1], 1)
     results |= {"steps": progress.step, "trainable_parameters": count, "skipped_images": skipped}
     results |= {"num_processes": accelerator.num_processes, "train_runtime": time.perf_counter() - training.started}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,29 @@ import hf_visual_peft
 from hf_visual_peft.backbones.modes import modes_kept
 
 
-def load_model(args: argparse.Namespace, config: PeftConfig | None, names: list[str], several: bool = False) -> Any:
-    """The pretrained model with a head for the classes, and the method applied."""
+def load_model(
+    args: argparse.Namespace,
+    config: PeftConfig | None,
+    names: list[str],
+    several: bool = False,
+    pretrained: Callable[..., Any] | None = None,
+) -> Any:
+    """The pretrained model with a head for the classes, and the method applied.
+
+    Args:
+        args: the flags.
+        config: of the method.
+        names: of the classes.
+        several: whether an image may have several of them.
+        pretrained: called in place of `AutoModelForImageClassification.from_pretrained`.
+    """
+    pretrained = pretrained or transformers.AutoModelForImageClassification.from_pretrained
     own = {"pretrained_model_name_or_path": args.model_name_or_path, "revision": args.model_revision}
     own |= {"cache_dir": args.cache_dir, "token": args.token}
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # its table says that the head is new; other gaps are errors
     try:
-        model, loading = transformers.AutoModelForImageClassification.from_pretrained(
+        model, loading = pretrained(
             **own, **drop_path_options(args, own), ignore_mismatched_sizes=args.ignore_mismatched_sizes,
             num_labels=len(names), id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)},
             problem_type="multi_label_classification" if several else None,

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,22 @@ from hf_visual_peft import auxiliary_loss
 def rank_of(found: dict[str, float], criterion: str) -> list[float]:
     """The rank of an evaluation, the greater the better: the criterion, then the lower loss."""
     return [-found["loss"] if criterion == "loss" else found[criterion], -found["loss"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """What a program that calls a recipe is told, or does in its place.
+
+    Attributes:
+        prepared: called before training, with the number of trained parameters and the names of the splits.
+        evaluated: called after each evaluation on validation, with its score (the higher the better, so that a loss
+            is negative) and the number of steps so far.
+        pretrained: called in place of `AutoModelForImageClassification.from_pretrained`.
+    """
+
+    prepared: Callable[[int, Sequence[str]], None] = lambda count, splits: None
+    evaluated: Callable[[float, int], None] = lambda score, step: None
+    pretrained: Callable[..., Any] | None = None
 
 
 @dataclasses.dataclass

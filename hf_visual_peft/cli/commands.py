@@ -23,6 +23,7 @@ COMMANDS = {
     "compare": "compare methods on your images within minutes; own flags: compare --help",
     "merge": "merge an adapter and export the model; own flags: merge --help",
     "benchmark": "run methods by a protocol such as VTAB-1k; own flags: benchmark --help",
+    "sweep": "search methods, hyper-parameters and seeds with Ray Tune; own flags: sweep --help",
     "methods": "list the methods, or show one",
     "coverage": "try every method on a tiny model of every architecture",
     "roles": "show which modules of a model play which part",

@@ -22,7 +22,9 @@ SCRIPTS = {
     "compare": "compare.py",
     "merge": "merge.py",
     "benchmark": "benchmark.py",
+    "sweep": "sweep.py",
 }
+OWN_WORKERS = ("sweep",)  # a launcher must not start several of these
 
 
 def recipes_folder() -> Path:
@@ -69,7 +71,7 @@ def run_recipe(command: str, words: Sequence[str]) -> int:
     try:
         script = recipes_folder() / SCRIPTS[command]
         os.environ[PROGRAM_VARIABLE] = f"hf-visual-peft {command}"
-        if flags or _needs_launcher():
+        if flags or (command not in OWN_WORKERS and _needs_launcher()):
             return _launch(flags, script, words)
         return _run_here(script, words)
     except (ValueError, OSError) as error:
