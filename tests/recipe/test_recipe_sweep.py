@@ -38,6 +38,16 @@ def trial_of(data, method="ssf", seed=0, **values):
 # --------------------------------------------------------------------------------------------------------------- Ray
 
 
+def patiently(start):
+    """A node of Ray gives up after 30 seconds, which is too early on a busy machine."""
+    for left in (2, 1, 0):
+        try:
+            return start()
+        except Exception as error:
+            if not left or "timed out during startup" not in str(error):
+                raise
+
+
 @pytest.fixture(scope="module")
 def nodes():
     """Two nodes of Ray with one core each, and this process connected to them."""
@@ -47,8 +57,10 @@ def nodes():
 
     before = dict(os.environ)
     os.environ.update(sweep_ray.SETTINGS, PYTHONPATH=str(RECIPES.parent))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    cluster.add_node(num_cpus=1)
+    cluster = patiently(
+        lambda: Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    )
+    patiently(lambda: cluster.add_node(num_cpus=1))
     with sweep_ray.connected(cluster.address):
         assert len(ray.nodes()) == 2
         yield cluster.address
