@@ -1,16 +1,17 @@
-"""What a sweep costs beside its trials: the time of a trial on Ray against the same run of the recipe in one process.
+"""What a sweep costs beside its trials: a trial on Ray against the same run of the recipe in one process.
 
     python benchmarks/sweep_overhead.py
 
 One worker trains a few trials of a tiny model, one after the other; then this process runs the same commands. The
-first trial of a worker is not counted, because it waits for the worker to start, which a sweep does once. Ray is used
-only on this machine. Printed are the seconds of a trial in the worker and between the ends of two trials, and of the
-recipe alone; other work on the machine meets both, so that only the ratios mean something.
+first of each is not counted: it waits for the worker to start and for imports, which a sweep does once. CPU time is
+that of all processes, those of Ray included, so that other work on the machine does not change it; `idle` is the time
+on the clock between the end of a trial and the end of the next in which the worker had none.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import statistics
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
@@ -55,34 +57,44 @@ def prepare(folder: Path) -> tuple[Path, Path]:
 
 
 def measure(folder: Path, trials: int, epochs: int) -> dict[str, Any]:
-    """The seconds of each trial, in and beside Ray."""
+    """The seconds of each trial, with Ray and alone."""
     model, data = prepare(folder)
     rates = ",".join(f"{0.001 * (number + 1):g}" for number in range(trials + 1))
     words = ["--model_name_or_path", str(model), "--dataset_name", str(data), "--methods", "ssf"]
     words += ["--values", f"learning_rate={rates}", "--num_train_epochs", str(epochs)]
     given, others = parse([*words, "--output_dir", str(folder / "sweep")])
-    ends: list[float] = []
+    ends: list[tuple[float, float]] = []
 
     def show(trial: Any, state: str) -> None:
         if state == "ended":
-            ends.append(time.perf_counter())
+            ends.append((time.perf_counter(), cpu_seconds()))
 
     with sweep_ray.connected(None, cpus=1):
         sweep_ray.search(given, others, [], None, show)
     records = {sweep_space.name_of(record["trial"]): record for record in sweep_trials.read_records(given.output_dir)}
     in_order = [records[sweep_space.name_of(trial)] for trial in sweep_space.planned(given)]
     alone = []
-    for trial in sweep_space.planned(given)[1:]:
+    for trial in sweep_space.planned(given):
         output = ["--output_dir", str(folder / "alone" / sweep_space.name_of(trial)), "--test_split", "none"]
-        started = time.perf_counter()
+        started = cpu_seconds()
         with quiet():
             image_classification.main([*sweep_space.words_of(trial, others), *output, "--progress", "none"])
-        alone.append(time.perf_counter() - started)
+        alone.append(cpu_seconds() - started)
+    between = [(after[0] - before[0], after[1] - before[1]) for before, after in itertools.pairwise(ends)]
     return {
-        "between_ends": [after - before for before, after in itertools.pairwise(ends)],
-        "in_worker": [record["seconds"] for record in in_order[1:]],
-        "alone": alone,
+        "sweep_cpu": [cpu for _, cpu in between],
+        "alone_cpu": alone[1:],
+        "idle": [clock - record["seconds"] for (clock, _), record in zip(between, in_order[1:], strict=True)],
     }
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of all that it started."""
+    total = 0.0
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += sum(process.cpu_times()[:2])
+    return total
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -97,8 +109,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.results.write_text(json.dumps(found, indent=1))
     middle = {name: statistics.median(seconds) for name, seconds in found.items()}
     print(", ".join(f"{name} {value:.1f} s" for name, value in middle.items()))
-    print(f"Ray adds {100 * (middle['between_ends'] / middle['in_worker'] - 1):.1f} % to a trial; a trial with its "
-          f"record takes {middle['in_worker'] / middle['alone']:.2f} times the recipe alone.")  # fmt: skip
+    more = middle["sweep_cpu"] - middle["alone_cpu"]
+    print(f"A trial in a sweep takes {more:+.1f} s of CPU time beside the recipe's, and waits {middle['idle']:.1f} s: "
+          f"{100 * (more + middle['idle']) / 60:.1f} % of a trial of a minute.")  # fmt: skip
 
 
 if __name__ == "__main__":

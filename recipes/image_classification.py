@@ -30,6 +30,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import evaluate
@@ -300,7 +301,8 @@ def train(
     if args.resume_from_checkpoint:
         training.resume(args.resume_from_checkpoint)
     if trackers:
-        accelerator.init_trackers("image_classification", {key: str(value) for key, value in run.items()})
+        named = {"trackio": {"name": Path(args.output_dir).name}}
+        accelerator.init_trackers("image_classification", {key: str(value) for key, value in run.items()}, named)
     training.run()
     progress = training.progress
 

@@ -38,6 +38,7 @@ SETTINGS = {
     "RAY_worker_niceness": "0",  # else a trial has less of a busy machine than the recipe alone
     "RAY_prestart_worker_first_driver": "0",  # workers without the variables below would never be used
     "RAY_enable_worker_prestart": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent to anybody
 }
 
 
@@ -70,6 +71,7 @@ def connected(address: str | None, cpus: int | None = None) -> Iterator[None]:
     import ray
 
     os.environ.update(SETTINGS)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a worker that died is told by the screen
     if ray.is_initialized():
         yield
         return
@@ -215,6 +217,9 @@ def callback(output: Path, show: Callable[[Mapping[str, Any], str], None]) -> An
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             show(plain(trial.config), "ended")
 
+        def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            show(plain(trial.config), "recovered")
+
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             record = read_record(output, plain(trial.config))
             error = trial.get_error()
@@ -241,7 +246,7 @@ def search(
         others: flags of all trials.
         records: of the trials that began.
         seconds: how long it may take; None without a limit.
-        show: called with a trial, and `running` or `ended`.
+        show: called with a trial, and `running`, `recovered` after its worker died, or `ended`.
     """
     output = given.output_dir.resolve()
     ended = [record for record in records if record["state"] != RUNNING]

@@ -56,14 +56,18 @@ def score_of(record: Mapping[str, Any]) -> float:
     return record["score"] if "score" in record else max(score for _, score in record["curve"])
 
 
+def named(trial: Mapping[str, Any]) -> str:
+    """A trial in a few words."""
+    return f"{Path(trial['data']).name}, {trial['method']} {values_told(trial)}".rstrip() + f", seed {trial['seed']}"
+
+
 def line_of(record: Mapping[str, Any]) -> str:
     """A trial that ended, in a line."""
-    trial = record["trial"]
-    named = f"{Path(trial['data']).name}, {trial['method']} {values_told(trial)}".rstrip() + f", seed {trial['seed']}"
+    name = named(record["trial"])
     if "score" not in record:
-        return f"{named}: {record['state']}: {record.get('reason', '')}"
+        return f"{name}: {record['state']}: {record.get('reason', '')}"
     stopped = f", stopped after {len(record['curve'])} evaluations" if record["state"] == STOPPED else ""
-    return f"{named}: {score_of(record):.4f} on validation{stopped}"
+    return f"{name}: {score_of(record):.4f} on validation{stopped}"
 
 
 class Table:
@@ -99,13 +103,15 @@ class Table:
         return list(records)
 
     def show(self, trial: Mapping[str, Any], state: str) -> None:
-        """Show a trial that started, was evaluated or ended."""
+        """Show a trial that started, was evaluated, lost its worker or ended."""
         record = read_record(self.output, trial)
         self.records[name_of(trial)] = record
         done = sum(record["state"] != RUNNING for record in self.records.values())
         if self.live is not None:
             text = f"{table_of(list(self.records.values()))}\n{done} of {self.wanted} trials are done."
             self.live.update(Text(text), refresh=True)
+        elif state == "recovered":
+            print(f"{named(trial)}: its worker died; another goes on.", file=sys.stderr, flush=True)
         elif state == "ended" and record["state"] != RUNNING:
             print(f"{done}/{self.wanted} {line_of(record)}", file=sys.stderr, flush=True)
         if state == "ended":

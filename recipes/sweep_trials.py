@@ -162,7 +162,7 @@ def run(
         for number, (_, score) in enumerate(record["curve"], 1):
             report(score, number)
         if record["state"] == RUNNING:
-            record["node"] = node
+            record["nodes"] = [*record.get("nodes", []), node]  # more than one: a worker died, or the sweep
             train(record, others, output, most, report)
     report(record.get("score", FAILED), max(len(record["curve"]), 1))
     return record

@@ -1,23 +1,27 @@
 """`hf-visual-peft sweep`: trials on Ray, on two local nodes."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
 import time
 
+import accelerate.tracking
+import arguments
 import image_classification
 import psutil
 import pytest
 import sweep
 import sweep_ray
+import sweep_screen
 import sweep_space
 import sweep_trials
 import torch
+from accelerate.utils import LoggerType
 from recipe_runs import RECIPES
 from safetensors.torch import load_file
 
@@ -55,34 +59,43 @@ def nodes():
     pytest.importorskip("optuna")
     from ray.cluster_utils import Cluster
 
-    before = dict(os.environ)
-    os.environ.update(sweep_ray.SETTINGS, PYTHONPATH=str(RECIPES.parent))
-    cluster = patiently(
-        lambda: Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    )
-    patiently(lambda: cluster.add_node(num_cpus=1))
-    with sweep_ray.connected(cluster.address):
-        assert len(ray.nodes()) == 2
-        yield cluster.address
-    cluster.shutdown()
-    os.environ.clear()
-    os.environ.update(before)
+    def patient(start):  # Ray gives a node 30 seconds to start, which is short on a busy machine
+        before = psutil.Process().children(recursive=True)
+        for _ in range(5):
+            with contextlib.suppress(Exception):
+                return start()
+            for process in psutil.Process().children(recursive=True):  # of a node that did not start
+                if process not in before:
+                    process.kill()
+        return start()
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (sweep_ray.SETTINGS | {"PYTHONPATH": str(RECIPES.parent)}).items():
+            patch.setenv(name, value)
+        head = {"num_cpus": 1, "include_dashboard": False}
+        cluster = patient(lambda: Cluster(initialize_head=True, head_node_args=head))
+        try:
+            patient(lambda: cluster.add_node(num_cpus=1))
+            with sweep_ray.connected(cluster.address):
+                assert ray.cluster_resources()["CPU"] == 2
+                yield cluster.address
+        finally:
+            cluster.shutdown()
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(4 * LONG)
 def test_two_nodes_share_the_trials_and_a_killed_worker_is_replaced(nodes, vit, photos, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     killed = []
 
-    def kill():  # a worker that has a checkpoint
+    def kill():
         end = time.monotonic() + LONG
         while time.monotonic() < end and not killed:
-            if list(out.glob("trials/*/checkpoint-*/*")):
-                for process in psutil.process_iter(["cmdline"]):
-                    if "ImplicitFunc" in " ".join(process.info["cmdline"] or ()):
-                        process.kill()
-                        killed.append(process.pid)
-                        return
+            for found in records(out):
+                name = sweep_space.name_of(found["trial"])
+                if found["state"] == "running" and list((out / "trials" / name).glob("checkpoint-*/*")):
+                    killed.extend(kill_holders_of(out / "trials" / ".locks" / f"{name}.lock"))
             time.sleep(0.02)
 
     given = words(vit, photos, out, "--values", "learning_rate=0.01,0.02", "vpt.layers_to_transform=0,7")
@@ -91,7 +104,7 @@ def test_two_nodes_share_the_trials_and_a_killed_worker_is_replaced(nodes, vit, 
     watcher.start()
     state = sweep.main([*given, "--ray_address", nodes])
     watcher.join()
-    assert killed
+    assert len(killed) == 1
     assert len(state["rows"]) == 6
     failed = [row for row in state["rows"] if row["state"] == "failed"]
     assert [row["trial"]["values"]["layers_to_transform"] for row in failed] == ["7", "7"]
@@ -99,7 +112,8 @@ def test_two_nodes_share_the_trials_and_a_killed_worker_is_replaced(nodes, vit, 
     fine = [row for row in state["rows"] if row["state"] == "finished"]
     assert len(fine) == 4
     assert all(len(row["curve"]) == 12 for row in fine)  # also that of the killed worker
-    assert len({row["node"] for row in fine}) == 2
+    assert len({node for row in state["rows"] for node in row["nodes"]}) == 2
+    assert sum(len(row["nodes"]) for row in state["rows"]) == 6 + 1
 
     ((data, (winner,)),) = state["winners"].items()
     assert winner["score"] == max(row["score"] for row in fine)
@@ -112,6 +126,7 @@ def test_two_nodes_share_the_trials_and_a_killed_worker_is_replaced(nodes, vit, 
     printed = capsys.readouterr()
     assert "2 of 6 trials failed" in printed.out
     assert f"accuracy {winner['score']:.4f} on validation, {tested:.4f} on test" in printed.out
+    assert len(re.findall(r"^photos.*: its worker died; another goes on\.$", printed.err, re.MULTILINE)) == 1
     assert len(re.findall(r"^\d/6 photos", printed.err, re.MULTILINE)) >= 5
 
     monkeypatch.setattr(sweep, "run_search", lambda *given: pytest.fail("everything is done"))
@@ -122,35 +137,57 @@ def test_two_nodes_share_the_trials_and_a_killed_worker_is_replaced(nodes, vit, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(4 * LONG)
 def test_a_killed_sweep_continues(nodes, vit, photos, tmp_path):
+    """With Optuna, on a Ray of its own that dies with it; two nodes continue it."""
     out = tmp_path / "out"
-    given = words(vit, photos, out, "--values", "learning_rate=0.01,0.02,0.03", methods=("ssf",))
-    given += ["--num_train_epochs", "40", "--ray_address", nodes]
+    given = words(vit, photos, out, "--values", "learning_rate=0.01..0.03", methods=("ssf",))
+    given += ["--search", "optuna", "--num_trials", "3", "--num_train_epochs", "40"]
     command = [sys.executable, str(RECIPES / "sweep.py"), *given]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    end = time.monotonic() + LONG
-    # one trial ended and another is under way
-    while not (
-        (ended := [r for r in records(out) if r["state"] == "finished"])
-        and any(r["state"] == "running" and len(r["curve"]) > 2 for r in records(out))
-    ):
-        assert process.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        end = time.monotonic() + LONG
+        # one trial ended and another is under way
+        while not (
+            (ended := [r for r in records(out) if r["state"] == "finished"])
+            and any(r["state"] == "running" and len(r["curve"]) > 2 for r in records(out))
+        ):
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    finally:
+        ray_and_workers = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        process.wait()
+        for other in ray_and_workers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                other.kill()
+        psutil.wait_procs(ray_and_workers, timeout=LONG)
+    assert len(ray_and_workers) > 2
     begun = [r for r in records(out) if r["state"] == "running"]
-    files = {r["trial"]["values"]["learning_rate"]: sweep_trials.record_file(out, r["trial"]) for r in ended}
-    written = {rate: file.stat().st_mtime_ns for rate, file in files.items()}
+    assert begun
+    files = {sweep_space.name_of(r["trial"]): sweep_trials.record_file(out, r["trial"]) for r in ended}
+    written = {name: file.stat().st_mtime_ns for name, file in files.items()}
 
-    state = sweep.main(given)
+    state = sweep.main([*given, "--ray_address", nodes])
     assert [row["state"] for row in state["rows"]] == ["finished"] * 3
-    assert {rate: file.stat().st_mtime_ns for rate, file in files.items()} == written  # not done again
+    assert {name: file.stat().st_mtime_ns for name, file in files.items()} == written  # not done again
     for row in state["rows"]:
         assert [step for step, _ in row["curve"]] == list(range(3, 121, 3))  # none is lost or counted twice
     for before in begun:
         (after,) = [row for row in state["rows"] if row["trial"] == before["trial"]]
         assert after["curve"][: len(before["curve"])] == before["curve"]
+
+
+def kill_holders_of(file):
+    """Kill -9 the workers that hold a file open."""
+    killed = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if str(file) in [opened.path for opened in process.open_files()]:
+                process.kill()
+                killed.append(process.pid)
+    return killed
 
 
 def records(out):
@@ -161,6 +198,7 @@ def records(out):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(4 * LONG)
 def test_optuna_and_asha_when_every_trial_fails(nodes, vit, photos, tmp_path):
     given = words(vit, photos, tmp_path / "out", "--values", "layers_to_transform=7,8,9", methods=("ssf",))
     given += ["--search", "optuna", "--num_trials", "2", "--asha"]
@@ -398,6 +436,69 @@ def test_two_sweeps_in_one_folder(vit, photos, tmp_path):
     sweep.save(given, sweep.opened(given, others))
     with sweep.FileLock(tmp_path / "out" / ".lock"), pytest.raises(ValueError, match="another sweep is running there"):
         sweep.main(words(vit, photos, tmp_path / "out"))
+
+
+def test_a_terminal_has_a_live_table_and_a_pipe_lines(tmp_path, monkeypatch, capsys):
+    (tmp_path / "trials").mkdir()
+    running, ended = record("ssf", score=0.7, state="running"), record("vpt", score=0.5)
+    del running["score"]
+    for found in (running, ended):
+        sweep_trials.write_record(tmp_path, found)
+    counted = []
+
+    def show(table):
+        table.show(running["trial"], "running")
+        table.show(ended["trial"], "ended")
+        table.show(running["trial"], "recovered")
+
+    with sweep_screen.Table(tmp_path, 3, lambda: counted.append(1)) as table:
+        show(table)
+    lines = ["1/3 a, vpt, seed 0: 0.5000 on validation", "a, ssf, seed 0: its worker died; another goes on."]
+    assert capsys.readouterr().err.splitlines() == lines
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich draws as on a terminal
+    monkeypatch.setenv("COLUMNS", "120")
+    with sweep_screen.Table(tmp_path, 3, lambda: counted.append(1)) as table:
+        show(table)
+    drawn = capsys.readouterr().err
+    assert re.search(r"ssf .* running", drawn)
+    assert re.search(r"vpt .* finished", drawn)
+    assert "1 of 3 trials are done." in drawn
+    assert counted == [1, 1]
+
+
+def test_every_trial_is_logged(vit, photos, tmp_path, monkeypatch):
+    """In TensorBoard's files, and in runs of trackio that have the trial's name."""
+    started = []
+
+    class Recorder(accelerate.tracking.GeneralTracker):
+        name, requires_logging_directory, main_process_only = "trackio", False, True
+
+        def __init__(self, project, **more):
+            super().__init__()
+            started.append(more["name"])
+
+        @property
+        def tracker(self):
+            return self
+
+        def store_init_configuration(self, values):
+            pass
+
+        def log(self, values, step=None, **more):
+            pass
+
+    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "trackio", Recorder)
+    known = [LoggerType.TENSORBOARD, LoggerType.TRACKIO]
+    for module in (accelerate.tracking, arguments):
+        monkeypatch.setattr(module, "get_available_trackers", lambda: [*known, *map(str, known)])
+    others = ["--model_name_or_path", vit, *QUICK, "--report_to", "tensorboard", "trackio"]
+    names = []
+    for method in ("linear", "ssf"):
+        found = sweep_trials.run(trial_of(photos, method), others, tmp_path, None)
+        assert found["state"] == "finished", found
+        names.append(sweep_space.name_of(found["trial"]))
+        assert list((tmp_path / "trials" / names[-1]).rglob("events.out.tfevents.*"))
+    assert started == names
 
 
 def plan(*more, methods=("vpt", "ssf")):
