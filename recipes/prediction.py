@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from image_data import Images, input_size, load_processor
 from image_folders import some
 from output_folder import make
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from peft.utils.other import ModulesToSaveWrapper
 from prediction_sources import Samples, read_samples
 from screen import Screen, progress_kind
@@ -36,6 +36,7 @@ from training_options import SWITCH
 from transformers.utils import cached_file, find_adapter_config_file
 
 from hf_visual_peft.backbones.input_size import size_to_tell
+from hf_visual_peft.core.loading import load_complete
 from hf_visual_peft.metrics import (
     Accuracy,
     CalibrationError,
@@ -190,7 +191,7 @@ def _load_adapter(
             f"where it is. {error}"
         ) from error
     try:
-        model = PeftModel.from_pretrained(model, where, **own)
+        model = load_complete(model, where, **own)
     except (RuntimeError, ValueError) as error:
         if base == config.base_model_name_or_path:
             raise

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import FAMILIES
+from packaging.version import Version
 from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
@@ -207,6 +208,9 @@ def test_whoever_leaves_it_out_is_told_once(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.12"), reason="torch.compile of torch 2.11 fails at outputs"
+)
 def test_compiled_models_add_it_and_check_it():
     model = adapted()
     wanted = model(**inputs(), labels=LABELS).loss

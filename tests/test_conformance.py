@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import DEPTH, FAMILIES, WIDTH, call, output_of, video
+from packaging.version import Version
 from peft import AutoPeftModel, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
@@ -44,6 +45,7 @@ from hf_visual_peft.sites import (
 
 CORE = ("vit", "beit", "dinov2_registers")
 # one method for each way of acting: tokens, branches, branches on the grid, outputs, weights and shared parts, copies
+OF_TORCH_2_12 = ("colin", "convlora", "davpt", "dyt", "gist")
 OF_EACH_KIND = ("vpt", "adaptformer", "convpass", "ssf", "fact", "partial")
 # a block has all of them; others, such as tokens, go from one block to the next
 WITHIN_A_BLOCK = (BranchSite, KeyValueSite, LinearSite, LogitSite, OutputSite, WeightSite)
@@ -482,6 +484,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(method, fields, family)
 @pytest.mark.slow
 def test_compile_fullgraph(method, fields, family, monkeypatch):
     """No method breaks the graph; those of each kind go through autograd's tracing too, as they train and answer."""
+    if Version(torch.__version__) < Version("2.12") and method.name in OF_TORCH_2_12:
+        pytest.skip(
+            f"torch.compile of torch {torch.__version__} fails where a block leaves a loss or takes a function"
+        )
     monkeypatch.setitem(PATCHED, "num_hidden_layers", 2)  # compilers are slow, and look at every block anew
     model = adapted(method, fields, family)
     whole = method.name in OF_EACH_KIND and family.name == "vit"

@@ -24,11 +24,13 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from huggingface_hub import ModelCard, hf_hub_download, scan_cache_dir, snapshot_download
 from loopback_hub import Blob, LoopbackHub, set_environment
+from packaging.version import Version
 from peft import AutoPeftModel, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from PIL import Image, ImageOps
 from transformers import (
@@ -164,7 +166,8 @@ def client_download(repo, name, **kwargs):
 
 def client_card(repo):
     card = ModelCard.load(repo)
-    card.validate()
+    if Version(huggingface_hub.__version__) >= Version("2.2"):  # older ones ask huggingface.co, not HF_ENDPOINT
+        card.validate()
     results = [(r.task_type, r.dataset_name, r.metric_type, r.metric_value) for r in card.data.eval_results or []]
     return card.data.to_dict(), card.text, results
 
@@ -184,7 +187,12 @@ def test_a_pushed_adapter_is_loaded_bit_for_bit_from_one_commit(hub, client, met
     assert client(client_load, repo) == pushed["logits"]
     loaded = client(client_load_by_auto_classes, repo)
     assert loaded["peft"] == pushed["logits"]
-    if method in ("adapterbias", "unipt", "vitadapter"):  # they round by how memory is aligned, here as in the file
+    if method in (
+        "adapterbias",
+        "snf",
+        "unipt",
+        "vitadapter",
+    ):  # they round by how memory is aligned, here as in the file
         torch.testing.assert_close(torch.tensor(loaded["transformers"]), torch.tensor(pushed["logits"]))
     else:
         assert loaded["transformers"] == pushed["logits"]

@@ -26,7 +26,7 @@ from hf_visual_peft import (
     calibrate,
     parameter_groups,
 )
-from hf_visual_peft.methods.specification.deltas import Chosen
+from hf_visual_peft.methods.specification.deltas import Addend, Chosen, Deltas, SparseAddend
 from hf_visual_peft.methods.specification.gps import supervised_contrastive_loss
 from hf_visual_peft.methods.specification.spt_parts import SPTLoRA, largest
 
@@ -165,6 +165,42 @@ def test_choice_that_does_not_fit_is_refused():
         part()
     part.randomise()
     assert len(set(part().tolist())) == 3
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5, 48), (2, 3, 48), (48,)])
+@pytest.mark.parametrize("half", [False, True])
+def test_few_entries_have_the_gradients_of_the_whole_weight(bias, shape, half):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(48, 32, bias=bias).requires_grad_(False)
+    deltas = Deltas(SparseAddend(linear.weight.numel(), 20, "SPT"), Addend(32) if bias else None)
+    deltas.weight.entries.randomise()
+    for parameter in deltas.parameters():
+        torch.nn.init.normal_(parameter)
+    weights = torch.randn(*shape[:-1], 32)
+    found = []
+    for few in (True, False):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            if few:
+                y = deltas.linear_output(x, linear.weight, linear.bias)
+                assert "SparseLinear" in type(y.grad_fn).__name__
+            else:
+                y = F.linear(x, *deltas(linear.weight, linear.bias))
+        assert y.dtype == (torch.bfloat16 if half else torch.float32)
+        found.append((y, *torch.autograd.grad((y * weights).sum(), [x, *deltas.parameters()])))
+    for few, whole in zip(*found, strict=True):
+        assert few.dtype == whole.dtype
+        torch.testing.assert_close(few, whole, atol=0.1 if half else 1e-5, rtol=0.02 if half else 1e-5)
+
+
+def test_many_entries_take_the_product():
+    linear = torch.nn.Linear(48, 32).requires_grad_(False)
+    deltas = Deltas(SparseAddend(linear.weight.numel(), 97, "SPT"), None)  # 96 are a sixteenth
+    deltas.weight.entries.randomise()
+    y = deltas.linear_output(torch.randn(5, 48), linear.weight, linear.bias)
+    assert "SparseLinear" not in type(y.grad_fn).__name__
+    assert y.shape == (5, 32)
 
 
 # ------------------------------------------------------------ GPS

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from torch import Tensor, nn
@@ -15,6 +17,41 @@ from .copies import TrainedCopy
 
 if TYPE_CHECKING:
     from .config import VisualPeftConfig
+
+
+_PEFT_WARNS = "Found missing adapter keys while loading the checkpoint: "
+
+
+def load_complete(model: nn.Module, where: str | Path, **kwargs: Any) -> PeftModel:
+    """`PeftModel.from_pretrained`, which refuses files that lack weights of the adapter.
+
+    For its own methods peft only warns, and the adapter does less than it was trained for, or nothing.
+
+    Args:
+        model: the base.
+        where: folder or Hub id of the adapter.
+        **kwargs: of `PeftModel.from_pretrained`.
+
+    Raises:
+        ValueError: weights are missing.
+    """
+    lacking: list[str] = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=f".*{_PEFT_WARNS}", category=UserWarning)
+        try:
+            return PeftModel.from_pretrained(model, where, **kwargs)
+        except UserWarning as warning:
+            names = str(warning).partition(_PEFT_WARNS)[2]
+            lacking = re.findall(r"'([^']+)'", names)
+        except KeyError as error:  # as peft fails where the head that was trained with the adapter is missing
+            lacking = [str(error.args[0])]
+            if not lacking[0].startswith(PEFT_PREFIX):
+                raise
+    more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+    raise ValueError(
+        f"{where}: the file of the adapter lacks {lacking[0]}{more}. It belongs to another model or was not saved "
+        "completely."
+    )
 
 
 def across_heads(model: nn.Module, weights: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from peft import PeftConfig, PeftModel
 from transformers.utils import cached_file
 
 from ..core.labels import TEMPLATES, Labels
+from ..core.loading import load_complete
 from .classifier import ZeroShotClassifier
 
 
@@ -55,5 +56,5 @@ def load_classifier(
             "classes: load_classifier(..., class_names=[...])."
         )
     classifier = ZeroShotClassifier.from_pretrained(where, class_names=names, templates=texts, **kwargs)
-    model = PeftModel.from_pretrained(classifier, folder, is_trainable=is_trainable)
+    model = load_complete(classifier, folder, is_trainable=is_trainable)
     return model.train(is_trainable)

@@ -482,8 +482,17 @@ def evaluate_changed(module: nn.Module, equations: Iterable[Equation], x: Tensor
         equations: called with weight and bias; return both.
         x: the module's input.
     """
-    new = _apply(equations, _weights_of(module))
+    equations, weights = list(equations), _weights_of(module)
+    if len(equations) == 1 and hasattr(equations[0].module, "linear_output") and _is_plain_linear(module):
+        run: Any = equations[0].module.linear_output
+        return run(x, weights.weight, weights.bias, *equations[0].shared)
+    new = _apply(equations, weights)
     return _evaluate(module, x, new.weight, new.bias)
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear that does no more with its weight, perhaps a quantised one, than `nn.Linear`."""
+    return isinstance(module, nn.Linear) and (type(module).forward is nn.Linear.forward or is_quantised(module))
 
 
 def _evaluate(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -492,8 +501,7 @@ def _evaluate(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None)
     Raises:
         ValueError: it is not known how.
     """
-    # other classes may do more with them; those for quantised weights do the same with unpacked ones
-    if isinstance(module, nn.Linear) and (type(module).forward is nn.Linear.forward or is_quantised(module)):
+    if _is_plain_linear(module):
         return F.linear(x, weight, bias)
     if type(module) is nn.LayerNorm:
         return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)

@@ -33,7 +33,11 @@ class LinearEquation(Protocol):
 
 
 class WeightEquation(Protocol):
-    """What an equation on the weight and the bias of a module is called with."""
+    """What an equation on the weight and the bias of a module is called with.
+
+    It may also have `linear_output(x, weight, bias, *shared)`: the output of a linear with the new ones, where that is
+    cheaper than to compute them.
+    """
 
     def __call__(self, weight: Tensor, bias: Tensor | None, *shared: nn.Module) -> tuple[Tensor, Tensor | None]:
         """The new ones."""

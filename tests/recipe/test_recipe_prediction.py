@@ -22,6 +22,7 @@ from arguments import shown
 from peft import PeftModel
 from PIL import Image, ImageOps
 from recipe_runs import RECIPES, SIZE, fails
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import f1_score, precision_recall_fscore_support
 from transformers import (
     AutoImageProcessor,
@@ -425,6 +426,22 @@ def test_an_adapter_of_another_backbone_is_refused_by_name(command, photos, tmp_
         status, _, err = command(photos / "test", "--base_model_name_or_path", tmp_path / "other", kind=kind)
         assert status == 1
         assert "the adapter was trained on" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("kind", ["vpt", "lora"])
+@pytest.mark.parametrize("lost", ["layers.1", "", "classifier"])
+def test_an_adapter_that_lacks_weights_is_refused(command, trained, photos, tmp_path, kind, lost):
+    folder = shutil.copytree(trained / kind, tmp_path / "cut")
+    weights = load_file(folder / "adapter_model.safetensors")
+    if kind == "vpt" and lost == "layers.1":
+        lost = "prompt"
+    kept = {key: value for key, value in weights.items() if lost and lost not in key}
+    assert len(kept) < len(weights)
+    save_file(kept or {"other.weight": torch.zeros(2)}, folder / "adapter_model.safetensors")
+    status, out, err = command(photos / "test", kind=folder)
+    assert (status, out) == (1, "")
+    assert re.search("lacks|is missing|Missing", err.splitlines()[-1]), err
+    assert "Traceback" not in err
 
 
 # ------------------------------------------------------------------------------------------------ hf-visual-peft merge

@@ -12,13 +12,16 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from ...core.calibration import NotCalibratedError
 from ...sites.module import is_quantised_weight
 
 
 UNSET = -1  # index of an entry that is not chosen yet
+FEW = 1 / 16  # share of a weight's entries up to which their gradients are cheaper one by one than all by a product
 
 
 class Chosen(nn.Module):
@@ -124,8 +127,48 @@ class SparseAddend(nn.Module):
 
     def forward(self, tensor: Tensor) -> Tensor:
         """The values, in the shape of the tensor."""
-        added = tensor.flatten().scatter_add(0, self.entries(), self.values.to(tensor.dtype))
-        return added.view_as(tensor)
+        return _with_values(tensor, self.values, self.entries())
+
+
+class _SparseLinear(torch.autograd.Function):
+    """A linear with values added to some entries of its weight.
+
+    The gradient of an added value is a sum over tokens of one output's gradient times one input; autograd would
+    compute the gradient of the whole weight first.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor) -> Tensor:
+        """The output, (..., out), from x (..., in), weight (out, in), and values at indices (count,) of the weight."""
+        return F.linear(x, _with_values(weight, values, indices), bias)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep what the backward pass reads: no second weight."""
+        x, weight, _, values, indices = inputs
+        ctx.save_for_backward(x, weight, values, indices)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """The gradients of x, bias and values."""
+        x, weight, values, indices = ctx.saved_tensors
+        of_x = of_bias = of_values = None
+        if ctx.needs_input_grad[0]:
+            of_x = gradient @ _with_values(weight, values, indices)
+        gradient = gradient.reshape(-1, weight.shape[0])
+        if ctx.needs_input_grad[2]:
+            of_bias = gradient.sum(dim=0)
+        if ctx.needs_input_grad[3]:
+            rows, columns = indices // weight.shape[1], indices % weight.shape[1]
+            read = (
+                x.reshape(-1, weight.shape[1]).index_select(1, columns).to(values.dtype)
+            )  # products of halves are not rounded
+            of_values = (gradient.index_select(1, rows) * read).sum(dim=0)
+        return of_x, None, of_bias, of_values, None
+
+
+def _with_values(weight: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+    return weight.flatten().scatter_add(0, indices, values.to(weight.dtype)).view_as(weight)
 
 
 class Deltas(nn.Module):
@@ -145,6 +188,19 @@ class Deltas(nn.Module):
         """The new weight and bias, from the old ones."""
         new_weight = weight if self.weight is None else self.weight(weight)
         return new_weight, bias if bias is None or self.bias is None else self.bias(bias)
+
+    def linear_output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A linear's output (..., out) with the new weight and bias, from its input (..., in)."""
+        part = self.weight
+        few = isinstance(part, SparseAddend) and len(part.values) <= FEW * weight.numel()
+        if not few or not torch.is_grad_enabled():
+            return F.linear(x, *self(weight, bias))
+        if bias is not None and self.bias is not None:
+            bias = self.bias(bias)
+        if torch.is_autocast_enabled(x.device.type):  # which a function of its own has to do by itself
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        return _SparseLinear.apply(x, weight, bias, part.values, part.entries())
 
 
 @contextmanager
