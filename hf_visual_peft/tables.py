@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> str:
@@ -32,9 +33,36 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Se
     return "\n".join([line(header), f"| {' | '.join(rule)} |", *map(line, rows)])
 
 
-def listed(names: Sequence[str]) -> str:
-    """Names as a list in a sentence: "a, b and c"."""
-    return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
+def listed(names: Sequence[str], word: str = "and") -> str:
+    """Names as a list in a sentence: "a, b and c".
+
+    Args:
+        names: in their order.
+        word: before the last one.
+    """
+    return f" {word} ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
+
+
+def close_names(word: str, known: Iterable[str], most: int = 3, cutoff: float = 0.6) -> list[str]:
+    """The known names that a misspelt word may mean, the closest first.
+
+    Args:
+        word: as written.
+        known: what there is.
+        most: names.
+        cutoff: how alike they must be, up to 1.
+    """
+    return difflib.get_close_matches(word, sorted(known), most, cutoff)
+
+
+def did_you_mean(names: Iterable[str]) -> str:
+    """The question of a message about an unknown name; empty if no names are close.
+
+    Args:
+        names: that are close, as of `close_names`.
+    """
+    quoted = [*map(repr, names)]
+    return f"Did you mean {listed(quoted, 'or')}?" if quoted else ""
 
 
 def format_columns(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import json
 import os
 import re
@@ -38,6 +37,7 @@ from training_options import (
 import hf_visual_peft
 from hf_visual_peft.language.support import SupportConfig
 from hf_visual_peft.peft_methods.methods import PEFT_METHODS, PeftMethod, any_method
+from hf_visual_peft.tables import close_names, did_you_mean
 
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -144,17 +144,17 @@ def method_config(method: str) -> tuple[type[PeftConfig] | None, dict[str, Any]]
         found = any_method(method)
     except ValueError:
         ours, peft = ", ".join(hf_visual_peft.list_methods()), ", ".join(PEFT_METHODS)
-        meant = did_you_mean(method, [*hf_visual_peft.list_methods(), "linear", "full", *PEFT_METHODS])
+        meant = likely(method, [*hf_visual_peft.list_methods(), "linear", "full", *PEFT_METHODS])
         told = f"{meant}Choose" if meant else "choose"
         raise ValueError(f"--method {method}: {told} one of {ours}, linear, full, or of peft's: {peft}.") from None
     return found.config_cls, dict(found.chosen) if isinstance(found, PeftMethod) else {}
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def likely(word: str, known: Iterable[str]) -> str:
     """The beginning of a message about a word that is not known; empty if no known one is close."""
     by_name = {each.lstrip("-"): each for each in known}  # dashes, which all flags have, make none alike
-    close = [by_name[name] for name in difflib.get_close_matches(word.lstrip("-"), list(by_name), 2)]
-    return f"Did you mean {' or '.join(close)}? " if close else ""
+    question = did_you_mean(by_name[name] for name in close_names(word.lstrip("-"), by_name, 2))
+    return f"{question} " if question else ""
 
 
 def field_value(field: dataclasses.Field[Any], words: list[Any]) -> Any:
@@ -215,7 +215,7 @@ def parse_args(
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         names = ", ".join(f"--{field.name}" for field in fields) or "none"
-        meant = did_you_mean(unknown[0].partition("=")[0], parser._option_string_actions)
+        meant = likely(unknown[0].partition("=")[0], parser._option_string_actions)
         parser.error(
             f"unknown: {' '.join(unknown)}. {meant}--help lists the flags; those of --method {method} are: {names}"
         )

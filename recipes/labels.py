@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import datasets
@@ -14,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from image_folders import some
 from torch import Tensor
+
+from hf_visual_peft.tables import close_names, did_you_mean
 
 
 FLAG = "--label_column_name"
@@ -207,8 +208,8 @@ def class_weights(given: Sequence[str] | None, ids: np.ndarray, names: list[str]
     for text in given:
         name, _, number = text.rpartition("=")
         if name not in names:
-            close = get_close_matches(name or text, names) or names
-            raise ValueError(f"--class_weights {text}: write balanced, or CLASS=NUMBER with a class as {some(close)}.")
+            meant = did_you_mean(close_names(name or text, names)) or f"Classes: {some(names)}."
+            raise ValueError(f"--class_weights {text}: write balanced, or CLASS=NUMBER. {meant}")
         try:
             weights[names.index(name)] = float(number)
         except ValueError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..tables import close_names, did_you_mean
 from .architectures import Architecture, Tower, architecture_of, known_backbones
 from .backbone import BackboneError, SeveralError
 from .paths import is_in
@@ -90,9 +90,10 @@ def _check_path(model: nn.Module, named: str, known: Sequence[Choice]) -> None:
     paths = [path for path, _ in model.named_modules()]
     there = f" {type(model).__name__} has {_listed(known)}." if known else ""
     if named not in paths:
-        close = difflib.get_close_matches(named, paths, n=3)
-        meant = f" Modules with similar names: {', '.join(map(repr, close))}." if close and not there else ""
-        raise BackboneError(f"backbone is {named!r}: {type(model).__name__} has no such module.{there}{meant}")
+        meant = "" if there else did_you_mean(close_names(named, paths))
+        raise BackboneError(
+            f"backbone is {named!r}: {type(model).__name__} has no such module.{there} {meant}".rstrip()
+        )
     around = next((choice for choice in known if is_in(named, choice[0]) and named != choice[0]), None)
     if around is not None:
         raise BackboneError(
@@ -117,7 +118,7 @@ def unknown(model: nn.Module, named: str | None = None) -> str:
     name, outer = type(tower).__name__, type(model).__name__
     where = f"{name} ({path!r} in {outer}) is" if path else f"{name} holds"
     known = {each.partition(":")[0].rpartition(".")[2] for each in known_backbones()}
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    close = close_names(name, known)
     return (
         f"{where} no vision backbone that hf_visual_peft knows. {REMEDY.replace('MyViT', name)} "
         + (f"Known classes with similar names: {', '.join(close)}. " if close else "")

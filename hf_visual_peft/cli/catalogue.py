@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import re
@@ -16,7 +15,7 @@ from ..core.targets import TargetedConfig, default_of, own_fields
 from ..language.config import list_language_methods
 from ..peft_methods.methods import PEFT_METHODS, PeftMethod
 from ..sites import Placement
-from ..tables import format_table, listed, terminal_table
+from ..tables import close_names, did_you_mean, format_table, listed, terminal_table
 from .not_built import not_built
 
 
@@ -110,9 +109,8 @@ def describe_method(name: str) -> str:
         ]
         return "\n".join([f"## {of_peft.name}", "", *(f"- {item}" for item in items)])
     known = [*ours, *named, *PEFT_METHODS]
-    close = difflib.get_close_matches(word, known, n=3)
-    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "`hf-visual-peft methods` lists them."
-    raise ValueError(f"Unknown method {name!r}: {hint}")
+    hint = did_you_mean(close_names(word, known)) or "`hf-visual-peft methods` lists them."
+    raise ValueError(f"Unknown method {name!r}. {hint}")
 
 
 def methods_json() -> str:

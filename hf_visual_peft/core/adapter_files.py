@@ -6,7 +6,6 @@ type. Importing the package makes it name file, field, value and what is valid, 
 
 from __future__ import annotations
 
-import difflib
 import enum
 import functools
 import json
@@ -24,6 +23,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from ..tables import close_names, did_you_mean
 from .config import VisualPeftConfig
 
 
@@ -99,8 +99,8 @@ def check_config(found: Mapping[str, Any], where: str, reader: type = PeftConfig
             f"{where} has no peft_type, which names the method: it is not the configuration of an adapter."
         )
     elif not isinstance(kind, str) or kind not in known:
-        close = difflib.get_close_matches(str(kind).upper(), known, 1)
-        hint = f"Did you mean {close[0]!r}?" if close else "`hf-visual-peft methods` lists those of hf_visual_peft."
+        hint = did_you_mean(close_names(str(kind).upper(), known, 1))
+        hint = hint or "`hf-visual-peft methods` lists those of hf_visual_peft."
         raise ValueError(
             f"{where}: peft_type is {kind!r}, a method that neither this version of hf_visual_peft nor this one of "
             f"peft has. {hint}"

@@ -6,7 +6,6 @@ before: a name that fits no module, and modules that cannot be copied.
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from ..backbones.backbone import own_children, stands_in
 from ..backbones.frozen_norms import NormStatistics
 from ..backbones.paths import within
 from ..sites.whole import require_trainable
+from ..tables import close_names, did_you_mean
 
 
 if TYPE_CHECKING:
@@ -157,9 +157,9 @@ def _reject(name: str, modules: Mapping[str, nn.Module], class_name: str, config
         advice = f"Name the module that holds it: {_listed(named)}." if named else "It belongs to the model itself."
         raise ValueError(f"{start}, which is a parameter, not a module: whole modules are copied. {advice}")
     short = {path.rpartition(".")[2]: path for path in reversed(list(modules)) if path}
-    close = difflib.get_close_matches(name.rpartition(".")[2], [key for key in short if not key.isdigit()], n=3)
-    close = difflib.get_close_matches(name, modules, n=1, cutoff=0.8) + [short[key] for key in close]
-    advice = f"Did you mean {_listed(dict.fromkeys(close), 'or')}?" if close else "See model.named_modules()."
+    close = close_names(name.rpartition(".")[2], [key for key in short if not key.isdigit()])
+    close = close_names(name, modules, most=1, cutoff=0.8) + [short[key] for key in close]
+    advice = did_you_mean(dict.fromkeys(close)) or "See model.named_modules()."
     raise ValueError(f"{start}: {class_name} has no module of that name. {advice}")
 
 
@@ -215,11 +215,11 @@ def _holds_another(module: nn.Module) -> bool:
     return module is not inner(module)
 
 
-def _listed(names: Iterable[str], word: str = "or") -> str:
+def _listed(names: Iterable[str]) -> str:
     shown = [repr(name) for name in names]
     if len(shown) > 4:
         shown = [*shown[:3], f"{len(shown) - 3} more"]
-    return f"{', '.join(shown[:-1])} {word} {shown[-1]}" if len(shown) > 1 else "".join(shown)
+    return f"{', '.join(shown[:-1])} or {shown[-1]}" if len(shown) > 1 else "".join(shown)
 
 
 def copy_modules(model: nn.Module, paths: Iterable[str], adapter_name: str, active: bool) -> None:

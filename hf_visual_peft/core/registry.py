@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import sys
@@ -19,6 +18,7 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 
+from ..tables import close_names, did_you_mean
 from ..training.defaults import USUAL, Training
 
 
@@ -304,7 +304,5 @@ def _accept_saved_fields(config_cls: type) -> None:
 
 def _advice(name: str, known: Iterable[str]) -> str:
     """The fields of a config that a misspelt name may mean, or all that there are."""
-    close = difflib.get_close_matches(name, sorted(known), 3) or sorted(field for field in known if name in field)
-    if close:
-        return f"Did you mean {' or '.join(map(repr, close))}?"
-    return f"Its fields are {', '.join(sorted(set(known) - _OF_PEFT))}."
+    close = close_names(name, known) or sorted(field for field in known if name in field)
+    return did_you_mean(close) or f"Its fields are {', '.join(sorted(set(known) - _OF_PEFT))}."

@@ -69,7 +69,8 @@ def attention_maps(results: Sequence[Result], images: Sequence[Image.Image], sid
         return Maps(method=best.name, reason=" ".join(str(error).split()))
     shown = _visible(pixels, processor)
     pairs = [
-        tuple(_drawn(image, share, side) for share in shares) for image, *shares in zip(shown, plain, own, strict=True)
+        (_drawn(image, before, side), _drawn(image, after, side))
+        for image, before, after in zip(shown, plain, own, strict=True)
     ]
     return Maps(best.name, pairs=pairs, same=torch.allclose(plain, own, rtol=1e-3, atol=1e-6))
 

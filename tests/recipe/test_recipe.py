@@ -240,7 +240,8 @@ def test_one_word_is_a_list_for_methods_of_peft():
     [
         (
             ["--method", "vpd"],
-            f"--method vpd: Did you mean vp or vpt? Choose one of {', '.join(hf_visual_peft.list_methods())}, linear",
+            "--method vpd: Did you mean 'vp' or 'vpt'? Choose one of "
+            f"{', '.join(hf_visual_peft.list_methods())}, linear",
         ),
         (["--method", "adalora"], "--method adalora: Did you mean "),
         (["--method", "xyz"], "--method xyz: choose one of "),
@@ -249,8 +250,8 @@ def test_one_word_is_a_list_for_methods_of_peft():
         (["--clip_frames", "4"], "--method vpt takes single images: remove --clip_frames"),
         (["--num_virtual_tokens", "0"], "num_virtual_tokens"),
         (["--r", "4"], "unknown: --r 4. --help lists the flags; those of --method vpt are: --"),
-        (["--num_virtual_token", "4"], "unknown: --num_virtual_token 4. Did you mean --num_virtual_tokens"),
-        (["--learning_rte=1"], "unknown: --learning_rte=1. Did you mean --learning_rate"),
+        (["--num_virtual_token", "4"], "unknown: --num_virtual_token 4. Did you mean '--num_virtual_tokens"),
+        (["--learning_rte=1"], "unknown: --learning_rte=1. Did you mean '--learning_rate"),
         (["--train_file", "x.parquet"], "one of --dataset_name, --train_dir and --train_file is needed, got 2"),
         (["--learning_rate", "-1"], "argument --learning_rate: must be 0 or greater, got -1"),
         (["--learning_rate", "fast"], "argument --learning_rate: invalid float value: 'fast'"),

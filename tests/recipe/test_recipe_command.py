@@ -47,7 +47,7 @@ def test_configs_are_known_by_name(flags, tmp_path):
 @pytest.mark.parametrize(
     ("more", "status", "message"),
     [
-        (["--method", "vtp"], 2, "--method vtp: Did you mean vp or vqt? Choose one of"),
+        (["--method", "vtp"], 2, "--method vtp: Did you mean 'vp' or 'vqt'? Choose one of"),
         (["--config", "vtp", "--method", "vpt"], 2, "vtp"),
         (["--method", "vpt", "--test_dir", "nowhere"], 1, "nowhere"),
         (["flag", "--", "--method", "vpt"], 1, "flag before -- is not a flag of accelerate launch"),

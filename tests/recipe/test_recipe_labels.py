@@ -332,8 +332,8 @@ def test_balanced_weights_are_those_of_scikit_learn():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["balance"], "balance: write balanced, or CLASS=NUMBER with a class as red, blue"),
-        (["rde=2"], "rde=2: write balanced, or CLASS=NUMBER with a class as red"),
+        (["balance"], "balance: write balanced, or CLASS=NUMBER. Classes: red, blue"),
+        (["rde=2"], "rde=2: write balanced, or CLASS=NUMBER. Did you mean 'red'?"),
         (["red=much"], "red=much: 'much' is not a number"),
         (["red=-1"], "red=-1: weights must be 0 or greater"),
         (["red=nan"], "red=nan: weights must be 0 or greater"),

@@ -81,7 +81,7 @@ def test_what_does_not_go_with_several_classes(run, tagged):
         (["--sampler", "balanced", "--class_weights", "balanced"], "both balance the classes; give one"),
         (
             ["--class_weights", "violet=2"],
-            "--class_weights violet=2: write balanced, or CLASS=NUMBER with a class as blue",
+            "--class_weights violet=2: write balanced, or CLASS=NUMBER. Classes: blue",
         ),
     ]:
         with pytest.raises(ValueError, match=message):
