@@ -13,8 +13,12 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from hf_visual_peft import (
     AdaptFormerConfig,
+    BAPATConfig,
+    CompositeConfig,
     ConvpassConfig,
     HSTConfig,
+    MAMConfig,
+    PATTConfig,
     SideTuningConfig,
     SSFConfig,
     VPTConfig,
@@ -23,6 +27,7 @@ from hf_visual_peft import (
     list_methods,
 )
 from hf_visual_peft.core.targets import default_of, own_fields
+from hf_visual_peft.coverage.models import MODELS
 
 
 @pytest.mark.parametrize(
@@ -238,3 +243,32 @@ def test_merge_error_names_the_method():
             model.merge_and_unload()
         with pytest.raises(ValueError, match="cannot be merged"):
             model.unmerge_adapter()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            BAPATConfig(attention_r=10**6),
+            rf"^BAPATConfig.attention_r is 1000000: must be an integer from 1 to {WIDTH}",
+        ),
+        (BAPATConfig(r=10**6), rf"^BAPATConfig.r is 1000000: must be an integer from 1 to {WIDTH}"),
+        (MAMConfig(r=10**6), rf"^MAMConfig.r is 1000000: must be an integer from 1 to {WIDTH}"),
+        (
+            CompositeConfig(parts=[PATTConfig(r=10**6)]),
+            rf"^PATTConfig.r is 1000000: must be an integer from 1 to {WIDTH}",
+        ),
+    ],
+)
+def test_errors_name_the_config_that_the_user_gave(config, message):
+    """Not that of a part which the method makes; the parts of a composite are the user's own."""
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(FAMILIES["vit"].model(), config)
+
+
+@pytest.mark.parametrize("config", [BAPATConfig(attention_r=4, r=4), MAMConfig(r=4)])
+def test_what_does_not_fit_names_the_config_that_the_user_gave(config):
+    with pytest.raises(ValueError, match=rf"^{type(config).__name__}\b") as error:
+        get_peft_model(MODELS["poolformer"].model(), config)
+    assert "PATTConfig" not in str(error.value).partition("Methods that work")[0]
+    assert "whole" not in config.to_dict()

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
 
 
 class CheckedFields:
-    """Mixin of configs: says what is wrong with a field, and what is valid."""
+    """Mixin of configs: says what is wrong with a field, and what is valid.
+
+    Attributes:
+        whole: name of the config that users gave, if that made this one for a part of its adapter; else empty.
+        fields_of_whole: what that config calls the fields of this one, where it has another name for them.
+    """
+
+    whole: ClassVar[str] = ""
+    fields_of_whole: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    def title(self) -> str:
+        """Name of the config for errors: the one that users know."""
+        return self.whole or type(self).__name__
 
     def _fail(self, name: str, valid: str) -> None:
-        raise ValueError(f"{type(self).__name__}.{name} is {getattr(self, name)!r}: must be {valid}.")
+        value = getattr(self, name)
+        raise ValueError(f"{self.title}.{self.fields_of_whole.get(name, name)} is {value!r}: must be {valid}.")
 
     def _require_integer(self, name: str, low: int, high: int | None = None, high_is: str = "") -> None:
         value = getattr(self, name)

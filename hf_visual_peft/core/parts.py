@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -49,6 +49,18 @@ class PartedConfig(VisualPeftConfig):
     def adapter_parts(self) -> Sequence[Part]:
         """The methods, in the order in which they act where that matters."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it is made of.")
+
+    def _part(self, label: str, config: VisualPeftConfig, **names: str) -> Part:
+        """A part whose config users do not see, so that errors must name this one.
+
+        Args:
+            label: of the part.
+            config: of the method, made from fields of this config.
+            names: what this config calls fields of that one, where it has another name.
+        """
+        hidden: Any = config  # not fields, so that nothing saves them
+        hidden.whole, hidden.fields_of_whole = type(self).__name__, names
+        return Part(label, config)
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """The equations of all parts."""
@@ -123,4 +135,4 @@ def check_order(config: VisualPeftConfig, placed: Sequence[tuple[Part, Placement
 
 
 def _named(part: Part) -> str:
-    return f"{type(part.config).__name__} ({part.label})"
+    return f"{part.config.title} ({part.label})"

@@ -37,16 +37,15 @@ def placements_of(config: VisualPeftConfig, selected: VisionBackbone, whole: Vis
             _require_texts(config, whole)
         placements = _all_placements(config, selected, whole)
     except NoTokensError as error:
-        raise NoTokensError(f"{type(config).__name__}: {error} {_advice(config, whole)}") from error
+        raise NoTokensError(f"{config.title}: {error} {_advice(config, whole)}") from error
     if not placements and len(selected.blocks) < len(whole.blocks):
         raise ValueError(
-            f"{type(config).__name__}.exclude_modules is {config.exclude_modules!r}, layers_to_transform "
+            f"{config.title}.exclude_modules is {config.exclude_modules!r}, layers_to_transform "
             f"{config.layers!r}: in the remaining blocks, the method has nothing to act on."
         )
     if not placements:
         raise BackboneError(
-            f"{type(config).__name__}: {whole.class_name} has none of the modules that it acts on. "
-            f"{_advice(config, whole)}"
+            f"{config.title}: {whole.class_name} has none of the modules that it acts on. {_advice(config, whole)}"
         )
     return placements
 
@@ -69,7 +68,7 @@ def _require_texts(config: VisualPeftConfig, whole: VisionBackbone) -> None:
         else ""
     )
     if reason:
-        raise ValueError(f"{type(config).__name__} does not fit {whole.class_name}: {reason}.")
+        raise ValueError(f"{config.title} does not fit {whole.class_name}: {reason}.")
 
 
 def _all_placements(config: VisualPeftConfig, selected: VisionBackbone, whole: VisionBackbone) -> list[Placement]:
@@ -79,7 +78,7 @@ def _all_placements(config: VisualPeftConfig, selected: VisionBackbone, whole: V
         check_order(config, placed)
         return [placement for _, placement in placed]
     placements = list(_placements(config, selected, whole))
-    name = type(config).__name__
+    name = config.title
     field = "exclude_modules" if config.layers is None else "layers_to_transform"
     for kind in dict.fromkeys(type(placement.site) for placement in placements):
         placements = kind.arrange(placements, whole, name, f"{name}.{field} is {getattr(config, field)!r}")
@@ -94,7 +93,7 @@ def _placements_of_part(
     blocks = tuple(block for block in chosen.blocks if not is_excluded(part.config, block.path))
     if not blocks:
         raise ValueError(
-            f"{type(config).__name__}: the part {part.label} has no block to act on, as its layers_to_transform is "
+            f"{config.title}: the part {part.label} has no block to act on, as its layers_to_transform is "
             f"{part.config.layers!r} and its exclude_modules {part.config.exclude_modules!r}, and the whole adapter's "
             f"are {config.layers!r} and {config.exclude_modules!r}."
         )
@@ -119,7 +118,7 @@ def check_layers(config: VisualPeftConfig, backbone: VisionBackbone) -> None:
             known = f"{backbone.class_name} has {backbone.depth} blocks, 0 to {backbone.depth - 1}."
             if layer < backbone.depth + backbone.unread:
                 known = f"the model around {backbone.class_name} does not read it, but 0 to {backbone.depth - 1} only."
-            raise ValueError(f"{type(config).__name__}.layers_to_transform has {layer}: {known}")
+            raise ValueError(f"{config.title}.layers_to_transform has {layer}: {known}")
 
 
 def is_excluded(config: VisualPeftConfig, path: str) -> bool:
@@ -163,7 +162,7 @@ def _placements(config: VisualPeftConfig, selected: VisionBackbone, whole: Visio
                 continue
             of_texts = site.why_no_text() if whole.tower == "text" else None
             if why := of_texts or why_not_packed(site, block, whole) or site.why_not(block, whole):
-                raise ValueError(f"{type(config).__name__} does not fit {whole.class_name}{why}")
+                raise ValueError(f"{config.title} does not fit {whole.class_name}{why}")
             if placement.shared is not None and whole.tower == "text":  # its widths are not those of images
                 placement = replace(placement, shared=replace(placement.shared, name=f"text_{placement.shared.name}"))
             if placement.shared is not None and stage.stage is not None:

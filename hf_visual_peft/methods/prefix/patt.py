@@ -123,7 +123,7 @@ class PATTConfig(VisualPeftConfig):
                 continue
             if len(inputs) > 1:
                 raise ValueError(
-                    f"{type(self).__name__} does not fit {backbone.class_name}: the projections of {block.path!r} "
+                    f"{self.title} does not fit {backbone.class_name}: the projections of {block.path!r} "
                     f"read inputs of {' and '.join(map(str, inputs))} channels, and the bottleneck has one input."
                 )
             total = sum(each.size for each in found)

@@ -86,6 +86,7 @@ class LoraPart(VisualPeftConfig):
     """LoRA (arXiv 2106.09685) as a part of an adapter, with the settings of a `LoraConfig`; see `from_lora`."""
 
     method_type: ClassVar[Any] = "LORA"
+    whole = "LoraConfig"  # for errors
 
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 

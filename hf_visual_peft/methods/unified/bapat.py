@@ -56,4 +56,5 @@ class BAPATConfig(PartedConfig):
     def adapter_parts(self) -> Sequence[Part]:
         """PATT, and the bottleneck."""
         patt = PATTConfig(r=self.attention_r, scale=self.attention_scale)
-        return Part("patt", patt), Part("mlp", ParallelConfig(r=self.r, scale=self.scale, dropout=self.dropout))
+        mlp = ParallelConfig(r=self.r, scale=self.scale, dropout=self.dropout)
+        return self._part("patt", patt, r="attention_r", scale="attention_scale"), self._part("mlp", mlp)

@@ -70,4 +70,5 @@ class MAMConfig(PartedConfig):
         prefix = PrefixConfig(
             num_virtual_tokens=self.num_virtual_tokens, reparam_dim=self.reparam_dim, dropout=self.dropout
         )
-        return Part("prefix", prefix), Part("mlp", ParallelConfig(r=self.r, scale=self.scale, dropout=self.dropout))
+        mlp = ParallelConfig(r=self.r, scale=self.scale, dropout=self.dropout)
+        return self._part("prefix", prefix), self._part("mlp", mlp)
