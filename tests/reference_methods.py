@@ -646,21 +646,42 @@ def vapt(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
     return torch.cat([x[:, :1], x[:, 1 + prompts.shape[1] :]], dim=1)
 
 
-def prefix(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
-    """Keys and values of all heads; where an MLP makes them, those of block 0 come first: its keys, its values."""
-    if "0.prefix_network.embedding" in w:
-        own = w.of("0.prefix_network.")
-        made = own.linear("up", torch.tanh(own.linear("down", own["embedding"]))).chunk(2 * DEPTH, dim=-1)
-        prefixes = made[2 * index : 2 * index + 2]
-    else:
-        prefixes = tuple(w[f"{index}.prefix_heads.{name}"] for name in ("keys", "values"))
+def produced(own: Weights) -> tuple[Tensor, ...]:
+    """What an MLP makes for the attention of all blocks: keys and values of the first, then of the second, ..."""
+    return own.linear("up", torch.tanh(own.linear("down", own["embedding"]))).chunk(2 * DEPTH, dim=-1)
+
+
+def prefixed(v: Vit, index: int, x: Tensor, pair: tuple[Tensor, ...]) -> Tensor:
+    """What attention with more keys and values adds, which are the same for every image, (tokens, width)."""
     n = v.norm(f"{index}.norm1", x)
     key, value = (
         torch.cat([v.linear(f"{index}.{role}", n), v.drop(p.expand(len(x), -1, -1), 0.1)], dim=1)
-        for role, p in zip(("key", "value"), prefixes, strict=True)
+        for role, p in zip(("key", "value"), pair, strict=True)
     )
-    z = x + v.linear(f"{index}.output", attend(v.linear(f"{index}.query", n), key, value, HEADS))
+    return v.linear(f"{index}.output", attend(v.linear(f"{index}.query", n), key, value, HEADS))
+
+
+def prefix(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:
+    """Keys and values of all heads; where an MLP makes them, those of block 0 come first: its keys, its values."""
+    if "0.prefix_network.embedding" in w:
+        pair = produced(w.of("0.prefix_network."))[2 * index : 2 * index + 2]
+    else:
+        pair = tuple(w[f"{index}.prefix_heads.{name}"] for name in ("keys", "values"))
+    z = x + prefixed(v, index, x, pair)
     return z + v.fed(index, z)
+
+
+def ett(v: Vit, w: Weights) -> Tensor:
+    """Keys and values that an MLP makes, those of block 0 first; an offset after each sub-layer; a map at the end."""
+    made = produced(w.of("0.ett_network."))
+
+    def block(index: int, x: Tensor) -> Tensor:
+        z = x + prefixed(v, index, x, made[2 * index : 2 * index + 2]) + w[f"{index}.ett_attention.offset"]
+        return z + v.fed(index, z) + w[f"{index}.ett_mlp.offset"]
+
+    v.block = block
+    v.at_norm = lambda name, y: y @ w["norm.ett_map.weight"].T if name == "norm" else y
+    return v.logits()
 
 
 def apt(v: Vit, w: Weights, index: int, x: Tensor) -> Tensor:

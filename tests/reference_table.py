@@ -120,6 +120,13 @@ METHODS = {
     "dtl": Reference(side.dtl, "heekhero/DTL: models/vision_transformer.py"),
     "dtl-kernel": Reference(side.dtl, "heekhero/DTL: models/vision_transformer.py", {"plus": True, "kernel_size": 3}),
     "dyt": Reference(blockwise(methods.dyt), "the paper", {"r": 4}, False),
+    "ett": Reference(
+        methods.ett,
+        "chmxu/eTT_TMLR2022: models/vit_dino.py, models/pa_prefix.py",
+        {"num_virtual_tokens": 3, "reparam_dim": 5, "dropout": 0.1},
+        False,
+        chooses=True,
+    ),
     "e2vpt": Reference(
         blockwise(methods.e2vpt),
         "ChengHan111/E2VPT: src/models/vit_prompt/vit_prompt_VK.py, vit_backbones/vit_changeVK.py",

@@ -49,6 +49,7 @@ SIZES = {
     "e2vpt": ({"num_virtual_tokens": 2, "pieces": 4}, {"num_virtual_tokens": 3, "pieces": 4}),
     "e3va": ({"r": 4, "rank": 2}, {"r": 8, "rank": 1}),
     "efft": ({"r": 2}, {"r": 4}),
+    "ett": ({"num_virtual_tokens": 2, "reparam_dim": 3}, {"num_virtual_tokens": 2, "reparam_dim": 5}),
     "evp": ({"r": 2}, {"r": 4}),
     "evppixel": ({"width": 3}, {"width": 4}),
     "fact": ({"r": 2}, {"r": 4}),

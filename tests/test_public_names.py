@@ -62,6 +62,7 @@ CONFIGS = {
     "E2VPTConfig",
     "E3VAConfig",
     "EFFTConfig",
+    "ETTConfig",
     "EVPPixelConfig",
     "FacTConfig",
     "GPSConfig",

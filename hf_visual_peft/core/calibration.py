@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -33,6 +33,55 @@ class NotCalibratedError(RuntimeError):
             f"{method} has not yet chosen what to train. Call hf_visual_peft.calibrate(model, dataloader) after "
             "get_peft_model, or load a trained adapter."
         )
+
+
+class SetByData(nn.Module):
+    """Base of equations with a parameter that starts from data; until `choose` sets it, it is not a number.
+
+    Attributes:
+        method: of which it is a part, for errors.
+        chosen: name of the parameter.
+    """
+
+    method: ClassVar[str]
+    chosen: ClassVar[str]
+
+    def __init__(self, from_data: bool = False) -> None:
+        super().__init__()
+        self._known = not from_data
+
+    def require_choice(self) -> None:
+        """Look at the parameter until it is set, and not in every step.
+
+        Raises:
+            NotCalibratedError: it is not set yet.
+        """
+        if not self._known:
+            self._known = not bool(getattr(self, self.chosen).isnan().any())
+            if not self._known:
+                raise NotCalibratedError(self.method)
+
+    @torch.no_grad()
+    def choose(self, values: Tensor) -> None:
+        """Start from these values, of the parameter's shape."""
+        getattr(self, self.chosen).copy_(values)
+        self._known = True
+
+    @torch.no_grad()
+    def randomise(self) -> None:
+        """Draw the parameter if no data have set it."""
+        if not self._known:
+            self.choose(self.drawn())
+
+    def drawn(self) -> Tensor:
+        """Values that the parameter has without data."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it starts from.")
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
+        loaded = state_dict.get(f"{prefix}{self.chosen}")
+        if isinstance(loaded, Tensor) and not loaded.is_meta:
+            self._known = not bool(loaded.isnan().any())
 
 
 @dataclass
@@ -121,6 +170,27 @@ class Calibration:
         if not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[-1]:
             raise ValueError(f"dataloader: labels must be from 0 to {logits.shape[-1] - 1}.")
         return F.cross_entropy(logits.float(), labels)
+
+    def class_labels(self, batch: dict[str, Tensor], method: str, classes: int | None = None) -> Tensor:
+        """The class of each image of a batch, (batch,); the labels are removed from the batch.
+
+        Args:
+            batch: as `batches` gives it.
+            method: which needs them, for errors.
+            classes: how many there are; None if that is not known.
+
+        Raises:
+            ValueError: labels have another form, or are out of range.
+        """
+        labels = batch.pop("labels")
+        if labels.ndim != 1 or labels.is_floating_point():
+            raise ValueError(
+                f"dataloader: {method} compares classes: labels must be one class per image, (batch,), got shape "
+                f"{tuple(labels.shape)}."
+            )
+        if classes is not None and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            raise ValueError(f"dataloader: labels must be from 0 to {classes - 1}.")
+        return labels
 
     def features(self, batch: Mapping[str, Tensor], method: str) -> Tensor:
         """The input of the task head, (batch, channels); without a head the first token, or the mean of patches.

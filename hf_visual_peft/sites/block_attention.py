@@ -163,7 +163,8 @@ class AttentionLayer(ReducingLayer):
         asked = self._queries is not None and self._queries.seen is not None
         kept = self._queries is not None and self._queries.kept is not None
         joined = self._pass is not None and self._pass.joining is not None
-        if asked or kept or joined or any(self._equations(KeyValueSite, LogitSite, ReductionSite)):
+        watched = self._watching is not None
+        if asked or kept or joined or watched or any(self._equations(KeyValueSite, LogitSite, ReductionSite)):
             return intercepted(attention, self._acts(), forward, args, kwargs, placed=not asked)
         return forward(*args, **kwargs)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -127,6 +128,16 @@ class ReducingLayer(VisualTunerLayer):
     prefix_tokens: int
     path: Any
     _pass: Pass | None
+    _watching: list[Tensor] | None = None  # weights of attention that somebody asks for
+
+    @contextmanager
+    def watch_weights(self) -> Iterator[list[Tensor]]:
+        """Collect the weights that the first token gives to all keys, (..., 1, keys), in every pass in the context."""
+        self._watching = found = []
+        try:
+            yield found
+        finally:
+            self._watching = None
 
     def _weigh(self, weights: Callable[[int | None], Tensor]) -> None:
         """Keep the weights of the block's attention that equations read.
@@ -135,6 +146,8 @@ class ReducingLayer(VisualTunerLayer):
             weights: called with a number of queries, or None for all; returns the weights that these give to all
                 keys, (..., queries, keys).
         """
+        if self._watching is not None:
+            self._watching.append(weights(1))
         current = self._pass
         if current is None or not any(self._at(ReductionSite)):
             return

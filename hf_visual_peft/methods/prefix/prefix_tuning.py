@@ -172,7 +172,7 @@ class PrefixConfig(VisualPeftConfig):
         blocks = attending(backbone)
         network = None
         if self.reparam_dim is not None:
-            sizes = [size for block in blocks for size in _widths(block, backbone)]
+            sizes = [size for block in blocks for size in key_and_value_widths(block, backbone)]
             network = Shared(
                 "network", partial(PrefixNetwork, self.num_virtual_tokens, backbone.width, self.reparam_dim, sizes)
             )
@@ -202,8 +202,13 @@ def heads_in(block: Block, module: nn.Module) -> tuple[int, int, int]:
     return head_sizes(projections(module, attention_path(module, query), query, key, value))
 
 
-def _widths(block: Block, backbone: VisionBackbone) -> tuple[int, int]:
-    """Channels of a block's keys and values."""
+def key_and_value_widths(block: Block, backbone: VisionBackbone) -> tuple[int, int]:
+    """Channels of a block's keys and values.
+
+    Args:
+        block: of the backbone.
+        backbone: with the sizes of its linears.
+    """
     query, key, value = block.projections
     out = {path: backbone.linears[path][0] for path in (query, key, value)}
     if key == value:

@@ -327,13 +327,7 @@ class DAVPTConfig(VisualPeftConfig):
         classes = len(self.class_map) if self.class_map is not None else min(known, default=0)
         labels_seen, found = [], []
         for batch in calibration.batches():
-            labels = batch.pop("labels")
-            if labels.ndim != 1 or labels.is_floating_point():
-                raise ValueError(
-                    f"dataloader: {type(self).__name__} groups classes: labels must be one class per image, (batch,), "
-                    f"got shape {tuple(labels.shape)}."
-                )
-            labels_seen.append(labels)
+            labels_seen.append(calibration.class_labels(batch, type(self).__name__))
             found.append(calibration.features(batch, "DA-VPT").float())
         labels, features = torch.cat(labels_seen), torch.cat(found)
         classes = classes or int(labels.max()) + 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...backbones.backbone import Block, VisionBackbone
-from ...core.calibration import Calibration, NotCalibratedError
+from ...core.calibration import Calibration, SetByData
 from ...core.config import VisualPeftConfig
 from ...core.registry import Paper, register
 from ...sites import OutputSite, Placement, Shared, TokenSite, to_tokens
@@ -24,7 +24,7 @@ from ..specification.bitfit import Shift
 MAX_VIRTUAL_TOKENS = 10_000  # the papers stop at 200; attention is quadratic in them
 
 
-class Prompts(nn.Module):
+class Prompts(SetByData):
     """Learned tokens, the same for every image.
 
         P ~ U(-v, v), v = sqrt(6 / (patch_features + width)); tokens = dropout(P W^T + b), or dropout(P)
@@ -37,14 +37,16 @@ class Prompts(nn.Module):
         from_data: whether `choose` sets P; until then it is not a number.
     """
 
+    method = 'VPT with init="data"'
+    chosen = "prompts"
+
     def __init__(
         self, num_virtual_tokens: int, width: int, patch_features: int, dropout: float, from_data: bool = False
     ) -> None:
-        super().__init__()
+        super().__init__(from_data)
         self.bound = math.sqrt(6.0 / (patch_features + width))
         self.prompts = nn.Parameter(torch.full((num_virtual_tokens, width), torch.nan))
         self.dropout = nn.Dropout(dropout)
-        self._known = not from_data
         if not from_data:
             nn.init.uniform_(self.prompts, -self.bound, self.bound)
 
@@ -54,30 +56,13 @@ class Prompts(nn.Module):
         Raises:
             NotCalibratedError: P is not set yet.
         """
-        if not self._known:  # looked at until it is, and not in every step
-            self._known = not bool(self.prompts.isnan().any())
-            if not self._known:
-                raise NotCalibratedError('VPT with init="data"')
+        self.require_choice()
         tokens = self.prompts if projection is None else projection(self.prompts)
         return self.dropout(tokens.expand(batch_size, -1, -1))
 
-    @torch.no_grad()
-    def choose(self, tokens: Tensor) -> None:
-        """Start from these tokens, (num_virtual_tokens, width)."""
-        self.prompts.copy_(tokens)
-        self._known = True
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        loaded = state_dict.get(f"{prefix}prompts")
-        if isinstance(loaded, Tensor) and not loaded.is_meta:
-            self._known = not bool(loaded.isnan().any())
-
-    @torch.no_grad()
-    def randomise(self) -> None:
-        """Draw P if no data have set it."""
-        if not self._known:
-            self.choose(torch.empty_like(self.prompts).uniform_(-self.bound, self.bound))
+    def drawn(self) -> Tensor:
+        """P as without data."""
+        return torch.empty_like(self.prompts).uniform_(-self.bound, self.bound)
 
 
 class TokenSample:
