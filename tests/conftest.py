@@ -64,3 +64,30 @@ def shades(tmp_path_factory):
             pixels = generator.integers(low, low + 100, size=(24, 36, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{index}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Folders of tiny dual encoders by their family, each made when a test first asks for it."""
+    from dual_encoders import saved
+
+    class Folders(dict):
+        def __missing__(self, family):
+            with torch.random.fork_rng():  # a test has the same numbers wherever it runs first
+                self[family] = saved(family, tmp_path_factory.mktemp(family))
+            return self[family]
+
+    return Folders()
+
+
+@pytest.fixture(params=["clip", "siglip"])
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def base(folders, family):
+    """A classifier of the family."""
+    from dual_encoders import classifier
+
+    return classifier(folders[family])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from dual_encoders import NAMES, classifier, images, saved
+from dual_encoders import NAMES, classifier, images
 from peft import get_peft_model
 from test_language_methods import LABELS, compare, equation_of, features_of, randomised, text_by_hand, with_vectors
 from torch import nn
@@ -13,22 +13,6 @@ from torch import nn
 import hf_visual_peft
 from hf_visual_peft import GaussianAverage, ZeroShotClassifier, load_classifier
 from hf_visual_peft.language.methods.plot import transport
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    names = ("clip", "siglip", "siglip2", "align")
-    return {family: saved(family, tmp_path_factory.mktemp(family)) for family in names}
-
-
-@pytest.fixture(params=["clip", "siglip"])
-def family(request):
-    return request.param
-
-
-@pytest.fixture
-def base(folders, family):
-    return classifier(folders[family])
 
 
 def image_by_hand(base, family, tokens, patches=False):

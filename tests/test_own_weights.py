@@ -7,29 +7,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from dual_encoders import NAMES, classifier, images, saved
+from dual_encoders import NAMES, classifier, images
 from peft import get_peft_model
 from test_language_methods import LABELS, SCALE, compare, equation_of, features_of, prepared, randomised
 from torch import nn
 
 import hf_visual_peft
 from hf_visual_peft import Interpolation, interpolate, load_classifier, second_stage
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    names = ("clip", "siglip", "align", "chinese_clip")
-    return {family: saved(family, tmp_path_factory.mktemp(family)) for family in names}
-
-
-@pytest.fixture(params=["clip", "siglip"])
-def family(request):
-    return request.param
-
-
-@pytest.fixture
-def base(folders, family):
-    return classifier(folders[family])
 
 
 def shaken(model):

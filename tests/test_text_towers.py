@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from dual_encoders import FAMILIES, NAMES, assert_learns_from_cache, classifier, images, saved
+from dual_encoders import FAMILIES, NAMES, assert_learns_from_cache, classifier, images
 from torch import nn
 from transformers import AutoModel, ViTConfig, ViTModel
 
@@ -63,14 +63,9 @@ FITTING = [
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return functools.cache(lambda family: saved(family, tmp_path_factory.mktemp(family)))
-
-
-@pytest.fixture(scope="module")
 def bases(folders):
     """Each family's classifier, loaded once and copied for each test."""
-    loaded = functools.cache(lambda family: classifier(folders(family)))
+    loaded = functools.cache(lambda family: classifier(folders[family]))
     return lambda family: copy.deepcopy(loaded(family))
 
 
@@ -120,7 +115,7 @@ def test_text_towers_train_save_load_and_switch(bases, folders, tmp_path, family
     with model.disable_adapter():
         torch.testing.assert_close(model(**images(family)).logits, before)
     model.save_pretrained(tmp_path)
-    again = load_classifier(str(tmp_path), base=folders(family))
+    again = load_classifier(str(tmp_path), base=folders[family])
     assert again.peft_config["default"].tower == "text"
     torch.testing.assert_close(again(**images(family)).logits, output.logits)
     torch.testing.assert_close(model.unload()(**images(family)).logits, before)
@@ -246,7 +241,7 @@ def test_both_towers_are_each_alone(bases, folders, tmp_path, family):
         name = "text_embeds" if tower == "text" else "image_embeds"
         torch.testing.assert_close(getattr(output, name), getattr(both, name), atol=1e-5, rtol=1e-5)
     model.save_pretrained(tmp_path)
-    again = load_classifier(str(tmp_path), base=folders(family))
+    again = load_classifier(str(tmp_path), base=folders[family])
     torch.testing.assert_close(again(**images(family)).logits, both.logits)
     merged = again.merge_and_unload()
     torch.testing.assert_close(merged(**images(family)).logits, both.logits, atol=1e-4, rtol=1e-4)

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from dual_encoders import FAMILIES, NAMES, assert_learns_from_cache, classifier, images, saved
+from dual_encoders import FAMILIES, NAMES, assert_learns_from_cache, classifier, images
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -28,18 +28,6 @@ from hf_visual_peft.language.towers import Towers
 TEXTS = ["a photo of a cat.", "a photo of a big dog.", "a photo of a apple pie.", "a photo of a sea."]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    made = {}
-
-    def folder(family):
-        if family not in made:
-            made[family] = saved(family, tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return folder
-
-
 @torch.no_grad()
 def reference(folder, family, texts=TEXTS):
     """The logits that the dual encoder itself computes, with its texts padded as it was trained."""
@@ -54,11 +42,11 @@ def reference(folder, family, texts=TEXTS):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_the_dual_encoder(folders, family):
-    model = classifier(folders(family))
+    model = classifier(folders[family])
     labels = torch.tensor([0, 3, 2])
     with torch.no_grad():
         output = model(**images(family), labels=labels)
-    expected = reference(folders(family), family)
+    expected = reference(folders[family], family)
     assert expected.std() > 0.05
     torch.testing.assert_close(output.logits, expected, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(output.loss, F.cross_entropy(expected, labels), atol=1e-4, rtol=1e-5)
@@ -69,23 +57,23 @@ def test_logits_are_those_of_the_dual_encoder(folders, family):
 
 def test_old_checkpoints_pool_at_the_end_of_the_text(folders):
     """There the end token of the config is not that of the tokenizer, and the largest id counts."""
-    assert Towers(classifier(folders("clip_of_2021")).encoder).end_token is None
-    assert Towers(classifier(folders("clip")).encoder).end_token == 30
+    assert Towers(classifier(folders["clip_of_2021"]).encoder).end_token is None
+    assert Towers(classifier(folders["clip"]).encoder).end_token == 30
 
 
 def test_texts_are_trimmed_only_where_that_is_exact(folders):
-    model = classifier(folders("clip"))
+    model = classifier(folders["clip"])
     assert model._tokens.ids.shape == (4, 20)
-    assert classifier(folders("siglip"))._tokens.ids.shape == (4, 40)
-    assert classifier(folders("siglip"))._tokens.mask is None
-    assert classifier(folders("align"))._tokens.mask.sum(1).tolist() == [15, 18, 20, 15]
+    assert classifier(folders["siglip"])._tokens.ids.shape == (4, 40)
+    assert classifier(folders["siglip"])._tokens.mask is None
+    assert classifier(folders["align"])._tokens.mask.sum(1).tolist() == [15, 18, 20, 15]
 
 
 @pytest.mark.parametrize("before", [True, False])
 def test_several_templates(folders, before):
     templates = ["a photo of a {}.", "{}", "art of the {}!"]
-    model = classifier(folders("clip"), templates=templates, normalize_before_mean=before)
-    encoder, tokenizer = AutoModel.from_pretrained(folders("clip")), AutoTokenizer.from_pretrained(folders("clip"))
+    model = classifier(folders["clip"], templates=templates, normalize_before_mean=before)
+    encoder, tokenizer = AutoModel.from_pretrained(folders["clip"]), AutoTokenizer.from_pretrained(folders["clip"])
     features = []
     for template in templates:
         texts = [template.format(name.replace("_", " ")) for name in NAMES]
@@ -97,7 +85,7 @@ def test_several_templates(folders, before):
 
 
 def test_templates_by_name(folders):
-    model = classifier(folders("clip"), ["cat", "sea"], templates="simple")
+    model = classifier(folders["clip"], ["cat", "sea"], templates="simple")
     assert len(model.config.templates) == 7
     assert model.config.templates[0] == "itap of a {}."
     assert model.class_features().shape == (2, 12)
@@ -114,7 +102,7 @@ def test_templates_by_name(folders):
     ],
 )
 def test_wrong_templates(folders, templates, message):
-    model = classifier(folders("clip"))
+    model = classifier(folders["clip"])
     with pytest.raises(ValueError, match=message):
         model.set_class_names(["cat"], templates)
     assert model.class_names == NAMES
@@ -133,7 +121,7 @@ def test_wrong_templates(folders, templates, message):
     ],
 )
 def test_wrong_names(folders, names, message):
-    model = classifier(folders("clip"))
+    model = classifier(folders["clip"])
     before = model(**images("clip")).logits
     with pytest.raises(ValueError, match=message):
         model.set_class_names(names)
@@ -143,10 +131,10 @@ def test_wrong_names(folders, names, message):
 
 def test_long_names_fit_if_they_fit(folders):
     name = " ".join(["word"] * 30)
-    model = classifier(folders("clip_of_2021"), [name, "cat"])
+    model = classifier(folders["clip_of_2021"], [name, "cat"])
     torch.testing.assert_close(
         model(**images("clip")).logits,
-        reference(folders("clip_of_2021"), "clip", [f"a photo of a {name}.", TEXTS[0]]),
+        reference(folders["clip_of_2021"], "clip", [f"a photo of a {name}.", TEXTS[0]]),
         atol=1e-4,
         rtol=1e-5,
     )
@@ -154,7 +142,7 @@ def test_long_names_fit_if_they_fit(folders):
 
 def test_no_names_are_asked_for(folders):
     with pytest.raises(ValueError, match="class_names"):
-        ZeroShotClassifier.from_pretrained(folders("clip"))
+        ZeroShotClassifier.from_pretrained(folders["clip"])
 
 
 def test_other_models_are_refused(tmp_path):
@@ -165,17 +153,17 @@ def test_other_models_are_refused(tmp_path):
 
 
 def test_new_names_at_any_time(folders):
-    model = classifier(folders("clip"), ["sea", "cat"])
+    model = classifier(folders["clip"], ["sea", "cat"])
     model(**images("clip"))
     model.set_class_names(NAMES)
     torch.testing.assert_close(
-        model(**images("clip")).logits, reference(folders("clip"), "clip"), atol=1e-4, rtol=1e-5
+        model(**images("clip")).logits, reference(folders["clip"], "clip"), atol=1e-4, rtol=1e-5
     )
     assert model.config.label2id["sea"] == 3
 
 
 def test_texts_are_encoded_once_until_something_changes(folders):
-    model = classifier(folders("clip")).requires_grad_(False)
+    model = classifier(folders["clip"]).requires_grad_(False)
     calls = []
     model.encoder.text_model.register_forward_hook(lambda *_: calls.append(1))
     for _ in range(3):
@@ -194,7 +182,7 @@ def test_texts_are_encoded_once_until_something_changes(folders):
 
 
 def test_a_text_tower_that_trains_is_encoded_each_time(folders):
-    model = classifier(folders("clip"))
+    model = classifier(folders["clip"])
     with torch.inference_mode():
         model(**images("clip"))  # keeps what it computed
     model(**images("clip"), labels=torch.tensor([0, 1, 2])).loss.backward()
@@ -202,7 +190,7 @@ def test_a_text_tower_that_trains_is_encoded_each_time(folders):
 
 
 def test_a_frozen_text_tower_has_no_dropout(folders):
-    model = classifier(folders("dual"))
+    model = classifier(folders["dual"])
     model.encoder.text_model.requires_grad_(False)
     model.encoder.text_projection.requires_grad_(False)
     expected = model.eval()(**images("dual")).text_embeds
@@ -214,7 +202,7 @@ def test_a_frozen_text_tower_has_no_dropout(folders):
 def test_chunks_of_classes_change_nothing(folders):
     gradients = []
     for chunk in (256, 3):
-        model = classifier(folders("clip"), class_chunk=chunk)
+        model = classifier(folders["clip"], class_chunk=chunk)
         model(**images("clip"), labels=torch.tensor([0, 1, 2])).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     assert len(gradients[0]) > 20
@@ -223,14 +211,14 @@ def test_chunks_of_classes_change_nothing(folders):
 
 
 def test_several_labels_an_image(folders):
-    model = classifier(folders("siglip"))
+    model = classifier(folders["siglip"])
     labels = torch.tensor([[1.0, 0, 1, 0], [0, 0, 0, 1], [1, 1, 0, 0]])
     output = model(**images("siglip"), labels=labels)
     torch.testing.assert_close(output.loss, F.binary_cross_entropy_with_logits(output.logits, labels))
 
 
 def test_saved_as_a_whole(folders, tmp_path):
-    model = classifier(folders("clip"), templates=["a {}.", "the {}."], normalize_before_mean=False)
+    model = classifier(folders["clip"], templates=["a {}.", "the {}."], normalize_before_mean=False)
     model.save_pretrained(tmp_path)
     expected = model(**images("clip")).logits
     for load in (ZeroShotClassifier.from_pretrained, load_classifier):
@@ -253,7 +241,7 @@ def test_saved_as_a_whole(folders, tmp_path):
 )
 @pytest.mark.parametrize("family", ["clip", "siglip"])
 def test_methods_for_images_and_of_peft(folders, tmp_path, family, config):
-    base = classifier(folders(family), templates="art of a {}.")
+    base = classifier(folders[family], templates="art of a {}.")
     before = base(**images(family)).logits
     model = peft.get_peft_model(base, copy.deepcopy(config))
     assert not any("text" in n for n, p in model.named_parameters() if p.requires_grad and "lora" not in n)
@@ -279,7 +267,7 @@ def test_methods_for_images_and_of_peft(folders, tmp_path, family, config):
 
 
 def test_an_adapter_without_names_says_what_is_missing(folders, tmp_path):
-    model = peft.get_peft_model(AutoModel.from_pretrained(folders("clip")), peft.LoraConfig(target_modules=["q_proj"]))
+    model = peft.get_peft_model(AutoModel.from_pretrained(folders["clip"]), peft.LoraConfig(target_modules=["q_proj"]))
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has no class names"):
         load_classifier(str(tmp_path))
@@ -289,13 +277,13 @@ def test_an_adapter_without_names_says_what_is_missing(folders, tmp_path):
 @pytest.mark.parametrize("name", ["CoOpConfig", "CoCoOpConfig", "KgCoOpConfig", "TaskResConfig", "CLIPAdapterConfig"])
 def test_features_of_images_are_computed_once(folders, tmp_path, family, name):
     fields = {"num_virtual_tokens": 2} if name == "CoOpConfig" else {}
-    model = peft.get_peft_model(classifier(folders(family)), getattr(hf_visual_peft, name)(**fields))
+    model = peft.get_peft_model(classifier(folders[family]), getattr(hf_visual_peft, name)(**fields))
     assert len(assert_learns_from_cache(model, family, tmp_path)) > 1
 
 
 def test_half_precision_and_checkpointing(folders):
     gradients = []
-    folder = folders("clip")  # before the seed: it is made when it is first asked for, with random weights
+    folder = folders["clip"]  # before the seed: it is made when it is first asked for, with random weights
     for checkpointing in (False, True):
         torch.manual_seed(0)
         base = classifier(folder, dtype=torch.bfloat16)
@@ -312,11 +300,11 @@ def test_half_precision_and_checkpointing(folders):
     torch.testing.assert_close(*gradients)
     assert gradients[0].abs().max() > 0
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert classifier(folders("clip"))(**images("clip")).logits.dtype == torch.float32
+        assert classifier(folders["clip"])(**images("clip")).logits.dtype == torch.float32
 
 
 def test_pipeline(folders):
-    model = classifier(folders("clip"))
+    model = classifier(folders["clip"])
     processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
     picture = Image.new("RGB", (20, 20), "red")
     found = pipeline("image-classification", model=model, image_processor=processor)(picture, top_k=4)
@@ -327,7 +315,7 @@ def test_pipeline(folders):
 
 
 def test_retrieval(folders):
-    model = classifier(folders("clip"))
+    model = classifier(folders["clip"])
     texts = model.encode_texts(TEXTS)
     pictures = model.encode_images(**images("clip", 3))
     torch.testing.assert_close(pictures @ texts.T * model.encoder.logit_scale.exp(), model(**images("clip")).logits)
@@ -359,14 +347,14 @@ def test_retrieval(folders):
 @pytest.mark.parametrize("family", ["clip", "metaclip_2", "siglip", "siglip2", "chinese_clip", "altclip", "dual"])
 def test_vectors_of_the_words_are_the_words(folders, family):
     """On every kind of text tower; a class name has the tokens that it has after words."""
-    base = classifier(folders(family), templates="abcd {}.").eval()
+    base = classifier(folders[family], templates="abcd {}.").eval()
     zero_shot = base(**images(family)).logits
     model = peft.get_peft_model(base, hf_visual_peft.CoOpConfig(init_text="abcd")).eval()
     torch.testing.assert_close(model(**images(family)).logits, zero_shot, atol=1e-5, rtol=1e-6)
 
 
 def test_classes_have_the_order_of_their_numbers(folders, tmp_path):
-    model = classifier(folders("clip"))
+    model = classifier(folders["clip"])
     model.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     config.id2label = dict(sorted(config.id2label.items(), reverse=True))
