@@ -21,11 +21,13 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers import initialization as init
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..backbones.architectures import register_heads
 from ..sites import VisualTunerLayer
 from .open_clip_models import OpenClipDualEncoder, is_open_clip
+from .scale import SCALE, LogitScale
 from .slot import AdapterSlot, StoredClasses
 from .templates import DEFAULT, check_templates
 from .tokens import Position, TextWriter, Tokens, as_text, check_names
@@ -126,12 +128,14 @@ class ZeroShotClassifier(PreTrainedModel):
     classes_are_texts = True  # so that adapters save their names, without a head
     _supports_sdpa = True
     _supports_flash_attn = True
+    _keys_to_ignore_on_load_missing = [rf"^{SCALE}\."]  # classifiers of earlier versions have none
 
     def __init__(self, config: ZeroShotConfig, encoder: PreTrainedModel | None = None, tokenizer: Any = None) -> None:
         super().__init__(config)
         self.encoder = AutoModel.from_config(config.encoder_config) if encoder is None else encoder
         stored = config.stored_classes
         self.adapters = AdapterSlot() if stored is None else StoredClasses(**stored)
+        self.logit_scale = LogitScale()
         self.loss_type = "ForImageClassification"
         self._tokenizer = tokenizer
         self._features: dict[str, tuple[Any, Tensor]] = {}  # of the classes, each with what it depends on
@@ -234,6 +238,21 @@ class ZeroShotClassifier(PreTrainedModel):
     def class_names(self) -> list[str]:
         """The classes, in the order of the logits."""
         return [self.config.id2label[index] for index in sorted(self.config.id2label)]
+
+    def scale(self) -> tuple[Tensor, Tensor | None]:
+        """The factor of the cosine in the logits, with what an adapter learned of it, and what is added to them."""
+        scale, bias = self.towers.scale()
+        return self.logit_scale(scale), bias
+
+    @property
+    def scale_is_learned(self) -> bool:
+        """Whether adapters have copies of `logit_scale`."""
+        return not isinstance(self.logit_scale, LogitScale)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LogitScale):
+            init.zeros_(module.offset)
 
     def get_input_embeddings(self) -> nn.Module:
         """The module that takes pixels."""

@@ -12,6 +12,7 @@ from peft import PeftConfig
 from ..core.fields import CheckedFields
 from ..core.registry import Paper, VisualPeftType, enlist
 from ..training.defaults import Training
+from .scale import SCALE
 from .slot import LanguageEquation
 from .templates import check_templates
 from .tokens import check_names
@@ -33,16 +34,20 @@ class LanguageConfig(CheckedFields, PeftConfig):
         class_names: of the classes that the adapter was trained on; filled in from the classifier. Weights that it has
             for each class are found by these names.
         templates: with which it was trained; filled in from the classifier.
+        train_logit_scale: whether the factor of the cosine in the logits trains, too: one parameter, a copy of
+            `classifier.logit_scale`. Methods for images and of peft name it: `modules_to_save=["logit_scale"]`.
     """
 
     class_names: list[str] | None = field(default=None, metadata={"help": "Filled in from the classifier."})
     templates: list[str] | None = field(default=None, metadata={"help": "Filled in from the classifier."})
+    train_logit_scale: bool = field(default=False, metadata={"help": "Train the factor of the cosine, too."})
 
     method_type: ClassVar[VisualPeftType]
     target_modules: ClassVar[Any] = None
     unknown_fields: ClassVar[list[str]] = []
     needs_images: ClassVar[bool] = False  # whether features of images are not enough
     from_file: ClassVar[bool] = False
+    why_no_scale: ClassVar[str] = ""  # why `train_logit_scale` has no meaning
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,6 +56,14 @@ class LanguageConfig(CheckedFields, PeftConfig):
             self.class_names = check_names(self.class_names)
         if self.templates is not None:
             self.templates = check_templates(self.templates)
+        self._require_choice("train_logit_scale", (True, False))
+        if self.train_logit_scale and self.why_no_scale:
+            self._fail("train_logit_scale", f"False: {self.why_no_scale}")
+
+    @property
+    def modules_to_save(self) -> list[str] | None:
+        """What peft copies and trains beside the method's own weights."""
+        return [SCALE] if self.train_logit_scale else None
 
     def starts_from_texts(self) -> bool:
         """Whether the adapter decides by the texts before it is trained, so that weights between both have a meaning.

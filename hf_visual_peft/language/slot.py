@@ -72,7 +72,7 @@ class StoredClasses(AdapterSlot):
         weight: Tensor = self.weight
         bias: Tensor = self.bias
         if list(view.names) != self.names:
-            scale, added = view.classifier.towers.scale()
+            scale, added = view.classifier.scale()
             text = scale * normalised(view.raw_text if self.raw else view.text)
             other = torch.zeros(len(view.names), device=bias.device)
             if self.biased and added is not None:
@@ -91,7 +91,7 @@ def classes_of(classifier: Any, names: Sequence[str], text: Tensor) -> Linear:
         names: of the classes.
         text: their features, not normalised.
     """
-    scale, added = classifier.towers.scale()
+    scale, added = classifier.scale()
     bias = torch.zeros(len(text), device=text.device) if added is None else added.expand(len(text))
     return Linear(list(names), scale * normalised(text), bias, raw=True, biased=True)
 
@@ -192,6 +192,11 @@ class LanguageLayer(nn.Module, BaseTunerLayer):
         if len(names) + len(self.merged_adapters) > 1:
             raise ValueError(f"Adapters {', '.join(map(repr, names))}: their logits do not add. Merge one.")
         for name in names:
+            if name not in self.active_adapters and self._classifier[0].scale_is_learned:
+                raise ValueError(
+                    f"The adapter {name!r} is not active, and one of the adapters has learned the scale of the "
+                    f"logits. Make it active: model.set_adapter({name!r})."
+                )
             found = self.linear_of(name)
             if safe_merge and not (found.weight.isfinite().all() and found.bias.isfinite().all()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")

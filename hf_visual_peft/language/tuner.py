@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..core.copies import inner
 from ..core.own_configs import OwnConfigs
 from ..core.undoing import Structure
 from .classifier import ZeroShotClassifier
+from .scale import SCALE
 from .slot import LanguageLayer, StoredClasses
 
 
@@ -111,6 +113,13 @@ class LanguageTuner(OwnConfigs):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # nothing of it has a weight to move
 
+    def unload(self) -> nn.Module:
+        """Take the adapters out. The scale is then that of the dual encoder again, too."""
+        original = inner(self.model.logit_scale)
+        base = super().unload()
+        setattr(base, SCALE, original)
+        return base
+
     def starting_weights(self, adapter_name: str) -> dict[str, Tensor]:
         """The weights of an adapter before training, by their names in the model; for `Interpolation`.
 
@@ -135,7 +144,11 @@ class LanguageTuner(OwnConfigs):
             )
         start = copy.deepcopy(config).build(classifier)
         place = f"{SLOT}.{self.prefix}equation.{adapter_name}"
-        return {f"{place}.{key}": value.detach() for key, value in start.state_dict().items()}
+        found = {f"{place}.{key}": value.detach() for key, value in start.state_dict().items()}
+        if config.train_logit_scale:
+            fresh = inner(classifier.logit_scale).state_dict()
+            found |= {f"{SCALE}.modules_to_save.{adapter_name}.{key}": value for key, value in fresh.items()}
+        return found
 
     def _check_merge_allowed(self) -> None:
         for module in self.model.modules():

@@ -22,7 +22,12 @@ class TextClassifier(Protocol):
     def towers(self) -> Towers: ...  # noqa: D102
 
     @property
+    def logit_scale(self) -> nn.Module: ...  # noqa: D102
+
+    @property
     def class_names(self) -> list[str]: ...  # noqa: D102
+
+    def scale(self) -> tuple[Tensor, Tensor | None]: ...  # noqa: D102
 
     def parameters(self) -> Iterator[nn.Parameter]: ...  # noqa: D102
 
@@ -139,7 +144,7 @@ class View:
     @cached_property
     def scale(self) -> Tensor:
         """The factor of the cosine in the logits."""
-        return self.classifier.towers.scale()[0]
+        return self.classifier.scale()[0]
 
     def encode(self, tokens: Tokens, rows: Tensor, deep: Mapping[int, Tensor] | None = None) -> Tensor:
         """Features of texts with learned vectors in them.
@@ -160,22 +165,24 @@ class View:
         """
         return self.classifier.kept(equation, compute)
 
-    def compare(self, image: Tensor, text: Tensor) -> Tensor:
+    def compare(self, image: Tensor, text: Tensor, learned: bool = True) -> Tensor:
         """Logits of the model: scale x cosine, and SigLIP's bias.
 
         Args:
             image: (images, width).
             text: (classes, width), or (images, classes, width).
+            learned: with what an adapter learned of the scale; False: as the dual encoder has it.
         """
         scale, bias = self.classifier.towers.scale()
         image, text = normalised(image), normalised(text)
         with torch.autocast(image.device.type, enabled=False):  # a scale of 100 needs all digits
             cosine = (text @ image.unsqueeze(-1)).squeeze(-1) if text.ndim == 3 else image @ text.T.to(image)
             logits = cosine * scale.to(cosine)
+            logits = self.classifier.logit_scale(logits) if learned else logits
         return logits if bias is None else logits + bias.to(logits)
 
     def zero_shot(self) -> Outcome:
-        """The result without any method."""
+        """The result by the templates alone."""
         return Outcome(self.compare(self.image, self.text), self.image, self.text)
 
 

@@ -65,7 +65,7 @@ class Interpolation:
                 if key in start and value.is_floating_point()
             }
             return
-        base = _base_of(copy.deepcopy(model))
+        base = base_of(copy.deepcopy(model))
         adapted = copy.deepcopy(model)
         adapted.set_adapter(name)
         try:
@@ -141,8 +141,8 @@ def _adapter(model: PeftModel, adapter_name: str | None) -> str:
     return adapter_name
 
 
-def _base_of(model: PeftModel) -> nn.Module:
-    """The backbone, with its own modules in place of those that an adapter trains as a whole."""
+def base_of(model: PeftModel) -> nn.Module:
+    """Take the adapters out of a model: its own modules stand in the place of those that one trains as a whole."""
     originals = [
         (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module.original_module)
         for name, module in model.named_modules()

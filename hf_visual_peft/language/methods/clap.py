@@ -57,7 +57,7 @@ class ConstrainedProbe(SupportEquation):
 
     def take(self, view: View, features: Tensor, labels: Tensor) -> None:
         """Take c_k: the mean zero-shot probability of class k on its images."""
-        probability = view.compare(features, view.text).softmax(-1).gather(1, labels[:, None])[:, 0]
+        probability = view.compare(features, view.text, learned=False).softmax(-1).gather(1, labels[:, None])[:, 0]
         count = torch.bincount(labels, minlength=len(self.names))
         total = torch.zeros(len(self.names), device=labels.device).index_add(0, labels, probability.float())
         self.constraint.copy_(total / count.clamp(min=1))

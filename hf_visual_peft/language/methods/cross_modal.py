@@ -41,8 +41,8 @@ class CrossModalLinear(LanguageEquation):
         return Outcome(view.scale * normalised(view.image).to(weight) @ weight.T, view.image, weight)
 
     def linear(self, classifier: ZeroShotClassifier) -> Linear:
-        """The linear, with the scale of the dual encoder."""
-        weight = classifier.towers.scale()[0] * self.weight
+        """The linear, with the scale."""
+        weight = classifier.scale()[0] * self.weight
         return Linear(self.names, weight, torch.zeros(len(weight), device=weight.device), raw=False, biased=False)
 
     def objective(self, view: View, outcome: Outcome, loss: Tensor, labels: Tensor) -> Tensor:

@@ -112,6 +112,7 @@ class FLYPConfig(LanguageConfig):
     )
 
     needs_images: ClassVar[bool] = True
+    why_no_scale: ClassVar[str] = "the scale is one of the dual encoder's weights, which all train"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -116,6 +117,8 @@ class LPPlusPlusConfig(SupportConfig):
         steps: of `fit`; 0: the start only.
         momentum: of these steps.
     """
+
+    why_no_scale: ClassVar[str] = "its logits have learned weights in the place of the scale"
 
     steps: int = field(default=300, metadata={"help": "Steps of fit."})
     momentum: float = field(default=0.9, metadata={"help": "Of these steps."})

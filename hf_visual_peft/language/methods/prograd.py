@@ -22,7 +22,7 @@ class AlignedContext(Context):
     """CoOp whose gradient never points against that of the zero-shot predictions.
 
         g = d cross entropy, h = d T^2 H(softmax(zero-shot / T), softmax(logits / T))
-        if <g, h> < 0: g <- g - weight <g, h> h / |h|^2
+        if <g, h> < 0: g <- g - weight <g, h> h / |h|^2, for each tensor
 
     Args:
         vectors: as of `Context`.
@@ -43,19 +43,24 @@ class AlignedContext(Context):
         """The cross entropy; its gradient is the one above."""
         if not torch.is_grad_enabled() or not self.vectors.requires_grad:
             return loss
-        if any(p.requires_grad and p is not self.vectors for p in view.classifier.parameters()):
+        weights = [self.vectors, *(p for p in view.classifier.logit_scale.parameters() if p.requires_grad)]
+        known = set(map(id, weights))
+        if any(p.requires_grad and id(p) not in known for p in view.classifier.parameters()):
             raise ValueError(
-                "ProGradConfig: other parameters than its vectors train, and would get no gradient. Freeze them, or "
-                "take CoOpConfig or KgCoOpConfig."
+                "ProGradConfig: other parameters than its vectors and the scale train, and would get no gradient. "
+                "Freeze them, or take CoOpConfig or KgCoOpConfig."
             )
         with torch.no_grad():
-            target = (view.zero_shot().logits / self.temperature).softmax(-1)
+            zero_shot = view.compare(view.image, view.text, learned=False)
+            target = (zero_shot / self.temperature).softmax(-1)
         general = F.cross_entropy(outcome.logits / self.temperature, target) * self.temperature**2
-        (g,) = torch.autograd.grad(loss, self.vectors, retain_graph=True)
-        (h,) = torch.autograd.grad(general, self.vectors)
-        h = h / h.norm().clamp_min(torch.finfo(h.dtype).tiny)
-        g = g - self.weight * (g * h).sum().clamp(max=0) * h
-        return loss.detach() + ((self.vectors - self.vectors.detach()) * g).sum()
+        ours = torch.autograd.grad(loss, weights, retain_graph=True)
+        total = loss.detach()
+        for weight, g, h in zip(weights, ours, torch.autograd.grad(general, weights), strict=True):
+            unit = h / h.norm().clamp_min(torch.finfo(h.dtype).tiny)
+            kept = g - self.weight * (g * unit).sum().clamp(max=0) * unit
+            total = total + ((weight - weight.detach()) * kept).sum()
+        return total
 
 
 @register_language(
@@ -70,7 +75,8 @@ class ProGradConfig(CoOpConfig):
 
     CoOp, whose gradient loses what points against the gradient of a loss towards the zero-shot predictions. Both
     gradients are computed in the forward pass, and the loss has the value of the cross entropy. The projection is that
-    of one process and one micro-batch. Nothing but the vectors may train: other parameters would get no gradient.
+    of one process and one micro-batch, for each tensor. Nothing but the vectors and the scale may train: other
+    parameters would get no gradient.
 
     Args:
         weight: 1 takes all of the opposing part away; the authors use 0.8 for some data sets.
