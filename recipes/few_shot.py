@@ -34,8 +34,8 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
 from arguments import parse_args, shown
 from few_shot_data import load_data
-from few_shot_features import encode_images, measure_baselines
-from few_shot_flags import RECIPE, frozen_images
+from few_shot_features import encode_images, keeps_features, measure_baselines
+from few_shot_flags import RECIPE, with_learned_scale
 from few_shot_job import Job, table_of
 from few_shot_runs import adapt
 from image_data import load_processor
@@ -58,6 +58,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     argv = list(sys.argv[1:] if argv is None else argv)
     args, config = parse_args(argv, __doc__, RECIPE)
     assert config is not None
+    if args.train_logit_scale:
+        config = with_learned_scale(config)
+    if getattr(config, "tower", None) == "text":  # images stay the same, as with methods for class texts
+        vars(args).update(
+            {k: v for k, v in {"train_crop": "none", "horizontal_flip": 0.0}.items() if k in args.by_default}
+        )
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -83,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         class_chunk=args.class_chunk,
         **{name: value for name, value in access.items() if value is not None},
     ).to(accelerator.device)
+    keeps = keeps_features(classifier, config, args)
     if main_process and args.overwrite_output_dir:  # only after everything has loaded
         clear(args.output_dir)
         for folder in args.output_dir.glob("shots_*_seed_*"):
@@ -96,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         publish(args.output_dir, lambda aside: (aside / "samples.jsonl").write_text("\n".join(lines) + "\n", "utf-8"))
     accelerator.wait_for_everyone()
     job = Job(accelerator, args, config, classifier, data, processor, screen, seen, unseen)
-    if frozen_images(args.method):
+    if keeps:
         encode_images(job)
     job.name_classes(seen)
     measure_baselines(job)

@@ -2,21 +2,61 @@
 
 from __future__ import annotations
 
+import argparse
+import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from augmentation import is_random
 from cached_features import cache_features
 from few_shot_data import Part
 from few_shot_job import Job
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from hf_visual_peft import CachedFeatures, TaskResConfig
+import hf_visual_peft
+from hf_visual_peft import CachedFeatures, TaskResConfig, ZeroShotClassifier
+from hf_visual_peft.language.config import LanguageConfig
+from hf_visual_peft.training.interpolation import base_of
 
 
 PENALTY = 31.6  # of the linear probe: CLIP's authors take 0.316 for features of norm 10, here they have norm 1
+
+
+def keeps_features(classifier: ZeroShotClassifier, config: PeftConfig, args: argparse.Namespace) -> bool:
+    """Whether features of images are computed once; then `args.cache_features` names their folder.
+
+    Raises:
+        ValueError: the flag is given, and a method changes these features.
+    """
+    if isinstance(config, LanguageConfig):
+        stay = not config.needs_images
+    else:
+        stay = not getattr(config, "chooses_from_data", False) and _only_text(classifier, config)
+    if args.cache_features and not stay:
+        raise ValueError(
+            f"--cache_features: --method {args.method} changes the features of images, which cannot be kept then."
+        )
+    random = args.train_crop != "none" or args.horizontal_flip > 0 or is_random(args) or args.drop_path_rate
+    if stay and (args.cache_views or not random):
+        args.cache_features = args.cache_features or str(args.output_dir / "features")
+    return bool(args.cache_features)
+
+
+def _only_text(classifier: ZeroShotClassifier, config: PeftConfig) -> bool:
+    """Whether a method acts in the text tower alone: it is tried, and taken out again."""
+    model = get_peft_model(classifier, hf_visual_peft.with_visual_targets(copy.deepcopy(config), classifier))
+    of_texts = {id(part) for module in (*classifier.text_modules, classifier.logit_scale) for part in module.modules()}
+    adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    weights = {id(p) for module in classifier.modules() if id(module) in of_texts for p in module.parameters()}
+    stay = all(id(module) in of_texts for module in adapted)
+    stay = stay and all(id(p) in weights for p in model.parameters() if p.requires_grad)
+    base_of(model)
+    return stay
 
 
 def encode_images(job: Job) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import Any
 
 from arguments import Recipe, method_config
 from augmentation import BATCH_FLAGS
 from peft import LoraConfig, PeftConfig
-from training_options import positive, real
+from training_options import SWITCH, positive, real
 
 import hf_visual_peft
+from hf_visual_peft.language.config import LanguageConfig
 from hf_visual_peft.language.lora import CLIP_LORA
+from hf_visual_peft.language.scale import SCALE
 from hf_visual_peft.language.templates import DEFAULT
 
 
@@ -60,6 +63,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "epochs, with the weights of a normal distribution (PromptSRC: 15 1); default: the last")  # fmt: skip
     add("--interpolate", type=real, nargs="+", metavar="ALPHA", help="also measure weights between those before (0) "
         "and after training (1); what is saved is after it")  # fmt: skip
+    add("--train_logit_scale", **SWITCH, help="also train the factor of the cosine in the logits, one parameter")
     parser.set_defaults(
         select="last", checkpointing_steps="no", logging_steps=100, train_val_split=0.3, num_train_epochs=50
     )
@@ -78,10 +82,13 @@ def few_shot_method(method: str) -> tuple[type[PeftConfig] | None, dict[str, Any
     return (own.config_cls, {}) if own else method_config(method)
 
 
-def frozen_images(method: str) -> bool:
-    """Whether the image tower stays as it is, so that features of images are computed once."""
-    own = hf_visual_peft.list_language_methods().get(method)
-    return own is not None and not own.config_cls.needs_images
+def with_learned_scale(config: PeftConfig) -> PeftConfig:
+    """The config of a method that also trains the factor of the cosine."""
+    if isinstance(config, LanguageConfig):
+        return dataclasses.replace(config, train_logit_scale=True)
+    modules: Any = config
+    modules.modules_to_save = [*(modules.modules_to_save or ()), SCALE]
+    return config
 
 
 def epochs_by_shots(given: list[str] | None, shots: list[int]) -> dict[int, int]:
@@ -125,11 +132,10 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--interpolate {max(args.interpolate):g}: must be from 0 to 1.")
     if args.steps_per_shot and (args.epochs_by_shots or args.max_train_steps):
         raise ValueError("Give one of --steps_per_shot, --epochs_by_shots and --max_train_steps.")
-    if args.cache_features and not frozen_images(args.method):
-        raise ValueError(
-            f"--cache_features: --method {args.method} changes the features of images, which cannot be kept then."
-        )
-    if frozen_images(args.method):
+    own = hf_visual_peft.list_language_methods().get(args.method)
+    if args.train_logit_scale and own is not None and own.config_cls.why_no_scale:
+        raise ValueError(f"--train_logit_scale: not with --method {args.method}: {own.config_cls.why_no_scale}.")
+    if own is not None and not own.config_cls.needs_images:  # so that flags of augmentation are checked for it
         args.cache_features = args.cache_features or str(args.output_dir / "features")
 
 

@@ -30,6 +30,7 @@ from hf_visual_peft import VisualPeftConfig
 from hf_visual_peft.language.config import LanguageConfig
 from hf_visual_peft.language.methods.two_sfs import TwoSFSConfig
 from hf_visual_peft.language.support import SupportConfig
+from hf_visual_peft.training.interpolation import base_of
 
 
 @dataclass
@@ -94,7 +95,7 @@ def adapt(job: Job, shots: int, seed: int) -> None:
         between = hf_visual_peft.Interpolation(model)
         for alpha in args.interpolate:
             job.record(f"{args.method}, alpha {alpha:g}", shots, seed, job.measure(between(alpha)))
-    model.unload()
+    base_of(model)  # the next run starts without what this one learned
     accelerator.free_memory()
 
 

@@ -101,6 +101,66 @@ def test_every_kind_of_method(shoot, method):
     assert (output / "features").exists() == (method not in ("clip_lora", "vpt", "two_sfs", "maple"))
 
 
+ONLY_TEXT = {
+    "ssf": ["--tower", "text", "--train_logit_scale"],
+    "lora": ["--r", 2, "--target_modules", ".*text_model.*q_proj", "--train_crop", "none"],
+}
+
+
+@pytest.mark.parametrize("method", ONLY_TEXT)
+def test_features_are_kept_where_only_texts_are_adapted(shoot, pictures, monkeypatch, method):
+    read, loss_of = [], few_shot_runs.FewShotTraining.loss_of
+    monkeypatch.setattr(
+        few_shot_runs.FewShotTraining,
+        "loss_of",
+        lambda training, batch, labels: read.append(set(batch)) or loss_of(training, batch, labels),
+    )
+    flags = ["--shots", 1, "--seeds", 1, 2, "--max_train_steps", 2, "--learning_rate", 0.1, "--test_dir", pictures]
+    output, results = shoot(*flags, *ONLY_TEXT[method], method=method).__dict__.values()
+    assert read == [{"image_features"}] * 4
+    model = hf_visual_peft.load_classifier(str(output / "shots_1_seed_2"))
+    processor = AutoImageProcessor.from_pretrained(output / "shots_1_seed_2")
+    assert results["results"][-1]["accuracy"] == pytest.approx(
+        accuracy_by_hand(model, pictures, processor, list(CLASSES))
+    )
+
+
+@pytest.mark.parametrize("method", ["taskres", "clip_lora"])
+def test_each_run_learns_the_scale_anew(shoot, monkeypatch, method):
+    starts, run = [], few_shot_runs.FewShotTraining.run
+
+    def spy(training):
+        starts.append(sum(p.item() for n, p in training.model.named_parameters() if n.endswith("default.offset")))
+        run(training)
+
+    monkeypatch.setattr(few_shot_runs.FewShotTraining, "run", spy)
+    flags = ["--shots", 1, "--seeds", 1, 2, "--max_train_steps", 1, "--test_split", "none"]
+    output, _ = shoot(*flags, "--train_logit_scale", "--learning_rate", 0.1, method=method).__dict__.values()
+    assert starts == [0.0, 0.0]
+    for seed in (1, 2):
+        model = hf_visual_peft.load_classifier(str(output / f"shots_1_seed_{seed}"))
+        assert model.base_model.model.logit_scale.modules_to_save["default"].offset.abs() > 0.01
+
+
+@pytest.mark.parametrize(("method", "flags"), [("clip_lora", []), ("ssf", ["--tower", "both"])])
+def test_features_that_change_are_not_kept(shoot, method, flags):
+    flags = [
+        "--shots",
+        1,
+        "--seeds",
+        1,
+        *flags,
+        "--train_crop",
+        "none",
+        "--horizontal_flip",
+        0,
+        "--cache_features",
+        "x",
+    ]
+    with pytest.raises(ValueError, match=f"--method {method} changes the features of images"):
+        shoot(*flags, method=method)
+
+
 @pytest.mark.parametrize(("views", "steps"), [([], [6, 4]), (["--horizontal_flip", 0.5], [6, 4])])
 def test_two_stages_share_the_steps(shoot, monkeypatch, views, steps):
     ran, inputs = [], []
@@ -204,7 +264,7 @@ def test_linear_probe_is_logistic_regression():
         (["--method", "proker", "--shots", "0"], "must be 1 or greater"),
         (["--method", "proker", "--select", "best"], "--select: not in few-shot runs"),
         (["--method", "proker", "--top_k", "2", "--mixup", "0.2"], "--top_k, --mixup: not in few-shot runs"),
-        (["--method", "clip_lora", "--cache_features", "x"], "changes the features of images"),
+        (["--method", "lp_plus_plus", "--train_logit_scale"], "not with --method lp_plus_plus: its logits have"),
         (["--method", "coop", "--train_crop", "random"], "give --cache_views N"),
         (["--method", "coop", "--shots", "1", "2", "--epochs_by_shots", "1=5"], "no epochs for --shots 2"),
         (["--method", "coop", "--epochs_by_shots", "one"], "write SHOTS=EPOCHS"),
