@@ -247,8 +247,8 @@ def support(clip: Clip) -> Tensor:
 
 def tip_adapter(clip: Clip, x: Tensor, w: Weights) -> Result:
     image = clip.image(x)
-    memory = (-5.5 * (1 - unit(image) @ w["keys"].T)).exp() @ ONE_HOT[SUPPORT]
-    return plain(clip.logits(image, clip.templates()) + 1.17 * clip.weights["logit_scale"].exp() / 100 * memory)
+    memory = (-2.0 * (1 - unit(image) @ w["keys"].T)).exp() @ ONE_HOT[SUPPORT]
+    return plain(clip.logits(image, clip.templates()) + 30 * clip.weights["logit_scale"].exp() / 100 * memory)
 
 
 def taskres(clip: Clip, x: Tensor, w: Weights) -> Result:
@@ -328,7 +328,7 @@ METHODS = {
     "tcp": Reference(tcp, "htyao89/Textual-based_Class-aware_prompt_tuning: trainers/tcp.py",
                      {"init_text": "of", "hidden": 6, "block": 1}),
     "tip_adapter": Reference(tip_adapter, "gaopengcuhk/Tip-Adapter: main.py, alpha in units of the scale / 100",
-                             {"alpha": 1.17, "beta": 5.5, "train_keys": True}),
+                             {"alpha": 30.0, "beta": 2.0, "train_keys": True}),
     "two_sfs": Reference(two_sfs, "FarinaMatteo/rethinking_fewshot_vlms: the first stage"),
     "upt": Reference(upt, "sIncerass/MVLPT: trainers/mvlpt.py",
                      {"num_virtual_tokens": 4, "num_vision_tokens": 2, "hidden": 8}),
