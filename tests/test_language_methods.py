@@ -547,7 +547,7 @@ def test_what_does_not_fit_leaves_the_model_as_it_was(base, family, folders):
     with pytest.raises(ValueError, match=r"Class 'cat': its text has 4[0-9] tokens"):
         get_peft_model(base, config)
     assert dict(base.named_modules()) == modules
-    assert all(p.requires_grad for p in base.parameters())
+    assert all(p.requires_grad for p in base.encoder.parameters())
     assert config.class_names is None
     model = get_peft_model(base, hf_visual_peft.CoOpConfig(num_virtual_tokens=2))
     with pytest.raises(ValueError, match=r"Class 'catcatcat.*tokens"):
