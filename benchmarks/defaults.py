@@ -50,8 +50,8 @@ BASELINES = ("full", *PEFT_BASELINES)
 FEW = ("linearprobe", "adaptformer", "ssf", "vpt", "peft-lora")  # for questions that concern all methods alike
 AUGMENTATIONS = ((1.0, 0.0), (0.5, 0.0), (0.5, 0.5), (0.08, 0.5))  # least share of a crop, probability of mirroring
 CHOSEN = (0.5, 0.0)  # of these, for all other runs
-WEIGHT_DECAYS = (0.0, 0.01, 0.1)
-DECAY = 0.01  # of these, for all other runs
+DECAY = 0.01  # of weights, as in PyTorch
+DECAYS = (0.0, 0.1)  # one on either side, which are compared with each other
 EPOCHS, BATCH, WARMUP = 8, 32, 0.1
 
 
@@ -102,9 +102,8 @@ def settings(rows: list[dict[str, Any]], augmentation: tuple[float, float] | Non
     plain = functools.partial(Setting, crop=crop, flip=flip)
     for place in range(len(RATES)):
         if place == 2:  # after the two rates that most methods choose from
-            for method, weight_decay, data in itertools.product(FEW, WEIGHT_DECAYS, SETS):
-                if weight_decay != DECAY:
-                    yield plain(method, data, few_rate(method), weight_decay=weight_decay)
+            for method, weight_decay, data in itertools.product(FEW, DECAYS, SETS):
+                yield plain(method, data, few_rate(method), weight_decay=weight_decay)
         for method, data in itertools.product(methods(), SETS):
             yield plain(method, data, rates_of(method)[place])
 
@@ -335,7 +334,7 @@ def report(rows: list[dict[str, Any]]) -> str:
     augmentation = format_table(("least share of a crop", "mirrored", *SETS), views, right=SETS)
     decays = [
         (method, f"{decay:g}", *(few_score(rows, data, (method,), weight_decay=decay) for data in SETS))
-        for method, decay in itertools.product(FEW, WEIGHT_DECAYS)
+        for method, decay in itertools.product(FEW, DECAYS)
     ]
     decays = [row for row in decays if not any("-" in other for other in decays if other[0] == row[0])]
     notes = [
@@ -355,7 +354,7 @@ def report(rows: list[dict[str, Any]]) -> str:
         fill(" ".join(VIEWS.format(few=", ".join(FEW)).split()), 119),
         augmentation,
         "## Weight decay",
-        fill(" ".join(WEIGHTS.format(few=", ".join(FEW)).split()), 119),
+        fill(" ".join(WEIGHTS.split()), 119),
         format_table(("method", "weight decay", *SETS), decays, right=("weight decay", *SETS)),
     ]
     return "\n\n".join(parts) + "\n"
@@ -394,7 +393,9 @@ none.
 """
 
 WEIGHTS = """
-Validation accuracy in the mean over {few}, at the learning rates 0.003 and, for the linear probe, 0.01. DRAFT
+The weight decay is PyTorch's default. Over these 176 steps it shrinks a weight by 0.3 % at a learning rate of 0.003,
+and ten times as much by 3 %. Validation accuracy without it and with ten times as much, with the same pictures in the
+same order (on a CPU, whose random crops are others than those above):
 """
 
 # of methods that stay below the linear probe here

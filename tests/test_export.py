@@ -50,7 +50,7 @@ def base_logits(family, model):
         return run(model, family)
 
 
-@over(VARIANTS)
+@over({method.name: (method, fields, name) for method, fields, name in reversed(VARIANTS)}.values())
 def test_adapted_models_are_exported(method, fields, tmp_path):
     family = video(VIT, method) if method.video else VIT
     model = adapted(method, fields, family)

@@ -50,7 +50,8 @@ from hf_visual_peft.sharing.inspecting import inspect_adapter
 
 
 BASE = "tester/tiny-vit"
-METHODS = [*hf_visual_peft.list_methods(), "lora"]
+# what they leave in a file: tokens, modules, shared ones, copies, choices, norms, parts of several methods, peft's own
+METHODS = ("vpt", "adaptformer", "ssf", "fact", "partial", "gps", "spt", "snf", "composite", "adapterbias", "lora")
 FILES = {"adapter_model.safetensors", "adapter_config.json", "README.md"}
 
 
@@ -187,12 +188,7 @@ def test_a_pushed_adapter_is_loaded_bit_for_bit_from_one_commit(hub, client, met
     assert client(client_load, repo) == pushed["logits"]
     loaded = client(client_load_by_auto_classes, repo)
     assert loaded["peft"] == pushed["logits"]
-    if method in (
-        "adapterbias",
-        "snf",
-        "unipt",
-        "vitadapter",
-    ):  # they round by how memory is aligned, here as in the file
+    if method in ("adapterbias", "snf"):  # they round by how memory is aligned, here as in the file
         torch.testing.assert_close(torch.tensor(loaded["transformers"]), torch.tensor(pushed["logits"]))
     else:
         assert loaded["transformers"] == pushed["logits"]
