@@ -8,7 +8,7 @@ DIRS := hf_visual_peft recipes benchmarks tests docs
 # torch and torchvision (extra "vision") go in together, so that pip picks a pair that fits
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(addprefix --constraint ,$(CONSTRAINTS))
 
-.PHONY: demo test notebooks test-newest test-oldest constraints quality style docs site coverage dist clean
+.PHONY: demo test notebooks test-newest test-oldest constraints quality style docs site look coverage dist clean
 
 demo: $(VENV)/.demo
 	$(BIN)/hf-visual-peft demo $(ARGS)
@@ -53,6 +53,10 @@ docs: $(VENV)/.docs
 # the documentation as pages to open in a browser: build/site/index.html
 site: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --config-file docs/site/mkdocs.yml
+
+# every page of the site in a headless Chromium, as on a phone and on a desktop: errors, and what is too wide
+look: site $(VENV)/.test
+	$(BIN)/python docs/site/look.py
 
 # the picture in README, from docs/defaults.md
 docs/assets/overview.svg: docs/defaults.md docs/site/overview.py | $(VENV)/.test
