@@ -132,7 +132,7 @@ def test_another_image_size():
 @pytest.mark.parametrize(
     ("family", "fields", "message"),
     [
-        ("vit", {"grid_size": 0}, "AttnScaleConfig.grid_size is 0: must be an integer of at least 1"),
+        ("vit", {"grid_size": 0}, "AttnScaleConfig.grid_size is 0: must be an integer from 1 to 128"),
         ("vit", {"share_heads": 2}, "AttnScaleConfig.share_heads is 2"),
         ("siglip2", {}, "Siglip2VisionModel has no fixed number of tokens"),
         ("vit_mae", {}, "ViTMAEModel has no fixed number of tokens"),

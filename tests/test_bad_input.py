@@ -13,14 +13,25 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from hf_visual_peft import (
     AdaptFormerConfig,
+    AttnScaleConfig,
+    AutoVPConfig,
     BAPATConfig,
     CompositeConfig,
     ConvpassConfig,
+    EVPPixelConfig,
     HSTConfig,
+    ILMVPConfig,
+    LAEAdapterConfig,
+    LAELoRAConfig,
+    LAEPrefixConfig,
+    LoRVPConfig,
     MAMConfig,
     PATTConfig,
     SideTuningConfig,
     SSFConfig,
+    VAPTConfig,
+    ViTAdapterConfig,
+    VPConfig,
     VPTConfig,
     get_method,
     list_language_methods,
@@ -86,11 +97,22 @@ def test_every_field_names_a_value_that_it_does_not_take(name):
 
 @pytest.mark.parametrize(
     ("config", "field"),
-    [(HSTConfig, "num_virtual_tokens"), (SideTuningConfig, "channels"), (SideTuningConfig, "depth")],
+    [
+        *[(HSTConfig, "num_virtual_tokens"), (SideTuningConfig, "channels"), (SideTuningConfig, "depth")],
+        *[(ViTAdapterConfig, "num_points"), (ViTAdapterConfig, "channels")],
+        *[(AttnScaleConfig, "grid_size"), (VAPTConfig, "grid_size")],
+    ],
 )
 def test_absurd_sizes(config, field):
     with pytest.raises(ValueError, match=rf"{config.__name__}.{field} is 1000000000: must be an integer from 1 to"):
         config(**{field: 10**9})
+
+
+@pytest.mark.parametrize("config", [AutoVPConfig, EVPPixelConfig, ILMVPConfig, LoRVPConfig, VPConfig])
+@pytest.mark.parametrize("size", [10**9, [32, 10**9]])
+def test_absurd_sizes_of_images(config, size):
+    with pytest.raises(ValueError, match=rf"{config.__name__}.prompt_size is .*1000000000.*: must be None, a num"):
+        config(prompt_size=size)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +139,10 @@ def test_misspelt_fields(config, field, advice):
         ),
         (ConvpassConfig(r=10**9), rf"r is 1000000000: must be an integer from 1 to {WIDTH}"),
         (VPTConfig(projection_dim=10**9), rf"projection_dim is 1000000000: must be an integer from 1 to {WIDTH}"),
+        (VAPTConfig(r=10**9), rf"VAPTConfig.r is 1000000000: must be an integer from 1 to {WIDTH}"),
+        (LAEPrefixConfig(depth=10**9), r"LAEPrefixConfig.depth is 1000000000: must be an integer from 1 to 5 \(the"),
+        (LAEAdapterConfig(depth=6), r"LAEAdapterConfig.depth is 6: must be an integer from 1 to 5 \(the backbone's"),
+        (LAELoRAConfig(depth=10**9), r"LAELoRAConfig.depth is 1000000000: must be an integer from 1 to 5 \(the"),
         (VPTConfig(layers_to_transform=[0, 3]), "layers_to_transform has 3: ViTModel has 3 blocks, 0 to 2"),
         (VPTConfig(deep=False, layers_to_transform=[0, 2]), r"consecutive, but they are \[0, 2\]"),
         (VPTConfig(deep=False, exclude_modules=["vit.layers.1"]), r"consecutive, but they are \[0, 2\]"),
@@ -252,7 +278,7 @@ def test_merge_error_names_the_method():
             BAPATConfig(attention_r=10**6),
             rf"^BAPATConfig.attention_r is 1000000: must be an integer from 1 to {WIDTH}",
         ),
-        (BAPATConfig(r=10**6), rf"^BAPATConfig.r is 1000000: must be an integer from 1 to {WIDTH}"),
+        (BAPATConfig(attention_r=4, r=10**6), rf"^BAPATConfig.r is 1000000: must be an integer from 1 to {WIDTH}"),
         (MAMConfig(r=10**6), rf"^MAMConfig.r is 1000000: must be an integer from 1 to {WIDTH}"),
         (
             CompositeConfig(parts=[PATTConfig(r=10**6)]),

@@ -307,7 +307,7 @@ def test_dropout_drops_channels_of_maps():
         (CVPTConfig, {"dropout": -0.1}, "dropout is -0.1: must be a finite number of at least 0"),
         (VAPTConfig, {"r": 0}, "r is 0: must be an integer of at least 1"),
         (VAPTConfig, {"kernel_size": 0}, "kernel_size is 0: must be an integer of at least 1"),
-        (VAPTConfig, {"grid_size": 2.5}, "grid_size is 2.5: must be an integer of at least 1"),
+        (VAPTConfig, {"grid_size": 2.5}, "grid_size is 2.5: must be an integer from 1 to 128"),
         (VAPTConfig, {"dropout": 1}, "dropout is 1: must be"),
     ],
 )

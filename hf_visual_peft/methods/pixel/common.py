@@ -17,6 +17,9 @@ from ...core.label_maps import LabelMap
 from ...sites import HeadSite, PixelSite, Placement
 
 
+MAX_SIDE = 10_000  # pixels of an image
+
+
 @dataclass
 class PixelPromptConfig(VisualPeftConfig):
     """Base of the configs of prompts at the pixels.
@@ -42,8 +45,10 @@ class PixelPromptConfig(VisualPeftConfig):
         super().__post_init__()
         size: Any = list(self.prompt_size) if isinstance(self.prompt_size, tuple) else self.prompt_size
         sides = size if isinstance(size, list) else [size]
-        if size is not None and (len(sides) > 2 or not all(type(side) is int and side > 0 for side in sides)):
-            self._fail("prompt_size", "None, a number of pixels, or [height, width]")
+        if size is not None and (
+            len(sides) > 2 or not all(type(side) is int and 0 < side <= MAX_SIDE for side in sides)
+        ):
+            self._fail("prompt_size", f"None, a number of pixels from 1 to {MAX_SIDE}, or [height, width]")
         self.prompt_size = size
         if self.label_map is not None:
             self._check_label_map()

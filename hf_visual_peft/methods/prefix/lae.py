@@ -98,7 +98,8 @@ class LAEBase(VisualPeftConfig):
         if self.layers is not None:
             self._require_unset("depth", "where layers_to_transform names blocks")
 
-    def _within(self, blocks: Iterable[Block]) -> list[Block]:
+    def _within(self, blocks: Iterable[Block], backbone: VisionBackbone) -> list[Block]:
+        self._require_integer("depth", 1, max(BLOCKS, backbone.depth), "the backbone's blocks, or the paper's 5")
         return [block for block in blocks if self.layers is not None or block.index < self.depth]
 
 
@@ -140,7 +141,7 @@ class LAEPrefixConfig(LAEBase):
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """In the attention of the first blocks that have one."""
-        for block in self._within(attending(backbone)):
+        for block in self._within(attending(backbone), backbone):
             yield Placement(block.path, "heads", KeyValueSite(self.compensated), partial(self._build, block))
 
     def _build(self, block: Block, module: nn.Module) -> ScaledPrefixes:
@@ -179,7 +180,7 @@ class LAEAdapterConfig(LAEBase):
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """Beside attention in the first blocks."""
         self._require_integer("r", 1, backbone.width, "the backbone's width")
-        for block in self._within(backbone.blocks):
+        for block in self._within(backbone.blocks, backbone):
             site = BranchSite("attention", reads="normed")
             yield Placement(block.path, "attention", site, lambda _: ScaledBottleneck(backbone.width, self.r))
 
@@ -215,7 +216,7 @@ class LAELoRAConfig(LAEBase):
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
         """At the projections to keys and values of the first blocks."""
         self._require_integer("r", 1, backbone.width, "the backbone's width")
-        for block in self._within(backbone.blocks):
+        for block in self._within(backbone.blocks, backbone):
             found = projections(backbone, block)
             for role in ("key", "value"):
                 if role in found:

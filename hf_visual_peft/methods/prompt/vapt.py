@@ -15,7 +15,7 @@ from ...core.config import VisualPeftConfig
 from ...core.registry import Paper, register
 from ...sites import Placement, Shared, TokenLayout, TokenSite
 from ...training.defaults import Training
-from .vpt import MAX_VIRTUAL_TOKENS, Prompts
+from .vpt import MAX_GRID, MAX_VIRTUAL_TOKENS, Prompts
 
 
 class AdaptivePrompts(nn.Module):
@@ -128,7 +128,7 @@ class VAPTConfig(VisualPeftConfig):
         self._require_integer("r", 1)
         self._require_integer("kernel_size", 1)
         if self.grid_size is not None:
-            self._require_integer("grid_size", 1)
+            self._require_integer("grid_size", 1, MAX_GRID)
         self._require_number("dropout", 0.0, below=1.0)
 
     def placements(self, backbone: VisionBackbone) -> Iterable[Placement]:
@@ -141,6 +141,7 @@ class VAPTConfig(VisualPeftConfig):
         if self.grid_size is None and backbone.grid is None:
             self._fail("grid_size", f"given, because the config of {backbone.class_name} does not tell the grid")
         grid = (self.grid_size,) * 2 if self.grid_size is not None else backbone.grid or (0, 0)
+        self._require_integer("r", 1, backbone.width, "the backbone's width")
         self._require_integer("kernel_size", 1, min(grid), "rows or columns of the grid")
         projector = Shared("projector", partial(Projector, backbone.width, self.r, self.dropout))
         for block in backbone.blocks:

@@ -22,6 +22,7 @@ from ..specification.bitfit import Shift
 
 
 MAX_VIRTUAL_TOKENS = 10_000  # the papers stop at 200; attention is quadratic in them
+MAX_GRID = 128  # rows or columns of patches for which a method has weights: images of 2048 pixels with patches of 16
 
 
 class Prompts(SetByData):

@@ -13,6 +13,7 @@ from ...core.config import VisualPeftConfig
 from ...core.registry import Paper, register
 from ...sites import BranchSite, LogitSite, Placement, TokenLayout, attention_of
 from ...training.defaults import Training
+from ..prompt.vpt import MAX_GRID
 
 
 class AttnScale(nn.Module):
@@ -96,7 +97,7 @@ class AttnScaleConfig(VisualPeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.grid_size is not None:
-            self._require_integer("grid_size", 1)
+            self._require_integer("grid_size", 1, MAX_GRID)
         self._require_choice("share_heads", (True, False))
         self._require_choice("residual", (True, False))
 

@@ -56,6 +56,9 @@ def _key(name: str) -> str:
     return name.replace(".", "__")
 
 
+MAX_POINTS, MAX_CHANNELS = 100, 4096  # the paper has 4 and 64
+
+
 @register(
     name="vitadapter",
     paper=Paper("Vision Transformer Adapter for Dense Predictions", "ICLR 2023", "2205.08534"),
@@ -126,8 +129,9 @@ class ViTAdapterConfig(VisualPeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("interactions", "num_points", "channels"):
-            self._require_integer(name, 1)
+        self._require_integer("interactions", 1)
+        self._require_integer("num_points", 1, MAX_POINTS)
+        self._require_integer("channels", 1, MAX_CHANNELS)
         self._require_integer("extra_extractors", 0)
         if self.num_heads is not None:
             self._require_integer("num_heads", 1)
