@@ -98,7 +98,10 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     given.dataset_name = [str(Path(name).resolve()) if Path(name).exists() else name for name in given.dataset_name]
     for method, space in spaces_of(given).items():
         common = {"data": given.dataset_name[0], "method": method, "seed": given.seeds[0]}
-        tried = [{"values": {}}, *({"values": {flag: str(v)}} for flag, found in space.items() for v in found)]
+        tried: list[dict[str, Any]] = [
+            {"values": {}},
+            *({"values": {flag: str(v)}} for flag, found in space.items() for v in found),
+        ]
         for values in tried:
             parse_args([*words_of(common | values, others), "--output_dir", str(given.output_dir / TRIALS / "none")])
     return given, others

@@ -74,6 +74,8 @@ class KeptBackbone:
 
     def __init__(self) -> None:
         self.key: str | None = None
+        self.model: Any = None
+        self.loading: Any = None
         self.loaded = 0  # how often
 
     def __call__(self, **given: Any) -> tuple[Any, dict[str, Any]]:
