@@ -189,6 +189,18 @@ def test_vectors_of_classes_go_with_their_names(base, folders, tmp_path):
     torch.testing.assert_close(model(**images("clip")).logits, trained)
 
 
+def test_shared_vectors_serve_names_they_were_not_trained_on(family, folders, tmp_path):
+    model = get_peft_model(classifier(folders[family], NAMES[:2]), hf_visual_peft.CoOpConfig(num_virtual_tokens=3))
+    randomised(model).save_pretrained(tmp_path)
+    vectors, new = equation_of(model).vectors, ["kite", "old town", "dog"]
+    with torch.no_grad():
+        again = load_classifier(str(tmp_path), class_names=new)
+        base = classifier(folders[family])
+        text = text_by_hand(base, family, with_vectors(base, family, vectors, names=new))
+        expected = compare(family, features_of(base, family)[0], text)
+        torch.testing.assert_close(again(**images(family)).logits, expected, atol=1e-4, rtol=1e-4)
+
+
 def support(family):
     """Batches of eight labelled images, three classes with two or three, one with one."""
     generator = torch.Generator().manual_seed(5)
