@@ -29,7 +29,8 @@ from .core.switching import teach_enabling
 from .features import CachedFeatures, FeatureCache
 from .features.pyramid import feature_pyramid
 from .language.averaging import GaussianAverage
-from .language.classifier import ZeroShotClassifier, ZeroShotConfig
+from .language.classifier import ZeroShotClassifier
+from .language.classifier_config import ZeroShotConfig
 from .language.config import list_language_methods
 from .language.loading import load_classifier
 from .language.lora import clip_lora

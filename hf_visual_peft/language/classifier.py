@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -18,14 +15,13 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..backbones.architectures import register_heads
-from ..sites import VisualTunerLayer
+from .classifier_config import ZeroShotConfig, ZeroShotOutput
+from .kept import state_of, trains
 from .open_clip_models import OpenClipDualEncoder, is_open_clip
 from .scale import SCALE, LogitScale
 from .slot import AdapterSlot, StoredClasses
@@ -42,68 +38,6 @@ from .towers import (
     without_checkpoints,
 )
 from .view import FEATURES, View, normalised
-
-
-_KINDS = ("cpu", "cuda")  # of devices with automatic casts
-
-
-class ZeroShotConfig(PreTrainedConfig):
-    """Config of `ZeroShotClassifier`.
-
-    Args:
-        encoder_config: config of the dual encoder, or its dictionary.
-        class_names: of the classes, in the order of the logits.
-        templates: texts around a class name.
-        normalize_before_mean: with several templates: whether features are normalised before their mean is taken (as
-            in CLIP and Tip-Adapter), else the mean of raw features is normalised (as in TaskRes, CLAP, PromptSRC).
-        class_chunk: number of texts that are encoded at once.
-        stored_classes: classes with weights of their own, which merging an adapter fills in.
-        kwargs: as of every config.
-    """
-
-    model_type = "zero_shot_classifier"
-    sub_configs = {"encoder_config": AutoConfig}
-    keys_to_ignore_at_inference = ("image_embeds", "text_embeds")
-    has_no_defaults_at_init = True
-
-    def __init__(
-        self,
-        encoder_config: Any = None,
-        class_names: Sequence[str] | None = None,
-        templates: Sequence[str] | str = DEFAULT,
-        normalize_before_mean: bool = True,
-        class_chunk: int = 256,
-        stored_classes: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if class_names is not None:
-            names = check_names(class_names)
-            kwargs["id2label"] = dict(enumerate(names))
-            kwargs["label2id"] = {name: index for index, name in enumerate(names)}
-        super().__init__(**kwargs)
-        if isinstance(encoder_config, dict):
-            encoder_config = AutoConfig.for_model(**encoder_config)
-        self.encoder_config = encoder_config  # after the call above, which would reset its choice of attention
-        self.templates = check_templates(templates)
-        self.normalize_before_mean = normalize_before_mean
-        if type(class_chunk) is not int or class_chunk < 1:
-            raise ValueError(f"class_chunk is {class_chunk!r}: must be an integer of at least 1.")
-        self.class_chunk = class_chunk
-        self.stored_classes = stored_classes
-
-
-@dataclass
-class ZeroShotOutput(ImageClassifierOutput):
-    """Output of `ZeroShotClassifier`: as of every image classifier, and the features that were compared.
-
-    Attributes:
-        image_embeds: normalised features of the images, (images, width).
-        text_embeds: normalised features of the classes, (classes, width); (images, classes, width) if a method
-            computes them for each image.
-    """
-
-    image_embeds: Tensor | None = None
-    text_embeds: Tensor | None = None
 
 
 class ZeroShotClassifier(PreTrainedModel):
@@ -375,7 +309,7 @@ class ZeroShotClassifier(PreTrainedModel):
         """
         modules = self.towers.text_modules
         key = f"templates {raw}"
-        if torch.is_grad_enabled() and _trains(modules):
+        if torch.is_grad_enabled() and trains(modules):
             return self._ensemble(self.encode_tokens(self._tokens), raw)
         with evaluating(modules):
             return self._keep(key, modules, lambda: self._ensemble(self.encode_tokens(self._tokens), raw))
@@ -406,7 +340,7 @@ class ZeroShotClassifier(PreTrainedModel):
 
     def _keep(self, key: str, modules: Sequence[nn.Module], compute: Callable[[], Tensor]) -> Tensor:
         """Features that were computed before, if their modules are as they were then."""
-        state = _state_of(modules)
+        state = state_of(modules)
         if key not in self._features or self._features[key][0] != state:
             # a tensor of inference mode could not be used in training
             with torch.inference_mode(False), torch.no_grad():
@@ -512,39 +446,6 @@ class ZeroShotClassifier(PreTrainedModel):
         if isinstance(texts, str) or not texts:
             raise ValueError(f"texts is {texts!r}: must be a list of texts, at least one.")
         return normalised(self.encode_tokens(self.writer.plain(list(texts), list(texts))))
-
-
-def _state_of(modules: Sequence[nn.Module]) -> Any:
-    """What tells whether features of texts are still right: the weights, and the adapters among them."""
-    weights = [
-        (id(p), 0 if p.is_inference() else p._version, p.data_ptr(), p.dtype, p.device)
-        for module in modules
-        for p in (*module.parameters(), *module.buffers())
-    ]
-    adapters = [
-        _state_of_layer(layer)
-        for module in modules
-        for layer in module.modules()
-        if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper)
-    ]
-    types = [torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in _KINDS]
-    return weights, adapters, types
-
-
-def _state_of_layer(layer: Any) -> Any:
-    """Which of its adapters act in a layer or a copied module, and how strongly."""
-    scaling = getattr(layer, "scaling", None)
-    return (
-        tuple(layer.active_adapters),
-        layer.disable_adapters,
-        tuple(getattr(layer, "merged_adapters", ())),
-        tuple(scaling.items()) if isinstance(scaling, dict) else None,
-        layer.adapters_off if isinstance(layer, VisualTunerLayer) else None,
-    )
-
-
-def _trains(modules: Sequence[nn.Module]) -> bool:
-    return any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
 
 register_heads("ZeroShotClassifier", ())
