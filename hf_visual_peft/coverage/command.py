@@ -35,7 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dry", action="store_true", help="with --families, adapt the models without weights, and do not run them"
     )
     parser.add_argument(
-        "--limit", type=_count, default=120, metavar="SECONDS", help="with --families, for one method on one model"
+        "--limit",
+        type=_count,
+        default=120,
+        metavar="SECONDS",
+        help="with --families, processor time for one method on one model",
     )
     parser.add_argument(
         "--check", type=Path, metavar="FILE", help="compare with the JSON of an earlier run; a regression is an error"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import threading
 import time
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -36,6 +37,8 @@ from .tiny import TinyModel
 # methods of every kind: branches, prompts, scales, convolutions, side network, biases, factors, norms, linears, head
 METHODS = ("adaptformer", "vpt", "ssf", "convpass", "lst", "bitfit", "fact", "lora", "ln_tuning", "linearprobe")
 _NOT_BUILT = "not built: "
+_LATE = 124  # exit code of a process that was late
+_DYING = 10.0  # seconds until a process that closed its connection has ended
 SIZE, BACKBONE = "size", "backbone"  # what else is asked of a model: how many parameters, and whether it is known
 
 
@@ -144,7 +147,7 @@ def run_families(
         only: families; all by default.
         names: whether to look for a backbone in every model of a family; else only in one.
         jobs: processes.
-        limit: seconds for one method on one model.
+        limit: seconds of processor time for one method on one model.
         dry: whether to adapt the models without weights, and not to run them.
 
     Raises:
@@ -285,11 +288,10 @@ class _Worker:
         theirs.close()
         self.connection.recv()  # it has imported all, which takes long where others run
         self.task: Task | None = None
-        self.due = float("inf")
 
     def give(self, task: Task, limit: float) -> None:
-        self.task, self.due = task, time.monotonic() + limit
-        self.connection.send(task)
+        self.task = task
+        self.connection.send((task, limit))
 
     def stop(self) -> None:
         self.process.kill()
@@ -306,11 +308,34 @@ def _serve(connection: Connection) -> None:
     connection.send(None)
     while True:
         try:
-            task = connection.recv()
+            task, limit = connection.recv()
         except EOFError:
             return
+        clock = _Clock(limit)
         for result in answers(task):
             connection.send(result)
+            clock.start()
+        clock.stop()
+
+
+class _Clock:
+    """Ends this process when one question took too much processor time, however busy the machine is."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit, self._stopped = limit, threading.Event()
+        self.start()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def start(self) -> None:
+        self._due = time.process_time() + self.limit
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(min(1.0, self.limit)):
+            if time.process_time() > self._due:
+                os._exit(_LATE)
 
 
 def _work(results: Results, tasks: Iterable[Task], jobs: int, limit: float, title: str) -> None:
@@ -328,22 +353,15 @@ def _work(results: Results, tasks: Iterable[Task], jobs: int, limit: float, titl
                 if worker.task is None and queue:
                     worker.give(queue.pop(), limit)
             busy = {worker.connection: worker for worker in workers if worker.task}
-            due = min(worker.due for worker in busy.values())
-            ready: list[Any] = wait(list(busy), timeout=max(0.0, due - time.monotonic()))
-            for worker in busy.values():
-                if worker.connection in ready:
-                    result = _received(worker)
-                elif time.monotonic() >= worker.due:
-                    result = worker.task.result(worker.task.items[0], Cell("skipped", f"not done in {limit:.0f} s"))  # type: ignore
-                    worker.stop()
-                else:
-                    continue
-                results.add(result)
+            ready: list[Any] = wait(list(busy))
+            for connection in ready:
+                worker = busy[connection]
+                results.add(_received(worker, limit))
                 bar.update()
                 rest = worker.task.items[1:]  # type: ignore[union-attr]
                 left = replace(worker.task, items=rest) if rest else None  # type: ignore[type-var]
                 if worker.process.is_alive():
-                    worker.task, worker.due = left, time.monotonic() + limit
+                    worker.task = left
                 else:
                     workers.remove(worker)
                     queue += [left] if left else []
@@ -353,12 +371,15 @@ def _work(results: Results, tasks: Iterable[Task], jobs: int, limit: float, titl
             worker.stop()
 
 
-def _received(worker: _Worker) -> Result:
+def _received(worker: _Worker, limit: float) -> Result:
     assert worker.task is not None
     try:
         return worker.connection.recv()
     except (EOFError, OSError):
+        worker.process.join(_DYING)
+        code = worker.process.exitcode
         worker.stop()
+        late = Cell("skipped", f"not done in {limit:.0f} s of processor time")
         return worker.task.result(
-            worker.task.items[0], Cell("fails", f"its process died with exit code {worker.process.exitcode}")
+            worker.task.items[0], late if code == _LATE else Cell("fails", f"its process died with exit code {code}")
         )
