@@ -57,6 +57,10 @@ class Unit(nn.Module):
         if self.order == "rough":
             x = x.bfloat16().float() + self.c(self.a(x))
             return x + self.widen(self.b(x))
+        if self.order == "rough at the end":
+            x = x + self.c(self.a(x))
+            x = x + self.widen(self.b(x))
+            return x.bfloat16().float() + x.tanh()
         x = x + self.c(self.a(x))
         return x + self.widen(self.b(x))
 
@@ -165,12 +169,96 @@ def test_other_sums_take_no_branches_but_have_roles(order: str):
     assert get_peft_model(model, hvp.SSFConfig(modules_to_save=[]))(torch.randn(1, 3, 32, 32)).shape == (1, 3)
 
 
-def test_a_block_that_is_only_nearly_the_sum():
-    model = Net(Unit("rough"), Unit("rough"))
+@pytest.mark.parametrize("order", ["rough", "rough at the end"])
+@pytest.mark.parametrize("config", [hvp.SSFConfig(), hvp.AdaptFormerConfig(r=4)], ids=["ssf", "adaptformer"])
+def test_a_block_that_is_only_nearly_the_sum(order: str, config: Any):
+    model = Net(Unit("before"), Unit(order))
     before = state(model)
-    with pytest.raises(hvp.BackboneError, match=r"Unit \('units.0'\).*differ from its output by"):
-        hvp.find_backbone(model)
+    with pytest.raises(hvp.BackboneError, match=r"Unit \('units.1'\).*differ from its output by"):
+        get_peft_model(model, config)
     assert_untouched(model, before)
+
+
+def test_an_adapter_on_blocks_of_two_kinds():
+    """It stands in each block where the norms of this block have it."""
+    model = Net(Unit("before"), Unit("after")).eval()
+    plain = copy.deepcopy(model)
+    config = hvp.AdaptFormerConfig(r=4, modules_to_save=[])
+    adapted = get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+        one, other = (m for m in adapted.modules() if type(m).__name__ == "AdaptFormer")
+        x = plain.cut(pixels := torch.randn(2, 3, 32, 32)).flatten(2).transpose(1, 2)
+        x = torch.cat([plain.extra.expand(2, -1, -1), x], dim=1)
+        first, last = plain.units
+        z = x + first.c(first.a(x))
+        x = z + first.widen(first.b(z)) + one(z)
+        z = x + last.a(last.c(x))
+        x = z + last.b(last.widen(z)) + other(z)
+        torch.testing.assert_close(adapted(pixels), plain.answer(plain.end(x)[:, 0]), rtol=1e-4, atol=1e-5)
+
+
+class Named(Unit):
+    """A block whose stream comes as a keyword, which need not be the first one in the call."""
+
+    def forward(self, state: Tensor, factor: float = 1.0) -> Tensor:  # type: ignore[override]
+        return super().forward(state if factor == 1.0 else state * factor)
+
+
+class ByKeyword(Net):
+    """Calls its blocks by keywords only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.cut(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.extra.expand(len(x), -1, -1), x], dim=1)
+        for unit in self.units:
+            x = unit(factor=1.0, state=x)
+        return self.answer(self.end(x)[:, 0])
+
+
+@pytest.mark.parametrize(
+    "config", [hvp.VPTConfig(), hvp.AdaptFormerConfig(r=4), hvp.LSTConfig()], ids=lambda c: c.peft_type
+)
+def test_a_stream_that_comes_as_a_keyword(config: Any):
+    torch.manual_seed(0)
+    positional = Net(Unit(), Unit()).eval()
+    model = ByKeyword(Named(), Named()).eval()
+    model.load_state_dict(positional.state_dict())
+    plain = copy.deepcopy(positional)
+    one, other = (get_peft_model(each, copy.deepcopy(config)).eval() for each in (positional, model))
+    with torch.no_grad():
+        for a, b in zip(one.parameters(), other.parameters(), strict=True):
+            b.copy_(a.add_(torch.randn_like(a), alpha=0.1) if a.requires_grad else a)
+    pixels = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(other(pixels), one(pixels))
+    with other.disable_adapter(), torch.no_grad():
+        assert torch.equal(other(pixels), plain(pixels))
+
+
+class Forked(Net):
+    """Has two outputs, each of a linear of its own."""
+
+    def __init__(self, *units: nn.Module) -> None:
+        super().__init__(*units)
+        self.depth = nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x = self.cut(x).flatten(2).transpose(1, 2)
+        for unit in self.units:
+            x = unit(x)
+        x = self.end(x)[:, 0]
+        return self.answer(x), self.depth(x)
+
+
+def test_two_heads_are_told():
+    model = Forked(Unit(), Unit())
+    with pytest.warns(UserWarning, match=r"'answer', 'depth' of Forked.*name modules in modules_to_save"):
+        adapted = get_peft_model(model, hvp.AdaptFormerConfig(r=4))
+    assert {n.split(".")[2] for n, p in adapted.named_parameters() if p.requires_grad} == {"answer", "depth", "units"}
+    chosen = get_peft_model(Forked(Unit(), Unit()), hvp.AdaptFormerConfig(r=4, modules_to_save=["depth"]))
+    assert {n.split(".")[2] for n, p in chosen.named_parameters() if p.requires_grad} == {"depth", "units"}
 
 
 class Asking(Net):
@@ -407,3 +495,18 @@ def test_tokens_that_join_half_way():
     for config in (hvp.LSTConfig(r=2, modules_to_save=[]), hvp.ConvpassConfig(modules_to_save=[])):
         adapted = get_peft_model(copy.deepcopy(model), config)
         adapted(torch.randn(2, 3, 32, 32)).sum().backward()
+
+
+def test_tokens_after_maps_have_no_place_in_the_image():
+    """VOLO ends with blocks of a class token and the flattened map, whose rows nothing tells."""
+    volo = pytest.importorskip("timm.models.volo")
+    sizes = {"embed_dims": (16,) * 4, "num_heads": (2,) * 4, "mlp_ratio": 2.0, "stem_hidden_dim": 8}
+    model = volo.VOLO(layers=(1, 1, 1, 1), img_size=64, num_classes=3, **sizes).eval()
+    found = hvp.find_backbone(model)
+    grids = {(b.path.partition(".")[0], (b.table or found.architecture).grid) for b in found.blocks}
+    assert grids == {("network", "map"), ("post_network", None)}
+    before = state(model)
+    with pytest.raises(ValueError, match="LSTConfig.*the layout of its tokens in the image is not known"):
+        get_peft_model(model, hvp.LSTConfig())
+    assert_untouched(model, before)
+    get_peft_model(model, hvp.AdaptFormerConfig(r=4))(torch.randn(2, 3, 64, 64)).sum().backward()

@@ -9,6 +9,8 @@ import torch
 from families import FAMILIES
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import hf_visual_peft as hvp
 
@@ -89,6 +91,54 @@ def test_compiled_and_wrapped_models_are_refused(wrap, make):
         with pytest.raises(hvp.BackboneError, match=f"{CASES[wrap]}.*get_peft_model on the plain model: .* after"):
             get_peft_model(model, config)
         assert state(model) == before
+
+
+def distributed(model):
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def sharded(model):
+    return fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+
+
+def sharded_block(model):
+    fully_shard(
+        next(m for m in model.modules() if isinstance(m, nn.ModuleList))[0], mesh=init_device_mesh("cpu", (1,))
+    )
+    return model
+
+
+@pytest.mark.parametrize("make", [Unlisted, FAMILIES["vit"].model], ids=["unlisted", "listed"])
+@pytest.mark.parametrize(
+    ("wrap", "said"),
+    [(distributed, "wrapped in DistributedDataParallel"), (sharded, "sharded"), (sharded_block, "sharded")],
+    ids=["ddp", "fsdp", "fsdp_block"],
+)
+def test_distributed_models_are_refused(wrap, said, make, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = wrap(make())
+        before = state(model)
+        for config in (hvp.AdaptFormerConfig(r=4), hvp.SSFConfig(), hvp.SSFConfig(target_modules=["fc1"])):
+            with pytest.raises(hvp.BackboneError, match=f"is {said}.*get_peft_model on the plain model: .* after"):
+                get_peft_model(model, config)
+            assert state(model) == before
+        with pytest.raises(hvp.BackboneError, match=f"is {said}"):
+            hvp.with_visual_targets(LoraConfig(), model)
+        assert state(model) == before
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", CASES, ids=lambda wrap: wrap.__name__)
+def test_named_targets_and_methods_of_peft_refuse_the_same(wrap):
+    model = wrap(FAMILIES["vit"].model())
+    before = state(model)
+    with pytest.raises(hvp.BackboneError, match=CASES[wrap]):
+        get_peft_model(model, hvp.SSFConfig(target_modules=["fc1"]))
+    with pytest.raises(hvp.BackboneError, match=CASES[wrap]):
+        hvp.with_visual_targets(LoraConfig(), model)
+    assert state(model) == before
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model")

@@ -11,7 +11,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .architectures import Architecture, Tower
+from .architectures import Architecture, Tower, is_own
 
 
 BLOCK_ROLES = ("norm1", "query", "key", "value", "output", "norm2", "fc1", "fc2")
@@ -236,7 +236,9 @@ class VisionBackbone:
         """
         widths = [block.width for block in self.blocks if block.width is not None]
         if not widths:
-            raise NoTokensError(f"{self.class_name} is a convolutional network without a stream of tokens.")
+            known = "is a convolutional network without a stream of tokens."
+            watched = "has no stream of tokens, or none that could be followed: `hf-visual-peft roles` says why."
+            raise NoTokensError(f"{self.class_name} {known if is_own(self.architecture) else watched}")
         return min(widths)
 
     @property

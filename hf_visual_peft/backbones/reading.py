@@ -281,7 +281,9 @@ def _variants(
 def _difference(role: BlockRoles, common: BlockRoles) -> dict[str, Any]:
     usual = common.as_fields()
     made = {name: value for name, value in role.as_fields().items() if value != usual[name]}
-    return made if role.patches else {**made, "grid": None}  # tokens that are not patches have no place in the image
+    flattened = common.stream.startswith("channels") and not role.stream.startswith("channels")
+    # tokens that are not patches have no place in the image, and the rows of maps do not tell that of other tokens
+    return {**made, "grid": None} if flattened or not role.patches else made
 
 
 def _heads(ran: Ran, modules: Mapping[str, nn.Module], blocks: Sequence[str]) -> tuple[str, ...]:

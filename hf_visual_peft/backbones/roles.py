@@ -12,7 +12,7 @@ from .backbone import WIDTH_ROLES, linear_sizes
 from .branches import BlockRun, Branch
 from .operations import channels_read, is_norm, is_operation
 from .paths import is_in, join
-from .watching import Call
+from .watching import Call, first_argument
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class BlockReader(BlockRun):
             self.why.append("it returns no tensor")
         elif self.several:
             self.why.append("it is called more than once")
-        elif call.named not in ("", "hidden_states"):
+        elif call.named not in ("", first_argument(self.modules[self.path])):
             self.why.append(f"its stream comes as the keyword {call.named!r}")
         else:
             shape = self.trace.nodes[call.stream].shape

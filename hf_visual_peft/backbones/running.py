@@ -107,7 +107,8 @@ def _not_run(backbone: nn.Module, reasons: list[tuple[str, Exception]]) -> str:
     name = type(backbone).__name__
     named = [each for each in inspect.signature(backbone.forward).parameters.values() if each.kind in _NAMED]
     wanted = [each.name for each in named if each.default is each.empty] or [each.name for each in named][:_SHOWN]
-    tried = "; ".join(f"{what}: {_said(error)}" for what, error in reasons[-2:])
+    shown = reasons if len(reasons) < 3 else [reasons[0], reasons[-1]]  # the most likely input comes first
+    tried = "; ".join(f"{what}: {_said(error)}" for what, error in shown)
     return (
         f"{name} could not be run to see what its modules do. Its forward takes {', '.join(wanted) or 'nothing'}. "
         f"Tried: {tried or 'nothing, because no image size is known'}. Give arguments that it takes: "

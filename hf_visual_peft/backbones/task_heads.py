@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architectures import Architecture, heads_of
+from .architectures import Architecture, architecture_of, heads_of
 from .paths import is_in, join, lookup, original, trainable
 
 
@@ -97,7 +97,11 @@ def heads_around(model: nn.Module, path: str, table: Architecture) -> TaskHeads:
     if own:
         backbone = original(model.get_submodule(path))
         dense = _has_task(backbone) and _is_dense(model, backbone, own)
-        return TaskHeads(own, dense, note=_left_out(model, path, holders, own))
+        note = _left_out(model, path, holders, own)
+        if not note and len(own) > 1 and not _is_of_library(backbone) and architecture_of(backbone) is None:
+            name = type(backbone).__name__
+            note = f"{_listed(own)} of {name}: all are outputs, and all train with the adapter; {_OTHERWISE}."
+        return TaskHeads(own, dense, note=note)
     if not searched:
         return TaskHeads()
     name = type(searched[-1]).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +48,7 @@ _MOVES = frozenset(
 _SELECTS = frozenset(("select", "slice", "split", "split_with_sizes", "chunk", "unbind", "roll", "index", "gather"))
 _SELECTS |= {"constant_pad_nd"}
 
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _RANDOM = 1_000_003  # different random numbers in a tensor: more take long to make
 
 
@@ -90,7 +92,7 @@ class Call:
         start: number of nodes before it.
         inputs: indices of the tensors among its arguments, those of the first one first.
         stream: index of the first argument; None if that is not a tensor.
-        named: keyword of the first argument; empty if it was positional.
+        named: keyword of this argument; empty if it was positional.
         outputs: indices of the tensors that it returned.
         end: number of nodes after it.
     """
@@ -313,7 +315,9 @@ def watch(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], keep: bool =
 
     def before(path: str, module: nn.Module, given: tuple, named: dict) -> None:
         found = [recorder.index(each) for each in tensors_in((given, named))]
-        first, name = (given[0], "") if given else (next(iter(named.values()), None), next(iter(named), ""))
+        name = "" if given else first_argument(module)
+        name = name if given or name in named else next(iter(named), "")
+        first = given[0] if given else named.get(name)
         stream = recorder.index(first) if isinstance(first, Tensor) else None
         call = Call(path, len(trace.nodes), tuple(found), stream, name)
         trace.calls.append(call)
@@ -343,6 +347,12 @@ def watch(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], keep: bool =
     trace.answers = tuple(recorder._of[id(each)] for each in tensors_in(output) if id(each) in recorder._of)
     trace.attentions += _written_out(trace)
     return trace
+
+
+def first_argument(module: nn.Module) -> str:
+    """The first argument of a module's forward, by which its stream may also be given; empty if it has no name."""
+    arguments = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    return arguments[0].name if arguments and arguments[0].kind in _NAMED else ""
 
 
 def _written_out(trace: Trace) -> list[Attention]:

@@ -85,6 +85,8 @@ class PlanningTuner(MergingTuner):
             targets = find_targets(model, config)
             trained = 0
             for path, module in targets.items():
+                if len(self.peft_config) == 1:
+                    require_plain(model, path)
                 if within(path, self._copied):
                     self._excluded.add(path)
                 else:

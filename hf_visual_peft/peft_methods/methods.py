@@ -17,6 +17,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from torch import nn
 
 from ..backbones.finding import find_backbone
+from ..backbones.found import require_plain
 from ..backbones.task_heads import announce
 from ..core.config import VisualPeftConfig
 from ..core.copies import require_named
@@ -147,7 +148,7 @@ def with_visual_targets(config: ConfigT, model: nn.Module, backbone: str | None 
     Raises:
         ValueError: the method is not for linears or norms, or has nothing to act on in this backbone; or
             `modules_to_save` names no module.
-        BackboneError: the model holds no backbone that a role table describes.
+        BackboneError: no backbone was found in the model, or the model is compiled or distributed.
     """
     if isinstance(config, VisualPeftConfig):
         chosen = config if backbone is None else copy.copy(config)
@@ -158,6 +159,8 @@ def with_visual_targets(config: ConfigT, model: nn.Module, backbone: str | None 
         raise ValueError(f"{type(config).__name__} has no targets in vision backbones: choose one of {known}.")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     found = find_backbone(base, backbone)
+    if base is model:  # later adapters go where the first one is
+        require_plain(base, found.path)
     filled: Any = copy.deepcopy(config)
     if filled.modules_to_save is None:
         announce(found.head_note)

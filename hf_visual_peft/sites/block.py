@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.backbone import Block, VisionBackbone
+from ..backbones.watching import first_argument
 from .block_branches import BranchLayer, holder_of_lists
 from .block_checks import require_stream
 from .block_class import adapted_class, plain_class
@@ -105,6 +106,7 @@ class BlockAdapters(BranchLayer, nn.Module):
         self._init_choice()
         self._pass: Pass | None = None
         self._block_returns_tuple = False
+        self._first_argument = first_argument(owner)
         names = list(inspect.signature(type(owner).forward).parameters)[2:]
         self._mask_positions = {name: position for position, name in enumerate(names) if name in _MASKS}
         self._size_positions = {name: position for position, name in enumerate(names) if name in _SIZES}
@@ -207,6 +209,8 @@ class BlockAdapters(BranchLayer, nn.Module):
             args: of the block, (batch, tokens, width) first.
             kwargs: of the block.
         """
+        if not args and self._first_argument in kwargs:
+            args = (kwargs.pop(self._first_argument),)
         self.exchange.for_heads.clear()  # left from a pass that did not reach the heads
         self.follow()
         self._changed()
