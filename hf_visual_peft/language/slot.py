@@ -191,8 +191,9 @@ class LanguageLayer(nn.Module, BaseTunerLayer):
         names = [name for name in names if name in self.equations]
         if len(names) + len(self.merged_adapters) > 1:
             raise ValueError(f"Adapters {', '.join(map(repr, names))}: their logits do not add. Merge one.")
+        active: Any = self.active_adapters
         for name in names:
-            if name not in self.active_adapters and self._classifier[0].scale_is_learned:
+            if name not in active and self._classifier[0].scale_is_learned:
                 raise ValueError(
                     f"The adapter {name!r} is not active, and one of the adapters has learned the scale of the "
                     f"logits. Make it active: model.set_adapter({name!r})."
