@@ -78,7 +78,7 @@ class SetByData(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not say what it starts from.")
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         loaded = state_dict.get(f"{prefix}{self.chosen}")
         if isinstance(loaded, Tensor) and not loaded.is_meta:
             self._known = not bool(loaded.isnan().any())

@@ -133,7 +133,8 @@ class ReducingLayer(VisualTunerLayer):
     @contextmanager
     def watch_weights(self) -> Iterator[list[Tensor]]:
         """Collect the weights that the first token gives to all keys, (..., 1, keys), in every pass in the context."""
-        self._watching = found = []
+        found: list[Tensor] = []
+        self._watching = found
         try:
             yield found
         finally:

@@ -155,10 +155,10 @@ class ETTConfig(VisualPeftConfig):
             yield Placement(block.path, "heads", KeyValueSite(), partial(self._build, index, block, classes), network)
         for block in backbone.blocks:
             for sublayer in ("attention", "mlp"):
-                site = BranchSite(sublayer, reads="output")  # type: ignore[arg-type]
+                site = BranchSite(sublayer, reads="output")
                 yield Placement(block.path, sublayer, site, partial(_offset, block.width or backbone.width))
         for path in backbone.final_norms[-1:]:
-            yield Placement(path, "map", OutputSite(), lambda norm: FeatureMap(output_channels(norm)))
+            yield Placement(path, "map", OutputSite(), _map)
 
     def _classes(self, backbone: VisionBackbone) -> int:
         if self.num_virtual_tokens is not None:
@@ -230,6 +230,12 @@ class ETTConfig(VisualPeftConfig):
 
 def _offset(width: int, _: nn.Module) -> Offset:
     return Offset(width)
+
+
+def _map(norm: nn.Module) -> FeatureMap:
+    channels = output_channels(norm)
+    assert channels is not None  # a norm has them
+    return FeatureMap(channels)
 
 
 def _keep(seen: dict[str, Any], path: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
