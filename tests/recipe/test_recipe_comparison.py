@@ -3,7 +3,11 @@
 import itertools
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import compare
 import comparison
@@ -15,7 +19,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import patch_environment
 from fingerprints import fingerprint
 from PIL import Image
-from recipe_runs import paint
+from recipe_runs import RECIPES, paint
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_visual_peft.cli.main import main as cli
@@ -191,6 +195,37 @@ def test_a_killed_comparison_continues_where_it_was(vit, pictures, tmp_path, mon
     capsys.readouterr()
     assert call(*words, "--seeds", "1") == 1
     assert "has a comparison with seeds [0], now [1]" in capsys.readouterr().err
+
+
+def test_a_comparison_that_is_killed_by_the_system_continues(vit, pictures, tmp_path):
+    """`kill -9` gives no time to write anything; what was measured before is kept."""
+    out = tmp_path / "out"
+    words = [str(pictures), "--model_name_or_path", vit, "--output_dir", str(out), *SMALL]
+    words += ["--methods", "linear", "bitfit", "ssf"]
+    code = "import sys; from hf_visual_peft.cli.main import main; sys.exit(main(['compare', *sys.argv[1:]]))"
+    path = os.pathsep.join(filter(None, [str(RECIPES.parent), os.environ.get("PYTHONPATH")]))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *words], env={**os.environ, "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in process.stderr:  # one for each step that is written
+        if "on validation after" in line:
+            process.kill()
+            break
+    process.stderr.close()
+    assert process.wait() == -signal.SIGKILL
+    before = json.loads((out / "comparison.json").read_text())
+    assert "choice" not in before
+    done = {method: row["runs"] for method, row in before["rows"].items() if row["runs"]}
+    assert done
+    assert call(*words) == 0
+    after = json.loads((out / "comparison.json").read_text())
+    assert after["choice"]
+    assert after["plan"][0] == before["plan"][0]
+    for method, (first, *_) in done.items():  # a second training would have taken another time
+        assert after["rows"][method]["runs"][0]["seconds"] == first["seconds"]
+    for method, row in before["rows"].items():
+        assert after["rows"][method]["cost"] == row["cost"]
 
 
 def test_a_kill_while_the_parts_are_written_does_not_block_the_folder(vit, pictures, tmp_path, monkeypatch):
