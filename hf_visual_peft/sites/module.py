@@ -483,8 +483,8 @@ def evaluate_changed(module: nn.Module, equations: Iterable[Equation], x: Tensor
         x: the module's input.
     """
     equations, weights = list(equations), _weights_of(module)
-    if len(equations) == 1 and hasattr(equations[0].module, "linear_output") and _is_plain_linear(module):
-        run: Any = equations[0].module.linear_output
+    run: Any = getattr(equations[0].module, "linear_output", None) if len(equations) == 1 else None
+    if run is not None and _is_plain_linear(module):
         return run(x, weights.weight, weights.bias, *equations[0].shared)
     new = _apply(equations, weights)
     return _evaluate(module, x, new.weight, new.bias)

@@ -149,7 +149,7 @@ class _SparseLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, values, indices)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of x, bias and values."""
         x, weight, values, indices = ctx.saved_tensors
         of_x = of_bias = of_values = None
@@ -192,8 +192,11 @@ class Deltas(nn.Module):
     def linear_output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """A linear's output (..., out) with the new weight and bias, from its input (..., in)."""
         part = self.weight
-        few = isinstance(part, SparseAddend) and len(part.values) <= FEW * weight.numel()
-        if not few or not torch.is_grad_enabled():
+        if (
+            not isinstance(part, SparseAddend)
+            or len(part.values) > FEW * weight.numel()
+            or not torch.is_grad_enabled()
+        ):
             return F.linear(x, *self(weight, bias))
         if bias is not None and self.bias is not None:
             bias = self.bias(bias)
