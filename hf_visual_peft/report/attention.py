@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import transformers
 from peft import PeftConfig, PeftModel
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..backbones.input_size import size_to_tell
@@ -114,8 +114,7 @@ def _visible(pixels: Tensor, processor: Any) -> list[Image.Image]:
 
 def _drawn(image: Image.Image, share: Tensor, side: int) -> Image.Image:
     """An image that is the brighter the larger the share of a place, from the least to the greatest of them."""
-    image = image.copy()
-    image.thumbnail((side, side))
+    image = ImageOps.contain(image, (side, side))
     scaled = (share - share.min()) / (share.max() - share.min()).clamp_min(1e-12)
     bright = Image.fromarray((scaled * 255).byte().numpy()).resize(image.size, Image.Resampling.BICUBIC)
     strength = DARKEST + (1 - DARKEST) * np.asarray(bright, dtype=np.float32)[..., None] / 255

@@ -50,6 +50,7 @@ def cost_chart(results: list[Result], key: str, axis: str) -> dict[str, Any] | N
     y = {"field": "accuracy", "type": "quantitative", "title": "accuracy", "scale": {"zero": False}}
     on_front = [{"filter": "datum.front"}]
     names = ", ".join(shown[index].name for index in front)
+    without = ", ".join(result.name for result in results if not result.costs.get(key))
     layers = [
         {
             "mark": {"type": "rule", "opacity": 0.4},
@@ -64,8 +65,8 @@ def cost_chart(results: list[Result], key: str, axis: str) -> dict[str, Any] | N
     ]
     return {
         "title": f"Accuracy and {axis.partition(',')[0]}",
-        "text": f"No method is both cheaper and better than those on the line: {names}. Vertical lines are intervals "
-        "of 95 % over images.",
+        "text": f"No method shown is both cheaper and better than those on the line: {names}. Vertical lines are "
+        f"intervals of 95 % over images.{f' Without this cost, so not shown: {without}.' if without else ''}",
         "spec": {"data": {"values": rows}, "layer": layers, "width": "container", "height": 300},
     }
 
