@@ -44,8 +44,8 @@ from hf_visual_peft.sites import (
 
 
 CORE = ("vit", "beit", "dinov2_registers")
+OF_TORCH_2_12 = ("colin", "convlora", "davpt", "dyt", "gist")  # the first that compiles them
 # one method for each way of acting: tokens, branches, branches on the grid, outputs, weights and shared parts, copies
-OF_TORCH_2_12 = ("colin", "convlora", "davpt", "dyt", "gist")
 OF_EACH_KIND = ("vpt", "adaptformer", "convpass", "ssf", "fact", "partial")
 # a block has all of them; others, such as tokens, go from one block to the next
 WITHIN_A_BLOCK = (BranchSite, KeyValueSite, LinearSite, LogitSite, OutputSite, WeightSite)

@@ -35,14 +35,12 @@ def load_complete(model: nn.Module, where: str | Path, **kwargs: Any) -> PeftMod
     Raises:
         ValueError: weights are missing.
     """
-    lacking: list[str] = []
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=f".*{_PEFT_WARNS}", category=UserWarning)
         try:
             return PeftModel.from_pretrained(model, where, **kwargs)
         except UserWarning as warning:
-            names = str(warning).partition(_PEFT_WARNS)[2]
-            lacking = re.findall(r"'([^']+)'", names)
+            lacking = re.findall(r"'([^']+)'", str(warning).partition(_PEFT_WARNS)[2])
         except KeyError as error:  # as peft fails where the head that was trained with the adapter is missing
             lacking = [str(error.args[0])]
             if not lacking[0].startswith(PEFT_PREFIX):
